@@ -1,0 +1,1620 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.8.0", "safetensors>=0.7.0", "psutil>=5.9.0"]
+# ///
+"""Quantize a merged bf16 checkpoint to INT4, weight only, on the CPU, in constant memory.
+
+    python quantize_int4.py --input_dir merged_model --output_dir merged_model_int4
+
+Works on the checkpoint's tensors alone: no model code is imported, so any architecture will do. Every 2-D
+floating-point `*.weight` of at least one group of columns is quantized, all else is kept bit for bit. The plan is made
+from the headers and printed before the first weight is read (--dry_run stops there).
+
+Format of the output (each weight `X.weight` of shape (rows, columns) is replaced):
+
+    int4    X.qweight  int32    (rows, padded // 8)           eight 4-bit codes a word, element 0 in the lowest bits,
+                                                              two's complement
+            X.scales   float16  (rows, padded // group_size)  weight = code * scale
+            `padded` is `columns` rounded up to whole groups; quantize_config.json lists the weights it differs for
+
+Group-wise symmetric: scale = max|w| / 7 rounded to float16, code = clamp(round(w / scale), -8, 7).
+
+Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 130 and 143 stopped by SIGINT and SIGTERM. After
+any of them the same command continues where the run stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
+try:
+    import psutil
+    import torch
+    from safetensors import SafetensorError, safe_open
+except ImportError as missing:
+    sys.exit(f"error: {missing}: quantize_int4.py needs torch, safetensors and psutil: pip install psutil safetensors")
+
+__version__ = "1.0.0"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Facts and constants
+# ---------------------------------------------------------------------------------------------------------------------
+
+GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
+FORMAT_VERSION = 1  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+
+CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
+CODES_PER_WORD = 8  # 4-bit codes in an int32
+
+# What a worker quantizes at a time. Torch spends some microseconds a call, so tiles must not be small; the tile's
+# buffers (about 13 bytes a weight) should still fit the last-level cache. Measured: tests/benchmark.py --tiles.
+TILE_WEIGHTS = 1 << 19
+JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
+COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
+GUARD_INTERVAL_S = 0.05  # the least time between two looks at the machine's memory (a look costs about 0.2 ms)
+PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
+
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+QUANTIZE_CONFIG_NAME = "quantize_config.json"
+METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
+SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
+UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
+
+# The safetensors format: dtype name -> bits an element. (https://github.com/huggingface/safetensors, tensor.rs)
+DTYPE_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+BITS_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # item size -> integer of the same size
+
+# Names, by the convention of the architectures on the hub: the last component of the module's name.
+EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe)\.weight$")
+
+# Marks of a checkpoint that is quantized already: formats in use on the hub.
+QUANTIZED_NAME_PATTERN = re.compile(
+    r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*))$"
+)
+QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
+
+# Which files beside the weights are not the model's, by name. All others at the folder's top level are copied.
+WEIGHTS_PATTERN = re.compile(
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo|tar|tgz|zip|tar\.\w+)$"
+    r"|\.index\.json$"
+)
+TRAINER_PATTERN = re.compile(
+    r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|events\.out\.tfevents|zero_to_fp32)"
+    r"|^latest$|\.distcp$"
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class QuantizeError(Exception):
+    """What the user can mend: `main` prints it as one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class MemoryGuardError(QuantizeError):
+    """Less memory is available than the user wants left."""
+
+    exit_code = 3
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop; not an `Exception`, so that nothing on the way up takes it for a fault."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+def quote_names(names: Iterable[str], most: int = 3) -> str:
+    """'a', 'b', 'c' and 4 more"""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint: what is in the input folder, and its bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its file's header describes it; its `nbytes` bytes, row-major, start at `offset` in `file`."""
+
+    name: str
+    dtype: str  # the safetensors name, such as "BF16"
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one file. The safetensors library checks the header (size, JSON, dtypes, offsets without gap or
+    overlap, file length); this reads from it where each tensor lies, which the library keeps to itself."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size), object_pairs_hook=_dict_of_unique_keys)
+    except (SafetensorError, ValueError) as error:
+        raise QuantizeError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: TensorInfo(
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            path,
+            8 + header_size + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+def _dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"its header names {twice!r} twice")
+    return unique
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QuantizeError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise QuantizeError(f"{path}: must hold a JSON object")
+    return value
+
+
+class Checkpoint:
+    """The tensors of an input folder, in file order, and the door to their bytes.
+
+    Bytes are read with `preadv` at the offsets of the checked header rather than through a memory map: as fast from the
+    page cache, and a file that is truncated or fails while it is read is an error message, not a SIGBUS.
+    """
+
+    def __init__(self, folder: Path, files: list[Path], tensors: dict[str, TensorInfo], notes: list[str]):
+        self.folder = folder
+        self.files = files
+        self.tensors = tensors
+        self.notes = notes  # what the user should know about this input
+        self._descriptors = {path: os.open(path, os.O_RDONLY) for path in files}
+        self._states = {path: _file_state(os.stat(fd)) for path, fd in self._descriptors.items()}
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        if not folder.is_dir():
+            problem = "is a file: give the folder that holds it" if folder.exists() else "no such folder"
+            raise QuantizeError(f"input folder {folder}: {problem}")
+        index = folder / INDEX_NAME
+        if index.exists():
+            return cls._open_indexed(folder, index)
+        files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+        if not files:
+            adapter = ": it holds a LoRA adapter, merge that into its base model first"
+            hint = adapter if (folder / "adapter_config.json").exists() else ""
+            raise QuantizeError(f"input folder {folder}: no {INDEX_NAME} and no *.safetensors in it{hint}")
+        tensors: dict[str, TensorInfo] = {}
+        for path in files:
+            for name, info in read_safetensors_header(path).items():
+                if name in tensors:
+                    raise QuantizeError(
+                        f"tensor {name!r} is in both {tensors[name].file.name} and {path.name}, and there is no"
+                        f" {INDEX_NAME} to say which counts: remove the file that does not belong to the model"
+                    )
+                tensors[name] = info
+        return cls(folder, files, tensors, [])
+
+    @classmethod
+    def _open_indexed(cls, folder: Path, index: Path) -> Checkpoint:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
+        for name, file in weight_map.items():
+            if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+                raise QuantizeError(f"{index}: tensor {name!r} is in {file!r}, which is no file of this folder")
+        files = [folder / file for file in sorted(set(weight_map.values()))]
+        for path in files:
+            if not path.exists():
+                raise QuantizeError(f"{index} names {path.name}, which is missing: copy or download it again")
+        tensors, unlisted = {}, []
+        for path in files:
+            for name, info in read_safetensors_header(path).items():
+                if weight_map.get(name, path.name) == path.name:
+                    tensors[name] = info
+                    if name not in weight_map:
+                        unlisted.append(name)
+        lost = [name for name in weight_map if name not in tensors]
+        if lost:
+            raise QuantizeError(
+                f"{index} puts tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
+                + (f" ({len(lost):,} such tensors)" if len(lost) > 1 else "")
+            )
+        notes = [f"{len(unlisted):,} tensors are in the shards but not in the index: {quote_names(unlisted)}"]
+        return cls(folder, files, tensors, notes if unlisted else [])
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `offset` on."""
+        position, end = info.offset + offset, info.offset + offset + len(buffer)
+        while position < end:
+            try:
+                count = os.preadv(self._descriptors[info.file], [buffer[len(buffer) - (end - position) :]], position)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} (reading {info.name!r})", str(info.file)) from None
+            if count == 0:
+                raise QuantizeError(f"{info.file} changed while it was read, it is shorter now: {START_AGAIN}")
+            position += count
+
+    def check_unchanged(self) -> None:
+        """Raise if a file was written to or replaced since it was opened."""
+        for path, fd in self._descriptors.items():
+            if _file_state(os.stat(fd)) != self._states[path] or _file_state(os.stat(path)) != self._states[path]:
+                raise QuantizeError(f"{path} changed while it was read: {START_AGAIN}")
+
+    def close(self) -> None:
+        for fd in self._descriptors.values():
+            os.close(fd)
+
+
+START_AGAIN = "let whatever writes to it finish, then start again with --overwrite"
+
+
+def _file_state(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantization: scales and codes of a block of weights. No I/O, no names.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Workspace:
+    """One worker's buffers, reused from tile to tile: fresh pages from the kernel cost more than the arithmetic."""
+
+    def __init__(self):
+        self._buffers: dict[str, bytearray] = {}
+
+    def buffer(self, role: str, nbytes: int) -> memoryview:
+        """`nbytes` writable bytes, the same ones at each call for this role."""
+        if len(self._buffers.get(role, b"")) < nbytes:
+            self._buffers[role] = bytearray(nbytes)
+        return memoryview(self._buffers[role])[:nbytes]
+
+    def tensor(self, role: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """The role's buffer as a tensor."""
+        return torch.frombuffer(self.buffer(role, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+    """Largest magnitude of each group: (n, group_size) of any float dtype -> float32 (n,). NaN counts as largest.
+
+    Taken on the bits: for floats without sign the order of the bits is the order of the values, and integers of the
+    weights' own width are faster than float32.
+    """
+    bits = BITS_DTYPES[groups.dtype.itemsize]
+    magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, *groups.shape))
+    largest = torch.amax(magnitudes.view(bits), -1, out=workspace.tensor("largest", bits, len(groups)))
+    return largest.view(groups.dtype).to(torch.float32)
+
+
+def quantize_groups(
+    groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric 4-bit codes and scales of groups of weights.
+
+    groups:  (n, group_size), any float dtype, all finite
+    returns: codes int8 (n, group_size) from -8 to 7 and scales `scale_dtype` (n,), both in the workspace
+
+    scale = max|w| / 7, and code = clamp(round(w / scale)), where scale is the stored value read back, the division is
+    float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
+    and codes 0. A scale that is not finite says that the group holds a value that cannot be quantized.
+    """
+    scales = workspace.tensor("scales", scale_dtype, len(groups))
+    scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
+    divisors = scales.to(torch.float32)
+    divisors.masked_fill_(divisors == 0, 1)  # weights below half the least scale: round(w / 1) is the 0 they become
+    quotients = workspace.tensor("quotients", torch.float32, *groups.shape).copy_(groups)
+    quotients.div_(divisors[:, None]).round_()
+    # Clamped as int8, a quarter of the bytes: |w / scale| stays below 11 even where a subnormal scale was rounded.
+    codes = workspace.tensor("codes", torch.int8, *groups.shape).copy_(quotients)
+    return codes.clamp_(CODE_MIN, CODE_MAX), scales
+
+
+def dequantize_int4(
+    qweight: torch.Tensor, scales: torch.Tensor, group_size: int, columns: int | None = None
+) -> torch.Tensor:
+    """Weights of the `int4` layout, approximately: each code times its group's scale.
+
+    qweight: int32 (rows, padded // 8)
+    scales:  float16 (rows, padded // group_size)
+    columns: the weight's true number of columns where quantize_config.json lists it as padded; None keeps all
+    returns: float32 (rows, columns)
+    """
+    codes = unpack_int4(qweight)  # int8 (rows, padded)
+    rows, padded = codes.shape
+    if padded != scales.shape[1] * group_size or rows != scales.shape[0]:
+        raise ValueError(
+            f"qweight {tuple(qweight.shape)} holds {rows} x {padded} weights, scales {tuple(scales.shape)}"
+            f" those of {scales.shape[0]} x {scales.shape[1] * group_size}: group_size is not {group_size}?"
+        )
+    groups = codes.view(rows, -1, group_size).to(torch.float32) * scales.to(torch.float32)[:, :, None]
+    return groups.view(rows, padded)[:, :columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing: eight 4-bit codes to an int32 along the columns, element 0 in the lowest bits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pack_int4(codes: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+    """int8 (rows, columns) in the workspace, destroyed -> int32 (rows, columns // 8), two's complement nibbles.
+
+    On pairs of codes as int16 0x0H0L: masked, the high code shifted onto the low byte, which is then all that is kept.
+    Four bytes in a row, the lowest first, are the little-endian word.
+    """
+    rows, columns = codes.shape
+    pairs = codes.view(torch.int16).bitwise_and_(0x0F0F)  # int16 (rows, columns // 2)
+    shifted = workspace.tensor("shifted", torch.int16, *pairs.shape)
+    pairs.bitwise_or_(torch.bitwise_right_shift(pairs, 4, out=shifted))
+    words = workspace.tensor("words", torch.int32, rows, columns // CODES_PER_WORD)
+    words.view(torch.int8).copy_(pairs)  # keeps the low byte
+    return words
+
+
+def unpack_int4(words: torch.Tensor) -> torch.Tensor:
+    """int32 (rows, columns // 8), two's complement nibbles -> int8 (rows, columns)."""
+    shifts = torch.arange(28, -4, -4, dtype=torch.int32)  # code i to the top, then back with its sign
+    return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output formats: one row each
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the output as its shard's header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a weight becomes: its tensors' names and dtypes."""
+
+    name: str
+    words_suffix: str  # replaces ".weight" in the name of the int32 words
+    scales_suffix: str
+    scale_dtype: str
+
+    def padded_columns(self, info: TensorInfo, group_size: int) -> int:
+        """Columns rounded up to whole groups."""
+        return -(-info.shape[1] // group_size) * group_size
+
+    def outputs(self, info: TensorInfo, group_size: int) -> tuple[OutputTensor, OutputTensor]:
+        """The words and the scales that replace a weight."""
+        module, rows = info.name.removesuffix(".weight"), info.shape[0]
+        padded = self.padded_columns(info, group_size)
+        return (
+            OutputTensor(module + self.words_suffix, "I32", (rows, padded // CODES_PER_WORD)),
+            OutputTensor(module + self.scales_suffix, self.scale_dtype, (rows, padded // group_size)),
+        )
+
+
+FORMATS = {row.name: row for row in (Format("int4", ".qweight", ".scales", "F16"),)}
+
+
+def describe_int4(plan: Plan) -> dict:
+    """quantize_config.json of the `int4` layout: all that a reader needs beside the shards."""
+    group_size = plan.options.group_size
+    return {
+        "quant_method": "int4_weight_only",
+        "format": plan.options.format.name,
+        "producer": f"quantize_int4.py {__version__}",
+        "bits": 4,
+        "group_size": group_size,
+        "symmetric": True,
+        "tensors": {
+            "X.qweight": "int32 (rows, padded_columns // 8): 8 codes a word along the columns, element 0 in the lowest"
+            " 4 bits, two's complement",
+            "X.scales": "float16 (rows, padded_columns // group_size)",
+        },
+        "dequantize": "weight[r, c] = code[r, c] * scales[r, c // group_size]",
+        "padding": "columns are padded with zeros to a multiple of group_size; drop those past the true shape",
+        "padded_weights": {
+            tensor.source.name: list(tensor.source.shape)
+            for tensor in plan.tensors
+            if tensor.quantized and tensor.source.shape[1] % group_size
+        },
+        "quantized_weights": sum(tensor.quantized for tensor in plan.tensors),
+        "kept_weights": [tensor.source.name for tensor in plan.tensors if not tensor.quantized],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: all that is decided before the first weight is read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, as far as it decides the output's bytes."""
+
+    format: Format
+    group_size: int
+    shard_size: int  # bytes
+    exclude: tuple[str, ...]
+    quantize_embeddings: bool
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an output tensor's first byte goes."""
+
+    shard: int
+    offset: int  # in the file
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor of the input."""
+
+    source: TensorInfo
+    kept_because: str | None  # None: it is quantized
+    outputs: tuple[OutputTensor, ...]  # words and scales, or the tensor itself
+
+    @property
+    def quantized(self) -> bool:
+        return self.kept_because is None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A file of the output: its header, then the tensors' bytes."""
+
+    name: str
+    header: bytes
+    size: int  # bytes of the whole file
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: Options
+    fingerprint: str  # of sources and options: two runs with the same one write the same bytes
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[ShardPlan, ...]
+    placements: dict[str, Placement]  # by output tensor
+    copied: tuple[Path, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(output.nbytes for tensor in self.tensors for output in tensor.outputs)
+
+    def written_files(self) -> dict[str, bytes]:
+        """The files that the program itself writes beside the shards, the index last."""
+        weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
+        index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        return {QUANTIZE_CONFIG_NAME: _json_bytes(describe_int4(self)), INDEX_NAME: _json_bytes(index)}
+
+
+def _json_bytes(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
+    refuse_quantized(checkpoint)
+    patterns = compile_patterns(options.exclude, checkpoint)
+    tensors = []
+    for info in checkpoint.tensors.values():
+        kept_because = reason_to_keep(info, options, patterns)
+        outputs = (
+            (OutputTensor(info.name, info.dtype, info.shape),)
+            if kept_because
+            else options.format.outputs(info, options.group_size)
+        )
+        tensors.append(TensorPlan(info, kept_because, outputs))
+    refuse_clashing_names(tensors)
+    copied, left_out = plan_other_files(checkpoint)
+    fingerprint = make_fingerprint(checkpoint, options, copied)
+    shards, placements = plan_shards(tensors, options.shard_size, fingerprint)
+    notes = [*checkpoint.notes, *notes_on_stacks(tensors)]
+    if not any(tensor.quantized for tensor in tensors):
+        notes.append("no weight is quantized: nothing here is 2-D, floating-point and wide enough, or all is excluded")
+    return Plan(options, fingerprint, tuple(tensors), shards, placements, tuple(copied), tuple(left_out), tuple(notes))
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """A second quantization would quietly multiply the first one's error."""
+    remedy = "already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
+    config = checkpoint.folder / CONFIG_NAME
+    if config.exists() and read_json(config).get("quantization_config"):
+        raise QuantizeError(f"{config} has a quantization_config: the checkpoint is {remedy}")
+    for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME):
+        if (checkpoint.folder / name).exists():
+            raise QuantizeError(f"{checkpoint.folder / name}: the checkpoint is {remedy}")
+    for info in checkpoint.tensors.values():
+        integer_matrix = info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype[0] in "IU"
+        if QUANTIZED_NAME_PATTERN.search(info.name) or info.dtype in QUANTIZED_DTYPES or integer_matrix:
+            raise QuantizeError(f"tensor {info.name!r} ({info.dtype}, {info.file.name}): the checkpoint is {remedy}")
+
+
+def compile_patterns(sources: tuple[str, ...], checkpoint: Checkpoint) -> list[re.Pattern]:
+    patterns = [re.compile(source) for source in sources]
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in checkpoint.tensors):
+            example = next(iter(checkpoint.tensors), "none")
+            raise QuantizeError(
+                f"--exclude {pattern.pattern!r} matches none of the {len(checkpoint.tensors):,} tensors"
+                f" (one is {example!r}): correct or drop it"
+            )
+    return patterns
+
+
+def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern]) -> str | None:
+    """Why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
+    for pattern in patterns:
+        if pattern.search(info.name):
+            return f"--exclude {pattern.pattern}"
+    if len(info.shape) < 2:
+        return "vectors and scalars (norms, biases)"
+    if len(info.shape) > 2:
+        return f"{len(info.shape)}-D (not a linear layer)"
+    if not info.name.endswith(".weight"):
+        return "2-D but not named *.weight"
+    if info.dtype not in FLOAT_DTYPES:
+        return f"2-D of dtype {info.dtype}"
+    if EMBEDDING_PATTERN.search(info.name) and not options.quantize_embeddings:
+        return "embeddings"
+    if info.shape[1] < options.group_size:
+        return f"narrow: under {options.group_size} columns"
+    if info.shape[0] == 0:
+        return "empty"
+    return None
+
+
+def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
+    """`X.weight` becomes `X.scales`: a checkpoint that has such a tensor of its own would lose one of the two."""
+    counts = Counter(output.name for tensor in tensors for output in tensor.outputs)
+    clash = next((name for name, count in counts.items() if count > 1), None)
+    if clash:
+        raise QuantizeError(f"the output would hold two tensors named {clash!r}: --exclude the weight it is made from")
+
+
+def notes_on_stacks(tensors: list[TensorPlan]) -> list[str]:
+    """Stacked expert weights are 3-D and stay; their owner should know before the folder turns out too large."""
+    stacks = [t.source for t in tensors if not t.quantized and len(t.source.shape) == 3 and t.source.shape[1] > 1]
+    if not stacks:
+        return []
+    size = format_bytes(sum(info.nbytes for info in stacks))
+    return [
+        f"{len(stacks):,} 3-D weights ({size}) stay as they are, only 2-D ones are quantized: e.g. {stacks[0].name}"
+    ]
+
+
+def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """Files beside the weights: those that are copied, and why the others are not."""
+    copied, left_out = [], []
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path in checkpoint.files or path.name == INDEX_NAME:
+            continue
+        if path.is_dir():
+            left_out.append(f"{path.name}/ (folder)")
+        elif path.name.startswith("."):
+            left_out.append(f"{path.name} (hidden)")
+        elif WEIGHTS_PATTERN.search(path.name):
+            left_out.append(f"{path.name} (other weights)")
+        elif TRAINER_PATTERN.search(path.name):
+            left_out.append(f"{path.name} (training state)")
+        elif not path.exists():
+            raise QuantizeError(f"{path} is a link to {os.readlink(path)}, which is missing: mend or remove it")
+        elif not path.is_file():
+            left_out.append(f"{path.name} (not a regular file)")
+        elif SHARD_PATTERN.fullmatch(path.name) or UNFINISHED_PATTERN.fullmatch(path.name):
+            left_out.append(f"{path.name} (of another conversion)")
+        else:
+            copied.append(path)
+    return copied, left_out
+
+
+def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path]) -> str:
+    """Hash of all that decides the output: format version, options, and the sources' names, sizes and times."""
+    facts = {
+        "version": FORMAT_VERSION,
+        "options": {**vars(options), "format": options.format.name},
+        "sources": [(path.name, *_file_state(path.stat())) for path in [*checkpoint.files, *copied]],
+        "tensors": [(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()],
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def plan_shards(
+    tensors: list[TensorPlan], shard_size: int, fingerprint: str
+) -> tuple[tuple[ShardPlan, ...], dict[str, Placement]]:
+    """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
+    metadata = {"format": "pt", METADATA_KEY: fingerprint}
+    empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
+    contents: list[list[OutputTensor]] = []
+    used = shard_size
+    for tensor in tensors:
+        # A weight's words and scales stay together, but for a limit too small to hold both.
+        together = [tensor.outputs] if empty + _shard_bytes(tensor.outputs) <= shard_size else zip(tensor.outputs)
+        for outputs in together:
+            nbytes = _shard_bytes(outputs)
+            if not contents or used + nbytes > shard_size:
+                contents.append([])
+                used = empty
+            contents[-1].extend(outputs)
+            used += nbytes
+    shards, placements = [], {}
+    for number, outputs in enumerate(contents):
+        # Widest elements first, as the safetensors library sorts them, so that every tensor is aligned.
+        outputs.sort(key=lambda output: -DTYPE_BITS[output.dtype])
+        header, ends = {"__metadata__": metadata}, [0, *itertools.accumulate(output.nbytes for output in outputs)]
+        for output, start, end in zip(outputs, ends, ends[1:]):
+            header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": [start, end]}
+        data = json.dumps(header, separators=(",", ":")).encode()
+        data += b" " * (-len(data) % 8)
+        data = len(data).to_bytes(8, "little") + data
+        for output, start in zip(outputs, ends):
+            placements[output.name] = Placement(number, len(data) + start)
+        names = tuple(output.name for output in outputs)
+        shards.append(ShardPlan(f"model-{number + 1:05}.safetensors", data, len(data) + ends[-1], names))
+    return tuple(shards), placements
+
+
+def _shard_bytes(outputs: Iterable[OutputTensor]) -> int:
+    """Bytes that tensors take up in a shard, an upper bound of their header entries included."""
+    entry = {"dtype": "F8_E4M3FNUZ", "shape": [], "data_offsets": [10**14, 10**14]}
+    return sum(o.nbytes + len(json.dumps({o.name: {**entry, "shape": o.shape}})) for o in outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: what the machine, the container and this process use
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryReading:
+    used: int  # bytes, of the machine or the container, page cache not counted
+    available: int  # bytes
+
+
+class MemoryGuard:
+    """Stops the run while the machine still breathes."""
+
+    def __init__(self, min_free: int, cgroup_folders: list[Path] | None = None):
+        self.min_free = min_free
+        self.own_peak = 0  # bytes of anonymous memory of this process, the most seen at any look
+        self._process = psutil.Process()
+        self._cgroups = find_memory_cgroups() if cgroup_folders is None else cgroup_folders
+        self._next_look = 0.0
+        self._lock = threading.Lock()
+
+    def read(self) -> MemoryReading:
+        """The tightest of the machine and the control groups that this process is in."""
+        machine = psutil.virtual_memory()
+        readings = [MemoryReading(machine.total - machine.available, machine.available)]
+        readings += filter(None, (read_cgroup(folder, machine.total) for folder in self._cgroups))
+        self.own_peak = max(self.own_peak, self.own())
+        return min(readings, key=lambda reading: reading.available)
+
+    def own(self) -> int:
+        """Anonymous memory of this process: all but mapped files, which the kernel takes back at will."""
+        info = self._process.memory_info()
+        return info.rss - getattr(info, "shared", 0)
+
+    def check(self) -> None:
+        """Raise if less than `min_free` is available. Cheap to call often: it looks 20 times a second at most."""
+        with self._lock:
+            if time.monotonic() < self._next_look:
+                return
+            self._next_look = time.monotonic() + GUARD_INTERVAL_S
+        available = self.read().available
+        if available < self.min_free:
+            raise MemoryGuardError(
+                f"stopped: {format_bytes(available)} of memory available, --min_free_gb asks for"
+                f" {format_bytes(self.min_free)}: stop other programs or containers, raise the container's --memory, or"
+                " lower --min_free_gb; the same command then continues"
+            )
+
+
+def find_memory_cgroups(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[Path]:
+    """Folders of the control groups whose memory limits hold for this process: its own and all above it.
+
+    cgroup v2 lists `0::/path` under one tree, v1 `N:memory:/path` under `memory/`. Inside a container the path may be
+    the host's and not exist there; the tree's root is then the container's own group.
+    """
+    folders = []
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []  # no Linux, no limits
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        tree = root if number == "0" else root / "memory"
+        folder = tree / path.lstrip("/")
+        folder = folder if folder.is_dir() else tree
+        folders += [parent for parent in (folder, *folder.parents) if parent == tree or tree in parent.parents]
+    return folders
+
+
+def read_cgroup(folder: Path, machine_total: int) -> MemoryReading | None:
+    """Use and limit of a control group, v2 or v1; None where it sets no limit."""
+    for limit_name, usage_name, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        try:
+            limit = int((folder / limit_name).read_text())  # "max" is no number: no limit
+            usage = int((folder / usage_name).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit < machine_total:  # v1 writes "no limit" as a huge number
+            reclaimable = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            return MemoryReading(usage - reclaimable, limit - usage + reclaimable)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output folder: what may be there, and how files become final
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_at(fd: int, path: Path, buffer: memoryview, offset: int) -> None:
+    """Write all of `buffer` at `offset`; the error of a full disk names the file."""
+    while len(buffer):
+        try:
+            count = os.pwrite(fd, buffer, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        buffer, offset = buffer[count:], offset + count
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new and renamed directory entries survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class ShardWriter:
+    """One output shard: tensors in any order and by any thread, under a temporary name until all are in."""
+
+    def __init__(self, folder: Path, shard: ShardPlan, fingerprint: str, jobs: int, finished: bool):
+        self.final = folder / shard.name
+        self.temporary = unfinished_path(self.final, fingerprint)
+        self.shard = shard
+        self.jobs_left = jobs
+        self.finished = finished
+        self._fd: int | None = None
+        self._lock = threading.Lock()
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        if not self.finished:  # a resumed run may share a tensor between a finished shard and an unfinished one
+            write_at(self._open(), self.temporary, buffer, offset)
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._fd is None:
+                self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                write_at(self._fd, self.temporary, memoryview(self.shard.header), 0)
+                os.ftruncate(self._fd, self.shard.size)
+            return self._fd
+
+    def finish(self) -> None:
+        """All bytes are in: sync them, then give the file its final name."""
+        if self.finished:
+            return
+        fd = self._open()
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.temporary)) from None
+        self.close()
+        os.rename(self.temporary, self.final)
+        sync_folder(self.final.parent)
+        self.finished = True
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def unfinished_path(path: Path, fingerprint: str) -> Path:
+    return path.with_name(f"{path.name}.{fingerprint[:12]}.unfinished")
+
+
+class OutputFolder:
+    """The output folder of one plan: refuses what is not this program's, keeps what an interrupted run finished."""
+
+    def __init__(self, folder: Path, plan: Plan, overwrite: bool):
+        self.folder = folder
+        self.plan = plan
+        self.written = plan.written_files()
+        self.finished: set[str] = set()  # names of shards and other files that are final and as planned
+        self.remove: list[Path] = []  # leftovers of earlier runs
+        self._lock_fd: int | None = None
+        self._survey(overwrite)
+
+    @property
+    def complete(self) -> bool:
+        return not self.remove and INDEX_NAME in self.finished and len(self.finished) == len(self.planned_names())
+
+    def planned_names(self) -> set[str]:
+        return {*(shard.name for shard in self.plan.shards), *(path.name for path in self.plan.copied), *self.written}
+
+    def _survey(self, overwrite: bool) -> None:
+        """Sort what is in the folder: finished work of this run, leftovers of an earlier one, and the user's own."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise QuantizeError(f"output folder {self.folder}: is a file")
+        entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        fingerprints = {path: read_fingerprint(path) for path in entries if SHARD_PATTERN.fullmatch(path.name)}
+        earlier_run = any(fingerprints.values())  # evidence that this program made the folder
+        stale, foreign = [], []
+        for path in entries:
+            unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
+            if self._is_finished(path):
+                self.finished.add(path.name)
+            elif unfinished:
+                own = self.plan.fingerprint.startswith(unfinished[1])
+                (self.remove if own else stale).append(path)
+            elif fingerprints.get(path) == self.plan.fingerprint:
+                self.remove.append(path)  # one of ours, but damaged since
+            elif fingerprints.get(path) or (earlier_run and path.name in {*self.planned_names(), QUANTIZE_CONFIG_NAME}):
+                stale.append(path)
+            else:
+                foreign.append(path)
+        if foreign:
+            raise QuantizeError(
+                f"output folder {self.folder} holds {quote_names(path.name for path in foreign)}, not written by this"
+                " program: choose a new or empty folder"
+            )
+        if stale and not overwrite:
+            raise QuantizeError(
+                f"output folder {self.folder} holds {quote_names(path.name for path in stale)} of an earlier run with"
+                " other options or source files: --overwrite starts afresh, or choose another folder"
+            )
+        if overwrite:
+            self.remove += [*stale, *(self.folder / name for name in self.finished)]
+            self.finished = set()
+
+    def _is_finished(self, path: Path) -> bool:
+        shard = next((shard for shard in self.plan.shards if shard.name == path.name), None)
+        if shard:
+            with open(path, "rb") as file:
+                return path.stat().st_size == shard.size and file.read(len(shard.header)) == shard.header
+        if path.name in self.written:
+            return path.read_bytes() == self.written[path.name]
+        source = next((source for source in self.plan.copied if source.name == path.name), None)
+        return source is not None and path.is_file() and path.read_bytes() == source.read_bytes()
+
+    def bytes_to_write(self) -> int:
+        """What the disk must still hold, less what will be removed from it first."""
+        shards = sum(shard.size for shard in self.plan.shards if shard.name not in self.finished)
+        copied = sum(path.stat().st_size for path in self.plan.copied if path.name not in self.finished)
+        written = sum(len(data) for name, data in self.written.items() if name not in self.finished)
+        return shards + copied + written
+
+    def free_disk(self) -> int:
+        """Bytes free for this user once leftovers are removed."""
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        return shutil.disk_usage(existing).free + sum(path.stat().st_blocks * 512 for path in self.remove)
+
+    def prepare(self) -> None:
+        """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        index = self.folder / INDEX_NAME
+        for path in [index, *self.remove]:
+            path.unlink(missing_ok=True)
+        self.finished.discard(INDEX_NAME)
+        sync_folder(self.folder)
+
+    def _lock(self) -> None:
+        """Two runs into one folder would mix their bytes. The lock is the folder's own and dies with the process."""
+        self._lock_fd = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QuantizeError(f"output folder {self.folder}: another run is writing to it, wait for it") from None
+        except OSError:
+            pass  # a network file system without such locks
+
+    def write_other_files(self) -> None:
+        """Copies, then the program's own files, the index last; each complete before it gets its name."""
+        for source in self.plan.copied:
+            if source.name not in self.finished:
+                self._write_file(source.name, source.read_bytes())
+        for name, data in self.written.items():
+            if name not in self.finished:
+                self._write_file(name, data)
+
+    def _write_file(self, name: str, data: bytes) -> None:
+        final = self.folder / name
+        temporary = unfinished_path(final, self.plan.fingerprint)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            write_at(fd, temporary, memoryview(data), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, final)
+        sync_folder(self.folder)
+
+    def clean_up(self) -> None:
+        """Remove what was being written when the run stopped; whole shards stay for the next run."""
+        for path in self.folder.glob("*.unfinished"):
+            unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
+            if unfinished and self.plan.fingerprint.startswith(unfinished[1]):
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+
+
+def read_fingerprint(shard: Path) -> str | None:
+    """The fingerprint in a shard that this program wrote; None for any other file."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return (file.metadata() or {}).get(METADATA_KEY)
+    except (SafetensorError, OSError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversion: workers take jobs, read, quantize, pack and write each tile to its planned place
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Part of one tensor: rows `start` to `stop` of a weight to quantize, bytes `start` to `stop` of one to keep."""
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+    nbytes: int  # of the source
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of a weight that lies in one piece in the input and in the output: whole rows, or part of one row."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+def plan_jobs(tensor: TensorPlan) -> Iterator[Job]:
+    info = tensor.source
+    if tensor.quantized:
+        rows, columns = info.shape
+        step = max(1, JOB_WEIGHTS // columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield Job(tensor, start, stop, (stop - start) * columns * DTYPE_BITS[info.dtype] // 8)
+    else:
+        step = 8 * COPY_BYTES
+        for start in range(0, info.nbytes, step):
+            stop = min(start + step, info.nbytes)
+            yield Job(tensor, start, stop, stop - start)
+
+
+def plan_tiles(job: Job, group_size: int) -> Iterator[Tile]:
+    """Whole rows, as many as make a tile; a row longer than a tile is cut between groups."""
+    columns = job.tensor.source.shape[1]
+    width = min(columns, TILE_WEIGHTS // group_size * group_size)
+    height = max(1, TILE_WEIGHTS // columns)
+    for row in range(job.start, job.stop, height):
+        for column in range(0, columns, width):
+            yield Tile(row, min(height, job.stop - row), column, min(width, columns - column))
+
+
+class Conversion:
+    """One run over a plan: the queue of jobs, the shards' writers, and what is done so far."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, output: OutputFolder, guard: MemoryGuard):
+        self.checkpoint = checkpoint
+        self.options = plan.options
+        self.placements = plan.placements
+        self.guard = guard
+        self.bytes_done = self.tensors_done = 0
+        self.tensors_total = self.bytes_total = 0
+        self._jobs: list[Job] = []
+        self._jobs_left: Counter[str] = Counter()  # by tensor
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._faults: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        jobs_by_shard: Counter[int] = Counter()
+        for tensor in plan.tensors:
+            shards = self._shards_of(tensor)
+            if all(plan.shards[shard].name in output.finished for shard in shards):
+                continue
+            jobs = list(plan_jobs(tensor))
+            self._jobs += jobs
+            self._jobs_left[tensor.source.name] = len(jobs)
+            jobs_by_shard.update({shard: len(jobs) for shard in shards})
+            self.tensors_total += 1
+            self.tensors_done += not jobs  # a tensor of no elements is in the header already
+            self.bytes_total += tensor.source.nbytes
+        self._next_job = iter(self._jobs)
+        self.writers = [
+            ShardWriter(output.folder, shard, plan.fingerprint, jobs_by_shard[number], shard.name in output.finished)
+            for number, shard in enumerate(plan.shards)
+        ]
+        self._complete: queue.SimpleQueue[ShardWriter | None] = queue.SimpleQueue()
+        for writer in self.writers:
+            if not writer.jobs_left:
+                self._complete.put(writer)
+
+    def _shards_of(self, tensor: TensorPlan) -> set[int]:
+        return {self.placements[output.name].shard for output in tensor.outputs}
+
+    def run(self, threads: int, progress: Progress) -> None:
+        """Convert everything; returns when every shard has its final name."""
+        workers = [threading.Thread(target=self._guarded, args=(self._work,), daemon=True) for _ in range(threads)]
+        # Syncing a shard takes as long as the disk does, so it has a thread of its own.
+        finisher = threading.Thread(target=self._guarded, args=(self._finish_shards,), daemon=True)
+        try:
+            for thread in [*workers, finisher]:
+                thread.start()
+            for thread in workers:
+                self._wait_for(thread, progress)
+            self._complete.put(None)
+            self._wait_for(finisher, progress)
+            self._raise_fault()
+        finally:
+            self._stop.set()
+            self._complete.put(None)
+            for thread in [*workers, finisher]:
+                if thread.ident:
+                    thread.join()
+            for writer in self.writers:
+                writer.close()
+
+    def _wait_for(self, thread: threading.Thread, progress: Progress) -> None:
+        while thread.is_alive():
+            thread.join(timeout=0.1)
+            progress.show(self)
+            self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        if not self._faults.empty():
+            raise self._faults.get()
+
+    def _guarded(self, task) -> None:
+        """Run a thread's task; its error stops all others and is raised in the main thread."""
+        try:
+            with torch.inference_mode():
+                task()
+        except BaseException as fault:
+            self._stop.set()
+            self._faults.put(fault)
+
+    def _work(self) -> None:
+        workspace = Workspace()
+        while not self._stop.is_set():
+            with self._lock:
+                job = next(self._next_job, None)
+            if job is None:
+                return
+            self.guard.check()
+            convert = self._quantize if job.tensor.quantized else self._copy
+            if convert(job, workspace):
+                self._count(job)
+
+    def _quantize(self, job: Job, workspace: Workspace) -> bool:
+        """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
+        options, info = self.options, job.tensor.source
+        words_output, scales_output = job.tensor.outputs
+        for tile in plan_tiles(job, options.group_size):
+            if self._stop.is_set():
+                return False
+            groups = self._read_groups(info, tile, workspace)  # source dtype (n, group_size)
+            codes, scales = quantize_groups(groups, FLOAT_DTYPES[scales_output.dtype], workspace)
+            if not torch.isfinite(scales).all():
+                raise QuantizeError(describe_bad_value(info, tile, groups, scales))
+            words = pack_int4(codes.view(tile.rows, -1), workspace)  # int32 (rows, padded // 8)
+            words_row, scales_row = words_output.shape[1], scales_output.shape[1]
+            first_word = tile.row * words_row + tile.column // CODES_PER_WORD
+            first_scale = tile.row * scales_row + tile.column // options.group_size
+            self._write(words_output, first_word * 4, workspace.buffer("words", words.nbytes))
+            self._write(scales_output, first_scale * scales.itemsize, workspace.buffer("scales", scales.nbytes))
+        return True
+
+    def _read_groups(self, info: TensorInfo, tile: Tile, workspace: Workspace) -> torch.Tensor:
+        """A tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
+        dtype, group_size = FLOAT_DTYPES[info.dtype], self.options.group_size
+        raw = workspace.buffer("raw", tile.rows * tile.columns * dtype.itemsize)
+        self.checkpoint.read_into(info, (tile.row * info.shape[1] + tile.column) * dtype.itemsize, raw)
+        weights = torch.frombuffer(raw, dtype=dtype).view(tile.rows, tile.columns)
+        padded_columns = -(-tile.columns // group_size) * group_size
+        if padded_columns != tile.columns:
+            padded = workspace.tensor("padded", dtype, tile.rows, padded_columns)
+            padded[:, : tile.columns].copy_(weights)
+            padded[:, tile.columns :].zero_()
+            weights = padded
+        return weights.view(-1, group_size)
+
+    def _copy(self, job: Job, workspace: Workspace) -> bool:
+        """Copy the job's bytes as they are; False if the run was stopped meanwhile."""
+        for start in range(job.start, job.stop, COPY_BYTES):
+            if self._stop.is_set():
+                return False
+            buffer = workspace.buffer("raw", min(COPY_BYTES, job.stop - start))
+            self.checkpoint.read_into(job.tensor.source, start, buffer)
+            self._write(job.tensor.outputs[0], start, buffer)
+        return True
+
+    def _write(self, output: OutputTensor, offset: int, buffer: memoryview) -> None:
+        placement = self.placements[output.name]
+        self.writers[placement.shard].write(buffer, placement.offset + offset)
+
+    def _count(self, job: Job) -> None:
+        """Book a finished job; a shard whose last job it was goes to the finisher."""
+        name = job.tensor.source.name
+        with self._lock:
+            self.bytes_done += job.nbytes
+            self._jobs_left[name] -= 1
+            self.tensors_done += self._jobs_left[name] == 0
+            for shard in self._shards_of(job.tensor):
+                self.writers[shard].jobs_left -= 1
+                if self.writers[shard].jobs_left == 0:
+                    self._complete.put(self.writers[shard])
+
+    def _finish_shards(self) -> None:
+        while (writer := self._complete.get()) is not None and not self._stop.is_set():
+            self.checkpoint.check_unchanged()
+            writer.finish()
+
+
+def describe_bad_value(info: TensorInfo, tile: Tile, groups: torch.Tensor, scales: torch.Tensor) -> str:
+    """Name the first weight of a tile that is not finite or too large for the scale's dtype."""
+    group_size = groups.shape[1]
+    bad_group = int((~torch.isfinite(scales)).nonzero()[0])
+    weights = groups[bad_group].to(torch.float32)
+    magnitudes = torch.where(torch.isnan(weights), torch.inf, weights.abs())
+    position = int(magnitudes.argmax())
+    groups_per_row = -(-tile.columns // group_size)
+    row = tile.row + bad_group // groups_per_row
+    column = tile.column + bad_group % groups_per_row * group_size + position
+    value = float(weights[position])
+    largest = torch.finfo(scales.dtype).max * CODE_MAX
+    problem = (
+        "is not finite"
+        if not math.isfinite(value)
+        else f"needs a scale beyond {str(scales.dtype).removeprefix('torch.')} (weights up to {largest:.6g})"
+    )
+    return (
+        f"tensor {info.name!r} ({info.file.name}), row {row}, column {column}: {value:.6g} {problem}: mend the"
+        " checkpoint, or keep this tensor as it is with --exclude"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the user reads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print; a reader that went away (`| head`) must not end a long run."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
+
+
+def format_bytes(nbytes: float) -> str:
+    """Decimal units, three significant digits or so: 63.16 GB, 17.1 MB, 812 bytes."""
+    for unit, size in (("TB", 1000 * GB), ("GB", GB), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{2 if unit in ('GB', 'TB') else 1}f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def format_seconds(seconds: float) -> str:
+    """0:07, 3:05, 1:02:03"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def say_row(label: str, count: object = "", size: str = "", note: str = "") -> None:
+    count = f"{count:,}" if isinstance(count, int) else count
+    say(f"{label:<44}{count:>8}{size:>14}  {note}".rstrip())
+
+
+def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
+    options = plan.options
+    say(f"{checkpoint.folder} -> {output.folder}")
+    say(f"format {options.format.name}, group size {options.group_size}, {threads} threads")
+    say()
+    say_row("Plan", "tensors", "size")
+    tensors = plan.tensors
+    total_in = sum(tensor.source.nbytes for tensor in tensors)
+    say_row("input", len(tensors), format_bytes(total_in), count_of(len(checkpoint.files), "file"))
+    quantized = [tensor for tensor in tensors if tensor.quantized]
+    packed = sum(output.nbytes for tensor in quantized for output in tensor.outputs)
+    before = sum(tensor.source.nbytes for tensor in quantized)
+    say_row("quantized to 4 bits", len(quantized), format_bytes(before), f"become {format_bytes(packed)}")
+    padded = [tensor.source for tensor in quantized if tensor.source.shape[1] % options.group_size]
+    if padded:
+        example = f"{padded[0].shape[1]:,} to {options.format.padded_columns(padded[0], options.group_size):,}"
+        say_row("  of these padded to whole groups", len(padded), "", f"e.g. {example} columns: {padded[0].name}")
+    kept = [tensor for tensor in tensors if not tensor.quantized]
+    say_row("kept as they are", len(kept), format_bytes(sum(tensor.source.nbytes for tensor in kept)))
+    for reason, count in Counter(tensor.kept_because for tensor in kept).most_common():
+        group = [tensor.source for tensor in kept if tensor.kept_because == reason]
+        size = format_bytes(sum(info.nbytes for info in group))
+        say_row(f"  {reason}", count, size, "" if count > 2 else ", ".join(info.name for info in group))
+    outputs = sum(len(tensor.outputs) for tensor in tensors)
+    limit = f"{count_of(len(plan.shards), 'shard')} of at most {format_bytes(options.shard_size)}"
+    say_row("output", outputs, format_bytes(plan.total_size), limit)
+    say()
+    for note in plan.notes:
+        say(f"Note: {note}")
+    say(f"Copied:    {', '.join(path.name for path in plan.copied) or 'no other files'}")
+    if plan.left_out:
+        say(f"Left out:  {', '.join(plan.left_out)}")
+    finished = sum(shard.name in output.finished for shard in plan.shards)
+    if finished:
+        say(f"Resuming:  {finished} of {count_of(len(plan.shards), 'shard')} finished by an earlier run")
+    if output.remove:
+        say(f"Removing:  {quote_names(path.name for path in output.remove)} of an earlier run")
+    say(f"Disk:      {format_bytes(output.bytes_to_write())} to write, {format_bytes(output.free_disk())} free")
+    reading = guard.read()
+    peak = guard.own() + threads * worker_bytes(plan)
+    say(
+        f"Memory:    about {format_bytes(peak)} at the peak; {format_bytes(reading.available)} available, stops below"
+        f" {format_bytes(guard.min_free)}"
+    )
+
+
+def count_of(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def worker_bytes(plan: Plan) -> int:
+    """What one worker's buffers come to: raw and padded weights, magnitudes, float32 quotients, codes and words."""
+    itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
+    return int(TILE_WEIGHTS * (3 * itemsize + 4 + 1 + 1 + 0.5 + 0.2)) + COPY_BYTES
+
+
+class Progress:
+    """One updating line on a terminal, else a line every ten seconds."""
+
+    def __init__(self, guard: MemoryGuard):
+        self.guard = guard
+        self.terminal = sys.stdout.isatty()
+        self.started = time.monotonic()
+        self.stages = [("Baseline", guard.read())]
+        self._next = self.started + (0 if self.terminal else PROGRESS_INTERVAL_S[False])
+        self._shown = False
+
+    def mark(self, stage: str) -> None:
+        """Note the memory at a stage, for the table at the end."""
+        self.stages.append((stage, self.guard.read()))
+
+    def show(self, conversion: Conversion) -> None:
+        done, total = conversion.bytes_done, conversion.bytes_total
+        if done * 2 >= total > 0 and len(self.stages) == 2:
+            self.mark(f"Mid-quantization ({conversion.tensors_done:,}/{conversion.tensors_total:,})")
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + PROGRESS_INTERVAL_S[self.terminal]
+        rate = done / max(now - self.started, 1e-9)
+        left = format_seconds((total - done) / rate) if rate else "?"
+        reading = self.guard.read()
+        line = (
+            f"{conversion.tensors_done:,}/{conversion.tensors_total:,} tensors  {done / max(total, 1):6.1%}"
+            f"  {done / GB:.1f}/{total / GB:.1f} GB  {rate / GB:.2f} GB/s  {left} left"
+            f"  RAM {reading.used / GB:.1f} GB used, {reading.available / GB:.1f} GB available"
+        )
+        if done == total:
+            line = f"all {conversion.tensors_total:,} tensors converted, writing to disk"
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            say(f"\r\033[K{line[:width]}", end="")
+        else:
+            say(line)
+        self._shown = True
+
+    def clear(self) -> None:
+        """Leave the updating line, so that what follows starts on a fresh one."""
+        if self.terminal and self._shown:
+            say("\r\033[K", end="")
+            self._shown = False
+
+
+def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> None:
+    seconds = time.monotonic() - progress.started
+    before = sum(tensor.source.nbytes for tensor in plan.tensors)
+    quantized = sum(tensor.quantized for tensor in plan.tensors)
+    rate = conversion.bytes_total / max(seconds, 1e-9)
+    say(
+        f"Done in {format_seconds(seconds)} ({format_bytes(rate)}/s read): {format_bytes(before)} became"
+        f" {format_bytes(plan.total_size)} ({before / max(plan.total_size, 1):.2f} times smaller),"
+        f" {quantized:,} tensors quantized, {len(plan.tensors) - quantized:,} kept"
+    )
+    say(f"Peak memory of this process: {format_bytes(progress.guard.own_peak)} (mapped files not counted)")
+    say()
+    say(f"{'Stage':<36}{'RAM used':>12}{'Available':>12}")
+    for stage, reading in progress.stages:
+        say(f"{stage:<36}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, as all errors."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="quantize_int4.py",
+        description=__doc__.split("\n\n", 1)[0],
+        epilog=__doc__.split("\n\n", 1)[1] + "\nEvery option may be written with hyphens too: --input-dir.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--input_dir", required=True, type=Path, metavar="DIR", help="folder of the merged checkpoint (safetensors)")
+    add("--output_dir", required=True, type=Path, metavar="DIR", help="folder to write to; new or empty, or unfinished")
+    add(
+        "--group_size",
+        type=group_size_argument,
+        default=128,
+        metavar="N",
+        help="columns that share a scale, a multiple of 8 (default: 128)",
+    )
+    add(
+        "--shard_size_gb",
+        type=positive_number,
+        default=4.0,
+        metavar="GB",
+        help="largest size of an output file, in 10^9 bytes; a larger tensor gets a file to itself (default: 4.0)",
+    )
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        type=regex_argument,
+        metavar="REGEX",
+        help="keep tensors whose name this matches anywhere (Python re.search); may be given several times",
+    )
+    add("--quantize_embeddings", action="store_true", help="quantize embeddings too (default: they are kept)")
+    add(
+        "--min_free_gb",
+        type=non_negative_number,
+        default=10.0,
+        metavar="GB",
+        help="stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)",
+    )
+    add(
+        "--threads",
+        type=thread_count,
+        default=default_threads(),
+        metavar="N",
+        help="worker threads (default: the cores this process may use, %(default)s here)",
+    )
+    add("--dry_run", action="store_true", help="print the plan and stop; nothing is written")
+    add("--overwrite", action="store_true", help="replace what an earlier run left in the output folder, nothing else")
+    add("--debug", action="store_true", help="show a traceback with an error")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser.parse_args([with_underscores(argument) for argument in argv])
+
+
+def with_underscores(argument: str) -> str:
+    """--input-dir=a-b -> --input_dir=a-b"""
+    option, equals, value = argument.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
+
+
+def group_size_argument(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0 or int(text) % CODES_PER_WORD:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of {CODES_PER_WORD}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    value = non_negative_number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def non_negative_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes")
+    return value
+
+
+def thread_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads from 1 to 1024")
+    return int(text)
+
+
+def regex_argument(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
+    return text
+
+
+def default_threads() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:
+    source, target = input_dir.resolve(), output_dir.resolve()
+    if target == source or source in target.parents:
+        where = "the input folder itself" if target == source else f"inside the input folder {input_dir}"
+        raise QuantizeError(f"output folder {output_dir} is {where}: choose one outside it")
+
+
+def run(args: argparse.Namespace) -> None:
+    guard = MemoryGuard(int(args.min_free_gb * GB))
+    progress = Progress(guard)
+    refuse_nested_folders(args.input_dir, args.output_dir)
+    options = Options(
+        FORMATS["int4"],
+        args.group_size,
+        int(args.shard_size_gb * GB),
+        tuple(args.exclude),
+        args.quantize_embeddings,
+    )
+    with contextlib.closing(Checkpoint.open(args.input_dir)) as checkpoint:
+        plan = plan_conversion(checkpoint, options)
+        with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
+            progress.mark("Headers read")
+            print_plan(plan, checkpoint, output, guard, args.threads)
+            if args.dry_run:
+                return say("Dry run: nothing was written.")
+            if output.complete:
+                return say(f"{args.output_dir} is complete already: nothing to do.")
+            convert(checkpoint, plan, output, progress, args.threads)
+    return None
+
+
+def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int) -> None:
+    """Write the planned output folder."""
+    needed, free = output.bytes_to_write(), output.free_disk()
+    if needed > free:
+        raise QuantizeError(
+            f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free: make room"
+            f" for {format_bytes(needed - free)} more or choose another disk"
+        )
+    progress.guard.check()
+    say()
+    output.prepare()
+    conversion = Conversion(checkpoint, plan, output, progress.guard)
+    try:
+        conversion.run(threads, progress)
+        checkpoint.check_unchanged()
+        output.write_other_files()
+    finally:
+        progress.clear()
+        output.clean_up()
+    progress.mark("Written")
+    print_summary(plan, conversion, progress)
+
+
+def stop_on_signals() -> None:
+    """SIGINT, SIGTERM and a closed terminal raise in the main thread; a second one ends the process on the spot."""
+
+    def handler(signum: int, _frame: object) -> None:
+        for each in watched:
+            signal.signal(each, lambda signum, _frame: os._exit(128 + signum))
+        raise Interrupted(signum)
+
+    watched = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    for signum in watched:
+        signal.signal(signum, handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    torch.set_num_threads(1)  # the workers are the parallelism
+    stop_on_signals()
+    try:
+        run(args)
+        return 0
+    except Interrupted as interrupted:
+        problem, exit_code = f"stopped by {interrupted}; the same command continues", interrupted.exit_code
+    except QuantizeError as error:
+        problem, exit_code = str(error), error.exit_code
+    except OSError as error:
+        problem, exit_code = describe_os_error(error), 1
+    except Exception as error:
+        problem, exit_code = f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1
+    if args.debug:
+        traceback.print_exc()
+    print(f"error: {problem}", file=sys.stderr)
+    return exit_code
+
+
+def describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    remedy = ": make room, then the same command continues" if error.errno in full else ""
+    return f"{where}{error.strerror or error}{remedy}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

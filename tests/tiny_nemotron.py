@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Write a small checkpoint with NemotronH's real tensor names and kinds.
+
+    python tests/tiny_nemotron.py OUT_DIR
+
+Two bf16 shards with an index, config.json and tokenizer files; random weights, the same at every run. Needs torch and
+safetensors only. `nemotron_tensors(NANO_30B)` is the full inventory of Nemotron-3-Nano-30B: 6,243 tensors, 63.2 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class NemotronConfig:
+    """The sizes that decide the tensors' shapes, by their names in NemotronH's config.json."""
+
+    hybrid_override_pattern: str  # a letter a layer: M Mamba, * attention, E mixture of experts
+    vocab_size: int
+    hidden_size: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    ssm_state_size: int
+    n_groups: int
+    conv_kernel: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    n_routed_experts: int
+    moe_intermediate_size: int
+    moe_shared_expert_intermediate_size: int
+
+
+NANO_30B = NemotronConfig(
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    vocab_size=131072,
+    hidden_size=2688,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    ssm_state_size=128,
+    n_groups=8,
+    conv_kernel=4,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    head_dim=128,
+    n_routed_experts=128,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+)
+
+TINY = NemotronConfig(
+    hybrid_override_pattern="ME*E",
+    vocab_size=512,
+    hidden_size=256,
+    mamba_num_heads=8,
+    mamba_head_dim=32,
+    ssm_state_size=16,
+    n_groups=2,
+    conv_kernel=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    n_routed_experts=4,
+    moe_intermediate_size=192,  # 1.5 groups of 128, as the real 1,856 are 14.5
+    moe_shared_expert_intermediate_size=384,
+)
+
+
+def nemotron_tensors(config: NemotronConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor, in the order of the layers."""
+    tensors = {"backbone.embeddings.weight": (config.vocab_size, config.hidden_size)}
+    layer_kinds = {"M": _mamba_shapes, "*": _attention_shapes, "E": _moe_shapes}
+    for number, kind in enumerate(config.hybrid_override_pattern):
+        layer = f"backbone.layers.{number}"
+        tensors[f"{layer}.norm.weight"] = (config.hidden_size,)
+        tensors |= {f"{layer}.mixer.{name}": shape for name, shape in layer_kinds[kind](config).items()}
+    tensors["backbone.norm_f.weight"] = (config.hidden_size,)
+    tensors["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    float32 = "e_score_correction_bias"
+    return {n: (torch.float32 if n.endswith(float32) else torch.bfloat16, shape) for n, shape in tensors.items()}
+
+
+def _mamba_shapes(config: NemotronConfig) -> dict[str, tuple[int, ...]]:
+    heads, inner = config.mamba_num_heads, config.mamba_num_heads * config.mamba_head_dim
+    convolved = inner + 2 * config.n_groups * config.ssm_state_size
+    return {
+        "A_log": (heads,),
+        "D": (heads,),
+        "conv1d.bias": (convolved,),
+        "conv1d.weight": (convolved, 1, config.conv_kernel),
+        "dt_bias": (heads,),
+        "in_proj.weight": (inner + convolved + heads, config.hidden_size),
+        "norm.weight": (inner,),
+        "out_proj.weight": (config.hidden_size, inner),
+    }
+
+
+def _attention_shapes(config: NemotronConfig) -> dict[str, tuple[int, ...]]:
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "k_proj.weight": (key, config.hidden_size),
+        "o_proj.weight": (config.hidden_size, query),
+        "q_proj.weight": (query, config.hidden_size),
+        "v_proj.weight": (key, config.hidden_size),
+    }
+
+
+def _moe_shapes(config: NemotronConfig) -> dict[str, tuple[int, ...]]:
+    hidden, routed, shared = (
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.moe_shared_expert_intermediate_size,
+    )
+    shapes = {
+        "gate.e_score_correction_bias": (config.n_routed_experts,),
+        "gate.weight": (config.n_routed_experts, hidden),
+    }
+    for number in range(config.n_routed_experts):
+        shapes[f"experts.{number}.up_proj.weight"] = (routed, hidden)
+        shapes[f"experts.{number}.down_proj.weight"] = (hidden, routed)
+    shapes["shared_experts.up_proj.weight"] = (shared, hidden)
+    shapes["shared_experts.down_proj.weight"] = (hidden, shared)
+    return shapes
+
+
+def random_tensors(config: NemotronConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        for name, (dtype, shape) in nemotron_tensors(config).items()
+    }
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 2) -> None:
+    """Save tensors as `shards` files of about as many tensors each, with the index that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, weight_map = list(tensors), {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = names[len(names) * number // shards : len(names) * (number + 1) // shards]
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total_size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_other_files(folder: Path, config: NemotronConfig) -> None:
+    """config.json and tokenizer files; the vocabulary is the 256 bytes."""
+    layers = len(config.hybrid_override_pattern)
+    texts = {
+        "config.json": {
+            "architectures": ["NemotronHForCausalLM"],
+            "model_type": "nemotron_h",
+            "torch_dtype": "bfloat16",
+            "num_hidden_layers": layers,
+            **asdict(config),
+        },
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"},
+        "tokenizer.json": {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096},
+    }
+    for name, value in texts.items():
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}\n")
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/tiny_nemotron.py OUT_DIR")
+    folder, tensors = Path(sys.argv[1]), random_tensors(TINY)
+    write_checkpoint(folder, tensors)
+    write_other_files(folder, TINY)
+    megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    print(f"{folder}: {len(tensors)} tensors, {megabytes:.1f} MB of random weights in 2 shards")
+
+
+if __name__ == "__main__":
+    main()
