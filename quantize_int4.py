@@ -53,7 +53,6 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 try:
     import psutil
     import torch
-    from safetensors import SafetensorError, safe_open
 except ImportError as missing:
     sys.exit(f"error: {missing}: quantize_int4.py needs torch, safetensors and psutil: pip install psutil safetensors")
 
@@ -93,6 +92,7 @@ DTYPE_BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 BITS_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # item size -> integer of the same size
 
@@ -164,29 +164,17 @@ class TensorInfo:
     offset: int
 
 
-def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one file. The safetensors library checks the header (size, JSON, dtypes, offsets without gap or
-    overlap, file length); this reads from it where each tensor lies, which the library keeps to itself."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size), object_pairs_hook=_dict_of_unique_keys)
-    except (SafetensorError, ValueError) as error:
-        raise QuantizeError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from None
-    header.pop("__metadata__", None)
-    return {
-        name: TensorInfo(
-            name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-            path,
-            8 + header_size + entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
+def read_header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a safetensors file, and where the tensors' bytes begin. ValueError if it has none."""
+    with open(path, "rb") as file:
+        length, size = file.read(8), os.fstat(file.fileno()).st_size
+        header_size = int.from_bytes(length, "little")
+        if len(length) < 8 or header_size > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{size:,} bytes with a header of {header_size:,}")
+        header = json.loads(file.read(header_size).decode(), object_pairs_hook=_dict_of_unique_keys)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, 8 + header_size
 
 
 def _dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -195,6 +183,37 @@ def _dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"its header names {twice!r} twice")
     return unique
+
+
+def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of one safetensors file. Checks what the library checks (tensors without gap or overlap, their sizes,
+    the file's length), and unique names; `safe_open` itself maps the file in a way that fails for files beyond the
+    machine's memory."""
+    try:
+        header, start = read_header(path)
+        infos = [_tensor_info(name, entry, path, start) for name, entry in header.items() if name != "__metadata__"]
+        end = start
+        for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
+            if info.offset != end:
+                raise ValueError(f"gap or overlap before tensor {info.name!r}")
+            end += info.nbytes
+        if end != path.stat().st_size:
+            raise ValueError(f"{path.stat().st_size:,} bytes, {end:,} by its header")
+    except (ValueError, RecursionError) as error:
+        raise QuantizeError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from None
+    return {info.name: info for info in infos}
+
+
+def _tensor_info(name: str, entry: object, path: Path, start: int) -> TensorInfo:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        bits = math.prod(shape) * DTYPE_BITS[dtype]
+        whole_numbers = all(type(number) is int and number >= 0 for number in [*shape, first, last])
+    except (KeyError, TypeError, ValueError):
+        whole_numbers = False
+    if not whole_numbers or bits != (last - first) * 8:
+        raise ValueError(f"tensor {name!r} has no valid dtype, shape and offsets")
+    return TensorInfo(name, dtype, tuple(shape), last - first, path, start + first)
 
 
 def read_json(path: Path) -> dict:
@@ -237,7 +256,7 @@ class Checkpoint:
             raise QuantizeError(f"input folder {folder}: no {INDEX_NAME} and no *.safetensors in it{hint}")
         tensors: dict[str, TensorInfo] = {}
         for path in files:
-            for name, info in read_safetensors_header(path).items():
+            for name, info in read_tensor_infos(path).items():
                 if name in tensors:
                     raise QuantizeError(
                         f"tensor {name!r} is in both {tensors[name].file.name} and {path.name}, and there is no"
@@ -260,7 +279,7 @@ class Checkpoint:
                 raise QuantizeError(f"{index} names {path.name}, which is missing: copy or download it again")
         tensors, unlisted = {}, []
         for path in files:
-            for name, info in read_safetensors_header(path).items():
+            for name, info in read_tensor_infos(path).items():
                 if weight_map.get(name, path.name) == path.name:
                     tensors[name] = info
                     if name not in weight_map:
@@ -352,7 +371,7 @@ def quantize_groups(
     """
     scales = workspace.tensor("scales", scale_dtype, len(groups))
     scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
-    divisors = scales.to(torch.float32)
+    divisors = scales.to(torch.float32, copy=True)
     divisors.masked_fill_(divisors == 0, 1)  # weights below half the least scale: round(w / 1) is the 0 they become
     quotients = workspace.tensor("quotients", torch.float32, *groups.shape).copy_(groups)
     quotients.div_(divisors[:, None]).round_()
@@ -1017,9 +1036,8 @@ class OutputFolder:
 def read_fingerprint(shard: Path) -> str | None:
     """The fingerprint in a shard that this program wrote; None for any other file."""
     try:
-        with safe_open(shard, framework="pt") as file:
-            return (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError):
+        return read_header(shard)[0]["__metadata__"][METADATA_KEY]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -1276,7 +1294,9 @@ def format_bytes(nbytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """0:07, 3:05, 1:02:03"""
+    """7.3 s, 3:05, 1:02:03"""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -1595,25 +1615,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
         return 0
-    except Interrupted as interrupted:
-        problem, exit_code = f"stopped by {interrupted}; the same command continues", interrupted.exit_code
-    except QuantizeError as error:
-        problem, exit_code = str(error), error.exit_code
-    except OSError as error:
-        problem, exit_code = describe_os_error(error), 1
-    except Exception as error:
-        problem, exit_code = f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1
-    if args.debug:
-        traceback.print_exc()
-    print(f"error: {problem}", file=sys.stderr)
-    return exit_code
+    except (Interrupted, Exception) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {describe_error(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
 
 
-def describe_os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    remedy = ": make room, then the same command continues" if error.errno in full else ""
-    return f"{where}{error.strerror or error}{remedy}"
+def describe_error(error: BaseException) -> str:
+    """An error in one line: what is wrong and what to do."""
+    if isinstance(error, Interrupted):
+        return f"stopped by {error}; the same command continues"
+    if isinstance(error, QuantizeError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"{where}{error.strerror or error}{': make room, then the same command continues' if full else ''}"
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,95 @@
+"""Shared by the tests: the script as a module and as a process, and checkpoints to run it on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "quantize_int4.py"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from launcher import launch  # noqa: E402
+from tiny_nemotron import TINY, random_tensors, write_checkpoint, write_other_files  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The tiny Nemotron checkpoint; tests must not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    write_checkpoint(folder, random_tensors(TINY))
+    write_other_files(folder, TINY)
+    return folder
+
+
+def command(input_dir: Path, output_dir: Path, *options: object) -> list[str]:
+    """The command line. The memory guard is off unless a test sets it, so that small machines run the suite, too."""
+    base = [sys.executable, str(SCRIPT), "--input_dir", str(input_dir), "--output_dir", str(output_dir)]
+    return [*base, "--min_free_gb", "0", *map(str, options)]
+
+
+def run_cli(
+    input_dir: Path, output_dir: Path, *options: object, constants: dict | None = None, umask: int = 0o022
+) -> subprocess.CompletedProcess:
+    """Run the command to its end in a process of its own (see launcher.py). `constants` replaces constants of the
+    script: sizes and intervals that a short run would not reach."""
+    arguments = command(input_dir, output_dir, *options)[2:]
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        returncode = launch(arguments, stdout, stderr, constants or {}, umask)
+        for stream in (stdout, stderr):
+            stream.seek(0)
+        return subprocess.CompletedProcess(arguments, returncode, stdout.read(), stderr.read())
+
+
+def quantize(input_dir: Path, output_dir: Path, *options: object, constants=None) -> subprocess.CompletedProcess:
+    """Run the script, which must succeed and keep standard error empty."""
+    result = run_cli(input_dir, output_dir, *options, constants=constants)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result
+
+
+def assert_refused(result: subprocess.CompletedProcess, *fragments: str, exit_code: int = 1) -> None:
+    """The promise of every refusal: its exit code, one line on standard error, and that line says what matters."""
+    assert result.returncode == exit_code, result.stdout + result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, read with the safetensors library alone."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
+                assert name not in tensors
+                tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """One model.safetensors without an index, and a config.json."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}\n')
+    return folder
+
+
+def is_root() -> bool:
+    return os.geteuid() == 0

@@ -1,0 +1,111 @@
+"""Memory: what the process takes, what it leaves, and whose limits it respects."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import assert_refused, command, run_cli
+from sparse import write_sparse_checkpoint
+
+import quantize_int4 as q
+
+GB = 10**9
+
+
+def peak_anonymous(arguments: list[str]) -> int:
+    """The most RssAnon that the kernel reports of a process while it runs, in bytes."""
+    peak = 0
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as run:
+        while run.poll() is None:
+            try:
+                status = Path(f"/proc/{run.pid}/status").read_text()
+            except OSError:
+                break
+            peak = max([peak, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status))])
+            time.sleep(0.01)
+    assert run.returncode == 0
+    return peak
+
+
+def test_memory_stays_under_half_a_gigabyte_whatever_the_size_of_a_tensor_or_shard(tmp_path):
+    tensors = {
+        "embed_tokens.weight": (torch.bfloat16, (100_000, 3072)),  # 0.6 GB, kept
+        "lm_head.weight": (torch.bfloat16, (100_000, 3000)),  # 0.6 GB, quantized and padded
+    }
+    write_sparse_checkpoint(tmp_path / "in", tensors, shards=1)
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
+    assert (tmp_path / "out" / "model-00001.safetensors").stat().st_size > 0.75 * GB
+
+
+def test_a_row_of_a_hundred_million_columns_is_not_held_either(tmp_path):
+    write_sparse_checkpoint(tmp_path / "in", {"m.weight": (torch.bfloat16, (2, 10**8))}, shards=1)
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
+
+
+def test_the_guard_refuses_to_start_when_too_little_is_available(tiny, tmp_path):
+    result = run_cli(tiny, tmp_path / "out", "--min_free_gb", 10**6)
+    assert_refused(result, "available", "--min_free_gb", "1000.00 TB", exit_code=3)
+    assert not (tmp_path / "out").exists()
+
+
+def write_files(folder: Path, files: dict[str, object]) -> Path:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(f"{text}\n")
+    return folder
+
+
+V2 = {
+    "memory.max": 8 * GB,
+    "memory.current": 7 * GB,
+    "memory.stat": f"anon 1\nactive_file {GB}\ninactive_file {4 * GB}",
+}
+V1 = {
+    "memory.limit_in_bytes": 8 * GB,
+    "memory.usage_in_bytes": 7 * GB,
+    "memory.stat": f"cache 1\ntotal_active_file {GB}\ntotal_inactive_file {4 * GB}",
+}
+
+
+@pytest.mark.parametrize("files", [V2, V1], ids=["cgroup v2", "cgroup v1"])
+def test_reclaimable_page_cache_counts_as_available_in_a_container(tmp_path, files):
+    folder = write_files(tmp_path / "group", files)
+    assert q.read_cgroup(folder, 128 * GB) == q.MemoryReading(used=2 * GB, available=6 * GB)
+
+
+@pytest.mark.parametrize("limit", [{"memory.max": "max"}, {"memory.limit_in_bytes": 9223372036854771712}, {}])
+def test_a_group_without_a_limit_does_not_count(tmp_path, limit):
+    usage = {"memory.current": GB, "memory.usage_in_bytes": GB, "memory.stat": "anon 1"}
+    assert q.read_cgroup(write_files(tmp_path / "group", usage | limit), 128 * GB) is None
+
+
+def test_the_limits_of_all_groups_above_count_and_the_tightest_wins(tmp_path):
+    root = tmp_path / "cgroup"
+    write_files(root, {})
+    write_files(root / "docker", V2 | {"memory.max": 3 * GB})
+    write_files(root / "docker" / "abc", V2)
+    membership = tmp_path / "membership"
+    membership.write_text("0::/docker/abc\n")
+    folders = q.find_memory_cgroups(membership, root)
+    assert folders == [root / "docker" / "abc", root / "docker", root]
+    available = min(psutil.virtual_memory().available, GB)
+    assert q.MemoryGuard(0, folders).read().available <= available
+
+
+def test_inside_a_container_the_hosts_path_does_not_exist_and_the_root_is_the_group(tmp_path):
+    write_files(tmp_path / "memory", V1)
+    membership = tmp_path / "membership"
+    membership.write_text("12:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n")
+    assert q.find_memory_cgroups(membership, tmp_path) == [tmp_path / "memory"]
+
+
+def test_a_container_limit_trips_the_guard(tmp_path):
+    guard = q.MemoryGuard(7 * GB, [write_files(tmp_path / "group", V2)])
+    with pytest.raises(q.MemoryGuardError, match=r"6\.00 GB of memory available"):
+        guard.check()

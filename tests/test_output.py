@@ -1,0 +1,237 @@
+"""What the output folder holds: tensors, shards, index, copied files."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from conftest import folder_bytes, quantize, read_tensors, run_cli, save_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sparse import write_sparse_checkpoint
+from tiny_nemotron import NANO_30B, nemotron_tensors, write_checkpoint
+
+import quantize_int4 as q
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_kept_tensors_are_bit_for_bit_the_same_in_their_own_dtype(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    source, output = read_tensors(tiny), read_tensors(tmp_path / "out")
+    kept = source.keys() & output.keys()
+    assert len(kept) == 14
+    for name in kept:
+        assert output[name].dtype == source[name].dtype
+        assert torch.equal(output[name].view(torch.uint8), source[name].view(torch.uint8)), name
+    assert source["backbone.layers.1.mixer.gate.e_score_correction_bias"].dtype == torch.float32
+
+
+def test_every_dtype_of_the_format_can_be_kept(tmp_path):
+    floats = {"f64": torch.float64, "f16": torch.float16, "c64": torch.complex64}
+    integers = {"i64": torch.int64, "u8": torch.uint8, "bool": torch.bool, "u16": torch.uint16}
+    tensors = {name: torch.arange(5).to(dtype) for name, dtype in (floats | integers).items()}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "nan": torch.tensor([float("nan"), 1])}
+    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out")
+    output = read_tensors(tmp_path / "out")
+    assert output.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert output[name].shape == tensor.shape
+        assert output[name].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+def test_names_shapes_and_dtypes_are_those_of_the_layout(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    output = read_tensors(tmp_path / "out")
+    down = "backbone.layers.1.mixer.experts.0.down_proj"  # 256 x 192, padded to 256 columns
+    assert (output[f"{down}.qweight"].dtype, output[f"{down}.qweight"].shape) == (torch.int32, (256, 32))
+    assert (output[f"{down}.scales"].dtype, output[f"{down}.scales"].shape) == (torch.float16, (256, 2))
+    assert f"{down}.weight" not in output
+    up = "backbone.layers.1.mixer.experts.0.up_proj"
+    assert (output[f"{up}.qweight"].shape, output[f"{up}.scales"].shape) == ((192, 32), (192, 2))
+
+
+def test_quantize_config_describes_the_layout_and_lists_padded_weights_with_their_true_shape(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    config = read_json(tmp_path / "out" / "quantize_config.json")
+    assert (config["format"], config["bits"], config["group_size"], config["symmetric"]) == ("int4", 4, 128, True)
+    assert "gptq" not in json.dumps(config).lower()
+    padded = {f"backbone.layers.{i}.mixer.experts.{j}.down_proj.weight": [256, 192] for i in (1, 3) for j in range(4)}
+    assert config["padded_weights"] == padded
+    assert config["quantized_weights"] == 29
+    kept = read_tensors(tmp_path / "out").keys() & read_tensors(tiny).keys()
+    assert sorted(config["kept_weights"]) == sorted(kept)
+
+
+@pytest.mark.parametrize("shard_size", [150_000, 300_000, 1_000_000])
+def test_shards_stay_under_the_limit_unless_one_tensor_is_larger(tiny, tmp_path, shard_size):
+    quantize(tiny, tmp_path / "out", "--shard_size_gb", shard_size / 1e9)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert [path.name for path in shards] == [f"model-{i + 1:05}.safetensors" for i in range(len(shards))]
+    assert len(shards) > 1
+    for path in shards:
+        with safe_open(path, framework="pt") as file:
+            assert path.stat().st_size <= shard_size or len(file.keys()) == 1
+
+
+def test_many_small_tensors_do_not_push_a_shard_over_its_limit(tmp_path):
+    tensors = {f"a.rather.long.name.of.a.tensor.{i}.bias": torch.ones(2) for i in range(500)}
+    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--shard_size_gb", 20_000 / 1e9)
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert max(sizes) <= 20_000
+    assert len(sizes) < 6
+
+
+def test_words_and_scales_of_a_weight_share_a_shard(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out", "--shard_size_gb", 3e-4)
+    weight_map = read_json(tmp_path / "out" / "model.safetensors.index.json")["weight_map"]
+    assert len(set(weight_map.values())) > 2
+    for name, shard in weight_map.items():
+        if name.endswith(".qweight"):
+            assert weight_map[name.replace(".qweight", ".scales")] == shard
+
+
+def test_the_index_names_every_tensor_with_its_shard_and_the_total_size(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out", "--shard_size_gb", 3e-4)
+    index = read_json(tmp_path / "out" / "model.safetensors.index.json")
+    found, total = {}, 0
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata()["format"] == "pt"
+            found |= dict.fromkeys(file.keys(), path.name)
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert index["weight_map"] == found
+    assert index["metadata"]["total_size"] == total
+
+
+def test_every_tensor_is_aligned_to_its_element_size(tmp_path):
+    tensors = {"odd.bias": torch.ones(3).bfloat16(), "m.weight": torch.ones(3, 128), "i.steps": torch.ones(1).long()}
+    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out")
+    for info in q.read_tensor_infos(tmp_path / "out" / "model-00001.safetensors").values():
+        assert info.offset % (q.DTYPE_BITS[info.dtype] // 8) == 0, info
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_file_modes_follow_the_umask(tiny, tmp_path, umask, mode):
+    os.chmod(tiny / "config.json", 0o600)  # of the source, which does not count
+    result = run_cli(tiny, tmp_path / "out", umask=umask)
+    assert result.returncode == 0
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {mode}, modes
+
+
+def test_output_is_the_same_whatever_the_number_of_threads(tiny, tmp_path):
+    small_tiles = {"TILE_WEIGHTS": 4096, "JOB_WEIGHTS": 8192}
+    quantize(tiny, tmp_path / "one", "--threads", 1)
+    quantize(tiny, tmp_path / "five", "--threads", 5, constants=small_tiles)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "five")
+
+
+MODEL_FILES = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+    "vocab.txt", "merges.txt", "spiece.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "modeling_nemotron_h.py", "configuration_nemotron_h.py", "preprocessor_config.json", "README.md", "LICENSE",
+]  # fmt: skip
+OTHER_FILES = [
+    "pytorch_model.bin", "consolidated.00.pth", "model.pt", "model-Q4.gguf", "model.onnx", "tf_model.h5",
+    "flax_model.msgpack", "pytorch_model.bin.index.json", "optimizer.bin", "optimizer.pt", "scheduler.pt",
+    "rng_state_0.pth", "training_args.bin", "trainer_state.json", ".gitattributes", "adapter_model.safetensors",
+]  # fmt: skip
+
+
+def test_the_models_files_are_copied_and_the_rest_is_named_in_the_plan(tmp_path):
+    folder = save_model(tmp_path / "in", {"m.weight": torch.ones(2, 128)})
+    for name in MODEL_FILES + OTHER_FILES:
+        (folder / name).write_text(json.dumps({"file": name}))
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    (folder / "global_step10").mkdir()
+    result = quantize(folder, tmp_path / "out")
+    for name in MODEL_FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    own = {"model-00001.safetensors", "model.safetensors.index.json", "quantize_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == own | set(MODEL_FILES)
+    left_out = next(line for line in result.stdout.splitlines() if line.startswith("Left out:"))
+    for name in [*OTHER_FILES, "global_step10/"]:
+        assert name in left_out
+
+
+def test_a_hub_cache_snapshot_of_links_is_read_and_copied_through(tiny, tmp_path):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in tiny.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    quantize(snapshot, tmp_path / "out")
+    quantize(tiny, tmp_path / "direct")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "direct")
+
+
+@pytest.mark.parametrize("layout", ["single file", "several files without index", "indexed"])
+def test_all_safetensors_layouts_give_the_same_tensors(tiny, tmp_path, layout):
+    tensors, folder = read_tensors(tiny), tmp_path / "in"
+    if layout == "single file":
+        save_model(folder, tensors)
+    else:
+        write_checkpoint(folder, tensors, shards=3)
+        if layout != "indexed":
+            (folder / "model.safetensors.index.json").unlink()
+    quantize(folder, tmp_path / "out")
+    quantize(tiny, tmp_path / "expected")
+    output, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "expected")
+    assert output.keys() == expected.keys()
+    assert all(torch.equal(output[name], expected[name]) for name in expected)
+
+
+def test_exclude_keeps_what_any_of_its_patterns_finds(tiny, tmp_path):
+    result = quantize(tiny, tmp_path / "out", "--exclude", r"shared_experts", "--exclude", r"^lm_head")
+    output = read_tensors(tmp_path / "out")
+    assert "lm_head.weight" in output
+    assert "backbone.layers.3.mixer.shared_experts.up_proj.weight" in output
+    assert "backbone.layers.3.mixer.experts.0.up_proj.weight" not in output
+    assert "--exclude shared_experts" in result.stdout
+
+
+def test_embeddings_are_kept_unless_asked_for(tiny, tmp_path):
+    quantize(tiny, tmp_path / "default")
+    quantize(tiny, tmp_path / "asked", "--quantize_embeddings")
+    assert "backbone.embeddings.weight" in read_tensors(tmp_path / "default")
+    assert "backbone.embeddings.qweight" in read_tensors(tmp_path / "asked")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_embedding"),
+    [
+        ("model.embed_tokens.weight", True),
+        ("backbone.embeddings.weight", True),
+        ("transformer.wte.weight", True),
+        ("bert.embeddings.word_embeddings.weight", True),
+        ("wpe.weight", True),
+        ("embed_out.weight", False),  # GPT-NeoX's head
+        ("vision.patch_embed.proj.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_embeddings_are_known_by_the_last_part_of_their_modules_name(name, is_embedding):
+    assert bool(q.EMBEDDING_PATTERN.search(name)) == is_embedding
+
+
+def plan_counts(stdout: str) -> tuple[int, int, int]:
+    """Tensors in, quantized and kept, from the printed plan."""
+    rows = {line[:44].strip(): line[44:].split() for line in stdout.splitlines()}
+    return tuple(int(rows[row][0].replace(",", "")) for row in ("input", "quantized to 4 bits", "kept as they are"))
+
+
+def test_the_full_nemotron_inventory_plans_as_6028_quantized(tmp_path):
+    write_sparse_checkpoint(tmp_path / "in", nemotron_tensors(NANO_30B), shards=13)
+    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run")
+    assert plan_counts(result.stdout) == (6243, 6028, 215)
+    assert "63.16 GB" in result.stdout
+    assert "2,944" in result.stdout  # padded
+    assert not (tmp_path / "out").exists()
+    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run", "--quantize_embeddings")
+    assert plan_counts(result.stdout) == (6243, 6029, 214)

@@ -1,0 +1,169 @@
+"""The arithmetic and the bits: scales, codes, packing, and the way back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import quantize, read_tensors, save_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import pack_words, reference_quantize
+
+import quantize_int4 as q
+
+SEEDED = torch.Generator().manual_seed(1)
+
+
+def quantize_weight(weight: torch.Tensor, group_size: int, scale_dtype=torch.float16):
+    """Codes (rows, columns) and scales (rows, groups) of a weight that needs no padding."""
+    workspace = q.Workspace()
+    codes, scales = q.quantize_groups(weight.contiguous().view(-1, group_size), scale_dtype, workspace)
+    return codes.view(weight.shape).clone(), scales.view(len(weight), -1).clone()
+
+
+def test_golden_bits_by_hand():
+    # max is 7, so the scale is 1.0 = 0x3C00; halves round to even: 3.5 -> 4, 2.5 -> 2, -2.5 -> -2
+    weight = torch.tensor([[7, -7, 1, -1, 0, 3.5, 2.5, -2.5]], dtype=torch.bfloat16)
+    codes, scales = quantize_weight(weight, 8)
+    assert codes.tolist() == [[7, -7, 1, -1, 0, 4, 2, -2]]
+    assert scales.view(torch.int16).tolist() == [[0x3C00]]
+    # nibbles, element 0 lowest:       -2 2 4 0 -1 1 -7 7
+    words = q.pack_int4(codes, q.Workspace())
+    assert words.item() & 0xFFFFFFFF == 0xE_2_4_0_F_1_9_7
+
+
+def test_golden_bits_of_a_scale_that_rounds():
+    # 1/7 = 0.142857 is 0x3092 in float16 (0.142822); 1.0 / 0.142822 = 7.0017 -> 7, 0.0714 / 0.142822 = 0.49994 -> 0
+    codes, scales = quantize_weight(torch.tensor([[1.0, 0.0714, -0.0715, -1.0, 0, 0, 0, 0]]), 8)
+    assert scales.view(torch.int16).tolist() == [[0x3092]]
+    assert codes.tolist() == [[7, 0, -1, -7, 0, 0, 0, 0]]
+
+
+def test_division_is_true_division_not_by_a_reciprocal():
+    # w / scale is 2.5 - half an ulp or so; w * (1 / scale) rounds up to 2.5 or beyond for some of these
+    scales = torch.linspace(0.9, 1.1, 4001).half().float()
+    weights = torch.stack([scales * 7, scales * 2.5, scales * 1.5, scales * 0.5] * 2, 1)
+    codes, stored = quantize_weight(weights, 8)
+    expected = reference_quantize(weights, 8)
+    assert codes.tolist() == expected[0]
+    assert stored.float().tolist() == expected[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([8, 24, 32, 64, 128]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    exponent=st.integers(-30, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_codes_and_scales_equal_the_slow_reference(rows, groups, group_size, dtype, scale_dtype, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(rows, groups * group_size, generator=generator) * 2.0**exponent).to(dtype)
+    weight[torch.rand(weight.shape, generator=generator) < 0.1] = 0
+    weight[-1, -group_size:] = 0
+    codes, scales = quantize_weight(weight, group_size, scale_dtype)
+    expected_codes, expected_scales = reference_quantize(weight, group_size, scale_dtype)
+    assert codes.tolist() == expected_codes
+    assert scales.float().tolist() == expected_scales
+    assert scales[-1, -1] == 0  # an all-zero group
+    assert not codes[-1, -group_size:].any()
+
+
+SHAPES = [(1, 8), (1, 128), (3, 136), (7, 200), (2, 1856), (5, 129), (300, 128), (1, 5000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [8, 128])
+def test_output_equals_the_slow_reference_over_odd_shapes(tmp_path, dtype, group_size):
+    tensors = {f"m.{i}.weight": torch.randn(shape, generator=SEEDED).to(dtype) for i, shape in enumerate(SHAPES)}
+    tensors["zeros.weight"] = torch.zeros(3, 256, dtype=dtype)
+    tensors["denormal.weight"] = (torch.randn(3, 256, generator=SEEDED) * 2e-6).to(dtype)
+    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--group_size", group_size)
+    output = read_tensors(tmp_path / "out")
+    quantized = {name for name, weight in tensors.items() if weight.shape[1] >= group_size}
+    for name in quantized:
+        codes, scales = reference_quantize(tensors[name], group_size)
+        module = name.removesuffix(".weight")
+        assert output[module + ".qweight"].tolist() == [pack_words(row) for row in codes], name
+        assert output[module + ".scales"].tolist() == scales, name
+        assert name not in output
+    assert len(output) == 2 * len(quantized) + (len(tensors) - len(quantized))
+
+
+def test_tiles_and_jobs_cut_a_weight_without_a_seam(tmp_path):
+    """Rows longer than a tile, ragged ends and several jobs a weight give the bytes of a single tile."""
+    tensors = {
+        "wide.weight": torch.randn(3, 1000, generator=SEEDED).bfloat16(),
+        "tall.weight": torch.randn(257, 72, generator=SEEDED).bfloat16(),
+        "kept.bias": torch.randn(12345, generator=SEEDED).bfloat16(),
+    }
+    folder = save_model(tmp_path / "in", tensors)
+    quantize(folder, tmp_path / "whole", "--group_size", 64)
+    constants = {"TILE_WEIGHTS": 256, "JOB_WEIGHTS": 1024, "COPY_BYTES": 100}
+    quantize(folder, tmp_path / "cut", "--group_size", 64, constants=constants)
+    whole, cut = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@given(st.lists(st.integers(-8, 7), min_size=8, max_size=64).filter(lambda codes: len(codes) % 8 == 0))
+def test_packing_equals_the_reference_and_unpacks_to_the_same_codes(codes):
+    words = q.pack_int4(torch.tensor([codes], dtype=torch.int8), q.Workspace())
+    assert words.tolist() == [pack_words(codes)]
+    assert q.unpack_int4(words).tolist() == [codes]
+
+
+def seed_recipe(qweight: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The dequantization that the project's users were promised, line by line."""
+    rows, packed_columns = qweight.shape
+    columns = packed_columns * 8
+    unpacked = torch.zeros(rows, columns, dtype=torch.int8)
+    for i in range(8):
+        unpacked[:, i::8] = ((qweight >> (i * 4)) & 0xF).to(torch.int8)
+    unpacked = torch.where(unpacked > 7, unpacked - 16, unpacked)
+    return (unpacked.float().reshape(-1, group_size) * scales.float().reshape(-1, 1)).reshape(rows, columns)
+
+
+@pytest.mark.parametrize("columns", [256, 300])
+def test_dequantize_int4_equals_the_seeds_recipe_and_drops_the_padding(tmp_path, columns):
+    weight = torch.randn(9, columns, generator=SEEDED).bfloat16()
+    quantize(save_model(tmp_path / "in", {"m.weight": weight}), tmp_path / "out")
+    output = read_tensors(tmp_path / "out")
+    recipe = seed_recipe(output["m.qweight"], output["m.scales"], 128)
+    assert torch.equal(q.dequantize_int4(output["m.qweight"], output["m.scales"], 128), recipe)
+    assert torch.equal(q.dequantize_int4(output["m.qweight"], output["m.scales"], 128, columns), recipe[:, :columns])
+    assert not recipe[:, columns:].any()
+
+
+def test_dequantize_int4_says_when_the_group_size_is_wrong():
+    with pytest.raises(ValueError, match="group_size is not 64"):
+        q.dequantize_int4(torch.zeros(2, 16, dtype=torch.int32), torch.ones(2, 1).half(), 64)
+
+
+def test_every_weight_comes_back_within_half_a_scale(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    source, output = read_tensors(tiny), read_tensors(tmp_path / "out")
+    checked = 0
+    for name, weight in source.items():
+        module = name.removesuffix(".weight")
+        if module + ".qweight" not in output:
+            continue
+        scales = output[module + ".scales"].float()
+        back = seed_recipe(output[module + ".qweight"], output[module + ".scales"], 128)[:, : weight.shape[1]]
+        bound = scales.repeat_interleave(128, 1)[:, : weight.shape[1]] * (0.5 + 7 * 2**-11)
+        assert ((back - weight.float()).abs() <= bound).all(), name
+        checked += 1
+    assert checked == 29
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_max_abs_lets_no_bad_value_pass(value, dtype):
+    groups = torch.randn(4, 128).to(dtype)
+    groups[2, 77] = value
+    assert torch.isfinite(q.max_abs(groups, q.Workspace())).tolist() == [True, True, False, True]
