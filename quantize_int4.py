@@ -132,12 +132,34 @@ class MemoryGuardError(QuantizeError):
     exit_code = 3
 
 
-class Interrupted(BaseException):
-    """A signal asked the run to stop; not an `Exception`, so that nothing on the way up takes it for a fault."""
+class Interrupted(QuantizeError):
+    """A signal asked the run to stop."""
 
     def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command continues")
         self.exit_code = 128 + signum
+
+
+_signals_received: list[int] = []
+
+
+def stop_on_signals() -> None:
+    """Let SIGINT, SIGTERM and a closed terminal stop the run at its next `check_signals`; a second one ends the process
+    on the spot. An exception raised by the handler itself could surface anywhere, half-way into starting a thread."""
+
+    def handler(signum: int, _frame: object) -> None:
+        if _signals_received:
+            os._exit(128 + signum)
+        _signals_received.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, handler)
+
+
+def check_signals() -> None:
+    if _signals_received:
+        raise Interrupted(_signals_received[0])
 
 
 def quote_names(names: Iterable[str], most: int = 3) -> str:
@@ -189,6 +211,7 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file. Checks what the library checks (tensors without gap or overlap, their sizes,
     the file's length), and unique names; `safe_open` itself maps the file in a way that fails for files beyond the
     machine's memory."""
+    check_signals()
     try:
         header, start = read_header(path)
         infos = [_tensor_info(name, entry, path, start) for name, entry in header.items() if name != "__metadata__"]
@@ -1012,6 +1035,7 @@ class OutputFolder:
     def _write_file(self, name: str, data: bytes) -> None:
         final = self.folder / name
         temporary = unfinished_path(final, self.plan.fingerprint)
+        check_signals()
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             write_at(fd, temporary, memoryview(data), 0)
@@ -1105,7 +1129,7 @@ class Conversion:
         self._jobs_left: Counter[str] = Counter()  # by tensor
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._faults: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        self._faults: queue.SimpleQueue[Exception] = queue.SimpleQueue()
         jobs_by_shard: Counter[int] = Counter()
         for tensor in plan.tensors:
             shards = self._shards_of(tensor)
@@ -1156,6 +1180,7 @@ class Conversion:
     def _wait_for(self, thread: threading.Thread, progress: Progress) -> None:
         while thread.is_alive():
             thread.join(timeout=0.1)
+            check_signals()
             progress.show(self)
             self._raise_fault()
 
@@ -1168,7 +1193,7 @@ class Conversion:
         try:
             with torch.inference_mode():
                 task()
-        except BaseException as fault:
+        except Exception as fault:
             self._stop.set()
             self._faults.put(fault)
 
@@ -1595,19 +1620,6 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
     print_summary(plan, conversion, progress)
 
 
-def stop_on_signals() -> None:
-    """SIGINT, SIGTERM and a closed terminal raise in the main thread; a second one ends the process on the spot."""
-
-    def handler(signum: int, _frame: object) -> None:
-        for each in watched:
-            signal.signal(each, lambda signum, _frame: os._exit(128 + signum))
-        raise Interrupted(signum)
-
-    watched = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    for signum in watched:
-        signal.signal(signum, handler)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -1615,17 +1627,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
         return 0
-    except (Interrupted, Exception) as error:
+    except Exception as error:
         if args.debug:
             traceback.print_exc()
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 
-def describe_error(error: BaseException) -> str:
+def describe_error(error: Exception) -> str:
     """An error in one line: what is wrong and what to do."""
-    if isinstance(error, Interrupted):
-        return f"stopped by {error}; the same command continues"
     if isinstance(error, QuantizeError):
         return str(error)
     if isinstance(error, OSError):
