@@ -11,14 +11,21 @@ Works on the checkpoint's tensors alone: no model code is imported, so any archi
 floating-point `*.weight` of at least one group of columns is quantized, all else is kept bit for bit. The plan is made
 from the headers and printed before the first weight is read (--dry_run stops there).
 
-Format of the output (each weight `X.weight` of shape (rows, columns) is replaced):
+Formats of the output (--format); each weight `X.weight` of shape (rows, columns) is replaced by these tensors:
 
-    int4    X.qweight  int32    (rows, padded // 8)           eight 4-bit codes a word, element 0 in the lowest bits,
-                                                              two's complement
-            X.scales   float16  (rows, padded // group_size)  weight = code * scale
-            `padded` is `columns` rounded up to whole groups; quantize_config.json lists the weights it differs for
+    int4                 X.qweight        int32    (rows, padded // 8)           code c as 4-bit two's complement
+                         X.scales         float16  (rows, padded // group_size)
+                         `padded` is `columns` rounded up to whole groups; quantize_config.json lists where they differ
+    compressed-tensors   X.weight_packed  int32    (rows, columns // 8)          code c as c + 8
+    (vLLM, transformers) X.weight_scale   X's own  (rows, columns // group_size)
+                         X.weight_shape   int64    (2,)                          rows, columns
+    gptq                 X.qweight        int32    (columns // 8, rows)          code c as c + 8
+    (GPTQ v1 readers)    X.scales         float16  (columns // group_size, rows)
+                         X.qzeros         int32    (columns // group_size, rows // 8)  every 4-bit zero point 8, as 7
+                         X.g_idx          int32    (columns,)                    column // group_size
 
-Group-wise symmetric: scale = max|w| / 7 rounded to float16, code = clamp(round(w / scale), -8, 7).
+Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: scale =
+max|w| / 7 rounded to its dtype, c = clamp(round(w / scale), -8, 7).
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 130 and 143 stopped by SIGINT and SIGTERM. After
 any of them the same command continues where the run stopped.
@@ -39,14 +46,15 @@ import queue
 import re
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
@@ -67,11 +75,15 @@ FORMAT_VERSION = 1  # raise it whenever the bytes of the output change: leftover
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
+OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Torch spends some microseconds a call, so tiles must not be small; the tile's
 # buffers (about 13 bytes a weight) should still fit the last-level cache. Measured: tests/benchmark.py --tiles.
 TILE_WEIGHTS = 1 << 19
 JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
+TRANSPOSED_JOB_WEIGHTS = (
+    1 << 25
+)  # the same where a job's words are staged (half a byte a weight) to be written by column
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 GUARD_INTERVAL_S = 0.05  # the least time between two looks at the machine's memory (a look costs about 0.2 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
@@ -98,6 +110,19 @@ BITS_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # item size -> i
 
 # Names, by the convention of the architectures on the hub: the last component of the module's name.
 EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe)\.weight$")
+HEAD_PATTERN = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier)\.weight$|^output\.weight$")
+ROUTER_PATTERN = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$")
+EXPERT_PATTERN = re.compile(r"(.*\.experts)\.(\d+)\.\w+\.weight$")
+
+# Layers that engines hold as one, and so in one precision, as they do a layer's routed experts. (vLLM 0.29.0:
+# packed_modules_mapping of its models)
+FUSED_LAYERS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
 
 # Marks of a checkpoint that is quantized already: formats in use on the hub.
 QUANTIZED_NAME_PATTERN = re.compile(
@@ -429,8 +454,9 @@ def dequantize_int4(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pack_int4(codes: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """int8 (rows, columns) in the workspace, destroyed -> int32 (rows, columns // 8), two's complement nibbles.
+def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = False) -> torch.Tensor:
+    """int8 (rows, columns) in the workspace, destroyed -> int32 (rows, columns // 8), two's complement nibbles; or
+    nibbles that hold the code plus 8, `with_offset`.
 
     On pairs of codes as int16 0x0H0L: masked, the high code shifted onto the low byte, which is then all that is kept.
     Four bytes in a row, the lowest first, are the little-endian word.
@@ -441,11 +467,12 @@ def pack_int4(codes: torch.Tensor, workspace: Workspace) -> torch.Tensor:
     pairs.bitwise_or_(torch.bitwise_right_shift(pairs, 4, out=shifted))
     words = workspace.tensor("words", torch.int32, rows, columns // CODES_PER_WORD)
     words.view(torch.int8).copy_(pairs)  # keeps the low byte
-    return words
+    return words.bitwise_xor_(OFFSET_BITS) if with_offset else words
 
 
-def unpack_int4(words: torch.Tensor) -> torch.Tensor:
-    """int32 (rows, columns // 8), two's complement nibbles -> int8 (rows, columns)."""
+def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
+    """int32 (rows, columns // 8) -> int8 (rows, columns)."""
+    words = words ^ OFFSET_BITS if with_offset else words
     shifts = torch.arange(28, -4, -4, dtype=torch.int32)  # code i to the top, then back with its sign
     return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
 
@@ -462,6 +489,7 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    content: Callable[[], bytes] | None = None  # where it follows from the shapes alone
 
     @property
     def nbytes(self) -> int:
@@ -470,34 +498,60 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Format:
-    """What a weight becomes: its tensors' names and dtypes."""
+    """What a weight becomes, and what the format's readers ask for."""
 
     name: str
     words_suffix: str  # replaces ".weight" in the name of the int32 words
     scales_suffix: str
-    scale_dtype: str
+    describe: Callable[[Plan], dict[str, dict]]  # file name -> what quantization adds to that JSON file
+    scale_dtype: str | None = "F16"  # None: the weight's own
+    with_offset: bool = False  # nibbles hold code + 8
+    transposed: bool = False  # words and scales lie as (columns, rows)
+    row_multiple: int = 1
+    for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
+    constants: Callable[[str, int, int, int], list[OutputTensor]] = (
+        lambda *_: []
+    )  # of module, rows, columns, group_size
 
     def padded_columns(self, info: TensorInfo, group_size: int) -> int:
         """Columns rounded up to whole groups."""
         return -(-info.shape[1] // group_size) * group_size
 
-    def outputs(self, info: TensorInfo, group_size: int) -> tuple[OutputTensor, OutputTensor]:
-        """The words and the scales that replace a weight."""
-        module, rows = info.name.removesuffix(".weight"), info.shape[0]
-        padded = self.padded_columns(info, group_size)
+    def outputs(self, info: TensorInfo, group_size: int) -> tuple[OutputTensor, ...]:
+        """What replaces a weight: words, scales, then tensors that follow from its shape."""
+        module, rows, columns = info.name.removesuffix(".weight"), info.shape[0], self.padded_columns(info, group_size)
+        scale_dtype = self.scale_dtype or {"F64": "F32"}.get(info.dtype, info.dtype)
+        words, scales = (rows, columns // CODES_PER_WORD), (rows, columns // group_size)
         return (
-            OutputTensor(module + self.words_suffix, "I32", (rows, padded // CODES_PER_WORD)),
-            OutputTensor(module + self.scales_suffix, self.scale_dtype, (rows, padded // group_size)),
+            OutputTensor(module + self.words_suffix, "I32", words[::-1] if self.transposed else words),
+            OutputTensor(module + self.scales_suffix, scale_dtype, scales[::-1] if self.transposed else scales),
+            *self.constants(module, rows, columns, group_size),
         )
 
 
-FORMATS = {row.name: row for row in (Format("int4", ".qweight", ".scales", "F16"),)}
+def shape_tensor(module: str, rows: int, columns: int, _group_size: int) -> list[OutputTensor]:
+    """compressed-tensors: `weight_shape`, without which transformers cannot unpack."""
+    return [OutputTensor(module + ".weight_shape", "I64", (2,), lambda: struct.pack("<2q", rows, columns))]
 
 
-def describe_int4(plan: Plan) -> dict:
-    """quantize_config.json of the `int4` layout: all that a reader needs beside the shards."""
+def zeros_and_group_index(module: str, rows: int, columns: int, group_size: int) -> list[OutputTensor]:
+    """gptq: `qzeros`, which version 1 stores less one, and `g_idx`, each column's group."""
+    zeros = (columns // group_size, rows // CODES_PER_WORD)
+    return [
+        OutputTensor(module + ".qzeros", "I32", zeros, lambda: b"\x77" * (4 * math.prod(zeros))),
+        OutputTensor(
+            module + ".g_idx",
+            "I32",
+            (columns,),
+            lambda: b"".join(struct.pack("<i", group) * group_size for group in range(columns // group_size)),
+        ),
+    ]
+
+
+def describe_int4(plan: Plan) -> dict[str, dict]:
+    """All that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it."""
     group_size = plan.options.group_size
-    return {
+    description = {
         "quant_method": "int4_weight_only",
         "format": plan.options.format.name,
         "producer": f"quantize_int4.py {__version__}",
@@ -511,15 +565,107 @@ def describe_int4(plan: Plan) -> dict:
         },
         "dequantize": "weight[r, c] = code[r, c] * scales[r, c // group_size]",
         "padding": "columns are padded with zeros to a multiple of group_size; drop those past the true shape",
-        "padded_weights": {
-            tensor.source.name: list(tensor.source.shape)
-            for tensor in plan.tensors
-            if tensor.quantized and tensor.source.shape[1] % group_size
-        },
-        "quantized_weights": sum(tensor.quantized for tensor in plan.tensors),
+        "padded_weights": {info.name: list(info.shape) for info in plan.quantized if info.shape[1] % group_size},
+        "quantized_weights": len(plan.quantized),
         "kept_weights": [tensor.source.name for tensor in plan.tensors if not tensor.quantized],
     }
+    return {QUANTIZE_CONFIG_NAME: description}
 
+
+def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
+    """config.json's `quantization_config`, by the compressed-tensors package (quant_config.py). `Linear` must be the
+    only target: with narrower ones vLLM refuses experts ("must have same quantization scheme")."""
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": plan.options.group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    group = {
+        "targets": ["Linear"],
+        "format": "pack-quantized",
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
+    description = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_kept_layers(plan))],
+    }
+    return {CONFIG_NAME: {"quantization_config": description}}
+
+
+def describe_gptq(plan: Plan) -> dict[str, dict]:
+    """GPTQ v1: quantize_config.json, and the same in config.json. (GPTQModel, quantization/config.py)"""
+    description = {
+        "bits": 4,
+        "group_size": plan.options.group_size,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "dynamic": {f"-:{pattern}": {} for pattern in patterns_of_kept_layers(plan)},
+    }
+    return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": description}}
+
+
+def patterns_of_kept_layers(plan: Plan) -> list[str]:
+    """Regular expressions for the linear layers that are kept, one for all layer numbers where it fits no other module.
+
+    They leave out the names' first component: transformers loads `backbone.` as `model.`, vLLM does not, and a full
+    name would fail in one of them.
+    """
+    linear = {t.source.name: t for t in plan.tensors if len(t.source.shape) == 2 and t.source.name.endswith(".weight")}
+    linear = {name: tensor for name, tensor in linear.items() if not EMBEDDING_PATTERN.search(name)}
+    stacks = [
+        t.source.name for t in plan.tensors if len(t.source.shape) == 3 and re.search(r"\bexperts\b", t.source.name)
+    ]
+    numberless = {name: re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear}
+    packed = {numberless[name] for name, tensor in linear.items() if tensor.quantized}
+    patterns = []
+    for name, tensor in linear.items():
+        if not tensor.quantized and name != "lm_head.weight":
+            generic = name if numberless[name] in packed else numberless[name]
+            module = re.escape(generic.removesuffix(".weight").partition(".")[2] or generic.removesuffix(".weight"))
+            patterns.append(f".*{module}$".replace(r"\#", r"\d+"))
+    patterns += [f".*{re.escape(name.partition('.')[2].partition('experts')[0])}experts.*" for name in stacks]
+    return list(dict.fromkeys(patterns))
+
+
+FORMATS = {
+    row.name: row
+    for row in (
+        Format("int4", ".qweight", ".scales", describe_int4),
+        Format(
+            "compressed-tensors",
+            ".weight_packed",
+            ".weight_scale",
+            describe_compressed_tensors,
+            scale_dtype=None,
+            with_offset=True,
+            for_engines=True,
+            constants=shape_tensor,
+        ),
+        Format(
+            "gptq",
+            ".qweight",
+            ".scales",
+            describe_gptq,
+            with_offset=True,
+            transposed=True,
+            row_multiple=8,
+            for_engines=True,
+            constants=zeros_and_group_index,
+        ),
+    )
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: all that is decided before the first weight is read
@@ -551,7 +697,7 @@ class TensorPlan:
 
     source: TensorInfo
     kept_because: str | None  # None: it is quantized
-    outputs: tuple[OutputTensor, ...]  # words and scales, or the tensor itself
+    outputs: tuple[OutputTensor, ...]  # words, scales and constants, or the tensor itself
 
     @property
     def quantized(self) -> bool:
@@ -578,6 +724,11 @@ class Plan:
     copied: tuple[Path, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    model_config: dict  # config.json of the input
+
+    @property
+    def quantized(self) -> list[TensorInfo]:
+        return [tensor.source for tensor in self.tensors if tensor.quantized]
 
     @property
     def total_size(self) -> int:
@@ -588,7 +739,10 @@ class Plan:
         """The files that the program itself writes beside the shards, the index last."""
         weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
         index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        return {QUANTIZE_CONFIG_NAME: _json_bytes(describe_int4(self)), INDEX_NAME: _json_bytes(index)}
+        files = self.options.format.describe(self)
+        if CONFIG_NAME in files:
+            files[CONFIG_NAME] = self.model_config | files[CONFIG_NAME]
+        return {name: _json_bytes(value) for name, value in [*files.items(), (INDEX_NAME, index)]}
 
 
 def _json_bytes(value: dict) -> bytes:
@@ -609,13 +763,25 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         )
         tensors.append(TensorPlan(info, kept_because, outputs))
     refuse_clashing_names(tensors)
+    config = checkpoint.folder / CONFIG_NAME
+    if options.format.for_engines:
+        refuse_what_engines_cannot_hold(tensors, options, config)
     copied, left_out = plan_other_files(checkpoint)
     fingerprint = make_fingerprint(checkpoint, options, copied)
     shards, placements = plan_shards(tensors, options.shard_size, fingerprint)
-    notes = [*checkpoint.notes, *notes_on_stacks(tensors)]
-    if not any(tensor.quantized for tensor in tensors):
-        notes.append("no weight is quantized: nothing here is 2-D, floating-point and wide enough, or all is excluded")
-    return Plan(options, fingerprint, tuple(tensors), shards, placements, tuple(copied), tuple(left_out), tuple(notes))
+    plan = Plan(
+        options=options,
+        fingerprint=fingerprint,
+        tensors=tuple(tensors),
+        shards=shards,
+        placements=placements,
+        copied=tuple(copied),
+        left_out=tuple(left_out),
+        notes=(*checkpoint.notes, *notes_on_tensors(tensors, options)),
+        model_config=read_json(config) if config.exists() else {},
+    )
+    written = plan.written_files()  # takes the place of a copy
+    return replace(plan, copied=tuple(path for path in copied if path.name not in written))
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -660,11 +826,70 @@ def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern
         return f"2-D of dtype {info.dtype}"
     if EMBEDDING_PATTERN.search(info.name) and not options.quantize_embeddings:
         return "embeddings"
-    if info.shape[1] < options.group_size:
+    if info.shape[0] == 0 or info.shape[1] < options.group_size:
         return f"narrow: under {options.group_size} columns"
-    if info.shape[0] == 0:
-        return "empty"
+    if options.format.for_engines and HEAD_PATTERN.search(info.name):
+        return "heads (engines hold them in full precision)"
+    if options.format.for_engines and ROUTER_PATTERN.search(info.name):
+        return "expert routers (engines hold them in full precision)"
     return None
+
+
+def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, config: Path) -> None:
+    """Whatever would make a folder that converts well and then does not load, or loads as noise."""
+    form, group_size = options.format, options.group_size
+    if options.quantize_embeddings:
+        raise QuantizeError(
+            f"--quantize_embeddings: no engine reads embeddings packed as {form.name}; int4 can hold them"
+        )
+    if group_size not in MARLIN_GROUP_SIZES:
+        raise QuantizeError(f"--group_size {group_size}: engines' kernels (Marlin) have 32, 64 and 128 for {form.name}")
+    if not config.exists():
+        raise QuantizeError(f"{config} is missing: {form.name} describes the quantization in it, and engines need it")
+    weights = [tensor.source for tensor in tensors if tensor.quantized]
+    ragged = [info for info in weights if info.shape[1] % group_size]
+    if ragged:
+        fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
+        remedy = f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them"
+        raise QuantizeError(
+            f"{len(ragged):,} weights have columns that are no multiple of --group_size {group_size}, which {form.name}"
+            f" cannot hold, e.g. {ragged[0].name!r} with {ragged[0].shape[1]:,}: {remedy}"
+        )
+    uneven = [info for info in weights if info.shape[0] % form.row_multiple]
+    if uneven:
+        raise QuantizeError(
+            f"{len(uneven):,} weights have rows that are no multiple of {form.row_multiple}, which {form.name} cannot"
+            f" hold, e.g. {uneven[0].name!r} with {uneven[0].shape[0]:,}: --exclude them, or use compressed-tensors"
+        )
+    refuse_split_layers(tensors)
+
+
+def refuse_split_layers(tensors: list[TensorPlan]) -> None:
+    """Layers that engines fuse must be quantized together or kept together."""
+    fused: dict[str, list[TensorPlan]] = {}
+    for tensor in tensors:
+        if tensor.source.name.endswith(".weight") and len(tensor.source.shape) == 2:
+            for key in fused_keys(tensor.source.name):
+                fused.setdefault(key, []).append(tensor)
+    for key, parts in fused.items():
+        kept = [part for part in parts if not part.quantized]
+        if kept and len(kept) < len(parts):
+            packed = next(part for part in parts if part.quantized)
+            raise QuantizeError(
+                f"engines fuse {key}: {kept[0].source.name!r} is kept ({kept[0].kept_because}) while"
+                f" {packed.source.name!r} is quantized: --exclude all of them or none"
+            )
+
+
+def fused_keys(name: str) -> Iterator[str]:
+    """What a weight is fused into: its own projections', and its layer's experts."""
+    module = name.removesuffix(".weight")
+    parent, _, last = module.rpartition(".")
+    for group in FUSED_LAYERS:
+        if last in group:
+            yield f"{parent}.{{{','.join(group)}}}"
+    if expert := EXPERT_PATTERN.match(name):
+        yield f"all experts of {expert[1]}"
 
 
 def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
@@ -675,15 +900,29 @@ def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
         raise QuantizeError(f"the output would hold two tensors named {clash!r}: --exclude the weight it is made from")
 
 
-def notes_on_stacks(tensors: list[TensorPlan]) -> list[str]:
-    """Stacked expert weights are 3-D and stay; their owner should know before the folder turns out too large."""
+def notes_on_tensors(tensors: list[TensorPlan], options: Options) -> list[str]:
+    """What the owner of the checkpoint should know before the conversion rather than after the copy."""
+    notes = []
+    if not any(tensor.quantized for tensor in tensors):
+        notes.append("no weight is quantized: nothing here is 2-D, floating-point and wide enough, or all is excluded")
     stacks = [t.source for t in tensors if not t.quantized and len(t.source.shape) == 3 and t.source.shape[1] > 1]
-    if not stacks:
-        return []
-    size = format_bytes(sum(info.nbytes for info in stacks))
-    return [
-        f"{len(stacks):,} 3-D weights ({size}) stay as they are, only 2-D ones are quantized: e.g. {stacks[0].name}"
-    ]
+    if stacks:
+        size = format_bytes(sum(info.nbytes for info in stacks))
+        notes.append(
+            f"{len(stacks):,} 3-D weights ({size}) stay as they are, only 2-D ones are quantized: e.g. {stacks[0].name}"
+        )
+    experts = [tensor for tensor in tensors if EXPERT_PATTERN.match(tensor.source.name)]
+    if options.format.name == "gptq" and any(tensor.quantized for tensor in experts):
+        notes.append(
+            "engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves them"
+            " random without an error): use --format compressed-tensors"
+        )
+    if options.format.name == "compressed-tensors" and any(not tensor.quantized for tensor in experts):
+        notes.append(
+            "experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder random, with no"
+            " more than a warning; vLLM reads them"
+        )
+    return notes
 
 
 def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
@@ -1090,11 +1329,11 @@ class Tile:
     columns: int
 
 
-def plan_jobs(tensor: TensorPlan) -> Iterator[Job]:
+def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
     info = tensor.source
     if tensor.quantized:
         rows, columns = info.shape
-        step = max(1, JOB_WEIGHTS // columns)
+        step = max(1, (TRANSPOSED_JOB_WEIGHTS if transposed else JOB_WEIGHTS) // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             yield Job(tensor, start, stop, (stop - start) * columns * DTYPE_BITS[info.dtype] // 8)
@@ -1135,7 +1374,7 @@ class Conversion:
             shards = self._shards_of(tensor)
             if all(plan.shards[shard].name in output.finished for shard in shards):
                 continue
-            jobs = list(plan_jobs(tensor))
+            jobs = list(plan_jobs(tensor, plan.options.format.transposed))
             self._jobs += jobs
             self._jobs_left[tensor.source.name] = len(jobs)
             jobs_by_shard.update({shard: len(jobs) for shard in shards})
@@ -1211,22 +1450,57 @@ class Conversion:
 
     def _quantize(self, job: Job, workspace: Workspace) -> bool:
         """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
-        options, info = self.options, job.tensor.source
-        words_output, scales_output = job.tensor.outputs
-        for tile in plan_tiles(job, options.group_size):
+        form, group_size, info = self.options.format, self.options.group_size, job.tensor.source
+        columns_each = {"words": CODES_PER_WORD, "scales": group_size}  # the weight's columns in an element of these
+        outputs = dict(zip(columns_each, job.tensor.outputs))
+        for tile in plan_tiles(job, group_size):
             if self._stop.is_set():
                 return False
             groups = self._read_groups(info, tile, workspace)  # source dtype (n, group_size)
-            codes, scales = quantize_groups(groups, FLOAT_DTYPES[scales_output.dtype], workspace)
+            codes, scales = quantize_groups(groups, FLOAT_DTYPES[outputs["scales"].dtype], workspace)
             if not torch.isfinite(scales).all():
                 raise QuantizeError(describe_bad_value(info, tile, groups, scales))
-            words = pack_int4(codes.view(tile.rows, -1), workspace)  # int32 (rows, padded // 8)
-            words_row, scales_row = words_output.shape[1], scales_output.shape[1]
-            first_word = tile.row * words_row + tile.column // CODES_PER_WORD
-            first_scale = tile.row * scales_row + tile.column // options.group_size
-            self._write(words_output, first_word * 4, workspace.buffer("words", words.nbytes))
-            self._write(scales_output, first_scale * scales.itemsize, workspace.buffer("scales", scales.nbytes))
+            words = pack_int4(codes.view(tile.rows, -1), workspace, form.with_offset)  # int32 (rows, columns // 8)
+            for role, block in {"words": words, "scales": scales.view(tile.rows, -1)}.items():
+                column = tile.column // columns_each[role]
+                if form.transposed:
+                    self._stage(job, tile.row, column, block, outputs[role], role, workspace)
+                else:
+                    start = (tile.row * outputs[role].shape[1] + column) * block.itemsize
+                    self._write(outputs[role], start, workspace.buffer(role, block.nbytes))
+        if form.transposed:
+            for role, output in outputs.items():
+                self._write_staged(job, output, role, workspace)
+        for output in job.tensor.outputs[2:] if job.start == 0 else ():
+            self._write(output, 0, memoryview(output.content()))
         return True
+
+    def _stage(
+        self,
+        job: Job,
+        row: int,
+        column: int,
+        block: torch.Tensor,
+        output: OutputTensor,
+        role: str,
+        workspace: Workspace,
+    ) -> None:
+        """Turn a tile's block (rows, columns) into the job's lines of `output` (columns, rows)."""
+        staged = workspace.tensor(f"staged {role}", block.dtype, output.shape[0], job.stop - job.start)
+        first = row - job.start
+        staged[column : column + block.shape[1], first : first + block.shape[0]].copy_(block.T)
+
+    def _write_staged(self, job: Job, output: OutputTensor, role: str, workspace: Workspace) -> None:
+        """Write the job's part of each line of `output`, all in one piece if the job has all rows."""
+        lines, rows = output.shape
+        itemsize = DTYPE_BITS[output.dtype] // 8
+        if job.stop - job.start == rows:
+            lines, rows = 1, lines * rows
+        part = rows * itemsize if lines == 1 else (job.stop - job.start) * itemsize
+        staged = workspace.buffer(f"staged {role}", lines * part)
+        for line in range(lines):
+            start = (line * rows + job.start) * itemsize
+            self._write(output, start, staged[line * part : (line + 1) * part])
 
     def _read_groups(self, info: TensorInfo, tile: Tile, workspace: Workspace) -> torch.Tensor:
         """A tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
@@ -1345,7 +1619,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     packed = sum(output.nbytes for tensor in quantized for output in tensor.outputs)
     before = sum(tensor.source.nbytes for tensor in quantized)
     say_row("quantized to 4 bits", len(quantized), format_bytes(before), f"become {format_bytes(packed)}")
-    padded = [tensor.source for tensor in quantized if tensor.source.shape[1] % options.group_size]
+    padded = [info for info in plan.quantized if info.shape[1] % options.group_size]
     if padded:
         example = f"{padded[0].shape[1]:,} to {options.format.padded_columns(padded[0], options.group_size):,}"
         say_row("  of these padded to whole groups", len(padded), "", f"e.g. {example} columns: {padded[0].name}")
@@ -1385,7 +1659,8 @@ def count_of(count: int, noun: str) -> str:
 def worker_bytes(plan: Plan) -> int:
     """What one worker's buffers come to: raw and padded weights, magnitudes, float32 quotients, codes and words."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
-    return int(TILE_WEIGHTS * (3 * itemsize + 4 + 1 + 1 + 0.5 + 0.2)) + COPY_BYTES
+    staged = TRANSPOSED_JOB_WEIGHTS * 0.6 if plan.options.format.transposed else 0
+    return int(TILE_WEIGHTS * (3 * itemsize + 4 + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
 
 
 class Progress:
@@ -1474,6 +1749,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--input_dir", required=True, type=Path, metavar="DIR", help="folder of the merged checkpoint (safetensors)")
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder to write to; new or empty, or unfinished")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="int4",
+        help="int4: the layout below, for readers of your own (default); compressed-tensors: for vLLM and transformers;"
+        " gptq: for other engines, dense models only",
+    )
     add(
         "--group_size",
         type=group_size_argument,
@@ -1578,7 +1860,7 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress(guard)
     refuse_nested_folders(args.input_dir, args.output_dir)
     options = Options(
-        FORMATS["int4"],
+        FORMATS[args.format],
         args.group_size,
         int(args.shard_size_gb * GB),
         tuple(args.exclude),

@@ -49,7 +49,8 @@ def test_help_names_the_formats_and_every_option_with_its_default(tmp_path):
     options = "input_dir output_dir group_size shard_size_gb min_free_gb exclude quantize_embeddings threads dry_run"
     for option in [*options.split(), "overwrite", "version"]:
         assert f"--{option}" in result.stdout
-    assert "X.qweight  int32" in result.stdout
+    for tensor in ("X.qweight", "X.scales", "X.weight_packed", "X.weight_scale", "X.weight_shape", "X.g_idx"):
+        assert tensor in result.stdout
     assert {"128", "4.0", "10"} <= set(re.findall(r"\(default:\s+([\d.]+)\)", result.stdout))
     assert max(map(len, result.stdout.splitlines())) <= 120
 
