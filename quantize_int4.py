@@ -42,6 +42,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import queue
 import re
 import shutil
@@ -53,7 +54,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,6 +107,12 @@ DTYPE_BITS = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPE_NAMES = {  # what a pickle may hold
+    **{dtype: name for name, dtype in FLOAT_DTYPES.items()},
+    **{torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"},
+    **{torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}
 BITS_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # item size -> integer of the same size
 
 # Names, by the convention of the architectures on the hub: the last component of the module's name.
@@ -126,9 +133,11 @@ MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantiz
 
 # Marks of a checkpoint that is quantized already: formats in use on the hub.
 QUANTIZED_NAME_PATTERN = re.compile(
-    r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*))$"
+    r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)|\w*quantizer\._\w+)$"
 )
 QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
+
+QUANTIZER_PATTERN = re.compile(r"\.\w*quantizer(\.\d+)?\._\w+$")  # ModelOpt's tensors beside a model's own
 
 # Which files beside the weights are not the model's, by name. All others at the folder's top level are copied.
 WEIGHTS_PATTERN = re.compile(
@@ -274,94 +283,72 @@ def read_json(path: Path) -> dict:
     return value
 
 
-class Checkpoint:
-    """The tensors of an input folder, in file order, and the door to their bytes.
+class WeightsFile:
+    """A file of tensors that is held open, and what it was like when it was opened."""
 
-    Bytes are read with `preadv` at the offsets of the checked header rather than through a memory map: as fast from the
-    page cache, and a file that is truncated or fails while it is read is an error message, not a SIGBUS.
-    """
-
-    def __init__(self, folder: Path, files: list[Path], tensors: dict[str, TensorInfo], notes: list[str]):
-        self.folder = folder
-        self.files = files
-        self.tensors = tensors
-        self.notes = notes  # what the user should know about this input
-        self._descriptors = {path: os.open(path, os.O_RDONLY) for path in files}
-        self._states = {path: _file_state(os.stat(fd)) for path, fd in self._descriptors.items()}
-
-    @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        if not folder.is_dir():
-            problem = "is a file: give the folder that holds it" if folder.exists() else "no such folder"
-            raise QuantizeError(f"input folder {folder}: {problem}")
-        index = folder / INDEX_NAME
-        if index.exists():
-            return cls._open_indexed(folder, index)
-        files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
-        if not files:
-            adapter = ": it holds a LoRA adapter, merge that into its base model first"
-            hint = adapter if (folder / "adapter_config.json").exists() else ""
-            raise QuantizeError(f"input folder {folder}: no {INDEX_NAME} and no *.safetensors in it{hint}")
-        tensors: dict[str, TensorInfo] = {}
-        for path in files:
-            for name, info in read_tensor_infos(path).items():
-                if name in tensors:
-                    raise QuantizeError(
-                        f"tensor {name!r} is in both {tensors[name].file.name} and {path.name}, and there is no"
-                        f" {INDEX_NAME} to say which counts: remove the file that does not belong to the model"
-                    )
-                tensors[name] = info
-        return cls(folder, files, tensors, [])
-
-    @classmethod
-    def _open_indexed(cls, folder: Path, index: Path) -> Checkpoint:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
-        for name, file in weight_map.items():
-            if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
-                raise QuantizeError(f"{index}: tensor {name!r} is in {file!r}, which is no file of this folder")
-        files = [folder / file for file in sorted(set(weight_map.values()))]
-        for path in files:
-            if not path.exists():
-                raise QuantizeError(f"{index} names {path.name}, which is missing: copy or download it again")
-        tensors, unlisted = {}, []
-        for path in files:
-            for name, info in read_tensor_infos(path).items():
-                if weight_map.get(name, path.name) == path.name:
-                    tensors[name] = info
-                    if name not in weight_map:
-                        unlisted.append(name)
-        lost = [name for name in weight_map if name not in tensors]
-        if lost:
-            raise QuantizeError(
-                f"{index} puts tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
-                + (f" ({len(lost):,} such tensors)" if len(lost) > 1 else "")
-            )
-        notes = [f"{len(unlisted):,} tensors are in the shards but not in the index: {quote_names(unlisted)}"]
-        return cls(folder, files, tensors, notes if unlisted else [])
-
-    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from `offset` on."""
-        position, end = info.offset + offset, info.offset + offset + len(buffer)
-        while position < end:
-            try:
-                count = os.preadv(self._descriptors[info.file], [buffer[len(buffer) - (end - position) :]], position)
-            except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} (reading {info.name!r})", str(info.file)) from None
-            if count == 0:
-                raise QuantizeError(f"{info.file} changed while it was read, it is shorter now: {START_AGAIN}")
-            position += count
+    def __init__(self, path: Path):
+        check_signals()
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.state = _file_state(os.stat(self.fd))
 
     def check_unchanged(self) -> None:
-        """Raise if a file was written to or replaced since it was opened."""
-        for path, fd in self._descriptors.items():
-            if _file_state(os.stat(fd)) != self._states[path] or _file_state(os.stat(path)) != self._states[path]:
-                raise QuantizeError(f"{path} changed while it was read: {START_AGAIN}")
+        """Raise if the file was written to or replaced since it was opened."""
+        if _file_state(os.stat(self.fd)) != self.state or _file_state(os.stat(self.path)) != self.state:
+            raise QuantizeError(f"{self.path} changed while it was read: {START_AGAIN}")
 
     def close(self) -> None:
-        for fd in self._descriptors.values():
-            os.close(fd)
+        os.close(self.fd)
+
+
+class SafetensorsFile(WeightsFile):
+    """Bytes are read with `preadv` at the offsets of the checked header rather than through a memory map: as fast from
+    the page cache, and a file that is truncated or fails while it is read is an error message, not a SIGBUS."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.infos = read_tensor_infos(path)
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        position = info.offset + offset
+        while len(buffer):
+            try:
+                count = os.preadv(self.fd, [buffer], position)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror} (reading {info.name!r})", str(self.path)) from None
+            if count == 0:
+                raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
+            buffer, position = buffer[count:], position + count
+
+
+class PickleFile(WeightsFile):
+    """A state dict saved by torch.save, memory-mapped. Never unpickles anything but tensors and plain containers."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        state_dict, self.notes = load_state_dict(path)
+        self._tensors, self._factors, notes = resolve_quantizers(state_dict, path)
+        self.notes += notes
+        self.infos = {name: self._describe(name, tensor) for name, tensor in self._tensors.items()}
+
+    def _describe(self, name: str, tensor: torch.Tensor) -> TensorInfo:
+        dtype = DTYPE_NAMES.get(tensor.dtype)
+        if dtype is None or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+            raise QuantizeError(f"tensor {name!r} ({self.path.name}): cannot hold {tensor.dtype}, {tensor.layout}")
+        return TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, 0)
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """By rows (of the first dimension), since a tensor may be a view that is not contiguous."""
+        tensor = self._tensors[info.name]
+        tensor = tensor if tensor.dim() else tensor.view(1)
+        row_bytes = info.nbytes // len(tensor)
+        first = offset // row_bytes
+        rows = tensor[first : -(-(offset + len(buffer)) // row_bytes)]
+        if info.name in self._factors:
+            rows = (rows.to(torch.float32) * self._factors[info.name]).to(tensor.dtype)
+        skip = offset - first * row_bytes
+        source = rows.contiguous().view(-1).view(torch.uint8)[skip : skip + len(buffer)]
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
 
 
 START_AGAIN = "let whatever writes to it finish, then start again with --overwrite"
@@ -369,6 +356,198 @@ START_AGAIN = "let whatever writes to it finish, then start again with --overwri
 
 def _file_state(stat: os.stat_result) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
+
+
+def load_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of a pickled state dict, mapped and not read, and notes on what else it held."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"would run {culprit[1]} when opened" if culprit else "is no pickle of tensors alone"
+        raise QuantizeError(
+            f"{path} {reason}, and only tensors are read from a pickle: save model.state_dict() alone, or as safetensors"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        if "mmap can only be used" in problem:
+            problem = "it is not in torch.save's zip format of torch 1.6 and newer"
+        raise QuantizeError(f"{path}: not a whole torch checkpoint ({problem}): copy or save it again") from None
+    wrapper = next((key for key in ("state_dict", "model") if _is_state_dict(content, key)), None)
+    beside = [key for key in content if key != wrapper] if wrapper else []
+    notes = [f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}"] if beside else []
+    tensors = content[wrapper] if wrapper else content
+    if not isinstance(tensors, Mapping):
+        raise QuantizeError(f"{path} holds a {type(tensors).__name__}, not a state dict: save model.state_dict()")
+    nested = [str(name) for name, value in tensors.items() if isinstance(value, Mapping)]
+    if nested:
+        raise QuantizeError(f"{path}: {nested[0]!r} is a dict inside the state dict: save model.state_dict() alone")
+    others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        notes.append(f"{path.name}: {len(others):,} entries are no tensors and are left out: {quote_names(others)}")
+    return {str(name): value for name, value in tensors.items() if isinstance(value, torch.Tensor)}, notes
+
+
+def _is_state_dict(content: object, key: str) -> bool:
+    return isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+
+
+def resolve_quantizers(
+    state_dict: dict[str, torch.Tensor], path: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
+    """Undo what ModelOpt (0.25 to 0.33) did to a state dict before its export failed.
+
+    Returns the model's own tensors, for some weights a float32 factor for each column, and notes. `_amax` records what
+    was seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
+    multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused.
+    """
+    tensors = {name: tensor for name, tensor in state_dict.items() if not QUANTIZER_PATTERN.search(name)}
+    quantizers = state_dict.keys() - tensors.keys()
+    scales = sorted(name for name in quantizers if name.endswith("._pre_quant_scale"))
+    unknown = sorted(name for name in quantizers if not name.endswith("._amax") and name not in scales)
+    factors, cancelled = {}, 0
+    for name in scales:
+        module, _, quantizer = name.removesuffix("._pre_quant_scale").rpartition(".")
+        other = f"{module}.weight_quantizer._pre_quant_scale"
+        weight, scale = tensors.get(f"{module}.weight"), state_dict[name].to(torch.float32).flatten()
+        if quantizer == "weight_quantizer" and f"{module}.input_quantizer._pre_quant_scale" in quantizers:
+            cancelled += 1
+        elif quantizer != "input_quantizer" or weight is None or weight.dim() != 2 or len(scale) != weight.shape[1]:
+            unknown.append(name)
+        elif not (torch.isfinite(scale) & (scale > 0)).all():
+            raise QuantizeError(f"tensor {name!r} ({path.name}): scales must be positive and finite to be undone")
+        elif other not in quantizers:
+            factors[f"{module}.weight"] = scale
+    if unknown:
+        raise QuantizeError(
+            f"tensor {unknown[0]!r} ({path.name}): a quantizer's tensor whose effect on the weights is not known"
+            f"{f' ({len(unknown):,} such)' if len(unknown) > 1 else ''}: give the merged checkpoint from before ModelOpt"
+        )
+    if not quantizers:
+        return tensors, {}, []
+    note = (
+        f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}; pre_quant_scale multiplied back into"
+        f" {len(factors):,} weights, cancelled in {cancelled:,}"
+    )
+    return tensors, factors, [note]
+
+
+class Checkpoint:
+    """The tensors of an input folder, in file order, and the door to their bytes, however they are stored."""
+
+    def __init__(self, folder: Path, config_folder: Path, files: list[WeightsFile], weight_map: dict[str, str] | None):
+        self.folder = folder
+        self.config_folder = config_folder  # of config.json and all other files that are copied
+        self.files = {file.path: file for file in files}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.notes = [note for file in files for note in getattr(file, "notes", [])]
+        unlisted = []
+        for file in files:
+            for name, info in file.infos.items():
+                if weight_map is not None and weight_map.get(name, file.path.name) != file.path.name:
+                    continue  # the index takes it from another shard
+                if name in self.tensors:
+                    raise QuantizeError(
+                        f"tensor {name!r} is in both {self.tensors[name].file.name} and {file.path.name}, and no index"
+                        " says which counts: remove the file that does not belong to the model"
+                    )
+                self.tensors[name] = info
+                if weight_map is not None and name not in weight_map:
+                    unlisted.append(name)
+        lost = [name for name in weight_map or () if name not in self.tensors]
+        if lost:
+            raise QuantizeError(
+                f"{folder}: the index puts tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
+                + (f" ({len(lost):,} such tensors)" if len(lost) > 1 else "")
+            )
+        if unlisted:
+            self.notes.append(f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}")
+        if not (config_folder / CONFIG_NAME).exists():
+            self.notes.append(
+                f"no {CONFIG_NAME} in {config_folder}, without which no loader knows the model: --config_dir"
+            )
+
+    @classmethod
+    def open(cls, folder: Path, config_folder: Path | None = None) -> Checkpoint:
+        for path in filter(None, (folder, config_folder)):
+            if not path.is_dir():
+                raise QuantizeError(
+                    f"folder {path}: {'is a file, give its folder' if path.exists() else 'no such folder'}"
+                )
+        names, weight_map = find_weights(folder)
+        with contextlib.ExitStack() as opened:
+            files = []
+            for name in names:
+                file = (SafetensorsFile if name.endswith(".safetensors") else PickleFile)(folder / name)
+                files.append(file)
+                opened.callback(file.close)
+            checkpoint = cls(folder, config_folder or folder, files, weight_map)
+            opened.pop_all()
+        if names[0].endswith(".safetensors"):
+            ignored = [path.name for path in sorted(folder.iterdir()) if is_pickled_weights(path)]
+            if ignored:
+                checkpoint.notes.append(
+                    f"weights are read from safetensors; not from {quote_names(ignored)} beside them"
+                )
+        return checkpoint
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes, row-major, from `offset` on."""
+        self.files[info.file].read_into(info, offset, buffer)
+
+    def check_unchanged(self) -> None:
+        for file in self.files.values():
+            file.check_unchanged()
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the files that hold the model's weights, and the index if there is one. Safetensors come first."""
+    for index in (folder / INDEX_NAME, folder / "pytorch_model.bin.index.json"):
+        if index.exists():
+            weight_map = read_weight_map(index)
+            return sorted(set(weight_map.values())), weight_map
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_")))
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if is_pickled_weights(folder / name)]
+    binaries = [name for name in pickles if name.endswith(".bin")]
+    if not safetensors and not binaries and len(pickles) > 1:
+        raise QuantizeError(
+            f"input folder {folder} holds {quote_names(pickles)}: parts of a model that was saved by several ranks, or"
+            " several models. Merge them, or leave one"
+        )
+    found = safetensors or binaries or pickles
+    if not found:
+        adapter = (folder / "adapter_config.json").exists()
+        hint = ": it holds a LoRA adapter, merge that into its base model first" if adapter else ""
+        raise QuantizeError(f"input folder {folder}: no *.safetensors, pytorch_model*.bin or *.pth in it{hint}")
+    return found, None
+
+
+def is_pickled_weights(path: Path) -> bool:
+    binary = path.name.startswith("pytorch_model") and path.suffix == ".bin"
+    return (binary or path.suffix in (".pth", ".pt")) and not TRAINER_PATTERN.search(path.name)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index, all of which must lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise QuantizeError(f"{index}: tensor {name!r} is in {file!r}, which is no file of this folder")
+        if not file.endswith((".safetensors", ".bin", ".pth", ".pt")):
+            raise QuantizeError(
+                f"{index}: tensor {name!r} is in {file!r}, which is neither safetensors nor a torch pickle"
+            )
+    for file in sorted(set(weight_map.values())):
+        if not (index.parent / file).exists():
+            raise QuantizeError(f"{index} names {file}, which is missing: copy or download it again")
+    return weight_map
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,7 +942,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         )
         tensors.append(TensorPlan(info, kept_because, outputs))
     refuse_clashing_names(tensors)
-    config = checkpoint.folder / CONFIG_NAME
+    config = checkpoint.config_folder / CONFIG_NAME
     if options.format.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, config)
     copied, left_out = plan_other_files(checkpoint)
@@ -787,12 +966,12 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """A second quantization would quietly multiply the first one's error."""
     remedy = "already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
-    config = checkpoint.folder / CONFIG_NAME
+    config = checkpoint.config_folder / CONFIG_NAME
     if config.exists() and read_json(config).get("quantization_config"):
         raise QuantizeError(f"{config} has a quantization_config: the checkpoint is {remedy}")
     for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME):
-        if (checkpoint.folder / name).exists():
-            raise QuantizeError(f"{checkpoint.folder / name}: the checkpoint is {remedy}")
+        if (checkpoint.config_folder / name).exists():
+            raise QuantizeError(f"{checkpoint.config_folder / name}: the checkpoint is {remedy}")
     for info in checkpoint.tensors.values():
         integer_matrix = info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype[0] in "IU"
         if QUANTIZED_NAME_PATTERN.search(info.name) or info.dtype in QUANTIZED_DTYPES or integer_matrix:
@@ -928,7 +1107,7 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options) -> list[str]:
 def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     """Files beside the weights: those that are copied, and why the others are not."""
     copied, left_out = [], []
-    for path in sorted(checkpoint.folder.iterdir()):
+    for path in sorted(checkpoint.config_folder.iterdir()):
         if path in checkpoint.files or path.name == INDEX_NAME:
             continue
         if path.is_dir():
@@ -947,6 +1126,9 @@ def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
             left_out.append(f"{path.name} (of another conversion)")
         else:
             copied.append(path)
+    if checkpoint.config_folder != checkpoint.folder:
+        others = [path.name for path in sorted(checkpoint.folder.iterdir()) if path not in checkpoint.files]
+        left_out += [f"{name} (of {checkpoint.folder}; --config_dir counts)" for name in others]
     return copied, left_out
 
 
@@ -955,7 +1137,8 @@ def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path
     facts = {
         "version": FORMAT_VERSION,
         "options": {**vars(options), "format": options.format.name},
-        "sources": [(path.name, *_file_state(path.stat())) for path in [*checkpoint.files, *copied]],
+        "sources": [(file.path.name, *file.state) for file in checkpoint.files.values()],
+        "copied": [(path.name, *_file_state(path.stat())) for path in copied],
         "tensors": [(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()],
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -1747,8 +1930,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input_dir", required=True, type=Path, metavar="DIR", help="folder of the merged checkpoint (safetensors)")
+    add(
+        "--input_dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the merged checkpoint: safetensors, or torch pickles",
+    )
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder to write to; new or empty, or unfinished")
+    add("--config_dir", type=Path, metavar="DIR", help="folder of config.json, tokenizer and so on, if not --input_dir")
     add(
         "--format",
         choices=FORMATS,
@@ -1858,7 +2048,8 @@ def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     guard = MemoryGuard(int(args.min_free_gb * GB))
     progress = Progress(guard)
-    refuse_nested_folders(args.input_dir, args.output_dir)
+    for folder in filter(None, (args.input_dir, args.config_dir)):
+        refuse_nested_folders(folder, args.output_dir)
     options = Options(
         FORMATS[args.format],
         args.group_size,
@@ -1866,7 +2057,7 @@ def run(args: argparse.Namespace) -> None:
         tuple(args.exclude),
         args.quantize_embeddings,
     )
-    with contextlib.closing(Checkpoint.open(args.input_dir)) as checkpoint:
+    with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
         plan = plan_conversion(checkpoint, options)
         with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
             progress.mark("Headers read")
