@@ -107,11 +107,19 @@ DTYPE_BITS = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-DTYPE_NAMES = {  # what a pickle may hold
-    **{dtype: name for name, dtype in FLOAT_DTYPES.items()},
-    **{torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"},
-    **{torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64"},
-    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()} | {  # of all that a pickle may hold
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 BITS_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # item size -> integer of the same size
 
@@ -366,7 +374,7 @@ def load_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"would run {culprit[1]} when opened" if culprit else "is no pickle of tensors alone"
         raise QuantizeError(
-            f"{path} {reason}, and only tensors are read from a pickle: save model.state_dict() alone, or as safetensors"
+            f"{path} {reason}, but only tensors are read from pickles: save model.state_dict() alone, or as safetensors"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         problem = " ".join(str(error).split())
@@ -420,8 +428,8 @@ def resolve_quantizers(
             factors[f"{module}.weight"] = scale
     if unknown:
         raise QuantizeError(
-            f"tensor {unknown[0]!r} ({path.name}): a quantizer's tensor whose effect on the weights is not known"
-            f"{f' ({len(unknown):,} such)' if len(unknown) > 1 else ''}: give the merged checkpoint from before ModelOpt"
+            f"tensor {unknown[0]!r} ({path.name}): a quantizer's tensor whose effect on the weights is unknown"
+            f"{f' ({len(unknown):,} such)' if len(unknown) > 1 else ''}: give the checkpoint from before ModelOpt"
         )
     if not quantizers:
         return tensors, {}, []
@@ -803,18 +811,18 @@ def patterns_of_kept_layers(plan: Plan) -> list[str]:
     """
     linear = {t.source.name: t for t in plan.tensors if len(t.source.shape) == 2 and t.source.name.endswith(".weight")}
     linear = {name: tensor for name, tensor in linear.items() if not EMBEDDING_PATTERN.search(name)}
-    stacks = [
-        t.source.name for t in plan.tensors if len(t.source.shape) == 3 and re.search(r"\bexperts\b", t.source.name)
-    ]
+    linear.pop("lm_head.weight", None)  # has an entry of its own
+    stacks = [t.source.name for t in plan.tensors if len(t.source.shape) == 3]
     numberless = {name: re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear}
     packed = {numberless[name] for name, tensor in linear.items() if tensor.quantized}
     patterns = []
-    for name, tensor in linear.items():
-        if not tensor.quantized and name != "lm_head.weight":
-            generic = name if numberless[name] in packed else numberless[name]
-            module = re.escape(generic.removesuffix(".weight").partition(".")[2] or generic.removesuffix(".weight"))
-            patterns.append(f".*{module}$".replace(r"\#", r"\d+"))
-    patterns += [f".*{re.escape(name.partition('.')[2].partition('experts')[0])}experts.*" for name in stacks]
+    for name in [*(name for name, tensor in linear.items() if not tensor.quantized), *stacks]:
+        if experts := re.match(r"[^.]*\.(.*\.experts)\.", name):
+            # One entry for the layer's stack: vLLM asks for projections that a model need not have.
+            patterns.append(f".*{re.escape(experts[1])}(\\..*)?$")
+        elif name in linear:
+            module = (name if numberless[name] in packed else numberless[name]).removesuffix(".weight")
+            patterns.append(f".*{re.escape(module.partition('.')[2] or module)}$".replace(r"\#", r"\d+"))
     return list(dict.fromkeys(patterns))
 
 

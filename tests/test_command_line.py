@@ -402,7 +402,7 @@ def test_debug_shows_the_traceback(tmp_path):
     result = run_cli(tmp_path / "nowhere", tmp_path / "out", "--debug")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: input folder")
+    assert result.stderr.splitlines()[-1].startswith("error: folder")
 
 
 def test_a_second_run_into_the_same_folder_at_the_same_time_is_refused(large, tmp_path):

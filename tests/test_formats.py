@@ -66,6 +66,20 @@ def test_gptq_bits_equal_the_slow_reference_in_one_job_and_in_many(tmp_path, con
     assert output["m.x.g_idx"].tolist() == [column // 64 for column in range(640)]
 
 
+def test_a_layers_kept_experts_are_one_ignore_entry_for_the_whole_stack(tiny, tmp_path):
+    options = ["--group_size", 64, "--exclude", r"layers\.3\.mixer\.experts\."]
+    result = quantize(tiny, tmp_path / "out", "--format", "compressed-tensors", *options)
+    assert "transformers (5.23) leaves kept experts" in result.stdout
+    ignore = read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignore"]
+    assert r"re:.*layers\.3\.mixer\.experts(\..*)?$" in ignore
+    assert len(ignore) == 3
+    # vLLM asks for every projection that experts may have, transformers and GPTQ readers for the stack
+    for name in ("experts.0.gate_proj", "experts.3.down_proj", "experts"):
+        assert ignored(tmp_path / "out", f"model.layers.3.mixer.{name}")
+    assert not ignored(tmp_path / "out", "model.layers.1.mixer.experts.0.gate_proj")
+    assert not ignored(tmp_path / "out", "model.layers.3.mixer.shared_experts.up_proj")
+
+
 @pytest.mark.parametrize("form", ENGINE_FORMATS)
 def test_the_full_nemotron_inventory_plans_as_6004_quantized(tmp_path, form):
     write_sparse_checkpoint(tmp_path / "in", nemotron_tensors(NANO_30B), shards=13)
