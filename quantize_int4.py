@@ -34,6 +34,7 @@ any of them the same command continues where the run stopped.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -47,6 +48,7 @@ import queue
 import re
 import shutil
 import signal
+import statistics
 import struct
 import sys
 import threading
@@ -62,6 +64,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 try:
     import psutil
     import torch
+    from safetensors import SafetensorError, safe_open
 except ImportError as missing:
     sys.exit(f"error: {missing}: quantize_int4.py needs torch, safetensors and psutil: pip install psutil safetensors")
 
@@ -1860,19 +1863,23 @@ class Progress:
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
         self.terminal = sys.stdout.isatty()
-        self.started = time.monotonic()
         self.stages = [("Baseline", guard.read())]
-        self._next = self.started + (0 if self.terminal else PROGRESS_INTERVAL_S[False])
         self._shown = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Count time and bytes from here."""
+        self.started = time.monotonic()
+        self._next = self.started + (0 if self.terminal else PROGRESS_INTERVAL_S[False])
 
     def mark(self, stage: str) -> None:
         """Note the memory at a stage, for the table at the end."""
         self.stages.append((stage, self.guard.read()))
 
-    def show(self, conversion: Conversion) -> None:
-        done, total = conversion.bytes_done, conversion.bytes_total
+    def show(self, work: Conversion | Verification) -> None:
+        done, total = work.bytes_done, work.bytes_total
         if done * 2 >= total > 0 and len(self.stages) == 2:
-            self.mark(f"Mid-quantization ({conversion.tensors_done:,}/{conversion.tensors_total:,})")
+            self.mark(f"Mid-quantization ({work.tensors_done:,}/{work.tensors_total:,})")
         now = time.monotonic()
         if now < self._next:
             return
@@ -1881,12 +1888,12 @@ class Progress:
         left = format_seconds((total - done) / rate) if rate else "?"
         reading = self.guard.read()
         line = (
-            f"{conversion.tensors_done:,}/{conversion.tensors_total:,} tensors  {done / max(total, 1):6.1%}"
+            f"{work.tensors_done:,}/{work.tensors_total:,} tensors  {done / max(total, 1):6.1%}"
             f"  {done / GB:.1f}/{total / GB:.1f} GB  {rate / GB:.2f} GB/s  {left} left"
             f"  RAM {reading.used / GB:.1f} GB used, {reading.available / GB:.1f} GB available"
         )
         if done == total:
-            line = f"all {conversion.tensors_total:,} tensors converted, writing to disk"
+            line = f"all {work.tensors_total:,} tensors done, waiting for the disk"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
             say(f"\r\033[K{line[:width]}", end="")
@@ -1916,6 +1923,205 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
     say(f"{'Stage':<36}{'RAM used':>12}{'Available':>12}")
     for stage, reading in progress.stages:
         say(f"{stage:<36}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verification: the output as its readers see it, against the source
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYER_KINDS = (  # for the table, the first that matches
+    ("experts", re.compile(r"\.experts\.\d+\.")),
+    ("shared experts", re.compile(r"\.shared_experts?\.")),
+    ("attention", re.compile(r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\.")),
+    ("mamba", re.compile(r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm")),
+    ("head", HEAD_PATTERN),
+)
+VERIFY_WEIGHTS = 1 << 20  # decoded at a time
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a finished folder says that it is to be read."""
+
+    format: Format
+    group_size: int
+
+
+def read_layout(folder: Path) -> Layout:
+    """From the config files alone, as any reader would."""
+    for name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME):
+        config = read_json(folder / name) if (folder / name).exists() else {}
+        config = config.get("quantization_config", {}) if name == CONFIG_NAME else config
+        form = FORMATS.get(config.get("format", "")) or FORMATS.get(config.get("quant_method", ""))
+        group = config.get("config_groups", {}).get("group_0", {}).get("weights", config)
+        if form and isinstance(group.get("group_size"), int):
+            return Layout(form, group["group_size"])
+    raise QuantizeError(f"{folder}: neither {CONFIG_NAME} nor {QUANTIZE_CONFIG_NAME} describes a quantization")
+
+
+class Verification:
+    """Compares a finished folder with its source. Its decoding shares nothing with the packing."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path):
+        self.checkpoint = checkpoint
+        self.folder = folder
+        self.layout = read_layout(folder)
+        self.problems: list[str] = []
+        self.errors: dict[str, float] = {}  # relative RMS error of each quantized weight
+        self.kept = 0
+        self.bytes_done = self.tensors_done = 0
+        self.tensors_total = len(checkpoint.tensors)
+        self.bytes_total = sum(info.nbytes for info in checkpoint.tensors.values())
+        self._lock = threading.Lock()
+        self._shards = self._open_shards()
+
+    def _open_shards(self) -> dict[str, safe_open]:
+        """The open shard of each tensor; the index and the shards must agree both ways."""
+        weight_map = read_weight_map(self.folder / INDEX_NAME)
+        shards = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError, RuntimeError) as error:
+                self.problems.append(f"{path.name}: cannot be opened ({error})")
+                continue
+            for name in file.keys():  # noqa: SIM118 - no dict
+                if weight_map.get(name) != path.name:
+                    self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
+                shards[name] = file
+        self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in shards]
+        return shards
+
+    def run(self, threads: int, progress: Progress) -> None:
+        """Compare every tensor; problems are collected, not raised."""
+        expected = set()
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            tasks = []
+            for info in self.checkpoint.tensors.values():
+                names = self._output_names(info)
+                expected.update(names)
+                missing = [name for name in names if name not in self._shards]
+                if missing:
+                    self.problems.append(f"{info.name!r}: the output lacks {quote_names(missing)}")
+                else:
+                    tasks.append(pool.submit(self._compare, info, names))
+            try:
+                while concurrent.futures.wait(tasks, timeout=0.1).not_done:
+                    check_signals()
+                    progress.show(self)
+            finally:
+                pool.shutdown(cancel_futures=True)
+            for task in tasks:
+                task.result()
+        self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._shards.keys() - expected)]
+
+    def _output_names(self, info: TensorInfo) -> list[str]:
+        if info.name in self._shards or len(info.shape) != 2:
+            return [info.name]
+        return [output.name for output in self.layout.format.outputs(info, self.layout.group_size)]
+
+    def _compare(self, info: TensorInfo, names: list[str]) -> None:
+        with torch.inference_mode():
+            problem = None
+            outputs = [self._shards[name].get_tensor(name) for name in names]
+            if names == [info.name]:
+                problem = self._compare_kept(info, outputs[0])
+                kept = True
+            else:
+                problem, error = self._compare_quantized(info, outputs)
+                kept = False
+        with self._lock:
+            self.tensors_done += 1
+            self.bytes_done += info.nbytes
+            if problem:
+                self.problems.append(f"{info.name!r}: {problem}")
+            elif kept:
+                self.kept += 1
+            else:
+                self.errors[info.name] = error
+
+    def _compare_kept(self, info: TensorInfo, output: torch.Tensor) -> str | None:
+        if tuple(output.shape) != info.shape or DTYPE_NAMES.get(output.dtype, info.dtype) != info.dtype:
+            return f"kept as {output.dtype} {tuple(output.shape)}, the source is {info.dtype} {info.shape}"
+        found = output.reshape(-1).view(torch.uint8)
+        for start in range(0, info.nbytes, COPY_BYTES):
+            source = bytearray(min(COPY_BYTES, info.nbytes - start))
+            self.checkpoint.read_into(info, start, memoryview(source))
+            if not torch.equal(found[start : start + len(source)], torch.frombuffer(source, dtype=torch.uint8)):
+                return "kept, but its bytes differ from the source's"
+        return None
+
+    def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> tuple[str | None, float]:
+        """The first difference beyond what the scale allows, if any, and the relative RMS error."""
+        expected = self.layout.format.outputs(info, self.layout.group_size)
+        for planned, found in zip(expected, outputs):
+            if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
+                return f"{planned.name} is {found.dtype} {tuple(found.shape)}, not {planned.dtype} {planned.shape}", 0
+            if planned.content and bytes(found.contiguous().view(-1).view(torch.uint8).tolist()) != planned.content():
+                return f"{planned.name} does not hold what its shape calls for", 0
+        rows, columns = info.shape
+        dtype = FLOAT_DTYPES[info.dtype]
+        squared_error = squared_weight = 0.0
+        for first in range(0, rows, step := max(1, VERIFY_WEIGHTS // columns)):
+            last = min(first + step, rows)
+            raw = bytearray((last - first) * columns * dtype.itemsize)
+            self.checkpoint.read_into(info, first * columns * dtype.itemsize, memoryview(raw))
+            weights = torch.frombuffer(raw, dtype=dtype).view(-1, columns).to(torch.float32)
+            codes, scales = self._decode(outputs, first, last, columns)
+            difference = weights - codes * scales
+            # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
+            rounding = torch.finfo(outputs[1].dtype)
+            slack = CODE_MAX * (scales.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps / 2)
+            wrong = ~(difference.abs() <= scales.abs() * (0.5 + 1e-5) + slack)
+            if wrong.any():
+                row, column = (int(i) for i in wrong.nonzero()[0])
+                decoded = float(codes[row, column] * scales[row, column])
+                return f"row {first + row}, column {column} decodes to {decoded:.6g}, the source has" + (
+                    f" {float(weights[row, column]):.6g}, too far for a scale of {float(scales[row, column]):.6g}"
+                ), 0
+            squared_error += float(difference.square().sum(dtype=torch.float64))
+            squared_weight += float(weights.square().sum(dtype=torch.float64))
+        return None, math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
+
+    def _decode(
+        self, outputs: list[torch.Tensor], first: int, last: int, columns: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and the scale of each, float32 (rows, columns): through the bytes, which hold the low nibble first."""
+        words, scales = outputs[:2]
+        if self.layout.format.transposed:
+            words, scales = words[:, first:last].T, scales[:, first:last].T
+        else:
+            words, scales = words[first:last], scales[first:last]
+        octets = words.contiguous().view(torch.uint8)
+        nibbles = torch.stack((octets % 16, octets // 16), -1).flatten(1).to(torch.float32)
+        codes = nibbles - 8 if self.layout.format.with_offset else nibbles - 16 * (nibbles > 7)
+        scales = scales.to(torch.float32).repeat_interleave(self.layout.group_size, 1)
+        return codes[:, :columns], scales[:, :columns]
+
+
+def print_verification(verification: Verification) -> None:
+    """Errors by kind of layer, and the worst weights by name."""
+    kinds: dict[str, list[float]] = {}
+    for name, error in verification.errors.items():
+        kind = next((kind for kind, pattern in LAYER_KINDS if pattern.search(name)), "other")
+        kinds.setdefault(kind, []).append(error)
+    say()
+    say(f"{'Verified':<24}{'weights':>8}  relative RMS error: {'min':>7}{'median':>9}{'max':>9}")
+    for kind in sorted(kinds):
+        errors = kinds[kind]
+        low, middle, high = min(errors), statistics.median(errors), max(errors)
+        say(f"  {kind:<22}{len(errors):>8,}{'':<22}{low:>7.4f}{middle:>9.4f}{high:>9.4f}")
+    say(f"  {'kept, bit for bit':<22}{verification.kept:>8,}")
+    for name, error in sorted(verification.errors.items(), key=lambda item: -item[1])[:5]:
+        say(f"  worst: {error:.4f}  {name}")
+    for problem in verification.problems[:20]:
+        say(f"  WRONG: {problem}")
+    if verification.problems:
+        raise QuantizeError(
+            f"verification of {verification.folder} found {count_of(len(verification.problems), 'problem')}:"
+            f" {'; '.join(verification.problems[:3])}: convert again with --overwrite"
+        )
+    say(f"  {verification.folder} holds what it should.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1992,6 +2198,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="worker threads (default: the cores this process may use, %(default)s here)",
     )
     add("--dry_run", action="store_true", help="print the plan and stop; nothing is written")
+    add(
+        "--verify",
+        action="store_true",
+        help="compare the output with the source, weight by weight; alone on a finished folder, else after writing",
+    )
     add("--overwrite", action="store_true", help="replace what an earlier run left in the output folder, nothing else")
     add("--debug", action="store_true", help="show a traceback with an error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
@@ -2058,6 +2269,15 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress(guard)
     for folder in filter(None, (args.input_dir, args.config_dir)):
         refuse_nested_folders(folder, args.output_dir)
+    with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
+        finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite
+        if not (args.verify and finished):
+            plan_and_convert(args, checkpoint, progress)
+        if args.verify and not args.dry_run:
+            verify(checkpoint, args.output_dir, progress, args.threads)
+
+
+def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> None:
     options = Options(
         FORMATS[args.format],
         args.group_size,
@@ -2065,17 +2285,28 @@ def run(args: argparse.Namespace) -> None:
         tuple(args.exclude),
         args.quantize_embeddings,
     )
-    with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
-        plan = plan_conversion(checkpoint, options)
-        with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
-            progress.mark("Headers read")
-            print_plan(plan, checkpoint, output, guard, args.threads)
-            if args.dry_run:
-                return say("Dry run: nothing was written.")
-            if output.complete:
-                return say(f"{args.output_dir} is complete already: nothing to do.")
+    plan = plan_conversion(checkpoint, options)
+    with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
+        progress.mark("Headers read")
+        print_plan(plan, checkpoint, output, progress.guard, args.threads)
+        if args.dry_run:
+            say("Dry run: nothing was written.")
+        elif output.complete:
+            say(f"{args.output_dir} is complete already: nothing to do.")
+        else:
             convert(checkpoint, plan, output, progress, args.threads)
-    return None
+
+
+def verify(checkpoint: Checkpoint, folder: Path, progress: Progress, threads: int) -> None:
+    """Compare a finished folder with its source."""
+    progress.restart()
+    verification = Verification(checkpoint, folder)
+    try:
+        verification.run(threads, progress)
+    finally:
+        progress.clear()
+    checkpoint.check_unchanged()
+    print_verification(verification)
 
 
 def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from launcher import launch  # noqa: E402
+from launcher import Run, Setting  # noqa: E402
 from tiny_nemotron import TINY, random_tensors, write_checkpoint, write_other_files  # noqa: E402
 
 
@@ -35,22 +33,19 @@ def command(input_dir: Path, output_dir: Path, *options: object) -> list[str]:
     return [*base, "--min_free_gb", "0", *map(str, options)]
 
 
-def run_cli(
-    input_dir: Path, output_dir: Path, *options: object, constants: dict | None = None, umask: int = 0o022
-) -> subprocess.CompletedProcess:
-    """Run the command to its end in a process of its own (see launcher.py). `constants` replaces constants of the
-    script: sizes and intervals that a short run would not reach."""
-    arguments = command(input_dir, output_dir, *options)[2:]
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        returncode = launch(arguments, stdout, stderr, constants or {}, umask)
-        for stream in (stdout, stderr):
-            stream.seek(0)
-        return subprocess.CompletedProcess(arguments, returncode, stdout.read(), stderr.read())
+def start_cli(input_dir: Path, output_dir: Path, *options: object, **setting) -> Run:
+    """Start the command in a process of its own; `setting` as launcher.Setting."""
+    return Run(command(input_dir, output_dir, *options)[2:], Setting(**setting))
 
 
-def quantize(input_dir: Path, output_dir: Path, *options: object, constants=None) -> subprocess.CompletedProcess:
-    """Run the script, which must succeed and keep standard error empty."""
-    result = run_cli(input_dir, output_dir, *options, constants=constants)
+def run_cli(input_dir: Path, output_dir: Path, *options: object, **setting) -> subprocess.CompletedProcess:
+    """Run the command to its end."""
+    return start_cli(input_dir, output_dir, *options, **setting).wait()
+
+
+def quantize(input_dir: Path, output_dir: Path, *options: object, **setting) -> subprocess.CompletedProcess:
+    """Run the command, which must succeed and keep standard error empty."""
+    result = run_cli(input_dir, output_dir, *options, **setting)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return result
@@ -89,7 +84,3 @@ def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "llama"}\n')
     return folder
-
-
-def is_root() -> bool:
-    return os.geteuid() == 0

@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
+import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass, field
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -14,23 +19,55 @@ CONTEXT.set_forkserver_preload(["quantize_int4"])
 os.environ["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"  # where the server finds the script
 
 
-def launch(arguments: list[str], stdout, stderr, constants: dict[str, object], umask: int) -> int:
-    """Run the command to its end with its output in the two files; returns the exit code."""
-    with open(os.devnull) as nothing:
-        files = [multiprocessing.reduction.DupFd(file.fileno()) for file in (nothing, stdout, stderr)]
-        process = CONTEXT.Process(target=_run_main, args=(arguments, files, constants, umask))
-        process.start()
-    process.join()
-    return process.exitcode
+@dataclass(frozen=True)
+class Setting:
+    """What a run finds around it. `constants` replaces constants of the script: sizes and intervals that a short run
+    would not reach."""
+
+    constants: dict[str, object] = field(default_factory=dict)
+    umask: int = 0o022
+    user: int | None = None
+    largest_file: int | None = None  # bytes, as `ulimit -f`
 
 
-def _run_main(arguments: list[str], files: list, constants: dict[str, object], umask: int) -> None:
+class Run:
+    """A started command; its process is `pid`."""
+
+    def __init__(self, arguments: list[str], setting: Setting):
+        self.arguments = arguments
+        self._streams = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - closed by wait
+        with open(os.devnull) as nothing:
+            files = [DupFd(file.fileno()) for file in (nothing, *self._streams)]
+            self._process = CONTEXT.Process(target=_run_main, args=(arguments, files, setting))
+            self._process.start()
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess:
+        """Its exit code (negative: killed by that signal) and what it printed."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError(f"still running after {timeout} s: {self.arguments}")
+        texts = []
+        for stream in self._streams:
+            stream.seek(0)
+            texts.append(stream.read())
+            stream.close()
+        return subprocess.CompletedProcess(self.arguments, self._process.exitcode, *texts)
+
+
+def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> None:
     import quantize_int4
 
     for number, file in enumerate(files):
         os.dup2(file.detach(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    os.umask(umask)
-    for name, value in constants.items():
+    os.umask(setting.umask)
+    for name, value in setting.constants.items():
+        assert hasattr(quantize_int4, name), name
         setattr(quantize_int4, name, value)
+    if setting.largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (setting.largest_file, setting.largest_file))
+    if setting.user is not None:
+        os.setuid(setting.user)
     sys.exit(quantize_int4.main(arguments))

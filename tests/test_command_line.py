@@ -15,7 +15,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import SCRIPT, assert_refused, command, folder_bytes, is_root, quantize, read_tensors, run_cli, save_model
+from conftest import SCRIPT, assert_refused, command, folder_bytes, quantize, read_tensors, run_cli, save_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -332,12 +332,6 @@ def test_a_single_file_larger_than_the_machines_memory_is_read(tmp_path):
     rows = 2 * psutil.virtual_memory().total // 256
     write_sparse_checkpoint(tmp_path / "in", {"m.weight": (torch.bfloat16, (rows, 128))}, shards=1)
     assert "quantized to 4 bits" in quantize(tmp_path / "in", tmp_path / "out", "--dry_run").stdout
-
-
-@pytest.mark.skipif(is_root(), reason="root reads every file")
-def test_an_unreadable_file_is_refused(model, tmp_path):
-    os.chmod(model / "model.safetensors", 0)
-    refuse(model, tmp_path / "out", "model.safetensors", "Permission denied")
 
 
 def test_a_config_with_a_quantization_config_is_refused(model, tmp_path):

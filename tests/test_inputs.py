@@ -1,0 +1,282 @@
+"""What people bring: pickled checkpoints, ModelOpt's leftovers, configs that lie elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import OrderedDict
+
+import pytest
+import torch
+from conftest import assert_refused, command, folder_bytes, quantize, read_tensors, run_cli, save_model
+from test_memory import GB, peak_anonymous
+
+SEEDED = torch.Generator().manual_seed(3)
+CONFIG = '{"model_type": "llama"}\n'
+
+
+def save_pickle(folder, content, name="pytorch_model.bin"):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(content, folder / name)
+    (folder / "config.json").write_text(CONFIG)
+    return folder
+
+
+def random_weight(rows=24, columns=256):
+    return torch.randn(rows, columns, generator=SEEDED).bfloat16()
+
+
+@pytest.fixture
+def state_dict():
+    return {"m.up.weight": random_weight(), "m.down.weight": random_weight(16, 200), "m.norm.weight": torch.randn(16)}
+
+
+def assert_same_as_safetensors(folder, state_dict, tmp_path, *options):
+    """The folder's tensors come out as those of a safetensors checkpoint of the same state dict."""
+    result = quantize(folder, tmp_path / "out", *options)
+    contiguous = {name: tensor.clone().contiguous() for name, tensor in state_dict.items()}
+    quantize(save_model(tmp_path / "safetensors", contiguous), tmp_path / "expected", *options)
+    output, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "expected")
+    assert output.keys() == expected.keys()
+    for name in expected:
+        assert output[name].dtype == expected[name].dtype
+        assert torch.equal(output[name], expected[name]), name
+    return result
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "modelopt_model.0.pth", "checkpoint.pt"])
+def test_a_single_pickle_gives_what_safetensors_give(tmp_path, state_dict, name):
+    assert_same_as_safetensors(save_pickle(tmp_path / "in", state_dict, name), state_dict, tmp_path)
+
+
+def test_pickle_shards_with_an_index_give_what_safetensors_give(tmp_path, state_dict):
+    names, weight_map = list(state_dict), {}
+    for number, name in enumerate(names):
+        file = f"pytorch_model-{number + 1:05}-of-00003.bin"
+        save_pickle(tmp_path / "in", {name: state_dict[name]}, file)
+        weight_map[name] = file
+    index = tmp_path / "in" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same_as_safetensors(tmp_path / "in", state_dict, tmp_path)
+    index.unlink()
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "safetensors")
+    shutil.rmtree(tmp_path / "expected")
+    assert_same_as_safetensors(tmp_path / "in", state_dict, tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_a_wrapped_state_dict_is_unwrapped_and_what_lay_beside_it_is_named(tmp_path, state_dict, wrapper):
+    content = {wrapper: OrderedDict(state_dict), "epoch": 3, "optimizer": {"state": {}}}
+    result = assert_same_as_safetensors(save_pickle(tmp_path / "in", content), state_dict, tmp_path)
+    assert f"only {wrapper!r} is read; beside it are 'epoch', 'optimizer'" in result.stdout
+
+
+def test_entries_that_are_no_tensors_are_named(tmp_path, state_dict):
+    folder = save_pickle(tmp_path / "in", {**state_dict, "step": 7, "m._extra_state": None})
+    result = assert_same_as_safetensors(folder, state_dict, tmp_path)
+    assert "2 entries are no tensors and are left out: 'step', 'm._extra_state'" in result.stdout
+
+
+def test_tied_tensors_and_views_are_written_right(tmp_path):
+    base = random_weight(300, 256)
+    tensors = {
+        "embed_tokens.weight": base,
+        "lm_head.weight": base,  # tied
+        "transposed.weight": base.T,
+        "slice.weight": base[10:20],
+        "columns.weight": base[:, 3:203],
+        "expanded.weight": base[:1].expand(7, -1),
+        "stack": base.view(3, 100, 256).transpose(0, 1),
+        "bias": base[:, 1],
+        "scalar": base[5, 5],
+    }
+    constants = {"TILE_WEIGHTS": 1000, "JOB_WEIGHTS": 3000, "COPY_BYTES": 777}
+    folder = save_pickle(tmp_path / "in", tensors)
+    assert_same_as_safetensors(folder, tensors, tmp_path)
+    quantize(folder, tmp_path / "small", constants=constants)
+    assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "out")
+
+
+def test_safetensors_win_over_pickles_and_the_plan_says_so(tmp_path, state_dict):
+    folder = save_model(tmp_path / "in", {"m.weight": random_weight()})
+    save_pickle(folder, state_dict)
+    result = quantize(folder, tmp_path / "out")
+    assert read_tensors(tmp_path / "out").keys() == {"m.qweight", "m.scales"}
+    assert "weights are read from safetensors; not from 'pytorch_model.bin'" in result.stdout
+
+
+def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    torch.save({f"m.{i}.weight": torch.zeros(100_000, 1024).bfloat16() for i in range(3)}, folder / "model.pth")
+    (folder / "config.json").write_text(CONFIG)
+    assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < 0.5 * GB
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("echo gotcha",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, state_dict):
+    folder = save_pickle(tmp_path / "in", {**state_dict, "x": RunsCode()})
+    result = run_cli(folder, tmp_path / "out")
+    assert_refused(result, "pytorch_model.bin", "would run posix.system when opened")
+    assert "gotcha" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2], "holds a list, not a state dict"),
+        ({"m": {"weight": torch.ones(2)}}, "'m' is a dict inside"),
+        ({"m.weight": torch.ones(4, 128).to_sparse()}, "'m.weight'"),
+        ({"m.weight": torch.ones(4, 128, dtype=torch.int8)}, "already quantized"),
+    ],
+    ids=["list", "nested", "sparse", "integer"],
+)
+def test_what_is_no_plain_state_dict_is_refused(tmp_path, content, words):
+    assert_refused(run_cli(save_pickle(tmp_path / "in", content), tmp_path / "out"), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_old_pickle_format_is_refused_with_the_reason(tmp_path, state_dict):
+    folder = save_pickle(tmp_path / "in", {})
+    torch.save(state_dict, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_refused(run_cli(folder, tmp_path / "out"), "pytorch_model.bin", "zip format of torch 1.6")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.7, 0.99])
+def test_a_truncated_pickle_is_refused(tmp_path, state_dict, part):
+    folder = save_pickle(tmp_path / "in", state_dict)
+    data = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(data[: int(len(data) * part)])
+    assert_refused(run_cli(folder, tmp_path / "out"), "pytorch_model.bin", "not a whole torch checkpoint")
+
+
+def test_several_rank_files_are_refused(tmp_path, state_dict):
+    save_pickle(tmp_path / "in", state_dict, "modelopt_model.0.pth")
+    save_pickle(tmp_path / "in", state_dict, "modelopt_model.1.pth")
+    assert_refused(
+        run_cli(tmp_path / "in", tmp_path / "out"), "'modelopt_model.0.pth', 'modelopt_model.1.pth'", "ranks"
+    )
+
+
+# --- ModelOpt -------------------------------------------------------------------------------------------------------
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def modelopt_state_dict(weight, **quantizer_tensors):
+    """As ModelOpt's state dicts name things: quantizers are submodules of the linear layer they belong to."""
+    amax = {f"{LAYER}.weight_quantizer._amax": torch.ones(weight.shape[0] * 2, 1)}
+    own = {f"{LAYER}.{name.replace('__', '._')}": tensor for name, tensor in quantizer_tensors.items()}
+    return {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": weight, **amax, **own}
+
+
+def save_modelopt(folder, state_dict):
+    return save_pickle(folder, state_dict, "modelopt_model.0.pth")
+
+
+def test_modelopts_amax_tensors_are_dropped_and_counted(tmp_path):
+    weight = random_weight()
+    folder = save_modelopt(tmp_path / "in", modelopt_state_dict(weight, input_quantizer__amax=torch.ones(1)))
+    result = assert_same_as_safetensors(
+        folder, {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": weight}, tmp_path
+    )
+    assert "ModelOpt's quantizer tensors are dropped: 2" in result.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--exclude", "down_proj"]], ids=["quantized", "kept"])
+def test_modelopts_pre_quant_scale_is_multiplied_back(tmp_path, options):
+    original, scale = random_weight(), torch.rand(256, generator=SEEDED) + 0.5
+    smoothed = (original.float() / scale).bfloat16()
+    folder = save_modelopt(tmp_path / "in", modelopt_state_dict(smoothed, input_quantizer__pre_quant_scale=scale))
+    expected = {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": (smoothed.float() * scale).bfloat16()}
+    result = assert_same_as_safetensors(folder, expected, tmp_path, *options)
+    assert "pre_quant_scale multiplied back into 1 weights, cancelled in 0" in result.stdout
+    assert (expected[f"{LAYER}.weight"] - original).abs().max() <= original.abs().max() * 2**-7
+
+
+def test_modelopts_two_pre_quant_scales_cancel(tmp_path):
+    weight, scale = random_weight(), torch.rand(256) + 0.5
+    scales = {"input_quantizer__pre_quant_scale": scale, "weight_quantizer__pre_quant_scale": 1 / scale}
+    folder = save_modelopt(tmp_path / "in", modelopt_state_dict(weight, **scales))
+    result = assert_same_as_safetensors(
+        folder, {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": weight}, tmp_path
+    )
+    assert "into 0 weights, cancelled in 1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "weight_quantizer._scale",
+        "weight_quantizer._double_scale",
+        "weight_quantizer._scale_zeros",
+        "weight_quantizer._svdquant_lora_a",
+        "input_quantizer._bias_value",
+        "output_quantizer._pre_quant_scale",
+        "weight_quantizer._pre_quant_scale",  # without the input's, it would not cancel
+        "weight_quantizer.0._scale",
+        "k_bmm_quantizer._something_new",
+    ],
+)
+def test_modelopt_tensors_of_unknown_effect_are_refused_by_name(tmp_path, name):
+    state_dict = modelopt_state_dict(random_weight()) | {f"{LAYER}.{name}": torch.ones(256)}
+    result = run_cli(save_modelopt(tmp_path / "in", state_dict), tmp_path / "out")
+    assert_refused(result, f"'{LAYER}.{name}'", "from before ModelOpt")
+
+
+@pytest.mark.parametrize("scale", [torch.ones(255), torch.zeros(256), torch.full((256,), float("nan"))])
+def test_a_pre_quant_scale_that_cannot_be_undone_is_refused(tmp_path, scale):
+    state_dict = modelopt_state_dict(random_weight(), input_quantizer__pre_quant_scale=scale)
+    assert_refused(run_cli(save_modelopt(tmp_path / "in", state_dict), tmp_path / "out"), "_pre_quant_scale'")
+
+
+def test_quantizer_tensors_in_safetensors_are_refused(tmp_path):
+    folder = save_model(tmp_path / "in", modelopt_state_dict(random_weight()))
+    assert_refused(run_cli(folder, tmp_path / "out"), "weight_quantizer._amax'")
+
+
+# --- config files elsewhere -----------------------------------------------------------------------------------------
+
+
+def test_config_dir_provides_config_and_tokenizer(tmp_path, tiny):
+    folder = save_pickle(tmp_path / "in", {"m.x.weight": random_weight()}, "modelopt_model.0.pth")
+    (folder / "config.json").write_text('{"model_type": "not this one"}')
+    options = ["--config_dir", tiny, "--format", "compressed-tensors"]
+    result = quantize(folder, tmp_path / "out", *options)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["model_type"] == "nemotron_h"
+    assert "quantization_config" in written
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (tiny / name).read_bytes()
+    assert "config.json (of " in result.stdout  # the one that does not count is named
+    assert not list((tmp_path / "out").glob("model-*-of-*"))
+
+
+def test_a_missing_config_json_is_warned_of(tmp_path):
+    folder = save_pickle(tmp_path / "in", {"m.weight": random_weight()})
+    (folder / "config.json").unlink()
+    assert "Note: no config.json in" in quantize(folder, tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize("where", ["", "out"])
+def test_an_output_folder_in_the_config_folder_is_refused(tmp_path, tiny, where):
+    folder = save_pickle(tmp_path / "in", {"m.weight": random_weight()})
+    config = tmp_path / "config"
+    shutil.copytree(tiny, config)
+    before = folder_bytes(config)
+    assert_refused(run_cli(folder, config / where, "--config_dir", config), "config")
+    assert folder_bytes(config) == before
+
+
+def test_a_quantized_config_dir_is_refused(tmp_path):
+    folder = save_pickle(tmp_path / "in", {"m.weight": random_weight()})
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    result = run_cli(folder, tmp_path / "out", "--config_dir", tmp_path / "config")
+    assert_refused(result, "already quantized")

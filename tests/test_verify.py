@@ -1,0 +1,174 @@
+"""--verify finds what is wrong with a folder, and nothing where all is well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import assert_refused, quantize, run_cli
+from safetensors.torch import load_file, save_file
+
+FORMATS = ["int4", "compressed-tensors", "gptq"]
+WORDS = {"int4": "qweight", "compressed-tensors": "weight_packed", "gptq": "qweight"}
+SCALES = {"int4": "scales", "compressed-tensors": "weight_scale", "gptq": "scales"}
+EXPERT = "backbone.layers.1.mixer.experts.2.down_proj"
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def finished(request, tiny, tmp_path_factory):
+    """A finished folder of each format."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    quantize(tiny, folder, "--format", request.param, "--group_size", 64)
+    return request.param, folder
+
+
+@pytest.fixture
+def damaged(finished, tmp_path):
+    """A copy of it to damage."""
+    form, folder = finished
+    shutil.copytree(folder, tmp_path / "out")
+    return form, tmp_path / "out"
+
+
+def edit(folder, change):
+    shard = folder / "model-00001.safetensors"
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def assert_found(tiny, folder, *fragments):
+    result = run_cli(tiny, folder, "--verify")
+    assert_refused(result, "verification of", *fragments)
+    assert "WRONG" in result.stdout
+
+
+def test_a_finished_folder_verifies_whatever_the_options_are_now(finished, tiny):
+    _, folder = finished
+    result = quantize(tiny, folder, "--verify", "--group_size", 128)  # the folder says 64, and that counts
+    assert "holds what it should" in result.stdout
+    assert "Done in" not in result.stdout
+
+
+def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny):
+    form, folder = finished
+    lines = quantize(tiny, folder, "--verify").stdout.splitlines()
+    rows = {line[:24].strip(): line[24:].split() for line in lines}
+    counts = {"experts": 16, "shared experts": 4, "attention": 4, "mamba": 2}
+    counts |= {"head": 1, "other": 2, "kept, bit for bit": 14} if form == "int4" else {"kept, bit for bit": 17}
+    for kind, count in counts.items():
+        assert rows[kind][0] == str(count)
+        if kind != "kept, bit for bit":
+            low, middle, high = map(float, rows[kind][1:])
+            assert 0.09 < low <= middle <= high < 0.12
+    assert sum(line.startswith("  worst: 0.1") and ".weight" in line for line in lines) == 5
+
+
+def test_verify_follows_a_conversion(tiny, tmp_path):
+    stdout = quantize(tiny, tmp_path / "out", "--verify").stdout
+    assert stdout.index("Done in") < stdout.index("holds what it should")
+
+
+def test_verify_reads_a_group_size_and_padding_of_int4(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out", "--group_size", 40, "--shard_size_gb", 3e-4, "--verify")
+
+
+def change_a_code(form):
+    def change(tensors):
+        tensors[f"{EXPERT}.{WORDS[form]}"].view(-1)[77] ^= 0x00500000
+
+    return change
+
+
+def change_a_scale(form):
+    def change(tensors):
+        tensors[f"{EXPERT}.{SCALES[form]}"].view(-1)[5] *= 1.25
+
+    return change
+
+
+def swap_experts(form):
+    def change(tensors):
+        for part in (WORDS[form], SCALES[form]):
+            one, other = f"{EXPERT}.{part}", f"{EXPERT}.{part}".replace("experts.2", "experts.3")
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    return change
+
+
+@pytest.mark.parametrize("fault", [change_a_code, change_a_scale, swap_experts])
+def test_a_wrong_weight_is_found_and_named(damaged, tiny, fault):
+    form, folder = damaged
+    edit(folder, fault(form))
+    assert_found(tiny, folder, f"'{EXPERT}.weight'", "the source has")
+
+
+def test_a_kept_tensor_that_differs_in_one_bit_is_found(damaged, tiny):
+    _, folder = damaged
+    name = "backbone.layers.1.mixer.gate.e_score_correction_bias"
+    edit(folder, lambda tensors: tensors[name].view(torch.int32)[2].bitwise_xor_(1))
+    assert_found(tiny, folder, f"'{name}'", "bytes differ")
+
+
+def test_a_kept_tensor_in_another_dtype_is_found(damaged, tiny):
+    _, folder = damaged
+    name = "backbone.embeddings.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].half()}))
+    assert_found(tiny, folder, f"'{name}'", "float16")
+
+
+def test_a_lost_tensor_is_found(damaged, tiny):
+    form, folder = damaged
+    edit(folder, lambda tensors: tensors.pop(f"{EXPERT}.{SCALES[form]}"))
+    assert_found(tiny, folder, f"'{EXPERT}.{SCALES[form]}' is in the index but in no shard")
+
+
+def test_a_tensor_too_many_is_found(damaged, tiny):
+    _, folder = damaged
+    edit(folder, lambda tensors: tensors.update({"stray": torch.ones(1)}))
+    assert_found(tiny, folder, "'stray' is in model-00001.safetensors, by the index in None")
+
+
+def test_a_wrong_index_is_found(damaged, tiny):
+    _, folder = damaged
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["lm_head.weight" if "lm_head.weight" in content["weight_map"] else "lm_head.qweight"]
+    index.write_text(json.dumps(content))
+    assert_found(tiny, folder, "'lm_head.")
+
+
+@pytest.mark.parametrize(
+    ("form", "part"), [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")]
+)
+def test_wrong_constants_are_found(tiny, tmp_path, form, part):
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64)
+    edit(tmp_path / "out", lambda tensors: tensors[f"{EXPERT}.{part}"].view(-1)[-1].add_(1))
+    assert_found(tiny, tmp_path / "out", f"{EXPERT}.{part}")
+
+
+def test_an_unreadable_shard_is_found(damaged, tiny):
+    _, folder = damaged
+    shard = folder / "model-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert_found(tiny, folder, "model-00001.safetensors: cannot be opened")
+
+
+def test_a_folder_that_says_nothing_of_quantization_is_refused(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    (tmp_path / "out" / "quantize_config.json").unlink()
+    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "describes a quantization")
+
+
+def test_another_source_is_found(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    shard = next(other.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, shard)
+    assert_found(other, tmp_path / "out", name)
