@@ -89,6 +89,7 @@ TRANSPOSED_JOB_WEIGHTS = (
     1 << 25
 )  # the same where a job's words are staged (half a byte a weight) to be written by column
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
+MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
 GUARD_INTERVAL_S = 0.05  # the least time between two looks at the machine's memory (a look costs about 0.2 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 
@@ -207,6 +208,15 @@ def check_signals() -> None:
         raise Interrupted(_signals_received[0])
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name the file, which calls on descriptors leave out."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def quote_names(names: Iterable[str], most: int = 3) -> str:
     """'a', 'b', 'c' and 4 more"""
     names = list(names)
@@ -323,10 +333,8 @@ class SafetensorsFile(WeightsFile):
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         position = info.offset + offset
         while len(buffer):
-            try:
+            with naming(self.path):
                 count = os.preadv(self.fd, [buffer], position)
-            except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} (reading {info.name!r})", str(self.path)) from None
             if count == 0:
                 raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
             buffer, position = buffer[count:], position + count
@@ -1293,13 +1301,10 @@ def read_cgroup(folder: Path, machine_total: int) -> MemoryReading | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_at(fd: int, path: Path, buffer: memoryview, offset: int) -> None:
-    """Write all of `buffer` at `offset`; the error of a full disk names the file."""
+def write_at(fd: int, buffer: memoryview, offset: int) -> None:
+    """Write all of `buffer` at `offset`."""
     while len(buffer):
-        try:
-            count = os.pwrite(fd, buffer, offset)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        count = os.pwrite(fd, buffer, offset)
         buffer, offset = buffer[count:], offset + count
 
 
@@ -1326,13 +1331,14 @@ class ShardWriter:
 
     def write(self, buffer: memoryview, offset: int) -> None:
         if not self.finished:  # a resumed run may share a tensor between a finished shard and an unfinished one
-            write_at(self._open(), self.temporary, buffer, offset)
+            with naming(self.temporary):
+                write_at(self._open(), buffer, offset)
 
     def _open(self) -> int:
         with self._lock:
             if self._fd is None:
                 self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                write_at(self._fd, self.temporary, memoryview(self.shard.header), 0)
+                write_at(self._fd, memoryview(self.shard.header), 0)
                 os.ftruncate(self._fd, self.shard.size)
             return self._fd
 
@@ -1340,11 +1346,8 @@ class ShardWriter:
         """All bytes are in: sync them, then give the file its final name."""
         if self.finished:
             return
-        fd = self._open()
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.temporary)) from None
+        with naming(self.temporary):
+            os.fsync(self._open())
         self.close()
         os.rename(self.temporary, self.final)
         sync_folder(self.final.parent)
@@ -1471,8 +1474,9 @@ class OutputFolder:
         check_signals()
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            write_at(fd, temporary, memoryview(data), 0)
-            os.fsync(fd)
+            with naming(temporary):
+                write_at(fd, memoryview(data), 0)
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.rename(temporary, final)
@@ -1770,10 +1774,15 @@ def describe_bad_value(info: TensorInfo, tile: Tile, groups: torch.Tensor, scale
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def say(text: str = "", end: str = "\n") -> None:
-    """Print; a reader that went away (`| head`) must not end a long run."""
+def printable(text: str) -> str:
+    """Without control characters: names come from files, and a terminal obeys what it is sent."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def say(text: str = "", before: str = "", end: str = "\n") -> None:
+    """Print a line; a reader that went away (`| head`) must not end a long run."""
     try:
-        print(text, end=end, flush=True)
+        print(before + printable(text), end=end, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
 
@@ -1857,6 +1866,9 @@ def worker_bytes(plan: Plan) -> int:
     return int(TILE_WEIGHTS * (3 * itemsize + 4 + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
 
 
+CLEAR_LINE = "\r\033[K"  # back to the line's start, erase to its end (ECMA-48)
+
+
 class Progress:
     """One updating line on a terminal, else a line every ten seconds."""
 
@@ -1896,7 +1908,7 @@ class Progress:
             line = f"all {work.tensors_total:,} tensors done, waiting for the disk"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
-            say(f"\r\033[K{line[:width]}", end="")
+            say(line[:width], before=CLEAR_LINE, end="")
         else:
             say(line)
         self._shown = True
@@ -1904,7 +1916,7 @@ class Progress:
     def clear(self) -> None:
         """Leave the updating line, so that what follows starts on a fresh one."""
         if self.terminal and self._shown:
-            say("\r\033[K", end="")
+            say(before=CLEAR_LINE, end="")
             self._shown = False
 
 
@@ -2342,7 +2354,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        print(f"error: {describe_error(error)}", file=sys.stderr)
+        print(f"error: {printable(describe_error(error)[:MAX_ERROR_LENGTH])}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 

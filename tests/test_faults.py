@@ -1,0 +1,414 @@
+"""The faults that a long run meets: each is made to happen, none is simulated inside the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import (
+    assert_refused,
+    command,
+    folder_bytes,
+    quantize,
+    read_tensors,
+    run_cli,
+    save_model,
+    start_cli,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from sparse import write_sparse_checkpoint
+from test_memory import GB
+from tiny_nemotron import write_checkpoint
+
+import quantize_int4 as q
+
+SMALL_TILES = {"TILE_WEIGHTS": 2048, "JOB_WEIGHTS": 16384}  # makes a run of a small checkpoint take a while
+SHARDS = ["--shard_size_gb", 0.0006, "--threads", 2]
+FINAL = re.compile(r"model-\d{5}\.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """20 MB of random weights, which become about ten shards."""
+    folder = tmp_path_factory.mktemp("model") / "in"
+    generator = torch.Generator().manual_seed(4)
+    tensors = {f"m.{i}.weight": torch.randn(512, 500, generator=generator).bfloat16() for i in range(40)}
+    write_checkpoint(folder, tensors)
+    (folder / "config.json").write_text('{"model_type": "llama"}\n')
+    (folder / "tokenizer.json").write_text("{}" * 100_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory):
+    """What an uninterrupted run writes."""
+    folder = tmp_path_factory.mktemp("expected") / "out"
+    quantize(model, folder, *SHARDS)
+    return folder_bytes(folder)
+
+
+def start(model, folder, *options, **setting):
+    return start_cli(model, folder, *SHARDS, *options, constants=SMALL_TILES, **setting)
+
+
+def finished_shards(folder: Path) -> dict[str, tuple[int, int]]:
+    """Final shards by name, with what tells a rewritten file from an untouched one."""
+    paths = [path for path in folder.glob("*") if FINAL.fullmatch(path.name)]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+def wait_until(condition, run=None):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def assert_nothing_wrong_is_final(folder: Path, expected: dict[str, bytes]) -> None:
+    """Whatever carries a final name is whole, and without everything else there is no index."""
+    left = {name: data for name, data in folder_bytes(folder).items() if not name.endswith(".unfinished")}
+    assert left.items() <= expected.items()
+    assert "model.safetensors.index.json" not in left or left == expected
+
+
+def test_a_run_killed_ten_times_is_byte_identical_and_rewrites_no_finished_shard(model, expected, tmp_path):
+    folder, shards = tmp_path / "out", sum(bool(FINAL.fullmatch(name)) for name in expected)
+    assert shards >= 8
+    kept_by_the_last_run = {}
+    for kill in range(10):
+        run = start(model, folder)
+        if kill % 2:  # between shards; else in the middle of one
+            count = max(shards * kill // 10, len(finished_shards(folder)))
+            wait_until(lambda count=count: len(finished_shards(folder)) >= count)
+        else:
+            wait_until(lambda: list(folder.glob("model-*.unfinished")) or len(finished_shards(folder)) == shards)
+            time.sleep(0.003 * kill)
+        os.kill(run.pid, signal.SIGKILL)
+        assert run.wait().returncode in (-signal.SIGKILL, 0)
+        assert_nothing_wrong_is_final(folder, expected)
+        assert kept_by_the_last_run.items() <= finished_shards(folder).items()
+        kept_by_the_last_run = finished_shards(folder)
+    assert kept_by_the_last_run
+    result = quantize(model, folder, *SHARDS)
+    if "complete already" not in result.stdout:
+        assert f"Resuming:  {len(kept_by_the_last_run)} of {shards} shards finished" in result.stdout
+    assert folder_bytes(folder) == expected
+    assert kept_by_the_last_run.items() <= finished_shards(folder).items()
+
+
+def test_a_resumed_run_reads_only_what_is_missing(model, expected, tmp_path):
+    quantize(model, tmp_path / "out", *SHARDS)
+    (tmp_path / "out" / "model-00002.safetensors").unlink()
+    result = quantize(model, tmp_path / "out", *SHARDS)
+    total = sum(FINAL.fullmatch(name) is not None for name in expected)
+    assert f"Resuming:  {total - 1} of {total} shards finished" in result.stdout
+    assert folder_bytes(tmp_path / "out") == expected
+
+
+def test_a_finished_shard_that_was_cut_is_written_again(model, expected, tmp_path):
+    quantize(model, tmp_path / "out", *SHARDS)
+    shard = tmp_path / "out" / "model-00003.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    quantize(model, tmp_path / "out", *SHARDS)
+    assert folder_bytes(tmp_path / "out") == expected
+
+
+def leftovers(model, folder):
+    """The folder of a killed run."""
+    run = start(model, folder)
+    wait_until(lambda: finished_shards(folder) and list(folder.glob("*.unfinished")))
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+@pytest.mark.parametrize(
+    "options", [["--group_size", 64], ["--exclude", r"m\.1\."], ["--shard_size_gb", 0.0007], ["--format", "gptq"]]
+)
+def test_leftovers_of_other_options_are_foreign(model, tmp_path, options):
+    source = tmp_path / "in"
+    tensors = {f"m.{i}.weight": torch.randn(512, 512).bfloat16() for i in range(12)}
+    write_checkpoint(source, tensors)
+    (source / "config.json").write_text("{}")
+    leftovers(source, tmp_path / "out")
+    before = folder_bytes(tmp_path / "out")
+    assert_refused(run_cli(source, tmp_path / "out", *SHARDS, *options), "other options", "--overwrite starts afresh")
+    assert folder_bytes(tmp_path / "out") == before
+    quantize(source, tmp_path / "out", *SHARDS, *options, "--overwrite")
+    quantize(source, tmp_path / "expected", *SHARDS, *options)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("change", ["time", "size", "config"])
+def test_leftovers_of_a_source_that_changed_since_are_foreign(model, tmp_path, change):
+    source = tmp_path / "in"
+    shutil.copytree(model, source)
+    leftovers(source, tmp_path / "out")
+    if change == "time":
+        os.utime(source / "model-00001-of-00002.safetensors")
+    elif change == "size":
+        tensors = {"other.bias": torch.ones(3)}
+        save_file(tensors, source / "model-00002-of-00002.safetensors")
+        (source / "model.safetensors.index.json").unlink()
+    else:
+        (source / "config.json").write_text('{"model_type": "other"}')
+    assert_refused(run_cli(source, tmp_path / "out", *SHARDS), "source files", "--overwrite starts afresh")
+
+
+def test_leftovers_of_another_format_version_are_foreign(model, tmp_path):
+    leftovers(model, tmp_path / "out")
+    result = run_cli(model, tmp_path / "out", *SHARDS, constants={"FORMAT_VERSION": q.FORMAT_VERSION + 1})
+    assert_refused(result, "--overwrite starts afresh")
+
+
+# --- disk -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_stops_the_run_and_the_same_command_continues(model, expected, tmp_path):
+    result = run_cli(model, tmp_path / "out", *SHARDS, largest_file=400_000)
+    assert_refused(result, ".unfinished: File too large", "make room, then the same command continues")
+    assert not list((tmp_path / "out").glob("*.unfinished"))
+    assert_nothing_wrong_is_final(tmp_path / "out", expected)
+    quantize(model, tmp_path / "out", *SHARDS)
+    assert folder_bytes(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("needs to mount a tmpfs; the test before this one fills no disk but fails at the same place")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_meanwhile_stops_the_run_and_the_same_command_continues(model, expected, small_disk):
+    folder, filler = small_disk / "out", small_disk / "filler"
+    run = start(model, folder)
+    wait_until(lambda: finished_shards(folder))
+    os.kill(run.pid, signal.SIGSTOP)
+    with open(filler, "wb") as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    os.kill(run.pid, signal.SIGCONT)
+    assert_refused(run.wait(), str(folder), "No space left on device", "make room, then the same command continues")
+    assert not list(folder.glob("*.unfinished"))
+    assert_nothing_wrong_is_final(folder, expected)
+    filler.unlink()
+    assert "Resuming:" in quantize(model, folder, *SHARDS).stdout
+    assert folder_bytes(folder) == expected
+
+
+def test_a_disk_that_is_too_small_from_the_start_is_refused_with_nothing_written(model, small_disk):
+    (small_disk / "filler").write_bytes(bytes(8_000_000))
+    assert_refused(run_cli(model, small_disk / "out", *SHARDS), "to write", "free", "make room")
+    assert not (small_disk / "out").exists()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_guard_trips_half_way_when_the_machine_really_runs_short(model, expected, tmp_path):
+    available, hog = psutil.virtual_memory().available, int(1.5 * GB)
+    if available < 3 * GB:
+        pytest.skip("needs 3 GB of available memory to take away")
+    run = start(model, tmp_path / "out", "--min_free_gb", (available - hog / 2) / GB)
+    wait_until(lambda: finished_shards(tmp_path / "out"))
+    os.kill(run.pid, signal.SIGSTOP)
+    held = bytearray(hog)
+    held[::4096] = b"x" * len(held[::4096])  # touch every page
+    os.kill(run.pid, signal.SIGCONT)
+    result = run.wait()
+    del held
+    assert_refused(
+        result, "of memory available, --min_free_gb asks for", "the same command then continues", exit_code=3
+    )
+    assert not list((tmp_path / "out").glob("*.unfinished"))
+    assert_nothing_wrong_is_final(tmp_path / "out", expected)
+    assert "Resuming:" in quantize(model, tmp_path / "out", *SHARDS).stdout
+    assert folder_bytes(tmp_path / "out") == expected
+
+
+# --- sources that change or lie -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["overwritten", "replaced", "truncated"])
+def test_a_source_that_changes_while_it_is_read_is_an_error(model, tmp_path, change):
+    source, folder = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(model, source)
+    run = start(source, folder)
+    wait_until(lambda: finished_shards(folder))
+    os.kill(run.pid, signal.SIGSTOP)
+    before = set(finished_shards(folder))
+    shard = source / "model-00002-of-00002.safetensors"
+    if change == "overwritten":
+        with open(shard, "r+b") as file:
+            file.seek(-1000, os.SEEK_END)
+            file.write(b"x" * 500)
+    elif change == "replaced":
+        shutil.copy(shard, source / "copy")
+        os.replace(source / "copy", shard)
+    else:
+        os.truncate(shard, 5000)
+    os.kill(run.pid, signal.SIGCONT)
+    assert_refused(run.wait(), shard.name, "changed while it was read", "--overwrite")
+    assert not (folder / "model.safetensors.index.json").exists()
+    assert len(set(finished_shards(folder)) - before) <= 1  # one may have been past its check
+    assert_refused(run_cli(source, folder, *SHARDS), shard.name if change == "truncated" else "--overwrite")
+
+
+@pytest.mark.parametrize("place", range(20))
+def test_a_shard_truncated_anywhere_is_refused(tiny, tmp_path, place):
+    source = tmp_path / "in"
+    shutil.copytree(tiny, source)
+    shard = source / "model-00001-of-00002.safetensors"
+    header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+    places = [header * i // 9 for i in range(10)] + [
+        header + (shard.stat().st_size - 1 - header) * i // 9 for i in range(10)
+    ]
+    os.truncate(shard, places[place])
+    assert_refused(run_cli(source, tmp_path / "out"), shard.name, "not a whole safetensors file")
+    assert not (tmp_path / "out").exists()
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_changes_nothing(tmp_path, data):
+    source = tmp_path / "in"
+    if not source.exists():
+        write_checkpoint(source, {f"m.{i}.weight": torch.ones(24, 128 + 8 * i).bfloat16() for i in range(4)})
+    shard = source / "model-00001-of-00002.safetensors"
+    whole = (tmp_path / "whole").read_bytes() if (tmp_path / "whole").exists() else shard.read_bytes()
+    (tmp_path / "whole").write_bytes(whole)
+    shard.write_bytes(whole)
+    infos = q.Checkpoint.open(source).tensors
+    header = 8 + int.from_bytes(whole[:8], "little")
+    start = data.draw(st.integers(0, header - 1))
+    damage = data.draw(st.binary(min_size=1, max_size=min(12, header - start)))
+    shard.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
+    try:
+        assert q.Checkpoint.open(source).tensors == infos
+    except q.QuantizeError as error:
+        assert shard.name in str(error) or "index" in str(error)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+LIES = {
+    "overlap": {"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}},
+    "gap": {"a": ENTRY, "b": {**ENTRY, "data_offsets": [16, 24]}},
+    "out of range": {"a": {**ENTRY, "shape": [2**40], "data_offsets": [0, 2**42]}},
+    "backwards": {"a": {**ENTRY, "shape": [0], "data_offsets": [8, 0]}},
+    "negative": {"a": {**ENTRY, "shape": [-2, -1]}},
+    "absurd shape": {"a": {**ENTRY, "shape": [2**63] * 1000, "data_offsets": [0, 8]}},
+    "wrong size": {"a": {**ENTRY, "shape": [3]}},
+    "no dtype": {"a": {"shape": [2], "data_offsets": [0, 8]}},
+    "unknown dtype": {"a": {**ENTRY, "dtype": "F42"}},
+    "floats": {"a": {**ENTRY, "shape": [2.0]}},
+    "too few offsets": {"a": {**ENTRY, "data_offsets": [8]}},
+    "list": [],
+}
+
+
+def write_header(folder: Path, header: bytes, body: bytes = bytes(24)) -> Path:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + body)
+    return folder
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused(tmp_path, lie):
+    source = write_header(tmp_path / "in", json.dumps(LIES[lie]).encode())
+    assert_refused(run_cli(source, tmp_path / "out"), "model.safetensors", "not a whole safetensors file")
+    assert not (tmp_path / "out").exists()
+
+
+def huge_headers():
+    """Headers of nearly 100 MB, the format's limit, and beyond."""
+    entry = b'"%08d":{"dtype":"F32","shape":[],"data_offsets":[0,4]},'
+    yield "many tensors in one place", lambda: b"{" + b"".join(entry % i for i in range(1_700_000))[:-1] + b"}"
+    yield "nothing but brackets", lambda: b"[" * 99_000_000
+    yield "one long number", lambda: b'{"a":' + b"9" * 98_000_000 + b"}"
+    yield "one long shape", lambda: b'{"a":{"dtype":"F32","shape":[' + b"1," * 49_000_000 + b'1],"data_offsets":[0,4]}}'
+    yield "one long name", lambda: b'{"' + b"a" * 98_000_000 + b'":{}}'
+    yield "beyond the limit", lambda: b" " * 100_000_001
+
+
+@pytest.mark.parametrize(("kind", "make"), list(huge_headers()), ids=str)
+def test_a_huge_header_that_lies_is_refused_in_bounded_time_and_memory(tmp_path, kind, make):
+    source = write_header(tmp_path / "in", make())
+    started, peak = time.monotonic(), 0
+    with open(tmp_path / "stdout", "w+") as stdout, open(tmp_path / "stderr", "w+") as stderr:
+        run = subprocess.Popen(command(source, tmp_path / "out"), stdout=stdout, stderr=stderr)
+        while run.poll() is None:
+            assert time.monotonic() - started < 60
+            peak = max(peak, psutil.Process(run.pid).memory_info().rss)
+            time.sleep(0.02)
+    texts = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    result = subprocess.CompletedProcess([], run.returncode, *texts)
+    assert_refused(result, "not a whole safetensors file")
+    assert len(result.stderr) < 3000
+    assert peak < 2 * GB, peak
+
+
+# --- permissions and names ------------------------------------------------------------------------------------------
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def open_folder(model):
+    """A folder that any user can reach, with a copy of the model that any user can read."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(model, Path(folder) / "in", copy_function=shutil.copyfile)
+        os.chmod(Path(folder) / "in", 0o755)
+        yield Path(folder)
+
+
+def test_an_unreadable_file_is_an_error_that_names_it(open_folder):
+    shard = open_folder / "in" / "model-00002-of-00002.safetensors"
+    os.chmod(shard, 0)
+    user = NOBODY if os.geteuid() == 0 else None
+    assert_refused(run_cli(open_folder / "in", open_folder / "out", user=user), shard.name, "Permission denied")
+    assert not (open_folder / "out").exists()
+
+
+def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_folder):
+    (open_folder / "out").mkdir(mode=0o555)
+    user = NOBODY if os.geteuid() == 0 else None
+    result = run_cli(open_folder / "in", open_folder / "out", user=user)
+    assert_refused(result, str(open_folder / "out"), "Permission denied")
+    assert not list((open_folder / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../../escape.weight", "/etc/passwd.weight", "a/b.weight", "..", "m\n\x1b.weight"])
+def test_a_tensor_name_with_path_characters_is_only_a_name(tmp_path, name):
+    source = save_model(tmp_path / "deep" / "in", {name: torch.ones(8, 128)})
+    result = quantize(source, tmp_path / "deep" / "out", "--exclude", ".")
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"in", "out"}
+    assert read_tensors(tmp_path / "deep" / "out").keys() == {name}
+    assert "\x1b" not in result.stdout
+
+
+def test_tens_of_thousands_of_tensors_are_planned_in_seconds(tmp_path):
+    write_sparse_checkpoint(tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8, 128)) for i in range(30_000)}, 4)
+    started = time.monotonic()
+    assert "30,000" in quantize(tmp_path / "in", tmp_path / "out", "--dry_run").stdout
+    assert time.monotonic() - started < 60
