@@ -525,12 +525,12 @@ class Checkpoint:
 
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the files that hold the model's weights, and the index if there is one. Safetensors come first."""
-    for index in (folder / INDEX_NAME, folder / "pytorch_model.bin.index.json"):
-        if index.exists():
-            weight_map = read_weight_map(index)
-            return sorted(set(weight_map.values())), weight_map
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_")))
     safetensors = [name for name in names if name.endswith(".safetensors")]
+    index = folder / (INDEX_NAME if safetensors or INDEX_NAME in names else "pytorch_model.bin.index.json")
+    if index.exists():
+        weight_map = read_weight_map(index)
+        return sorted(set(weight_map.values())), weight_map
     pickles = [name for name in names if is_pickled_weights(folder / name)]
     binaries = [name for name in pickles if name.endswith(".bin")]
     if not safetensors and not binaries and len(pickles) > 1:
@@ -1027,9 +1027,9 @@ def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern
     if info.shape[0] == 0 or info.shape[1] < options.group_size:
         return f"narrow: under {options.group_size} columns"
     if options.format.for_engines and HEAD_PATTERN.search(info.name):
-        return "heads (engines hold them in full precision)"
+        return "heads (engines want them whole)"
     if options.format.for_engines and ROUTER_PATTERN.search(info.name):
-        return "expert routers (engines hold them in full precision)"
+        return "expert routers (engines want them whole)"
     return None
 
 

@@ -110,7 +110,9 @@ def test_safetensors_win_over_pickles_and_the_plan_says_so(tmp_path, state_dict)
 def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    torch.save({f"m.{i}.weight": torch.zeros(100_000, 1024).bfloat16() for i in range(3)}, folder / "model.pth")
+    torch.save(
+        {f"m.{i}.weight": torch.zeros(100_000, 1024, dtype=torch.bfloat16) for i in range(3)}, folder / "model.pth"
+    )
     (folder / "config.json").write_text(CONFIG)
     assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < 0.5 * GB
 
