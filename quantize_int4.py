@@ -1460,13 +1460,16 @@ class OutputFolder:
             pass  # a network file system without such locks
 
     def write_other_files(self) -> None:
-        """Copies, then the program's own files, the index last; each complete before it gets its name."""
+        """Copies and the program's own files, each complete before it gets its name; the index once all is on disk."""
         for source in self.plan.copied:
             if source.name not in self.finished:
                 self._write_file(source.name, source.read_bytes())
         for name, data in self.written.items():
+            if name == INDEX_NAME:
+                sync_folder(self.folder)
             if name not in self.finished:
                 self._write_file(name, data)
+        sync_folder(self.folder)
 
     def _write_file(self, name: str, data: bytes) -> None:
         final = self.folder / name
@@ -1480,7 +1483,6 @@ class OutputFolder:
         finally:
             os.close(fd)
         os.rename(temporary, final)
-        sync_folder(self.folder)
 
     def clean_up(self) -> None:
         """Remove what was being written when the run stopped; whole shards stay for the next run."""
