@@ -79,6 +79,7 @@ FORMAT_VERSION = 1  # raise it whenever the bytes of the output change: leftover
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
+SEARCH_STEPS = [7.4 + 0.43 * i for i in range(10)]  # of `search_scales`; more gain less than 0.0001 of relative error
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Torch spends some microseconds a call, so tiles must not be small; the tile's
@@ -97,6 +98,7 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
+SCALE_KEY = "quantize_int4_scale"  # there too: how scales were chosen, which --verify must know
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
 
@@ -604,12 +606,19 @@ def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
 
 
 def quantize_groups(
-    groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace
+    groups: torch.Tensor,
+    scale_dtype: torch.dtype,
+    workspace: Workspace,
+    search: bool = False,
+    importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 4-bit codes and scales of groups of weights.
 
-    groups:  (n, group_size), any float dtype, all finite
-    returns: codes int8 (n, group_size) from -8 to 7 and scales `scale_dtype` (n,), both in the workspace
+    groups:     (n, group_size), any float dtype
+    search:     choose each scale for least squared error (`search_scales`) rather than by the largest weight
+    importance: for the search, float32 (k, group_size) with n a multiple of k: how much each column's error counts, for
+                k groups that make up a row
+    returns:    codes int8 (n, group_size) from -8 to 7 and scales `scale_dtype` (n,), both in the workspace
 
     scale = max|w| / 7, and code = clamp(round(w / scale)), where scale is the stored value read back, the division is
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
@@ -617,13 +626,61 @@ def quantize_groups(
     """
     scales = workspace.tensor("scales", scale_dtype, len(groups))
     scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
+    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
+    if search:
+        scales.copy_(search_scales(weights, scales, importance, workspace))
+    # Clamped as int8, a quarter of the bytes: |w / scale| stays below 50 even where a subnormal scale was rounded.
+    codes = workspace.tensor("codes", torch.int8, *groups.shape).copy_(round_to_codes(weights, scales, weights))
+    return codes.clamp_(CODE_MIN, CODE_MAX), scales
+
+
+def round_to_codes(weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """round(w / scale) into `out`, all (n, group_size) float32, scales (n,); not clamped yet."""
     divisors = scales.to(torch.float32, copy=True)
     divisors.masked_fill_(divisors == 0, 1)  # weights below half the least scale: round(w / 1) is the 0 they become
-    quotients = workspace.tensor("quotients", torch.float32, *groups.shape).copy_(groups)
-    quotients.div_(divisors[:, None]).round_()
-    # Clamped as int8, a quarter of the bytes: |w / scale| stays below 11 even where a subnormal scale was rounded.
-    codes = workspace.tensor("codes", torch.int8, *groups.shape).copy_(quotients)
-    return codes.clamp_(CODE_MIN, CODE_MAX), scales
+    return torch.div(weights, divisors[:, None], out=out).round_()
+
+
+def search_scales(
+    weights: torch.Tensor, absmax_scales: torch.Tensor, importance: torch.Tensor | None, workspace: Workspace
+) -> torch.Tensor:
+    """Each group's scale of least squared error, or the absmax scale where that is no worse. Scales of either sign.
+
+    Codes reach -8 but only 7, so the scale is given the sign that puts the largest weight on the longer side. For each
+    of SEARCH_STEPS the weights are rounded with scale = -largest / step; for the codes so found the best scale is
+    sum(w c) / sum(c c), which leaves the squared error sum(w w) - sum(w c)^2 / sum(c c). (After llama.cpp's
+    make_qx_quants.)
+
+    weights: float32 (n, group_size); absmax_scales (n,), whose dtype rounds the result
+    """
+    shape = weights.shape
+    codes = workspace.tensor("search codes", torch.float32, *shape)
+    products = workspace.tensor("search products", torch.float32, *shape)
+
+    def sums(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Sum over each group of left * right * importance."""
+        torch.mul(left, right, out=products)
+        if importance is not None:
+            products.view(-1, *importance.shape).mul_(importance)
+        return products.sum(-1)
+
+    def squared_error(scales: torch.Tensor) -> torch.Tensor:
+        round_to_codes(weights, scales, codes).clamp_(CODE_MIN, CODE_MAX).mul_(scales.to(torch.float32)[:, None])
+        codes.sub_(weights)
+        return sums(codes, codes)
+
+    lowest, highest = torch.amin(weights, -1), torch.amax(weights, -1)
+    largest = torch.where(-lowest > highest, lowest, highest)
+    best_gain, best_scales = torch.zeros_like(largest), torch.zeros_like(largest)
+    for step in SEARCH_STEPS:
+        torch.mul(weights, (-step / largest)[:, None], out=codes).round_().clamp_(CODE_MIN, CODE_MAX)
+        products_sum, squares_sum = sums(weights, codes), sums(codes, codes)
+        scales = products_sum / squares_sum
+        gain = products_sum * scales  # NaN for an all-zero group, and so never better
+        better = gain > best_gain
+        best_gain, best_scales = torch.where(better, gain, best_gain), torch.where(better, scales, best_scales)
+    found = best_scales.to(absmax_scales.dtype)
+    return torch.where(squared_error(found) < squared_error(absmax_scales), found, absmax_scales)
 
 
 def dequantize_int4(
@@ -870,6 +927,35 @@ FORMATS = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Importance:
+    """Mean squares of each layer's input activations, from --importance: they weigh the error of a weight's columns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.state = _file_state(path.stat())
+        try:
+            self._file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise QuantizeError(f"{path}: not a safetensors file ({error})") from None
+        self._names = set(self._file.keys())
+
+    def get(self, info: TensorInfo) -> torch.Tensor | None:
+        """The float32 vector (columns,) of a weight; None if there is none or no data reached the layer."""
+        name = info.name.removesuffix(".weight")
+        if name not in self._names:
+            return None
+        vector = self._file.get_tensor(name)
+        columns = info.shape[1]
+        if vector.dtype != torch.float32 or tuple(vector.shape) != (columns,):
+            raise QuantizeError(
+                f"{self.path}: {name!r} is {vector.dtype} {tuple(vector.shape)}; {info.name!r} needs a float32"
+                f" for each of its {columns:,} columns"
+            )
+        if not (torch.isfinite(vector) & (vector >= 0)).all():
+            raise QuantizeError(f"{self.path}: {name!r} holds a value that is negative or not finite")
+        return vector if vector.any() else None
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked for, as far as it decides the output's bytes."""
@@ -879,6 +965,8 @@ class Options:
     shard_size: int  # bytes
     exclude: tuple[str, ...]
     quantize_embeddings: bool
+    scale: str = "absmax"  # or "mse": least squared error
+    importance: Importance | None = None
 
 
 @dataclass(frozen=True)
@@ -966,7 +1054,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         refuse_what_engines_cannot_hold(tensors, options, config)
     copied, left_out = plan_other_files(checkpoint)
     fingerprint = make_fingerprint(checkpoint, options, copied)
-    shards, placements = plan_shards(tensors, options.shard_size, fingerprint)
+    shards, placements = plan_shards(tensors, options, fingerprint)
     plan = Plan(
         options=options,
         fingerprint=fingerprint,
@@ -1101,6 +1189,14 @@ def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
 def notes_on_tensors(tensors: list[TensorPlan], options: Options) -> list[str]:
     """What the owner of the checkpoint should know before the conversion rather than after the copy."""
     notes = []
+    if options.importance:
+        weighted = sum(options.importance.get(tensor.source) is not None for tensor in tensors if tensor.quantized)
+        if not weighted:
+            raise QuantizeError(
+                f"{options.importance.path} names no weight that is quantized: its vectors must be named as the modules"
+            )
+        unweighted = sum(tensor.quantized for tensor in tensors) - weighted
+        notes.append(f"importance weighs {weighted:,} weights; {unweighted:,} have no data and are not weighed")
     if not any(tensor.quantized for tensor in tensors):
         notes.append("no weight is quantized: nothing here is 2-D, floating-point and wide enough, or all is excluded")
     stacks = [t.source for t in tensors if not t.quantized and len(t.source.shape) == 3 and t.source.shape[1] > 1]
@@ -1155,7 +1251,11 @@ def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path
     """Hash of all that decides the output: format version, options, and the sources' names, sizes and times."""
     facts = {
         "version": FORMAT_VERSION,
-        "options": {**vars(options), "format": options.format.name},
+        "options": {
+            **vars(options),
+            "format": options.format.name,
+            "importance": options.importance and (options.importance.path.name, *options.importance.state),
+        },
         "sources": [(file.path.name, *file.state) for file in checkpoint.files.values()],
         "copied": [(path.name, *_file_state(path.stat())) for path in copied],
         "tensors": [(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()],
@@ -1164,10 +1264,11 @@ def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path
 
 
 def plan_shards(
-    tensors: list[TensorPlan], shard_size: int, fingerprint: str
+    tensors: list[TensorPlan], options: Options, fingerprint: str
 ) -> tuple[tuple[ShardPlan, ...], dict[str, Placement]]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
-    metadata = {"format": "pt", METADATA_KEY: fingerprint}
+    shard_size = options.shard_size
+    metadata = {"format": "pt", METADATA_KEY: fingerprint, SCALE_KEY: options.scale}
     empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
     contents: list[list[OutputTensor]] = []
     used = shard_size
@@ -1657,7 +1758,8 @@ class Conversion:
             if self._stop.is_set():
                 return False
             groups = self._read_groups(info, tile, workspace)  # source dtype (n, group_size)
-            codes, scales = quantize_groups(groups, FLOAT_DTYPES[outputs["scales"].dtype], workspace)
+            dtype, search = FLOAT_DTYPES[outputs["scales"].dtype], self.options.scale == "mse"
+            codes, scales = quantize_groups(groups, dtype, workspace, search, self._importance(info, tile))
             if not torch.isfinite(scales).all():
                 raise QuantizeError(describe_bad_value(info, tile, groups, scales))
             words = pack_int4(codes.view(tile.rows, -1), workspace, form.with_offset)  # int32 (rows, columns // 8)
@@ -1715,6 +1817,15 @@ class Conversion:
             padded[:, tile.columns :].zero_()
             weights = padded
         return weights.view(-1, group_size)
+
+    def _importance(self, info: TensorInfo, tile: Tile) -> torch.Tensor | None:
+        """What the tile's columns count, as (groups of a row, group_size), padded with zeros."""
+        vector = self.options.importance and self.options.importance.get(info)
+        if vector is None:
+            return None
+        vector = vector[tile.column : tile.column + tile.columns]
+        padding = -len(vector) % self.options.group_size
+        return torch.nn.functional.pad(vector, (0, padding)).view(-1, self.options.group_size)
 
     def _copy(self, job: Job, workspace: Workspace) -> bool:
         """Copy the job's bytes as they are; False if the run was stopped meanwhile."""
@@ -1814,7 +1925,7 @@ def say_row(label: str, count: object = "", size: str = "", note: str = "") -> N
 def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
     options = plan.options
     say(f"{checkpoint.folder} -> {output.folder}")
-    say(f"format {options.format.name}, group size {options.group_size}, {threads} threads")
+    say(f"format {options.format.name}, group size {options.group_size}, {options.scale} scales, {threads} threads")
     say()
     say_row("Plan", "tensors", "size")
     tensors = plan.tensors
@@ -1865,7 +1976,8 @@ def worker_bytes(plan: Plan) -> int:
     """What one worker's buffers come to: raw and padded weights, magnitudes, float32 quotients, codes and words."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
     staged = TRANSPOSED_JOB_WEIGHTS * 0.6 if plan.options.format.transposed else 0
-    return int(TILE_WEIGHTS * (3 * itemsize + 4 + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
+    searched = 8 if plan.options.scale == "mse" else 0
+    return int(TILE_WEIGHTS * (3 * itemsize + 4 + searched + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
 
 
 CLEAR_LINE = "\r\033[K"  # back to the line's start, erase to its end (ECMA-48)
@@ -1983,6 +2095,7 @@ class Verification:
         self.problems: list[str] = []
         self.errors: dict[str, float] = {}  # relative RMS error of each quantized weight
         self.kept = 0
+        self.searched = False  # scales of least squared error may clip the largest weights
         self.bytes_done = self.tensors_done = 0
         self.tensors_total = len(checkpoint.tensors)
         self.bytes_total = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -2003,6 +2116,7 @@ class Verification:
                 if weight_map.get(name) != path.name:
                     self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
                 shards[name] = file
+            self.searched |= (file.metadata() or {}).get(SCALE_KEY) == "mse"
         self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in shards]
         return shards
 
@@ -2087,6 +2201,10 @@ class Verification:
             rounding = torch.finfo(outputs[1].dtype)
             slack = CODE_MAX * (scales.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps / 2)
             wrong = ~(difference.abs() <= scales.abs() * (0.5 + 1e-5) + slack)
+            if self.searched:
+                decoded = codes * scales
+                clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
+                wrong &= ~(clipped & (weights.abs() > decoded.abs()) & (weights * decoded > 0))
             if wrong.any():
                 row, column = (int(i) for i in wrong.nonzero()[0])
                 decoded = float(codes[row, column] * scales[row, column])
@@ -2196,6 +2314,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="REGEX",
         help="keep tensors whose name this matches anywhere (Python re.search); may be given several times",
     )
+    add(
+        "--scale",
+        choices=("absmax", "mse"),
+        default="absmax",
+        help="absmax: from each group's largest weight (default); mse: of least squared error, slower and closer",
+    )
+    add(
+        "--importance",
+        type=Path,
+        metavar="FILE",
+        help="safetensors of float32 vectors, for X.weight one named X with each column's mean square input; with"
+        " --scale mse it weighs the columns' errors",
+    )
     add("--quantize_embeddings", action="store_true", help="quantize embeddings too (default: they are kept)")
     add(
         "--min_free_gb",
@@ -2220,7 +2351,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace what an earlier run left in the output folder, nothing else")
     add("--debug", action="store_true", help="show a traceback with an error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser.parse_args([with_underscores(argument) for argument in argv])
+    args = parser.parse_args([with_underscores(argument) for argument in argv])
+    if args.importance and args.scale != "mse":
+        parser.error("--importance needs --scale mse")
+    return args
 
 
 def with_underscores(argument: str) -> str:
@@ -2298,6 +2432,8 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
         int(args.shard_size_gb * GB),
         tuple(args.exclude),
         args.quantize_embeddings,
+        args.scale,
+        Importance(args.importance) if args.importance else None,
     )
     plan = plan_conversion(checkpoint, options)
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:

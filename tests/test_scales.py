@@ -1,0 +1,176 @@
+"""--scale mse and --importance: closer than absmax, on every group, in every format."""
+
+from __future__ import annotations
+
+import math
+
+import loader_helpers as helpers
+import pytest
+import torch
+from conftest import assert_refused, quantize, read_tensors, run_cli, save_model
+from safetensors.torch import save_file
+
+import quantize_int4 as q
+
+GAUSSIAN = torch.randn(1 << 22, generator=torch.Generator().manual_seed(5))
+TARGETS = {128: (0.1174, 0.0968), 64: (0.1077, 0.0902), 32: (0.0971, 0.0815)}  # relative RMS error: absmax, mse
+
+
+def errors(weights, group_size, search, scale_dtype=torch.float16, importance=None):
+    """Squared error of each group and the scales, by tiles as the program does it."""
+    workspace, result, all_scales = q.Workspace(), [], []
+    for tile in weights.view(-1, group_size).split(1 << 13):
+        codes, scales = q.quantize_groups(tile, scale_dtype, workspace, search, importance)
+        squares = (codes * scales.float()[:, None] - tile.float()).square()
+        if importance is not None:
+            squares = squares.view(-1, *importance.shape) * importance
+        result.append(squares.reshape(-1, group_size).sum(1))
+        all_scales.append(scales.clone())
+    return torch.cat(result), torch.cat(all_scales)
+
+
+@pytest.mark.parametrize("group_size", TARGETS)
+def test_mse_reaches_its_error_on_gaussian_weights_and_absmax_its_own(group_size):
+    norm = GAUSSIAN.double().square().sum()
+    absmax, mse = (math.sqrt(errors(GAUSSIAN, group_size, search)[0].double().sum() / norm) for search in (False, True))
+    assert absmax == pytest.approx(TARGETS[group_size][0], abs=0.0002)
+    assert mse <= TARGETS[group_size][1]
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "tiny", "one outlier", "two values"])
+def test_mse_is_never_worse_than_absmax_on_any_group(kind, scale_dtype):
+    weights = GAUSSIAN[: 1 << 16].clone()
+    if kind == "heavy tails":
+        weights = weights**5
+    elif kind == "tiny":
+        weights *= 1e-7
+    elif kind == "one outlier":
+        weights.view(-1, 64)[:, 7] = 50
+    elif kind == "two values":
+        weights = weights.sign()
+    weights.view(-1, 64)[5] = 0
+    absmax, mse = (errors(weights, 64, search, scale_dtype)[0] for search in (False, True))
+    assert (mse <= absmax * (1 + 1e-5)).all()
+    assert mse[5] == 0
+
+
+def test_mse_uses_scales_of_both_signs():
+    _, scales = errors(GAUSSIAN[: 1 << 16], 64, search=True)
+    assert 0.2 < (scales < 0).float().mean() < 0.8
+
+
+def test_importance_lowers_the_error_of_the_columns_that_count():
+    weights = GAUSSIAN[: 1 << 16]
+    importance = torch.rand(4, 64, generator=torch.Generator().manual_seed(6)) ** 8
+    plain, _ = errors(weights, 64, search=True)
+    weighed, scales = errors(weights, 64, search=True, importance=importance)
+    _, plain_scales = errors(weights, 64, search=True)
+    unweighed_choice = errors_with(weights, plain_scales, importance)
+    assert weighed.sum() < 0.95 * unweighed_choice.sum()
+    absmax = errors(weights, 64, search=False, importance=importance)[0]
+    assert (weighed <= absmax * (1 + 1e-5)).all()
+    assert not torch.equal(scales, plain_scales)
+    assert plain.sum() < errors(weights, 64, search=False)[0].sum()
+
+
+def errors_with(weights, scales, importance):
+    groups, scales = weights.view(-1, 64), scales.float()[:, None]
+    back = torch.round(groups / scales).clamp(-8, 7) * scales
+    return ((back - groups).square().view(-1, *importance.shape) * importance).reshape(-1, 64).sum(1)
+
+
+def test_columns_without_data_in_a_group_fall_back_to_absmax():
+    importance = torch.zeros(2, 64)
+    importance[0] = 1
+    weights = GAUSSIAN[: 1 << 12]
+    _, scales = errors(weights, 64, search=True, importance=importance)
+    _, absmax = errors(weights, 64, search=False)
+    assert torch.equal(scales[1::2], absmax[1::2])
+
+
+@pytest.mark.parametrize("form", ["int4", "compressed-tensors", "gptq"])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_every_format_verifies_with_mse_and_is_closer(tiny, tmp_path, form, group_size):
+    options = ["--format", form, "--group_size", group_size, "--verify"]
+    worst = {}
+    for scale in ("absmax", "mse"):
+        stdout = quantize(tiny, tmp_path / scale, *options, "--scale", scale).stdout
+        worst[scale] = max(float(line.split()[1]) for line in stdout.splitlines() if line.startswith("  worst:"))
+    assert worst["mse"] < 0.9 * worst["absmax"]
+
+
+def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
+    weight = GAUSSIAN[: 300 * 200].view(300, 200).bfloat16()
+    folder = save_model(tmp_path / "in", {"m.weight": weight})
+    quantize(folder, tmp_path / "whole", "--scale", "mse", "--group_size", 64)
+    quantize(folder, tmp_path / "cut", "--scale", "mse", "--group_size", 64, constants={"TILE_WEIGHTS": 3000})
+    whole, cut = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "llama"])
+def test_negative_scales_of_mse_survive_in_transformers(tmp_path, name):
+    helpers.save_tiny_model(name, tmp_path / "in")
+    options = ["--format", "compressed-tensors", "--group_size", 32, "--scale", "mse"]
+    quantize(tmp_path / "in", tmp_path / "out", *options)
+    scales = {n: t for n, t in read_tensors(tmp_path / "out").items() if n.endswith("weight_scale")}
+    assert any((scale < 0).any() for scale in scales.values())
+    helpers.write_dense_twin(tmp_path / "out", tmp_path / "twin")
+    (model, report), (twin, _) = helpers.load_model(tmp_path / "out"), helpers.load_model(tmp_path / "twin")
+    assert not any(report.values())
+    assert torch.equal(helpers.logits_of(model), helpers.logits_of(twin))
+
+
+# --- importance files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path):
+    weights = {f"layers.{i}.up.weight": torch.randn(8, 200).bfloat16() for i in range(3)}
+    return save_model(tmp_path / "in", weights)
+
+
+def importance_file(tmp_path, vectors):
+    save_file(vectors, tmp_path / "importance.safetensors")
+    return ["--scale", "mse", "--importance", tmp_path / "importance.safetensors"]
+
+
+def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(model, tmp_path):
+    vectors = {"layers.0.up": torch.rand(200) ** 8, "layers.1.up": torch.zeros(200)}  # an expert that saw no data
+    result = quantize(model, tmp_path / "out", *importance_file(tmp_path, vectors), "--verify")
+    assert "importance weighs 1 weights; 2 have no data" in result.stdout
+    quantize(model, tmp_path / "plain", "--scale", "mse")
+    out, plain = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
+    changed = {name for name in out if not torch.equal(out[name], plain[name])}
+    assert changed == {"layers.0.up.qweight", "layers.0.up.scales"}
+
+
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        ({"layers.0.up": torch.ones(199)}, "for each of its 200 columns"),
+        ({"layers.0.up": torch.ones(200).double()}, "for each of its 200 columns"),
+        ({"layers.0.up": torch.full((200,), float("nan"))}, "negative or not finite"),
+        ({"layers.0.up": -torch.ones(200)}, "negative or not finite"),
+        ({"layers.0.up.weight": torch.ones(200)}, "names no weight that is quantized"),
+    ],
+    ids=["length", "dtype", "nan", "negative", "no match"],
+)
+def test_a_bad_importance_file_is_refused(model, tmp_path, vectors, words):
+    result = run_cli(model, tmp_path / "out", *importance_file(tmp_path, vectors))
+    assert_refused(result, "importance.safetensors", words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_importance_without_mse_is_a_usage_error(model, tmp_path):
+    options = importance_file(tmp_path, {"layers.0.up": torch.ones(200)})[2:]
+    assert_refused(run_cli(model, tmp_path / "out", *options), "--importance needs --scale mse", exit_code=2)
+
+
+@pytest.mark.parametrize("change", ["scale", "importance"])
+def test_another_scale_or_importance_makes_leftovers_foreign(model, tmp_path, change):
+    options = importance_file(tmp_path, {"layers.0.up": torch.rand(200)})
+    quantize(model, tmp_path / "out", *options)
+    options = [] if change == "scale" else importance_file(tmp_path, {"layers.0.up": torch.rand(200)})
+    assert_refused(run_cli(model, tmp_path / "out", *options), "--overwrite")
