@@ -89,6 +89,7 @@ JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecuti
 TRANSPOSED_JOB_WEIGHTS = (
     1 << 25
 )  # the same where a job's words are staged (half a byte a weight) to be written by column
+JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
 GUARD_INTERVAL_S = 0.05  # the least time between two looks at the machine's memory (a look costs about 0.2 ms)
@@ -332,6 +333,10 @@ class SafetensorsFile(WeightsFile):
         super().__init__(path)
         self.infos = read_tensor_infos(path)
 
+    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, info.offset + offset, nbytes, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         position = info.offset + offset
         while len(buffer):
@@ -357,6 +362,9 @@ class PickleFile(WeightsFile):
         if dtype is None or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
             raise QuantizeError(f"tensor {name!r} ({self.path.name}): cannot hold {tensor.dtype}, {tensor.layout}")
         return TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, 0)
+
+    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        pass  # the map's own read-ahead has to do
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """By rows (of the first dimension), since a tensor may be a view that is not contiguous."""
@@ -515,6 +523,10 @@ class Checkpoint:
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes, row-major, from `offset` on."""
         self.files[info.file].read_into(info, offset, buffer)
+
+    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        """Let the disk start on bytes that will be read soon; returns at once."""
+        self.files[info.file].read_ahead(info, offset, nbytes)
 
     def check_unchanged(self) -> None:
         for file in self.files.values():
@@ -1323,7 +1335,7 @@ class MemoryGuard:
         self.min_free = min_free
         self.own_peak = 0  # bytes of anonymous memory of this process, the most seen at any look
         self._process = psutil.Process()
-        self._cgroups = find_memory_cgroups() if cgroup_folders is None else cgroup_folders
+        self._cgroups = find_cgroups("memory") if cgroup_folders is None else cgroup_folders
         self._next_look = 0.0
         self._lock = threading.Lock()
 
@@ -1355,13 +1367,13 @@ class MemoryGuard:
             )
 
 
-def find_memory_cgroups(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+def find_cgroups(
+    controller: str, membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[Path]:
-    """Folders of the control groups whose memory limits hold for this process: its own and all above it.
+    """Folders of the control groups whose limits hold for this process: its own and all above it.
 
-    cgroup v2 lists `0::/path` under one tree, v1 `N:memory:/path` under `memory/`. Inside a container the path may be
-    the host's and not exist there; the tree's root is then the container's own group.
+    cgroup v2 lists `0::/path` under one tree, v1 `N:controller:/path` under `controller/`. Inside a container the path
+    may be the host's and not exist there; the tree's root is then the container's own group.
     """
     folders = []
     try:
@@ -1370,13 +1382,25 @@ def find_memory_cgroups(
         return []  # no Linux, no limits
     for line in lines:
         number, controllers, path = line.split(":", 2)
-        if number != "0" and "memory" not in controllers.split(","):
+        if number != "0" and controller not in controllers.split(","):
             continue
-        tree = root if number == "0" else root / "memory"
+        tree = root if number == "0" else root / controller
         folder = tree / path.lstrip("/")
         folder = folder if folder.is_dir() else tree
         folders += [parent for parent in (folder, *folder.parents) if parent == tree or tree in parent.parents]
     return folders
+
+
+def usable_cores(cgroup_folders: list[Path] | None = None) -> int:
+    """The cores this process may run on, by its affinity and by the CPU quotas (`docker run --cpus`) it is under."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in find_cgroups("cpu") if cgroup_folders is None else cgroup_folders:
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # v2: "quota period"; v1
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+                if quota > 0:  # v2 writes "max" for none, v1 -1
+                    cores = min(cores, max(1, round(quota / period)))
+    return cores
 
 
 def read_cgroup(folder: Path, machine_total: int) -> MemoryReading | None:
@@ -1617,7 +1641,8 @@ class Job:
     tensor: TensorPlan
     start: int
     stop: int
-    nbytes: int  # of the source
+    offset: int  # of the source's bytes
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -1637,12 +1662,13 @@ def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
         step = max(1, (TRANSPOSED_JOB_WEIGHTS if transposed else JOB_WEIGHTS) // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            yield Job(tensor, start, stop, (stop - start) * columns * DTYPE_BITS[info.dtype] // 8)
+            row_bytes = columns * DTYPE_BITS[info.dtype] // 8
+            yield Job(tensor, start, stop, start * row_bytes, (stop - start) * row_bytes)
     else:
         step = 8 * COPY_BYTES
         for start in range(0, info.nbytes, step):
             stop = min(start + step, info.nbytes)
-            yield Job(tensor, start, stop, stop - start)
+            yield Job(tensor, start, stop, start, stop - start)
 
 
 def plan_tiles(job: Job, group_size: int) -> Iterator[Tile]:
@@ -1683,6 +1709,7 @@ class Conversion:
             self.tensors_done += not jobs  # a tensor of no elements is in the header already
             self.bytes_total += tensor.source.nbytes
         self._next_job = iter(self._jobs)
+        self._next_ahead = iter(self._jobs)
         self.writers = [
             ShardWriter(output.folder, shard, plan.fingerprint, jobs_by_shard[number], shard.name in output.finished)
             for number, shard in enumerate(plan.shards)
@@ -1739,11 +1766,17 @@ class Conversion:
 
     def _work(self) -> None:
         workspace = Workspace()
+        with self._lock:
+            first = list(itertools.islice(self._next_ahead, JOBS_AHEAD))
+        for job in first:
+            self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
         while not self._stop.is_set():
             with self._lock:
-                job = next(self._next_job, None)
+                job, ahead = next(self._next_job, None), next(self._next_ahead, None)
             if job is None:
                 return
+            if ahead:
+                self.checkpoint.read_ahead(ahead.tensor.source, ahead.offset, ahead.nbytes)
             self.guard.check()
             convert = self._quantize if job.tensor.quantized else self._copy
             if convert(job, workspace):
@@ -2338,7 +2371,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add(
         "--threads",
         type=thread_count,
-        default=default_threads(),
+        default=usable_cores(),
         metavar="N",
         help="worker threads (default: the cores this process may use, %(default)s here)",
     )
@@ -2398,11 +2431,6 @@ def regex_argument(text: str) -> str:
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
     return text
-
-
-def default_threads() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import assert_refused, command, run_cli
+from conftest import SCRIPT, assert_refused, command, run_cli
 from sparse import write_sparse_checkpoint
 
 import quantize_int4 as q
@@ -92,7 +94,7 @@ def test_the_limits_of_all_groups_above_count_and_the_tightest_wins(tmp_path):
     write_files(root / "docker" / "abc", V2)
     membership = tmp_path / "membership"
     membership.write_text("0::/docker/abc\n")
-    folders = q.find_memory_cgroups(membership, root)
+    folders = q.find_cgroups("memory", membership, root)
     assert folders == [root / "docker" / "abc", root / "docker", root]
     available = min(psutil.virtual_memory().available, GB)
     assert q.MemoryGuard(0, folders).read().available <= available
@@ -102,10 +104,33 @@ def test_inside_a_container_the_hosts_path_does_not_exist_and_the_root_is_the_gr
     write_files(tmp_path / "memory", V1)
     membership = tmp_path / "membership"
     membership.write_text("12:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n")
-    assert q.find_memory_cgroups(membership, tmp_path) == [tmp_path / "memory"]
+    assert q.find_cgroups("memory", membership, tmp_path) == [tmp_path / "memory"]
 
 
 def test_a_container_limit_trips_the_guard(tmp_path):
     guard = q.MemoryGuard(7 * GB, [write_files(tmp_path / "group", V2)])
     with pytest.raises(q.MemoryGuardError, match=r"6\.00 GB of memory available"):
         guard.check()
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "20000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.cfs_quota_us": 100000, "cpu.cfs_period_us": 100000}, 1),
+        ({"cpu.cfs_quota_us": -1, "cpu.cfs_period_us": 100000}, None),
+        ({}, None),
+    ],
+)
+def test_threads_default_to_the_cores_that_affinity_and_quota_allow(tmp_path, files, cores):
+    free = len(os.sched_getaffinity(0))
+    folder = write_files(tmp_path / "group", files)
+    assert q.usable_cores([folder]) == min(cores or free, free)
+
+
+def test_threads_default_to_the_affinity():
+    script = "import os; os.sched_setaffinity(0, {0}); import quantize_int4; print(quantize_int4.usable_cores())"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert result.stdout == "1\n"
