@@ -8,8 +8,9 @@
     python quantize_int4.py --input_dir merged_model --output_dir merged_model_int4
 
 Works on the checkpoint's tensors alone: no model code is imported, so any architecture will do. Every 2-D
-floating-point `*.weight` of at least one group of columns is quantized, all else is kept bit for bit. The plan is made
-from the headers and printed before the first weight is read (--dry_run stops there).
+floating-point `*.weight` of at least one group of columns is quantized, but for embeddings, what --exclude names and,
+in formats for engines, heads and expert routers. All else is kept bit for bit. The plan is made from the headers and
+printed before the first weight is read (--dry_run stops there).
 
 Formats of the output (--format); each weight `X.weight` of shape (rows, columns) is replaced by these tensors:
 
@@ -17,18 +18,20 @@ Formats of the output (--format); each weight `X.weight` of shape (rows, columns
                          X.scales         float16  (rows, padded // group_size)
                          `padded` is `columns` rounded up to whole groups; quantize_config.json lists where they differ
     compressed-tensors   X.weight_packed  int32    (rows, columns // 8)          code c as c + 8
-    (vLLM, transformers) X.weight_scale   X's own  (rows, columns // group_size)
+    (vLLM, transformers) X.weight_scale   X's own* (rows, columns // group_size)
                          X.weight_shape   int64    (2,)                          rows, columns
     gptq                 X.qweight        int32    (columns // 8, rows)          code c as c + 8
     (GPTQ v1 readers)    X.scales         float16  (columns // group_size, rows)
                          X.qzeros         int32    (columns // group_size, rows // 8)  every 4-bit zero point 8, as 7
                          X.g_idx          int32    (columns,)                    column // group_size
 
+(* float32 for float64 weights)
+
 Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: scale =
 max|w| / 7 rounded to its dtype, c = clamp(round(w / scale), -8, 7).
 
-Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 130 and 143 stopped by SIGINT and SIGTERM. After
-any of them the same command continues where the run stopped.
+Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130 and 143 stopped by SIGHUP, SIGINT and
+SIGTERM. A run that was stopped, killed or out of memory or disk continues when the same command is given again.
 """
 
 from __future__ import annotations
@@ -36,8 +39,10 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import ctypes
 import errno
 import fcntl
+import filecmp
 import hashlib
 import itertools
 import json
@@ -66,6 +71,8 @@ try:
     import torch
     from safetensors import SafetensorError, safe_open
 except ImportError as missing:
+    if __name__ != "__main__":
+        raise
     sys.exit(f"error: {missing}: quantize_int4.py needs torch, safetensors and psutil: pip install psutil safetensors")
 
 __version__ = "1.0.0"
@@ -99,6 +106,7 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
+COPIES_KEY = "quantize_int4_copies"  # there too: name and SHA-256 of each copied file, as JSON
 SCALE_KEY = "quantize_int4_scale"  # there too: how scales were chosen, which --verify must know
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
@@ -288,11 +296,13 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
 def _tensor_info(name: str, entry: object, path: Path, start: int) -> TensorInfo:
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        bits = math.prod(shape) * DTYPE_BITS[dtype]
-        whole_numbers = all(type(number) is int and number >= 0 for number in [*shape, first, last])
+        whole_numbers = all(type(number) is int and 0 <= number < 2**63 for number in [*shape, first, last])
+        # No tensor has more dimensions than torch allows; the product of millions would take minutes.
+        valid = whole_numbers and len(shape) <= 64 and math.prod(shape) * DTYPE_BITS[dtype] == (last - first) * 8
+        name.encode()
     except (KeyError, TypeError, ValueError):
-        whole_numbers = False
-    if not whole_numbers or bits != (last - first) * 8:
+        valid = False
+    if not valid:
         raise ValueError(f"tensor {name!r} has no valid dtype, shape and offsets")
     return TensorInfo(name, dtype, tuple(shape), last - first, path, start + first)
 
@@ -312,6 +322,8 @@ class WeightsFile:
 
     def __init__(self, path: Path):
         check_signals()
+        if not path.is_file():
+            raise QuantizeError(f"{path} is not a regular file")
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _file_state(os.stat(self.fd))
@@ -359,8 +371,11 @@ class PickleFile(WeightsFile):
 
     def _describe(self, name: str, tensor: torch.Tensor) -> TensorInfo:
         dtype = DTYPE_NAMES.get(tensor.dtype)
-        if dtype is None or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
-            raise QuantizeError(f"tensor {name!r} ({self.path.name}): cannot hold {tensor.dtype}, {tensor.layout}")
+        if dtype is None or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_conj():
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise QuantizeError(
+                f"tensor {name!r} ({self.path.name}) is {kind}: only plain tensors with data can be read"
+            )
         return TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, 0)
 
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
@@ -368,6 +383,8 @@ class PickleFile(WeightsFile):
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """By rows (of the first dimension), since a tensor may be a view that is not contiguous."""
+        if os.fstat(self.fd).st_size < self.state[0]:  # reading the map beyond the file's end would be a SIGBUS
+            raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
         tensor = self._tensors[info.name]
         tensor = tensor if tensor.dim() else tensor.view(1)
         row_bytes = info.nbytes // len(tensor)
@@ -484,6 +501,8 @@ class Checkpoint:
                 if weight_map is not None and name not in weight_map:
                     unlisted.append(name)
         lost = [name for name in weight_map or () if name not in self.tensors]
+        if not self.tensors:
+            raise QuantizeError(f"{folder}: {quote_names(file.path.name for file in files)} hold no tensors")
         if lost:
             raise QuantizeError(
                 f"{folder}: the index puts tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
@@ -510,7 +529,8 @@ class Checkpoint:
                 file = (SafetensorsFile if name.endswith(".safetensors") else PickleFile)(folder / name)
                 files.append(file)
                 opened.callback(file.close)
-            checkpoint = cls(folder, config_folder or folder, files, weight_map)
+            elsewhere = config_folder and config_folder.resolve() != folder.resolve()
+            checkpoint = cls(folder, config_folder if elsewhere else folder, files, weight_map)
             opened.pop_all()
         if names[0].endswith(".safetensors"):
             ignored = [path.name for path in sorted(folder.iterdir()) if is_pickled_weights(path)]
@@ -553,6 +573,14 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             " several models. Merge them, or leave one"
         )
     found = safetensors or binaries or pickles
+    for name in found:
+        if part := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.\w+)", name):
+            numbers = range(1, int(part[4]) + 1) if int(part[4]) < 10**5 else ()
+            parts = [f"{part[1]}{number:0{len(part[2])}}{part[3]}{part[4]}{part[5]}" for number in numbers]
+            if missing := [other for other in parts if other not in found]:
+                raise QuantizeError(
+                    f"input folder {folder}: {quote_names(missing)} of {part[4]} missing: copy it again"
+                )
     if not found:
         adapter = (folder / "adapter_config.json").exists()
         hint = ": it holds a LoRA adapter, merge that into its base model first" if adapter else ""
@@ -603,6 +631,12 @@ class Workspace:
     def tensor(self, role: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         """The role's buffer as a tensor."""
         return torch.frombuffer(self.buffer(role, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, which must outlive the view. Torch itself offers this through numpy only."""
+    assert tensor.is_contiguous()
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
@@ -740,7 +774,9 @@ def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = Fal
 def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
     """int32 (rows, columns // 8) -> int8 (rows, columns)."""
     words = words ^ OFFSET_BITS if with_offset else words
-    shifts = torch.arange(28, -4, -4, dtype=torch.int32)  # code i to the top, then back with its sign
+    shifts = torch.arange(
+        28, -4, -4, dtype=torch.int32, device=words.device
+    )  # code i to the top, then back with its sign
     return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
 
 
@@ -884,7 +920,7 @@ def describe_gptq(plan: Plan) -> dict[str, dict]:
 
 
 def patterns_of_kept_layers(plan: Plan) -> list[str]:
-    """Regular expressions for the linear layers that are kept, one for all layer numbers where it fits no other module.
+    """Regular expressions for the linear layers that are kept, one for all layer numbers where all of them are.
 
     They leave out the names' first component: transformers loads `backbone.` as `model.`, vLLM does not, and a full
     name would fail in one of them.
@@ -897,13 +933,27 @@ def patterns_of_kept_layers(plan: Plan) -> list[str]:
     packed = {numberless[name] for name, tensor in linear.items() if tensor.quantized}
     patterns = []
     for name in [*(name for name, tensor in linear.items() if not tensor.quantized), *stacks]:
-        if experts := re.match(r"[^.]*\.(.*\.experts)\.", name):
+        if experts := re.match(r"(.*\.experts)\.", name):
             # One entry for the layer's stack: vLLM asks for projections that a model need not have.
-            patterns.append(f".*{re.escape(experts[1])}(\\..*)?$")
+            patterns.append(_module_pattern(experts[1]) + r"(\..*)?$")
         elif name in linear:
             module = (name if numberless[name] in packed else numberless[name]).removesuffix(".weight")
-            patterns.append(f".*{re.escape(module.partition('.')[2] or module)}$".replace(r"\#", r"\d+"))
-    return list(dict.fromkeys(patterns))
+            patterns.append(_module_pattern(module).replace(r"\#", r"\d+") + "$")
+    patterns = list(dict.fromkeys(patterns))
+    modules = [info.name.removesuffix(".weight") for info in plan.quantized]
+    for pattern in patterns:
+        if caught := next((module for module in modules if re.match(pattern, module)), None):
+            raise QuantizeError(
+                f"the entry {pattern!r}, for a layer that is kept, would keep {caught!r} too, which is quantized:"
+                " change --exclude so that both are kept or both quantized"
+            )
+    return patterns
+
+
+def _module_pattern(module: str) -> str:
+    """Matches the module under any first component, or none; `layers.3` keeps its own."""
+    rest = module.partition(".")[2]
+    return r"(.*\.)?" + re.escape(module if not rest or rest[0].isdigit() else rest)
 
 
 FORMATS = {
@@ -1066,7 +1116,8 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         refuse_what_engines_cannot_hold(tensors, options, config)
     copied, left_out = plan_other_files(checkpoint)
     fingerprint = make_fingerprint(checkpoint, options, copied)
-    shards, placements = plan_shards(tensors, options, fingerprint)
+    copies = {path.name: hash_file(path) for path in copied if path.name not in (CONFIG_NAME, QUANTIZE_CONFIG_NAME)}
+    shards, placements = plan_shards(tensors, options, fingerprint, copies)
     plan = Plan(
         options=options,
         fingerprint=fingerprint,
@@ -1249,8 +1300,10 @@ def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
             raise QuantizeError(f"{path} is a link to {os.readlink(path)}, which is missing: mend or remove it")
         elif not path.is_file():
             left_out.append(f"{path.name} (not a regular file)")
-        elif SHARD_PATTERN.fullmatch(path.name) or UNFINISHED_PATTERN.fullmatch(path.name):
+        elif UNFINISHED_PATTERN.fullmatch(path.name):
             left_out.append(f"{path.name} (of another conversion)")
+        elif not os.access(path, os.R_OK):
+            raise QuantizeError(f"{path}: Permission denied: make it readable or remove it, it would be copied")
         else:
             copied.append(path)
     if checkpoint.config_folder != checkpoint.folder:
@@ -1276,11 +1329,11 @@ def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path
 
 
 def plan_shards(
-    tensors: list[TensorPlan], options: Options, fingerprint: str
+    tensors: list[TensorPlan], options: Options, fingerprint: str, copies: dict[str, str]
 ) -> tuple[tuple[ShardPlan, ...], dict[str, Placement]]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
     shard_size = options.shard_size
-    metadata = {"format": "pt", METADATA_KEY: fingerprint, SCALE_KEY: options.scale}
+    metadata = {"format": "pt", METADATA_KEY: fingerprint, SCALE_KEY: options.scale, COPIES_KEY: json.dumps(copies)}
     empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
     contents: list[list[OutputTensor]] = []
     used = shard_size
@@ -1433,9 +1486,9 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
         buffer, offset = buffer[count:], offset + count
 
 
-def sync_folder(folder: Path) -> None:
-    """Make new and renamed directory entries survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Make a file's bytes, or a folder's new and renamed entries, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -1471,11 +1524,13 @@ class ShardWriter:
         """All bytes are in: sync them, then give the file its final name."""
         if self.finished:
             return
+        if not self.temporary.exists():
+            self._open()  # a shard of empty tensors had nothing to write
+            self.close()
         with naming(self.temporary):
-            os.fsync(self._open())
-        self.close()
+            sync_file(self.temporary)
         os.rename(self.temporary, self.final)
-        sync_folder(self.final.parent)
+        sync_file(self.final.parent)
         self.finished = True
 
     def close(self) -> None:
@@ -1495,10 +1550,10 @@ class OutputFolder:
         self.folder = folder
         self.plan = plan
         self.written = plan.written_files()
-        self.finished: set[str] = set()  # names of shards and other files that are final and as planned
-        self.remove: list[Path] = []  # leftovers of earlier runs
+        self.overwrite = overwrite
+        # Names of shards and other files that are final and as planned, and leftovers of earlier runs.
+        self.finished, self.remove = self._survey(overwrite)
         self._lock_fd: int | None = None
-        self._survey(overwrite)
 
     @property
     def complete(self) -> bool:
@@ -1507,31 +1562,33 @@ class OutputFolder:
     def planned_names(self) -> set[str]:
         return {*(shard.name for shard in self.plan.shards), *(path.name for path in self.plan.copied), *self.written}
 
-    def _survey(self, overwrite: bool) -> None:
-        """Sort what is in the folder: finished work of this run, leftovers of an earlier one, and the user's own."""
+    def _survey(self, overwrite: bool) -> tuple[set[str], list[Path]]:
+        """Sort what is in the folder: what this run need not write again, and what it is to remove. The user's own
+        files are refused, and so are an earlier run's unless `overwrite`."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        fingerprints = {path: read_fingerprint(path) for path in entries if SHARD_PATTERN.fullmatch(path.name)}
-        earlier_run = any(fingerprints.values())  # evidence that this program made the folder
-        stale, foreign = [], []
+        metadata = {path: read_metadata(path) for path in entries if SHARD_PATTERN.fullmatch(path.name)}
+        fingerprints = {path: found[METADATA_KEY] for path, found in metadata.items() if METADATA_KEY in found}
+        copies = {item for path in fingerprints for item in json.loads(metadata[path].get(COPIES_KEY, "{}")).items()}
+        own_names = {*self.written, CONFIG_NAME, QUANTIZE_CONFIG_NAME} if fingerprints else set()
+        finished, remove, stale, foreign = set(), [], [], []
         for path in entries:
             unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
-            if self._is_finished(path):
-                self.finished.add(path.name)
-            elif unfinished:
-                own = self.plan.fingerprint.startswith(unfinished[1])
-                (self.remove if own else stale).append(path)
-            elif fingerprints.get(path) == self.plan.fingerprint:
-                self.remove.append(path)  # one of ours, but damaged since
-            elif fingerprints.get(path) or (earlier_run and path.name in {*self.planned_names(), QUANTIZE_CONFIG_NAME}):
+            if path.is_file() and self._is_finished(path):
+                finished.add(path.name)
+            elif unfinished and self.plan.fingerprint.startswith(unfinished[1]):
+                remove.append(path)
+            elif fingerprints.get(path) == self.plan.fingerprint and path.name in self.planned_names():
+                remove.append(path)  # ours, but damaged since
+            elif unfinished or path in fingerprints or path.name in own_names or self._is_copy(path, copies):
                 stale.append(path)
             else:
                 foreign.append(path)
         if foreign:
             raise QuantizeError(
                 f"output folder {self.folder} holds {quote_names(path.name for path in foreign)}, not written by this"
-                " program: choose a new or empty folder"
+                " program or changed since: choose a new or empty folder, or move it away"
             )
         if stale and not overwrite:
             raise QuantizeError(
@@ -1539,8 +1596,12 @@ class OutputFolder:
                 " other options or source files: --overwrite starts afresh, or choose another folder"
             )
         if overwrite:
-            self.remove += [*stale, *(self.folder / name for name in self.finished)]
-            self.finished = set()
+            return set(), [*remove, *stale, *(self.folder / name for name in finished)]
+        return finished, remove
+
+    def _is_copy(self, path: Path, copies: set[tuple[str, str]]) -> bool:
+        """Whether an earlier run copied just this file, by what its shards say."""
+        return path.name in dict(copies) and path.is_file() and (path.name, hash_file(path)) in copies
 
     def _is_finished(self, path: Path) -> bool:
         shard = next((shard for shard in self.plan.shards if shard.name == path.name), None)
@@ -1550,7 +1611,7 @@ class OutputFolder:
         if path.name in self.written:
             return path.read_bytes() == self.written[path.name]
         source = next((source for source in self.plan.copied if source.name == path.name), None)
-        return source is not None and path.is_file() and path.read_bytes() == source.read_bytes()
+        return source is not None and filecmp.cmp(path, source, shallow=False)
 
     def bytes_to_write(self) -> int:
         """What the disk must still hold, less what will be removed from it first."""
@@ -1568,11 +1629,14 @@ class OutputFolder:
         """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
+        if (self.finished, self.remove) != self._survey(self.overwrite):
+            raise QuantizeError(f"output folder {self.folder} changed since it was looked at: start again")
         index = self.folder / INDEX_NAME
-        for path in [index, *self.remove]:
+        # Shards last: they tell which of the other files are this program's.
+        for path in [index, *sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))]:
             path.unlink(missing_ok=True)
         self.finished.discard(INDEX_NAME)
-        sync_folder(self.folder)
+        sync_file(self.folder)
 
     def _lock(self) -> None:
         """Two runs into one folder would mix their bytes. The lock is the folder's own and dies with the process."""
@@ -1588,22 +1652,26 @@ class OutputFolder:
         """Copies and the program's own files, each complete before it gets its name; the index once all is on disk."""
         for source in self.plan.copied:
             if source.name not in self.finished:
-                self._write_file(source.name, source.read_bytes())
+                with open(source, "rb") as file:
+                    self._write_file(source.name, iter(lambda file=file: file.read(COPY_BYTES), b""))
         for name, data in self.written.items():
             if name == INDEX_NAME:
-                sync_folder(self.folder)
+                sync_file(self.folder)
             if name not in self.finished:
-                self._write_file(name, data)
-        sync_folder(self.folder)
+                self._write_file(name, [data])
+        sync_file(self.folder)
 
-    def _write_file(self, name: str, data: bytes) -> None:
+    def _write_file(self, name: str, parts: Iterable[bytes]) -> None:
         final = self.folder / name
         temporary = unfinished_path(final, self.plan.fingerprint)
         check_signals()
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             with naming(temporary):
-                write_at(fd, memoryview(data), 0)
+                end = 0
+                for part in parts:
+                    write_at(fd, memoryview(part), end)
+                    end += len(part)
                 os.fsync(fd)
         finally:
             os.close(fd)
@@ -1614,19 +1682,29 @@ class OutputFolder:
         for path in self.folder.glob("*.unfinished"):
             unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
             if unfinished and self.plan.fingerprint.startswith(unfinished[1]):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the error that stopped the run is the one to report
+                    path.unlink()
 
     def close(self) -> None:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
 
 
-def read_fingerprint(shard: Path) -> str | None:
-    """The fingerprint in a shard that this program wrote; None for any other file."""
+def read_metadata(shard: Path) -> dict[str, str]:
+    """A shard's `__metadata__`, where this program leaves its marks; empty for a file without."""
     try:
-        return read_header(shard)[0]["__metadata__"][METADATA_KEY]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        metadata = read_header(shard)[0].get("__metadata__") if shard.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(COPY_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1674,7 +1752,7 @@ def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
 def plan_tiles(job: Job, group_size: int) -> Iterator[Tile]:
     """Whole rows, as many as make a tile; a row longer than a tile is cut between groups."""
     columns = job.tensor.source.shape[1]
-    width = min(columns, TILE_WEIGHTS // group_size * group_size)
+    width = min(columns, max(1, TILE_WEIGHTS // group_size) * group_size)
     height = max(1, TILE_WEIGHTS // columns)
     for row in range(job.start, job.stop, height):
         for column in range(0, columns, width):
@@ -1785,57 +1863,49 @@ class Conversion:
     def _quantize(self, job: Job, workspace: Workspace) -> bool:
         """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
         form, group_size, info = self.options.format, self.options.group_size, job.tensor.source
-        columns_each = {"words": CODES_PER_WORD, "scales": group_size}  # the weight's columns in an element of these
-        outputs = dict(zip(columns_each, job.tensor.outputs))
+        outputs = job.tensor.outputs[:2]  # words and scales
+        staged = self._stage(job, workspace) if form.transposed else ()
         for tile in plan_tiles(job, group_size):
             if self._stop.is_set():
                 return False
             groups = self._read_groups(info, tile, workspace)  # source dtype (n, group_size)
-            dtype, search = FLOAT_DTYPES[outputs["scales"].dtype], self.options.scale == "mse"
+            dtype, search = FLOAT_DTYPES[outputs[1].dtype], self.options.scale == "mse"
             codes, scales = quantize_groups(groups, dtype, workspace, search, self._importance(info, tile))
             if not torch.isfinite(scales).all():
                 raise QuantizeError(describe_bad_value(info, tile, groups, scales))
             words = pack_int4(codes.view(tile.rows, -1), workspace, form.with_offset)  # int32 (rows, columns // 8)
-            for role, block in {"words": words, "scales": scales.view(tile.rows, -1)}.items():
-                column = tile.column // columns_each[role]
+            for number, (block, width) in enumerate(
+                ((words, CODES_PER_WORD), (scales.view(tile.rows, -1), group_size))
+            ):
+                column = tile.column // width
                 if form.transposed:
-                    self._stage(job, tile.row, column, block, outputs[role], role, workspace)
+                    first = tile.row - job.start
+                    staged[number][column : column + block.shape[1], first : first + tile.rows].copy_(block.T)
                 else:
-                    start = (tile.row * outputs[role].shape[1] + column) * block.itemsize
-                    self._write(outputs[role], start, workspace.buffer(role, block.nbytes))
-        if form.transposed:
-            for role, output in outputs.items():
-                self._write_staged(job, output, role, workspace)
+                    start = (tile.row * outputs[number].shape[1] + column) * block.itemsize
+                    self._write(outputs[number], start, bytes_of(block))
+        for output, lines in zip(outputs, staged):
+            self._write_lines(job, output, lines)
         for output in job.tensor.outputs[2:] if job.start == 0 else ():
             self._write(output, 0, memoryview(output.content()))
         return True
 
-    def _stage(
-        self,
-        job: Job,
-        row: int,
-        column: int,
-        block: torch.Tensor,
-        output: OutputTensor,
-        role: str,
-        workspace: Workspace,
-    ) -> None:
-        """Turn a tile's block (rows, columns) into the job's lines of `output` (columns, rows)."""
-        staged = workspace.tensor(f"staged {role}", block.dtype, output.shape[0], job.stop - job.start)
-        first = row - job.start
-        staged[column : column + block.shape[1], first : first + block.shape[0]].copy_(block.T)
+    def _stage(self, job: Job, workspace: Workspace) -> list[torch.Tensor]:
+        """Room for the job's part of transposed words and scales: (columns, rows of the job)."""
+        words, scales = job.tensor.outputs[:2]
+        rows = job.stop - job.start
+        return [
+            workspace.tensor("staged words", torch.int32, words.shape[0], rows),
+            workspace.tensor("staged scales", FLOAT_DTYPES[scales.dtype], scales.shape[0], rows),
+        ]
 
-    def _write_staged(self, job: Job, output: OutputTensor, role: str, workspace: Workspace) -> None:
-        """Write the job's part of each line of `output`, all in one piece if the job has all rows."""
-        lines, rows = output.shape
-        itemsize = DTYPE_BITS[output.dtype] // 8
-        if job.stop - job.start == rows:
-            lines, rows = 1, lines * rows
-        part = rows * itemsize if lines == 1 else (job.stop - job.start) * itemsize
-        staged = workspace.buffer(f"staged {role}", lines * part)
-        for line in range(lines):
-            start = (line * rows + job.start) * itemsize
-            self._write(output, start, staged[line * part : (line + 1) * part])
+    def _write_lines(self, job: Job, output: OutputTensor, lines: torch.Tensor) -> None:
+        """Write the job's part of each line of `output` (columns, rows); in one piece if the job has all rows."""
+        if lines.shape == output.shape:
+            self._write(output, 0, bytes_of(lines))
+            return
+        for number, line in enumerate(lines):
+            self._write(output, (number * output.shape[1] + job.start) * line.itemsize, bytes_of(line))
 
     def _read_groups(self, info: TensorInfo, tile: Tile, workspace: Workspace) -> torch.Tensor:
         """A tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
@@ -1884,6 +1954,7 @@ class Conversion:
             for shard in self._shards_of(job.tensor):
                 self.writers[shard].jobs_left -= 1
                 if self.writers[shard].jobs_left == 0:
+                    self.writers[shard].close()  # shards that wait for their sync should not use up descriptors
                     self._complete.put(self.writers[shard])
 
     def _finish_shards(self) -> None:
@@ -1896,7 +1967,7 @@ def describe_bad_value(info: TensorInfo, tile: Tile, groups: torch.Tensor, scale
     """Name the first weight of a tile that is not finite or too large for the scale's dtype."""
     group_size = groups.shape[1]
     bad_group = int((~torch.isfinite(scales)).nonzero()[0])
-    weights = groups[bad_group].to(torch.float32)
+    weights = groups[bad_group].to(torch.float64)
     magnitudes = torch.where(torch.isnan(weights), torch.inf, weights.abs())
     position = int(magnitudes.argmax())
     groups_per_row = -(-tile.columns // group_size)
@@ -1926,10 +1997,10 @@ def printable(text: str) -> str:
 
 
 def say(text: str = "", before: str = "", end: str = "\n") -> None:
-    """Print a line; a reader that went away (`| head`) must not end a long run."""
+    """Print a line; a reader that went away (`| head`), a closed terminal or a full log must not end a long run."""
     try:
         print(before + printable(text), end=end, flush=True)
-    except BrokenPipeError:
+    except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
 
 
@@ -1992,7 +2063,9 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
         say(f"Resuming:  {finished} of {count_of(len(plan.shards), 'shard')} finished by an earlier run")
     if output.remove:
         say(f"Removing:  {quote_names(path.name for path in output.remove)} of an earlier run")
-    say(f"Disk:      {format_bytes(output.bytes_to_write())} to write, {format_bytes(output.free_disk())} free")
+    needed, free = output.bytes_to_write(), output.free_disk()
+    shortage = ": not enough" if needed > free else ""
+    say(f"Disk:      {format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
     reading = guard.read()
     peak = guard.own() + threads * worker_bytes(plan)
     say(
@@ -2098,33 +2171,27 @@ LAYER_KINDS = (  # for the table, the first that matches
 VERIFY_WEIGHTS = 1 << 20  # decoded at a time
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a finished folder says that it is to be read."""
-
-    format: Format
-    group_size: int
-
-
-def read_layout(folder: Path) -> Layout:
-    """From the config files alone, as any reader would."""
-    for name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME):
-        config = read_json(folder / name) if (folder / name).exists() else {}
-        config = config.get("quantization_config", {}) if name == CONFIG_NAME else config
-        form = FORMATS.get(config.get("format", "")) or FORMATS.get(config.get("quant_method", ""))
-        group = config.get("config_groups", {}).get("group_0", {}).get("weights", config)
-        if form and isinstance(group.get("group_size"), int):
-            return Layout(form, group["group_size"])
+def read_layout(folder: Path) -> tuple[Format, int]:
+    """Format and group size of a finished folder, from its config files alone, as any reader would."""
+    with contextlib.suppress(AttributeError, TypeError):  # of a file that is no such config
+        for name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME):
+            config = read_json(folder / name) if (folder / name).exists() else {}
+            config = config.get("quantization_config") or {} if name == CONFIG_NAME else config
+            form = FORMATS.get(config.get("format")) or FORMATS.get(config.get("quant_method"))
+            group = config.get("config_groups", {}).get("group_0", {}).get("weights", config)
+            if form and group.get("group_size", 0) > 0:
+                return form, int(group["group_size"])
     raise QuantizeError(f"{folder}: neither {CONFIG_NAME} nor {QUANTIZE_CONFIG_NAME} describes a quantization")
 
 
 class Verification:
     """Compares a finished folder with its source. Its decoding shares nothing with the packing."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path):
+    def __init__(self, checkpoint: Checkpoint, folder: Path, guard: MemoryGuard):
         self.checkpoint = checkpoint
         self.folder = folder
-        self.layout = read_layout(folder)
+        self.guard = guard
+        self.format, self.group_size = read_layout(folder)
         self.problems: list[str] = []
         self.errors: dict[str, float] = {}  # relative RMS error of each quantized weight
         self.kept = 0
@@ -2175,15 +2242,41 @@ class Verification:
             for task in tasks:
                 task.result()
         self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._shards.keys() - expected)]
+        self._check_config_files()
+
+    def _check_config_files(self) -> None:
+        """What readers take from JSON: the total size, true shapes, and which layers were kept."""
+        total = sum(file.get_tensor(name).nbytes for name, file in self._shards.items())
+        stated = (read_json(self.folder / INDEX_NAME).get("metadata") or {}).get("total_size")
+        if stated != total:
+            self.problems.append(f"{INDEX_NAME} says total_size {stated}, the tensors have {total} bytes")
+        if (self.checkpoint.config_folder / CONFIG_NAME).exists() and not (self.folder / CONFIG_NAME).exists():
+            self.problems.append(f"{CONFIG_NAME} is missing")
+        infos = self.checkpoint.tensors.values()
+        packed = [info for info in infos if info.name not in self._shards]
+        if self.format.name == "int4":
+            padded = {info.name: list(info.shape) for info in packed if info.shape[1] % self.group_size}
+            if read_json(self.folder / QUANTIZE_CONFIG_NAME).get("padded_weights") != padded:
+                self.problems.append(f"{QUANTIZE_CONFIG_NAME}: padded_weights are not those that need padding")
+        elif (self.folder / CONFIG_NAME).exists():
+            entries = read_json(self.folder / CONFIG_NAME).get("quantization_config", {})
+            entries = [*entries.get("ignore", []), *entries.get("dynamic", {})]
+            patterns = [re.compile(re.sub(r"^(re:|-:)", "", entry)) for entry in entries]
+            for info in packed:
+                module = info.name.removesuffix(".weight")
+                if caught := next((pattern for pattern in patterns if pattern.match(module)), None):
+                    self.problems.append(
+                        f"{CONFIG_NAME}: the entry {caught.pattern!r} keeps {module!r}, which is packed"
+                    )
 
     def _output_names(self, info: TensorInfo) -> list[str]:
         if info.name in self._shards or len(info.shape) != 2:
             return [info.name]
-        return [output.name for output in self.layout.format.outputs(info, self.layout.group_size)]
+        return [output.name for output in self.format.outputs(info, self.group_size)]
 
     def _compare(self, info: TensorInfo, names: list[str]) -> None:
+        self.guard.check()
         with torch.inference_mode():
-            problem = None
             outputs = [self._shards[name].get_tensor(name) for name in names]
             if names == [info.name]:
                 problem = self._compare_kept(info, outputs[0])
@@ -2214,11 +2307,16 @@ class Verification:
 
     def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> tuple[str | None, float]:
         """The first difference beyond what the scale allows, if any, and the relative RMS error."""
-        expected = self.layout.format.outputs(info, self.layout.group_size)
-        for planned, found in zip(expected, outputs):
+        planned_outputs = self.format.outputs(info, self.group_size)
+        for planned, found in zip(planned_outputs, outputs):
             if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
                 return f"{planned.name} is {found.dtype} {tuple(found.shape)}, not {planned.dtype} {planned.shape}", 0
-            if planned.content and bytes(found.contiguous().view(-1).view(torch.uint8).tolist()) != planned.content():
+            constant = {
+                "weight_shape": lambda: torch.tensor(info.shape),
+                "qzeros": lambda found=found: torch.full_like(found, 0x77777777),
+                "g_idx": lambda: torch.arange(info.shape[1], dtype=torch.int32) // self.group_size,
+            }.get(planned.name.rpartition(".")[2])
+            if constant and not torch.equal(found, constant()):
                 return f"{planned.name} does not hold what its shape calls for", 0
         rows, columns = info.shape
         dtype = FLOAT_DTYPES[info.dtype]
@@ -2238,6 +2336,8 @@ class Verification:
                 decoded = codes * scales
                 clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
                 wrong &= ~(clipped & (weights.abs() > decoded.abs()) & (weights * decoded > 0))
+            elif not torch.equal(self._absmax_scales(weights, outputs[1].dtype)[:, :columns], scales):
+                return f"a scale in rows {first} to {last - 1} is not its group's largest weight / 7", 0
             if wrong.any():
                 row, column = (int(i) for i in wrong.nonzero()[0])
                 decoded = float(codes[row, column] * scales[row, column])
@@ -2248,19 +2348,25 @@ class Verification:
             squared_weight += float(weights.square().sum(dtype=torch.float64))
         return None, math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
 
+    def _absmax_scales(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What the scale of each weight has to be, float32 (rows, columns padded to whole groups)."""
+        padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % self.group_size))
+        scales = (padded.unflatten(1, (-1, self.group_size)).abs().amax(2) / CODE_MAX).to(dtype).to(torch.float32)
+        return scales.repeat_interleave(self.group_size, 1)
+
     def _decode(
         self, outputs: list[torch.Tensor], first: int, last: int, columns: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and the scale of each, float32 (rows, columns): through the bytes, which hold the low nibble first."""
         words, scales = outputs[:2]
-        if self.layout.format.transposed:
+        if self.format.transposed:
             words, scales = words[:, first:last].T, scales[:, first:last].T
         else:
             words, scales = words[first:last], scales[first:last]
         octets = words.contiguous().view(torch.uint8)
         nibbles = torch.stack((octets % 16, octets // 16), -1).flatten(1).to(torch.float32)
-        codes = nibbles - 8 if self.layout.format.with_offset else nibbles - 16 * (nibbles > 7)
-        scales = scales.to(torch.float32).repeat_interleave(self.layout.group_size, 1)
+        codes = nibbles - 8 if self.format.with_offset else nibbles - 16 * (nibbles > 7)
+        scales = scales.to(torch.float32).repeat_interleave(self.group_size, 1)
         return codes[:, :columns], scales[:, :columns]
 
 
@@ -2321,20 +2427,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add(
         "--format",
         choices=FORMATS,
-        default="int4",
         help="int4: the layout below, for readers of your own (default); compressed-tensors: for vLLM and transformers;"
         " gptq: for other engines, dense models only",
     )
     add(
         "--group_size",
-        type=group_size_argument,
-        default=128,
+        type=number_argument(int, "a positive multiple of 8", lambda n: n > 0 and n % CODES_PER_WORD == 0),
         metavar="N",
         help="columns that share a scale, a multiple of 8 (default: 128)",
     )
     add(
         "--shard_size_gb",
-        type=positive_number,
+        type=number_argument(float, "a positive number of gigabytes", lambda n: 0 < n <= 1e9),
         default=4.0,
         metavar="GB",
         help="largest size of an output file, in 10^9 bytes; a larger tensor gets a file to itself (default: 4.0)",
@@ -2363,14 +2467,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--quantize_embeddings", action="store_true", help="quantize embeddings too (default: they are kept)")
     add(
         "--min_free_gb",
-        type=non_negative_number,
+        type=number_argument(float, "a number of gigabytes", lambda n: 0 <= n <= 1e9),
         default=10.0,
         metavar="GB",
         help="stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)",
     )
     add(
         "--threads",
-        type=thread_count,
+        type=number_argument(int, "a number of threads from 1 to 1024", lambda n: 1 <= n <= 1024),
         default=usable_cores(),
         metavar="N",
         help="worker threads (default: the cores this process may use, %(default)s here)",
@@ -2396,33 +2500,16 @@ def with_underscores(argument: str) -> str:
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
 
 
-def group_size_argument(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0 or int(text) % CODES_PER_WORD:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive multiple of {CODES_PER_WORD}")
-    return int(text)
+def number_argument(kind: type, rule: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type: a number that `accept` accepts, as `rule` says in words."""
 
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if accept(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
 
-def positive_number(text: str) -> float:
-    value = non_negative_number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
-def non_negative_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of gigabytes")
-    return value
-
-
-def thread_count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads from 1 to 1024")
-    return int(text)
+    return parse
 
 
 def regex_argument(text: str) -> str:
@@ -2446,17 +2533,29 @@ def run(args: argparse.Namespace) -> None:
     for folder in filter(None, (args.input_dir, args.config_dir)):
         refuse_nested_folders(folder, args.output_dir)
     with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
-        finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite
-        if not (args.verify and finished):
+        finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
+        if args.verify and finished:
+            refuse_other_layout(args)
+        else:
             plan_and_convert(args, checkpoint, progress)
         if args.verify and not args.dry_run:
             verify(checkpoint, args.output_dir, progress, args.threads)
 
 
+def refuse_other_layout(args: argparse.Namespace) -> None:
+    """A finished folder is verified as what it is; it must be what was asked for, too."""
+    form, group_size = read_layout(args.output_dir)
+    for option, asked, found in (("format", args.format, form.name), ("group_size", args.group_size, group_size)):
+        if asked not in (None, found):
+            raise QuantizeError(
+                f"{args.output_dir} is finished with --{option} {found}, not {asked}: --overwrite converts it again"
+            )
+
+
 def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> None:
     options = Options(
-        FORMATS[args.format],
-        args.group_size,
+        FORMATS[args.format or "int4"],
+        args.group_size or 128,
         int(args.shard_size_gb * GB),
         tuple(args.exclude),
         args.quantize_embeddings,
@@ -2478,7 +2577,7 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
 def verify(checkpoint: Checkpoint, folder: Path, progress: Progress, threads: int) -> None:
     """Compare a finished folder with its source."""
     progress.restart()
-    verification = Verification(checkpoint, folder)
+    verification = Verification(checkpoint, folder, progress.guard)
     try:
         verification.run(threads, progress)
     finally:
@@ -2520,7 +2619,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        print(f"error: {printable(describe_error(error)[:MAX_ERROR_LENGTH])}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(describe_error(error)[:MAX_ERROR_LENGTH])}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", 1)
 
 

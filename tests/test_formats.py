@@ -71,7 +71,7 @@ def test_a_layers_kept_experts_are_one_ignore_entry_for_the_whole_stack(tiny, tm
     result = quantize(tiny, tmp_path / "out", "--format", "compressed-tensors", *options)
     assert "transformers (5.23) leaves kept experts" in result.stdout
     ignore = read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignore"]
-    assert r"re:.*layers\.3\.mixer\.experts(\..*)?$" in ignore
+    assert r"re:(.*\.)?layers\.3\.mixer\.experts(\..*)?$" in ignore
     assert len(ignore) == 3
     # vLLM asks for every projection that experts may have, transformers and GPTQ readers for the stack
     for name in ("experts.0.gate_proj", "experts.3.down_proj", "experts"):
@@ -136,7 +136,19 @@ def test_ignore_names_exactly_the_linear_layers_that_are_kept(tiny, tmp_path):
 def test_routers_of_all_layers_are_one_pattern(tiny, tmp_path):
     quantize(tiny, tmp_path / "out", "--format", "gptq", "--group_size", 64)
     description = read_json(tmp_path / "out" / "quantize_config.json")
-    assert description["dynamic"] == {r"-:.*layers\.\d+\.mixer\.gate$": {}}
+    assert description["dynamic"] == {r"-:(.*\.)?layers\.\d+\.mixer\.gate$": {}}
+
+
+def test_an_ignore_entry_never_matches_a_layer_that_is_quantized(tmp_path):
+    """`3.attn` is not to be taken for `13.attn`, nor a short name for the end of a longer one."""
+    tensors = {f"layers.{i}.attn.{p}_proj.weight": torch.ones(8, 128) for i in range(14) for p in "qkv"}
+    folder = save_model(tmp_path / "in", tensors | {"model.proj.weight": torch.ones(8, 128)})
+    patterns = ["--exclude", r"^layers\.3\.", "--exclude", r"^model\.proj"]
+    quantize(folder, tmp_path / "out", "--format", "compressed-tensors", *patterns, "--verify")
+    for name in tensors:
+        module = name.removesuffix(".weight")
+        assert ignored(tmp_path / "out", module) == module.startswith("layers.3.")
+    assert ignored(tmp_path / "out", "model.proj")
 
 
 def test_stacked_experts_that_stay_are_ignored(tmp_path):

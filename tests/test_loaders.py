@@ -265,7 +265,7 @@ def forget_a_kept_layer(config):
 
 def ignore_full_names(config):
     """Name kept layers as the checkpoint does, which transformers reads under other names."""
-    config["ignore"] = [re.sub(r"^re:\.\*|\\\\|\\$$", "", entry) for entry in config["ignore"]]
+    config["ignore"] = [re.sub(r"^re:\(\.\*\\\.\)\?|\\|\$$", "", entry) for entry in config["ignore"]]
     config["ignore"] = [f"backbone.{entry}" if entry.startswith("layers") else entry for entry in config["ignore"]]
 
 

@@ -45,11 +45,24 @@ def assert_found(tiny, folder, *fragments):
     assert "WRONG" in result.stdout
 
 
-def test_a_finished_folder_verifies_whatever_the_options_are_now(finished, tiny):
+def test_a_finished_folder_verifies_alone(finished, tiny):
     _, folder = finished
-    result = quantize(tiny, folder, "--verify", "--group_size", 128)  # the folder says 64, and that counts
+    result = quantize(tiny, folder, "--verify")
     assert "holds what it should" in result.stdout
     assert "Done in" not in result.stdout
+
+
+@pytest.mark.parametrize("options", [["--group_size", 128], ["--format", "int4"], ["--format", "gptq"]], ids=str)
+def test_a_finished_folder_of_another_layout_is_not_passed_off_as_what_was_asked_for(finished, tiny, options):
+    form, folder = finished
+    if options == ["--format", form]:
+        assert "holds what it should" in quantize(tiny, folder, "--verify", *options).stdout
+    else:
+        assert_refused(run_cli(tiny, folder, "--verify", *options), "is finished with", "--overwrite")
+
+
+def test_the_guard_watches_over_verification_too(finished, tiny):
+    assert_refused(run_cli(tiny, finished[1], "--verify", "--min_free_gb", 10**6), "--min_free_gb", exit_code=3)
 
 
 def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny):
@@ -102,7 +115,9 @@ def swap_experts(form):
 def test_a_wrong_weight_is_found_and_named(damaged, tiny, fault):
     form, folder = damaged
     edit(folder, fault(form))
-    assert_found(tiny, folder, f"'{EXPERT}.weight'", "the source has")
+    assert_found(
+        tiny, folder, f"'{EXPERT}.weight'", "the source has" if fault == change_a_code else "largest weight / 7"
+    )
 
 
 def test_a_kept_tensor_that_differs_in_one_bit_is_found(damaged, tiny):
