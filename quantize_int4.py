@@ -2253,7 +2253,7 @@ class Verification:
         if (self.checkpoint.config_folder / CONFIG_NAME).exists() and not (self.folder / CONFIG_NAME).exists():
             self.problems.append(f"{CONFIG_NAME} is missing")
         infos = self.checkpoint.tensors.values()
-        packed = [info for info in infos if info.name not in self._shards]
+        packed = [info for info in infos if info.name not in self._shards and len(info.shape) == 2]
         if self.format.name == "int4":
             padded = {info.name: list(info.shape) for info in packed if info.shape[1] % self.group_size}
             if read_json(self.folder / QUANTIZE_CONFIG_NAME).get("padded_weights") != padded:

@@ -20,7 +20,7 @@ import pytest
 from sparse import write_sparse_checkpoint
 from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
 
-import quantize_int4
+import quantize_int4 as q
 
 VLLM_VERSION = "0.29.0"  # every row below was read in it; paths are below vllm/model_executor/
 NEMOTRON = "models/nemotron_h.py"
@@ -177,7 +177,7 @@ SETTINGS = [
     Setting(
         f"{GROUP}.format", "pack-quantized", f"{CT}/compressed_tensors_moe/compressed_tensors_moe.py get_moe_method"
     ),
-    # Experts too: their layer is looked for as Linear. Narrower targets fail for the lack of a gate_proj.
+    # Experts are looked for as Linear, too. Targets that name projections would have to name a gate_proj.
     Setting(f"{GROUP}.targets", ["Linear"], f"{CT}/compressed_tensors.py _add_fused_moe_to_target_scheme_map"),
     Setting(f"{GROUP}.input_activations", None, CHOSEN),
     Setting(f"{GROUP}.weights.num_bits", 4, f"{WNA16} WNA16_SUPPORTED_TYPES_MAP"),
@@ -216,7 +216,9 @@ def expected_tensors(group_size):
 # --- what the program would write -------------------------------------------------------------------------------------
 
 
-@dataclass(repr=False)  # 18,000 tensors, which pytest would print for each assertion that fails
+@dataclass(
+    repr=False
+)  # of 18,000 tensors. Assertions below are on small values for the same reason: pytest prints them
 class Folder:
     """A folder as a reader sees it that looks at headers and JSON files only."""
 
@@ -238,15 +240,15 @@ class Folder:
 
 def plan(source, group_size, *exclude):
     """What the program decides for a folder."""
-    options = quantize_int4.Options(
-        format=quantize_int4.FORMATS["compressed-tensors"],
+    options = q.Options(
+        format=q.FORMATS["compressed-tensors"],
         group_size=group_size,
         shard_size=4 * 10**9,
         exclude=exclude,
         quantize_embeddings=False,
     )
-    with contextlib.closing(quantize_int4.Checkpoint.open(source)) as checkpoint:
-        return quantize_int4.plan_conversion(checkpoint, options)
+    with contextlib.closing(q.Checkpoint.open(source)) as checkpoint:
+        return q.plan_conversion(checkpoint, options)
 
 
 def read_plan(planned):
@@ -255,19 +257,24 @@ def read_plan(planned):
     for shard in planned.shards:
         header = json.loads(shard.header[8:])
         del header["__metadata__"]
-        assert not header.keys() & tensors.keys()
+        assert tensors.keys().isdisjoint(header)
         tensors |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         holders |= dict.fromkeys(header, shard.name)
     files = planned.written_files()
     return Folder(tensors, holders, json.loads(files["model.safetensors.index.json"]), json.loads(files["config.json"]))
 
 
+def write_nano(folder):
+    """Write Nemotron-3-Nano's headers over files without content, and its config.json."""
+    write_sparse_checkpoint(folder, nemotron_tensors(NANO_30B), shards=13)
+    write_other_files(folder, NANO_30B)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Nemotron-3-Nano, all of its headers and none of its weights."""
     folder = tmp_path_factory.mktemp("nano") / "model"
-    write_sparse_checkpoint(folder, nemotron_tensors(NANO_30B), shards=13)
-    write_other_files(folder, NANO_30B)
+    write_nano(folder)
     return folder
 
 
@@ -289,10 +296,11 @@ def folder(planned):
 
 def check_part(folder, linear, part):
     """Every projection of a kind of layer has this tensor, in vLLM's dtype and shape."""
+    tensors, group_size = folder.tensors, folder.group_size
     for projections in linear.instances():
         for module, rows in zip(projections, linear.rows.values()):
-            expected = part.expected(rows, linear.columns, folder.group_size)
-            assert folder.tensors.get(f"{module}.{part}") == expected, (f"{module}.{part}", part.source, linear.source)
+            expected, found = part.expected(rows, linear.columns, group_size), tensors.get(f"{module}.{part}")
+            assert found == expected, (f"{module}.{part}", part.source, linear.source)
 
 
 def check_kept(folder, kept):
@@ -304,32 +312,36 @@ def check_kept(folder, kept):
 
 def check_sizes(folder, linear):
     """Marlin takes each such layer unpadded: as vLLM fuses it, in whole tiles and whole groups of a size it has."""
-    assert folder.group_size in MARLIN_GROUP_SIZES
+    group_size = folder.group_size
+    assert group_size in MARLIN_GROUP_SIZES
     for projections in linear.instances():
         words = [folder.tensors[f"{module}.weight_packed"][1] for module in projections]
         groups = {folder.tensors[f"{module}.weight_scale"][1][1] for module in projections}
         rows, columns = sum(shape[0] for shape in words), words[0][1] * 8
         assert rows % linear.tile.rows == 0, (projections, rows, linear.tile.source)
         assert columns % linear.tile.columns == 0, (projections, columns, linear.tile.source)
-        assert groups == {columns / folder.group_size}, (projections, columns, groups)
+        assert groups == {columns / group_size}, (projections, columns, groups)
 
 
 def check_names(folder):
     """No tensor is missing, which vLLM would not notice, and none is there that it does not know."""
-    expected = expected_tensors(folder.group_size)
-    assert folder.tensors.keys() == expected.keys(), sorted(folder.tensors.keys() ^ expected.keys())[:3]
+    differences = sorted(folder.tensors.keys() ^ expected_tensors(folder.group_size).keys())
+    assert not differences[:3]
 
 
 def check_index(folder):
     """vLLM opens the files that the index names; model_loader/weight_utils.py filter_duplicate_safetensors_files."""
-    assert folder.index["weight_map"] == folder.holders
+    differences = sorted(folder.index["weight_map"].items() ^ folder.holders.items())
+    assert not differences[:3]
     # A folder with such a file goes to Mistral's loader: model_loader/default_loader.py _prepare_weights
-    assert not [file for file in folder.holders.values() if file.startswith("consolidated")]
+    others = {file for file in folder.holders.values() if file.startswith("consolidated")}
+    assert not others
 
 
 def check_setting(folder, setting):
     """The config says this, where vLLM looks for it."""
-    assert read_setting(folder.quantization, setting.path) == setting.value, (setting.path, setting.source)
+    value = read_setting(folder.quantization, setting.path)
+    assert value == setting.value, (setting.path, setting.source)
 
 
 def read_setting(quantization, path):
@@ -356,7 +368,8 @@ def check_ignore(folder, linear):
     for projections in linear.instances():
         kept = [f"{module}.weight" in folder.tensors for module in projections]
         for module in names_asked(projections):
-            assert {is_ignored(folder, vllm_module(module))} == set(kept), (module, kept)
+            ignored = is_ignored(folder, vllm_module(module))
+            assert {ignored} == set(kept), (module, kept)
 
 
 def names_asked(projections):
@@ -370,7 +383,8 @@ def names_asked(projections):
 def check_never_packed_are_ignored(folder):
     """Head and routers are kept by their names too, so that readers which ask the config, as transformers, agree."""
     for name in ["lm_head", *(f"{prefix}mixer.gate" for prefix in layer_prefixes("E"))]:
-        assert is_ignored(folder, vllm_module(name)), name
+        ignored = is_ignored(folder, vllm_module(name))
+        assert ignored, name
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
@@ -451,7 +465,7 @@ def test_what_the_user_kept_is_there(partly_kept):
 @pytest.mark.parametrize(("group_size", "reason"), [(128, "--group_size 64 divides all"), (16, "Marlin")])
 def test_group_sizes_that_vllm_refuses_are_refused(source, group_size, reason):
     """Experts of 1,856 columns are no whole groups of 128: CompressedTensorsWNA16MoEMethod.create_weights."""
-    with pytest.raises(quantize_int4.QuantizeError, match=reason):
+    with pytest.raises(q.QuantizeError, match=reason):
         plan(source, group_size)
 
 

@@ -13,8 +13,9 @@ Needs an environment of its own: see requirements-vllm.txt.
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requ
 
 import loader_helpers as helpers
 import test_vllm_contract as contract
-from conftest import read_tensors
-from tiny_nemotron import NANO_30B, NemotronConfig, random_tensors, write_checkpoint, write_other_files
+from conftest import quantize, read_tensors
+from tiny_nemotron import NemotronConfig, random_tensors, write_checkpoint, write_other_files
+from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     destroy_distributed_environment,
@@ -187,17 +189,21 @@ def parameters_by_module(model):
     return modules
 
 
-def as_stored(module, tensor):
-    """A parameter with its rows first, as a compressed-tensors file stores it: GPTQ and Marlin's experts have columns
-    first. Of an expert's tensors vLLM turns each as it loads it."""
-    method = getattr(module, "scheme", module.quant_method)
-    return tensor.mT if getattr(method, "is_transposed", False) or hasattr(module, "qweight") else tensor
+def quantization_of(module):
+    """What holds a packed module's type of codes."""
+    return getattr(module, "scheme", module.quant_method)
+
+
+def rows_first(module, tensor):
+    """A packed parameter as compressed-tensors stores it. GPTQ's have columns first, and so have experts for Marlin."""
+    transposed = getattr(quantization_of(module), "is_transposed", False) or hasattr(module, "qweight")
+    return tensor.mT if transposed else tensor
 
 
 def dequantize_parameter(module, packed, scales):
     """Decode one of vLLM's packed parameters with vLLM's own unpacking and its own type's bias, rounded once."""
-    packed, scales = as_stored(module, packed), as_stored(module, scales)
-    quant_type = getattr(module, "scheme", module.quant_method).quant_type
+    packed, scales = rows_first(module, packed), rows_first(module, scales)
+    quant_type = quantization_of(module).quant_type
     codes = unpack_quantized_values_into_int32(packed, quant_type, packed_dim=packed.dim() - 1)
     group_size = codes.shape[-1] // scales.shape[-1]
     weights = (codes - quant_type.bias) * scales.float().repeat_interleave(group_size, dim=-1)
@@ -293,6 +299,14 @@ def test_vllm_holds_exactly_what_was_written(source, tmp_path, group_size, exclu
     check_folder(folder, source, EXCLUDE[excluded])
 
 
+def test_vllm_holds_scales_of_both_signs(source, tmp_path):
+    """A group whose largest weight is a negative code's may have a negative scale."""
+    folder = tmp_path / "quantized"
+    quantize(source, folder, "--format", "compressed-tensors", "--group_size", 64, "--scale", "mse")
+    assert any((tensor < 0).any() for name, tensor in read_tensors(folder).items() if name.endswith("_scale"))
+    check_folder(folder, source)
+
+
 @pytest.mark.parametrize("exclude", [None, r"layers\.1\.(self_attn\.[qkv]|mlp\.down)_proj\."], ids=["all", "exclude"])
 @pytest.mark.parametrize("output_format", DENSE_CASES)
 def test_vllm_holds_exactly_what_was_written_of_a_dense_model(tmp_path, output_format, exclude):
@@ -311,41 +325,57 @@ def test_every_linear_layer_but_head_and_routers_is_quantized(source, folder):
     assert quantized == {vllm_name(name) for name in linear - kept}
 
 
-def test_vllm_chooses_marlin_for_every_quantized_layer(folder):
-    """On Orin's capability each quantized linear layer and each stack of experts gets a Marlin kernel."""
-    modules = list(load_into_vllm(folder).modules())
-    kernels = [module.scheme.kernel for module in modules if hasattr(module, "scheme")]
-    experts = [module.quant_method.experts_cls for module in modules if isinstance(module, RoutedExperts)]
-    assert {type(kernel) for kernel in kernels} == {MarlinLinearKernel}
-    assert experts == [MarlinExperts, MarlinExperts]
-    assert len(kernels) == 10  # 2 in each of 2 Mamba layers, qkv, o, and 2 in each of 2 shared experts
+@dataclass(frozen=True)
+class Nano:
+    """The full Nemotron-3-Nano as vLLM makes it of the config.json that is planned for it; shapes without content."""
+
+    group_size: int
+    model: nn.Module
 
 
-def test_vllm_allocates_for_nemotron_3_nano_what_the_contract_says(folder, tmp_path):
-    """The tables of test_vllm_contract.py, which run without vLLM, are those of the vLLM that is installed here."""
+@pytest.fixture(scope="module", params=[32, 64])
+def nano(request, tmp_path_factory):
+    """Nemotron-3-Nano at both group sizes that divide its weights."""
+    source, folder = (tmp_path_factory.mktemp("nano") / name for name in ("source", "quantized"))
+    contract.write_nano(source)
+    folder.mkdir()
+    helpers.write_config(folder, contract.read_plan(contract.plan(source, request.param)).config)
+    with engine(folder) as config, torch.device("meta"):
+        return Nano(request.param, initialize_model(config))
+
+
+def test_vllm_allocates_for_nemotron_3_nano_what_the_contract_says(nano):
+    """The tables of test_vllm_contract.py, which runs without vLLM, are those of the vLLM that is installed here."""
     assert vllm.__version__ == contract.VLLM_VERSION
-    write_other_files(tmp_path, NANO_30B)
-    quantization = helpers.read_config(folder)["quantization_config"]
-    helpers.write_config(tmp_path, helpers.read_config(tmp_path) | {"quantization_config": quantization})
-    with engine(tmp_path) as config, torch.device("meta"):  # of the full model only the shapes
-        model = initialize_model(config)
     expected = {
         vllm_name(name): tensor
-        for name, tensor in contract.expected_tensors(64).items()
+        for name, tensor in contract.expected_tensors(nano.group_size).items()
         if not name.endswith(".weight_shape")  # of which vLLM has one for a fused layer, and which it never uses
     }
-    allocated = allocated_tensors(model)
-    assert allocated.keys() == expected.keys(), sorted(allocated.keys() ^ expected.keys())[:3]
-    assert allocated == expected
+    differences = sorted(allocated_tensors(nano.model).items() ^ expected.items())
+    assert not differences[:6]
 
 
-@pytest.mark.parametrize("source", sorted(contract.sources()))
-def test_the_contracts_sources_are_where_it_says(source):
-    """Each file of the tables' rows exists and defines what the row names."""
-    file, _, symbol = source.partition(" ")
-    text = (Path(vllm.__file__).parent / "model_executor" / file).read_text()
-    for name in symbol.split("."):
-        assert re.search(rf"^\s*((class|def) {name}\b|{name}\b.*=)", text, re.MULTILINE), (file, name)
+def test_vllm_chooses_marlin_for_every_quantized_layer_of_nemotron_3_nano(nano):
+    """On Orin's capability, for linear layers and for experts."""
+    kernels, experts = chosen_kernels(nano.model)
+    assert kernels == {MarlinLinearKernel: 2 * 23 + 2 * 6 + 2 * 23}  # Mamba; qkv and o; shared experts
+    assert experts == {MarlinExperts: 23}
+
+
+def test_vllm_chooses_marlin_for_every_quantized_layer_that_is_compared_here(folder):
+    """So the shapes and the packing that are compared are those of Marlin's classes."""
+    kernels, experts = chosen_kernels(load_into_vllm(folder))
+    assert kernels == {MarlinLinearKernel: 2 * 2 + 2 * 1 + 2 * 2}
+    assert experts == {MarlinExperts: 2}
+
+
+def chosen_kernels(model):
+    """How many layers have which kernel: linear layers and stacks of experts."""
+    modules = list(model.modules())
+    kernels = Counter(type(module.scheme.kernel) for module in modules if hasattr(module, "scheme"))
+    experts = [module.quant_method.experts_cls for module in modules if isinstance(module, RoutedExperts)]
+    return kernels, Counter(experts)
 
 
 WHERE_PACKED = {torch.int32: "I32", torch.bfloat16: "BF16"}  # safetensors' names
@@ -359,11 +389,20 @@ def allocated_tensors(model):
         for name, tensor in parameters.items():
             if NOT_WEIGHTS.search(name):
                 continue
-            stored = as_stored(model.get_submodule(path), tensor) if packed else tensor
+            stored = rows_first(model.get_submodule(path), tensor) if packed else tensor
             dtype = WHERE_PACKED[tensor.dtype] if packed else contract.FLOAT
             parts = unfuse(model, path, name, stored)
             tensors |= {part: (dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
     return tensors
+
+
+@pytest.mark.parametrize("row", sorted(contract.sources()))
+def test_the_contracts_sources_are_where_it_says(row):
+    """Each file of the tables' rows exists and defines what the row names."""
+    file, _, symbol = row.partition(" ")
+    text = (Path(vllm.__file__).parent / "model_executor" / file).read_text()
+    for name in symbol.split("."):
+        assert re.search(rf"^\s*((class|def) {name}\b|{name}\b.*=)", text, re.MULTILINE), (file, name)
 
 
 # --- the checks notice what is wrong ----------------------------------------------------------------------------------
