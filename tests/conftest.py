@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from checkpoints import write_checkpoint  # noqa: E402
 from launcher import Run, Setting  # noqa: E402
-from tiny_nemotron import TINY, random_tensors, write_checkpoint, write_other_files  # noqa: E402
+from tiny_nemotron import TINY, random_tensors, write_other_files  # noqa: E402
 
 
 @pytest.fixture(scope="session")

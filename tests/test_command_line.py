@@ -15,12 +15,12 @@ import time
 import psutil
 import pytest
 import torch
+from checkpoints import write_sparse_checkpoint
 from conftest import SCRIPT, assert_refused, command, folder_bytes, quantize, read_tensors, run_cli, save_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sparse import write_sparse_checkpoint
 
 import quantize_int4 as q
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from checkpoints import write_checkpoint, write_sparse_checkpoint
 from conftest import (
     assert_refused,
     command,
@@ -29,9 +30,7 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from sparse import write_sparse_checkpoint
 from test_memory import GB
-from tiny_nemotron import write_checkpoint
 
 import quantize_int4 as q
 

@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
+from checkpoints import write_sparse_checkpoint
 from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli, save_model
 from reference import pack_words, reference_quantize
-from sparse import write_sparse_checkpoint
 from tiny_nemotron import NANO_30B, nemotron_tensors
 
 ENGINE_FORMATS = ["compressed-tensors", "gptq"]

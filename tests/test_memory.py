@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from checkpoints import write_sparse_checkpoint
 from conftest import SCRIPT, assert_refused, command, run_cli
-from sparse import write_sparse_checkpoint
 
 import quantize_int4 as q
 

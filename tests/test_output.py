@@ -8,11 +8,11 @@ import stat
 
 import pytest
 import torch
+from checkpoints import write_checkpoint, write_sparse_checkpoint
 from conftest import folder_bytes, quantize, read_tensors, run_cli, save_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sparse import write_sparse_checkpoint
-from tiny_nemotron import NANO_30B, nemotron_tensors, write_checkpoint
+from tiny_nemotron import NANO_30B, nemotron_tensors
 
 import quantize_int4 as q
 

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from sparse import write_sparse_checkpoint
+from checkpoints import write_sparse_checkpoint
 from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
 
 import quantize_int4 as q

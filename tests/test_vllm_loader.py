@@ -26,8 +26,9 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requ
 
 import loader_helpers as helpers
 import test_vllm_contract as contract
+from checkpoints import write_checkpoint
 from conftest import quantize, read_tensors
-from tiny_nemotron import NemotronConfig, random_tensors, write_checkpoint, write_other_files
+from tiny_nemotron import NemotronConfig, random_tensors, write_other_files
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (

@@ -3,19 +3,21 @@
 
     python tests/tiny_nemotron.py OUT_DIR
 
-Two bf16 shards with an index, config.json and tokenizer files; random weights, the same at every run. Needs torch and
-safetensors only. `nemotron_tensors(NANO_30B)` is the full inventory of Nemotron-3-Nano-30B: 6,243 tensors, 63.2 GB.
+Two bf16 shards with an index, config.json and tokenizer files; random weights, the same at every run. Needs
+torch only. `nemotron_tensors(NANO_30B)` is the full inventory of Nemotron-3-Nano-30B: 6,243 tensors, 63.2 GB.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
+import torch  # noqa: E402
+from checkpoints import write_checkpoint  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -136,20 +138,6 @@ def random_tensors(config: NemotronConfig, seed: int = 0) -> dict[str, torch.Ten
         name: (torch.randn(shape, generator=generator) * 0.02).to(dtype)
         for name, (dtype, shape) in nemotron_tensors(config).items()
     }
-
-
-def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 2) -> None:
-    """Save tensors as `shards` files of about as many tensors each, with the index that names them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names, weight_map = list(tensors), {}
-    for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = names[len(names) * number // shards : len(names) * (number + 1) // shards]
-        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total_size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_other_files(folder: Path, config: NemotronConfig) -> None:
