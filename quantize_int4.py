@@ -89,17 +89,17 @@ CODES_PER_WORD = 8  # 4-bit codes in an int32
 SEARCH_STEPS = [7.4 + 0.43 * i for i in range(10)]  # of `search_scales`; more gain less than 0.0001 of relative error
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
-# What a worker quantizes at a time. Torch spends some microseconds a call, so tiles must not be small; the tile's
-# buffers (about 13 bytes a weight) should still fit the last-level cache. Measured: tests/benchmark.py --tiles.
-TILE_WEIGHTS = 1 << 19
+# What a worker quantizes at a time. Each of a tile's 25 or so calls to torch hands the interpreter lock to another
+# worker and back, so tiles must not be small; its buffers (8 bytes a weight) should still fit the last-level cache. At
+# this size a worker holds the lock for 0.07 ns a weight, 8 % of its time.
+# (python tests/benchmark.py --only tile18 tile19 tile20)
+TILE_WEIGHTS = 1 << 20
 JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
-TRANSPOSED_JOB_WEIGHTS = (
-    1 << 25
-)  # the same where a job's words are staged (half a byte a weight) to be written by column
+TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
 JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
-GUARD_INTERVAL_S = 0.05  # the least time between two looks at the machine's memory (a look costs about 0.2 ms)
+GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -136,7 +136,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()} | {  # of al
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-BITS_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # item size -> integer of the same size
 
 # Names, by the convention of the architectures on the hub: the last component of the module's name.
 EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe)\.weight$")
@@ -344,6 +343,8 @@ class SafetensorsFile(WeightsFile):
     def __init__(self, path: Path):
         super().__init__(path)
         self.infos = read_tensor_infos(path)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # Linux doubles its own read-ahead
 
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -617,20 +618,27 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 class Workspace:
-    """One worker's buffers, reused from tile to tile: fresh pages from the kernel cost more than the arithmetic."""
+    """One worker's buffers, reused from tile to tile: fresh pages from the kernel cost more than the arithmetic. So are
+    the tensors over them, since every call to torch hands the interpreter lock to another worker and back."""
 
     def __init__(self):
         self._buffers: dict[str, bytearray] = {}
+        self._tensors: dict[tuple, torch.Tensor] = {}
 
     def buffer(self, role: str, nbytes: int) -> memoryview:
         """`nbytes` writable bytes, the same ones at each call for this role."""
         if len(self._buffers.get(role, b"")) < nbytes:
+            self._tensors.clear()  # some lie over the old buffer
             self._buffers[role] = bytearray(nbytes)
         return memoryview(self._buffers[role])[:nbytes]
 
     def tensor(self, role: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """The role's buffer as a tensor."""
-        return torch.frombuffer(self.buffer(role, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+        """The role's buffer as a tensor; of two dtypes, it is the same bytes."""
+        key = (role, dtype, shape)
+        if key not in self._tensors:
+            buffer = self.buffer(role, math.prod(shape) * dtype.itemsize)
+            self._tensors[key] = torch.frombuffer(buffer, dtype=dtype).view(shape)
+        return self._tensors[key]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -640,15 +648,20 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Largest magnitude of each group: (n, group_size) of any float dtype -> float32 (n,). NaN counts as largest.
+    """Largest magnitude of each group: (n, group_size) of any float dtype, destroyed -> float32 (n,). NaN counts as
+    largest.
 
-    Taken on the bits: for floats without sign the order of the bits is the order of the values, and integers of the
-    weights' own width are faster than float32.
+    Taken on the bits: for floats without sign the order of the bits is the order of the values, and torch compares
+    wide integers several times faster than floats, of which any might be NaN, or int16. So 16-bit floats are compared
+    in pairs, as int32: by the one in the high half, then by the other one, shifted there.
     """
-    bits = BITS_DTYPES[groups.dtype.itemsize]
-    magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, *groups.shape))
-    largest = torch.amax(magnitudes.view(bits), -1, out=workspace.tensor("largest", bits, len(groups)))
-    return largest.view(groups.dtype).to(torch.float32)
+    bits = groups.abs_().view(torch.int64 if groups.dtype.itemsize == 8 else torch.int32)
+    high = torch.amax(bits, -1)
+    if groups.dtype.itemsize > 2:
+        return high.view(groups.dtype).to(torch.float32)
+    low = torch.amax(bits.bitwise_left_shift_(16), -1)
+    torch.maximum(high, low, out=workspace.tensor("largest", torch.int32, len(groups)))
+    return workspace.tensor("largest", groups.dtype, len(groups), 2)[:, 1].to(torch.float32)
 
 
 def quantize_groups(
@@ -660,7 +673,7 @@ def quantize_groups(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 4-bit codes and scales of groups of weights.
 
-    groups:     (n, group_size), any float dtype
+    groups:     (n, group_size), any float dtype; destroyed
     search:     choose each scale for least squared error (`search_scales`) rather than by the largest weight
     importance: for the search, float32 (k, group_size) with n a multiple of k: how much each column's error counts, for
                 k groups that make up a row
@@ -670,9 +683,9 @@ def quantize_groups(
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
     and codes 0. A scale that is not finite says that the group holds a value that cannot be quantized.
     """
+    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
     scales = workspace.tensor("scales", scale_dtype, len(groups))
     scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
-    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
     if search:
         scales.copy_(search_scales(weights, scales, importance, workspace))
     # Clamped as int8, a quarter of the bytes: |w / scale| stays below 50 even where a subnormal scale was rounded.
@@ -683,7 +696,8 @@ def quantize_groups(
 def round_to_codes(weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """round(w / scale) into `out`, all (n, group_size) float32, scales (n,); not clamped yet."""
     divisors = scales.to(torch.float32, copy=True)
-    divisors.masked_fill_(divisors == 0, 1)  # weights below half the least scale: round(w / 1) is the 0 they become
+    if divisors.min() == 0:  # weights below half the least scale: round(w / 1) is the 0 they become
+        divisors.masked_fill_(divisors == 0, 1)
     return torch.div(weights, divisors[:, None], out=out).round_()
 
 
@@ -766,8 +780,8 @@ def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = Fal
     pairs = codes.view(torch.int16).bitwise_and_(0x0F0F)  # int16 (rows, columns // 2)
     shifted = workspace.tensor("shifted", torch.int16, *pairs.shape)
     pairs.bitwise_or_(torch.bitwise_right_shift(pairs, 4, out=shifted))
+    workspace.tensor("words", torch.int8, *pairs.shape).copy_(pairs)  # keeps the low byte
     words = workspace.tensor("words", torch.int32, rows, columns // CODES_PER_WORD)
-    words.view(torch.int8).copy_(pairs)  # keeps the low byte
     return words.bitwise_xor_(OFFSET_BITS) if with_offset else words
 
 
@@ -1406,7 +1420,7 @@ class MemoryGuard:
         return info.rss - getattr(info, "shared", 0)
 
     def check(self) -> None:
-        """Raise if less than `min_free` is available. Cheap to call often: it looks 20 times a second at most."""
+        """Raise if less than `min_free` is available. Cheap to call often: it looks 10 times a second at most."""
         with self._lock:
             if time.monotonic() < self._next_look:
                 return
@@ -1519,6 +1533,11 @@ class ShardWriter:
                 write_at(self._fd, memoryview(self.shard.header), 0)
                 os.ftruncate(self._fd, self.shard.size)
             return self._fd
+
+    def start_writeback(self, offset: int, nbytes: int) -> None:
+        """Let the disk start on bytes that are final, so that little is left to write when the shard is synced."""
+        if self._fd is not None and hasattr(os, "posix_fadvise"):  # of dirty pages, Linux starts writing and keeps them
+            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         """All bytes are in: sync them, then give the file its final name."""
@@ -1871,8 +1890,8 @@ class Conversion:
             groups = self._read_groups(info, tile, workspace)  # source dtype (n, group_size)
             dtype, search = FLOAT_DTYPES[outputs[1].dtype], self.options.scale == "mse"
             codes, scales = quantize_groups(groups, dtype, workspace, search, self._importance(info, tile))
-            if not torch.isfinite(scales).all():
-                raise QuantizeError(describe_bad_value(info, tile, groups, scales))
+            if not math.isfinite(scales.sum(dtype=torch.float64)):  # NaN and infinity survive the sum
+                raise QuantizeError(describe_bad_value(info, tile, self._read_groups(info, tile, workspace), scales))
             words = pack_int4(codes.view(tile.rows, -1), workspace, form.with_offset)  # int32 (rows, columns // 8)
             for number, (block, width) in enumerate(
                 ((words, CODES_PER_WORD), (scales.view(tile.rows, -1), group_size))
@@ -1950,7 +1969,12 @@ class Conversion:
         with self._lock:
             self.bytes_done += job.nbytes
             self._jobs_left[name] -= 1
-            self.tensors_done += self._jobs_left[name] == 0
+            whole = self._jobs_left[name] == 0
+            self.tensors_done += whole
+        for output in job.tensor.outputs if whole else ():
+            placement = self.placements[output.name]
+            self.writers[placement.shard].start_writeback(placement.offset, output.nbytes)
+        with self._lock:
             for shard in self._shards_of(job.tensor):
                 self.writers[shard].jobs_left -= 1
                 if self.writers[shard].jobs_left == 0:
@@ -2079,11 +2103,11 @@ def count_of(count: int, noun: str) -> str:
 
 
 def worker_bytes(plan: Plan) -> int:
-    """What one worker's buffers come to: raw and padded weights, magnitudes, float32 quotients, codes and words."""
+    """What one worker's buffers come to: raw and padded weights, float32 weights, codes, and words being packed."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
     staged = TRANSPOSED_JOB_WEIGHTS * 0.6 if plan.options.format.transposed else 0
     searched = 8 if plan.options.scale == "mse" else 0
-    return int(TILE_WEIGHTS * (3 * itemsize + 4 + searched + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
+    return int(TILE_WEIGHTS * (2 * itemsize + 4 + searched + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
 
 
 CLEAR_LINE = "\r\033[K"  # back to the line's start, erase to its end (ECMA-48)

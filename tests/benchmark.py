@@ -6,8 +6,15 @@
 Contenders, each a process of its own, in turn, several rounds, on the same bf16 weights in the page cache:
 
     floor      read the input and write as many bytes as our output has, with the same threads
-    ours       quantize_int4.py, int4, group size 128
+    ours       quantize_int4.py, int4
+    mse        quantize_int4.py --scale mse
+    llama      llama.cpp's llama_model_quantize, Q4_0 (groups of 32), on a GGUF of the same weights
+    llmc       llm-compressor's model_free_ptq, W4A16
     obvious    load all, round(w / s), eight shifts into int32, save_file
+
+Groups of 64 but for Q4_0. The peers take part if they are installed: `pip install llmcompressor`, and
+`CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python gguf`. `--only` also takes
+tile17 to tile21: ours, with tiles of 2^17 to 2^21 weights.
 
 Seconds run from opening the input to the last byte written (floor and ours: and synced to disk), without the start of
 Python and the imports. Memory is the most anonymous memory (RssAnon) of the process at any time.
@@ -16,6 +23,8 @@ Python and the imports. Memory is the most anonymous memory (RssAnon) of the pro
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +35,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,20 +45,22 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SHAPES = [(1856, 2688), (2688, 1856)]  # Nemotron-3-Nano's routed experts
-GROUP_SIZE = 64  # divides both; every contender can do it
+SHAPES = {"up_proj": (1856, 2688), "down_proj": (2688, 1856)}  # Nemotron-3-Nano's routed experts
+GROUP_SIZE = 64  # divides both
+PACKED_RATIO = (4 + 16 / GROUP_SIZE) / 16  # bytes of output a byte of input
+GGUF_NAME = "model.gguf"
 
 
 def write_input(folder: Path, gigabytes: float) -> int:
     """Shards of about 1 GB of expert weights; returns the number of weights."""
     folder.mkdir()
     noise = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    layers = max(1, round(gigabytes * 1e9 / sum(rows * columns * 2 for rows, columns in SHAPES)))
+    layers = max(1, round(gigabytes * 1e9 / sum(rows * columns * 2 for rows, columns in SHAPES.values())))
     weight_map, per_shard = {}, 50
     for first in range(0, layers, per_shard):
         tensors = {}
         for layer in range(first, min(first + per_shard, layers)):
-            for name, (rows, columns) in zip(("up_proj", "down_proj"), SHAPES):
+            for name, (rows, columns) in SHAPES.items():
                 start = layer * 7919 % (len(noise) - rows * columns)
                 tensors[f"model.layers.{layer}.mlp.{name}.weight"] = (
                     noise[start : start + rows * columns].view(rows, columns).clone()
@@ -56,29 +70,54 @@ def write_input(folder: Path, gigabytes: float) -> int:
         weight_map |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    return layers * sum(rows * columns for rows, columns in SHAPES)
+    return layers * sum(rows * columns for rows, columns in SHAPES.values())
 
 
-def run_ours(source: Path, target: Path, threads: int) -> None:
+def write_gguf(source: Path, path: Path) -> None:
+    """The same weights as llama.cpp names and stores them."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=False)
+    layers = 0
+    for file in sorted(source.glob("*.safetensors")):
+        for name, weight in load_file(file).items():
+            layer, projection = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(up|down)_proj\.weight", name).groups()
+            layers = max(layers, int(layer) + 1)
+            data = weight.view(torch.uint8).numpy()
+            writer.add_tensor(f"blk.{layer}.ffn_{projection}.weight", data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.add_block_count(layers)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(2688)
+    writer.add_feed_forward_length(1856)
+    writer.add_head_count(21)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def run_ours(source: Path, target: Path, threads: int, scale: str = "absmax", tile: int | None = None) -> None:
     import quantize_int4
 
-    arguments = [f"--input_dir={source}", f"--output_dir={target}", f"--group_size={GROUP_SIZE}", "--min_free_gb=0"]
-    code = quantize_int4.main([*arguments, f"--threads={threads}"])
+    quantize_int4.TILE_WEIGHTS = tile or quantize_int4.TILE_WEIGHTS
+    options = [f"--group_size={GROUP_SIZE}", "--min_free_gb=0", f"--threads={threads}", f"--scale={scale}"]
+    code = quantize_int4.main([f"--input_dir={source}", f"--output_dir={target}", *options])
     assert code == 0, code
 
 
 def run_floor(source: Path, target: Path, threads: int) -> None:
     """Read every byte into a small buffer; write (4 + 16 / group size) bits a weight from another; sync."""
     target.mkdir()
-    ratio = (4 + 16 / GROUP_SIZE) / 16
     files = sorted(source.glob("*.safetensors"))
     pieces = [(file, start) for file in files for start in range(0, file.stat().st_size, 1 << 20)]
 
     def work(part: list) -> None:
-        buffer, zeros = bytearray(1 << 20), bytes(int((1 << 20) * ratio))
+        buffer, zeros = bytearray(1 << 20), memoryview(bytes(1 << 20))
         for file, start in part:
             count = os.preadv(inputs[file], [buffer], start)
-            os.pwrite(outputs[file], zeros[: int(count * ratio)], int(start * ratio))
+            os.pwrite(outputs[file], zeros[: int(count * PACKED_RATIO)], int(start * PACKED_RATIO))
 
     inputs = {file: os.open(file, os.O_RDONLY) for file in files}
     outputs = {file: os.open(target / file.name, os.O_WRONLY | os.O_CREAT) for file in files}
@@ -112,20 +151,65 @@ def run_obvious(source: Path, target: Path, threads: int) -> None:
     save_file(output, target / "model.safetensors")
 
 
-CONTENDERS = {"floor": run_floor, "ours": run_ours, "obvious": run_obvious}
+def run_llama(source: Path, target: Path, threads: int) -> None:
+    import llama_cpp
+
+    target.mkdir()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.nthread = threads
+    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    code = llama_cpp.llama_model_quantize(
+        str(source.parent / GGUF_NAME).encode(), str(target / GGUF_NAME).encode(), parameters
+    )
+    assert code == 0, code
+
+
+def run_llm_compressor(source: Path, target: Path, threads: int) -> None:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import model_free_ptq
+
+    torch.set_num_threads(threads)
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    model_free_ptq(source, target, scheme=scheme, device="cpu", max_workers=1)
+
+
+@dataclass(frozen=True)
+class Contender:
+    run: Callable[[Path, Path, int], None]
+    modules: tuple[str, ...] = ("quantize_int4",)  # imported before the clock starts
+
+    @property
+    def installed(self) -> bool:
+        return all(importlib.util.find_spec(module) for module in self.modules)
+
+
+CONTENDERS = {
+    "floor": Contender(run_floor),
+    "ours": Contender(run_ours),
+    "mse": Contender(partial(run_ours, scale="mse")),
+    "llama": Contender(run_llama, ("llama_cpp", "gguf")),
+    "llmc": Contender(run_llm_compressor, ("llmcompressor",)),
+    "obvious": Contender(run_obvious),
+}
+TILES = {f"tile{bits}": Contender(partial(run_ours, tile=1 << bits)) for bits in range(17, 22)}
 
 
 def measure(name: str, source: Path, target: Path, threads: int) -> tuple[float, float]:
     """Seconds and peak anonymous bytes of one contender in a process of its own."""
     arguments = [sys.executable, __file__, "--run", name, str(source), str(target), "--threads", str(threads)]
     peak = 0
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            with open(f"/proc/{process.pid}/status") as status:
-                peak = max([peak, *(int(kb) * 1024 for kb in re.findall(r"RssAnon:\s+(\d+)", status.read()))])
-            time.sleep(0.02)
-        seconds = re.search(r"^seconds (\S+)$", process.stdout.read(), re.MULTILINE)
-    assert process.returncode == 0 and seconds, name
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT) as process:
+            while process.poll() is None:
+                with open(f"/proc/{process.pid}/status") as status:
+                    peak = max([peak, *(int(kb) * 1024 for kb in re.findall(r"RssAnon:\s+(\d+)", status.read()))])
+                time.sleep(0.02)
+        log.seek(0)
+        text = log.read()
+    seconds = re.search(r"^seconds (\S+)$", text, re.MULTILINE)
+    if process.returncode or not seconds:
+        sys.exit(f"{name} failed:\n{text}")
     shutil.rmtree(target)
     return float(seconds[1]), peak
 
@@ -141,27 +225,37 @@ def print_table(results: dict[str, list[tuple[float, float]]], weights: int) -> 
         print(f"{peak / 1e9:11.2f}{ratio}")
 
 
+def run_contender(name: str, source: Path, target: Path, threads: int) -> None:
+    contender = (CONTENDERS | TILES)[name]
+    for module in contender.modules:
+        importlib.import_module(module)
+    started = time.perf_counter()
+    contender.run(source, target, threads)
+    print(f"\nseconds {time.perf_counter() - started:.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, *TILES])
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--run", nargs=3, metavar=("NAME", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         name, source, target = args.run
-        started = time.perf_counter()
-        CONTENDERS[name](Path(source), Path(target), args.threads)
-        print(f"seconds {time.perf_counter() - started:.4f}")
+        run_contender(name, Path(source), Path(target), args.threads)
         return
+    names = args.only or [name for name, contender in CONTENDERS.items() if contender.installed]
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         source, target = Path(scratch) / "in", Path(scratch) / "out"
         weights = write_input(source, args.gb)
-        results = {name: [] for name in args.only}
+        if "llama" in names:
+            write_gguf(source, Path(scratch) / GGUF_NAME)
+        results = {name: [] for name in names}
         for round_number in range(args.rounds + 1):
-            for name in args.only:
+            for name in names:
                 run = measure(name, source, target, args.threads)
                 if round_number:  # the first round warms the caches
                     results[name].append(run)

@@ -19,7 +19,7 @@ SEEDED = torch.Generator().manual_seed(1)
 def quantize_weight(weight: torch.Tensor, group_size: int, scale_dtype=torch.float16):
     """Codes (rows, columns) and scales (rows, groups) of a weight that needs no padding."""
     workspace = q.Workspace()
-    codes, scales = q.quantize_groups(weight.contiguous().view(-1, group_size), scale_dtype, workspace)
+    codes, scales = q.quantize_groups(weight.clone().view(-1, group_size), scale_dtype, workspace)
     return codes.view(weight.shape).clone(), scales.view(len(weight), -1).clone()
 
 

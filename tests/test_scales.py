@@ -20,7 +20,7 @@ def errors(weights, group_size, search, scale_dtype=torch.float16, importance=No
     """Squared error of each group and the scales, by tiles as the program does it."""
     workspace, result, all_scales = q.Workspace(), [], []
     for tile in weights.view(-1, group_size).split(1 << 13):
-        codes, scales = q.quantize_groups(tile, scale_dtype, workspace, search, importance)
+        codes, scales = q.quantize_groups(tile.clone(), scale_dtype, workspace, search, importance)
         squares = (codes * scales.float()[:, None] - tile.float()).square()
         if importance is not None:
             squares = squares.view(-1, *importance.shape) * importance
