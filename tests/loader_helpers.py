@@ -21,9 +21,9 @@ TOKENS = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_s
 # --- the program under test -------------------------------------------------------------------------------------------
 
 
-def convert(source, target, *, output_format, group_size, exclude=None):
+def convert(source, target, *, output_format, group_size, exclude=None, scale="absmax"):
     """Quantize the folder `source` into `target`."""
-    options = ["--format", output_format, "--group_size", group_size]
+    options = ["--format", output_format, "--group_size", group_size, "--scale", scale]
     quantize(source, target, *options, *(["--exclude", exclude] if exclude else []))
 
 
@@ -183,13 +183,6 @@ def edit_quantization_config(folder, edit):
     config = read_config(folder)
     edit(config["quantization_config"])
     write_config(folder, config)
-
-
-def negate_every_other_scale(tensors):
-    """Make half of the scales negative, as `--scale mse` may; the weights of those groups change their sign."""
-    for name, tensor in tensors.items():
-        if name.endswith((".weight_scale", ".scales")):
-            tensor.view(-1)[::2] *= -1
 
 
 def check_weights_resemble_source(dequantized, quantized, source):

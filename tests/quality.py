@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,10 +52,11 @@ def read_sources() -> tuple[torch.Tensor, torch.Tensor]:
     return train, held_out
 
 
-def batches(text: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
+def batches(text: torch.Tensor, count: int, seed: int) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(text) - CONTEXT, (count, BATCH), generator=generator)
-    return [torch.stack([text[start : start + CONTEXT].long() for start in row]) for row in starts]
+    for _ in range(count):
+        starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=generator)
+        yield torch.stack([text[start : start + CONTEXT].long() for start in starts])
 
 
 def train(text: torch.Tensor, seconds: float) -> LlamaForCausalLM:
@@ -85,16 +87,14 @@ def perplexity(model: LlamaForCausalLM, text: torch.Tensor) -> float:
 
 def collect_importance(model: LlamaForCausalLM, text: torch.Tensor, folder: Path) -> Path:
     """Run README.md's snippet as it is printed there."""
-    snippet = re.search(r"```python\n(import torch\nfrom safetensors.torch import save_file.*?)```", README, re.DOTALL)[
+    readme = (ROOT / "README.md").read_text()
+    snippet = re.search(r"```python\n(import torch\nfrom safetensors.torch import save_file.*?)```", readme, re.DOTALL)[
         1
     ]
     prompts = [{"input_ids": batch} for batch in batches(text, 30, seed=2)]
     snippet = snippet.replace('"importance.safetensors"', repr(str(folder / "importance.safetensors")))
     exec(snippet, {"model": model, "batches": prompts})
     return folder / "importance.safetensors"
-
-
-README = (ROOT / "README.md").read_text()
 
 
 def quantized_perplexity(model: LlamaForCausalLM, source: Path, target: Path, text: torch.Tensor, *options) -> float:

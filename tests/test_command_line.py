@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 
 import psutil
@@ -132,6 +134,32 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):
         time.sleep(0.05)
 
 
+def test_a_full_log_does_not_end_the_run(tiny, tmp_path):
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command(tiny, tmp_path / "out"), stdout=full, stderr=full).returncode == 0
+    quantize(tiny, tmp_path / "expected")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
+
+
+def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(large, tmp_path):
+    master, slave = pty.openpty()
+    ignoring = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *command(large, tmp_path / "out")]
+    with subprocess.Popen(ignoring, stdout=slave, stderr=slave) as run:
+        os.close(slave)
+        os.read(master, 1)
+        os.close(master)  # from here on, every print fails
+    assert run.returncode == 0
+    assert "complete already" in quantize(large, tmp_path / "out").stdout
+
+
+def test_the_script_runs_without_numpy(tiny, tmp_path):
+    program = "import sys; sys.modules['numpy'] = None; import quantize_int4; sys.exit(quantize_int4.main())"
+    arguments = [sys.executable, "-c", program, *command(tiny, tmp_path / "out", "--verify")[2:]]
+    result = subprocess.run(arguments, cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "holds what it should" in result.stdout
+
+
 def test_the_script_runs_when_it_alone_is_copied_somewhere(tiny, tmp_path):
     shutil.copy(SCRIPT, tmp_path / "quantize_int4.py")
     arguments = [argument.replace(str(SCRIPT), str(tmp_path / "quantize_int4.py")) for argument in command(tiny, "out")]
@@ -206,6 +234,32 @@ def test_overwrite_never_removes_a_file_that_no_run_wrote(model, tmp_path):
     refuse(model, tmp_path / "out", "thesis.docx", options=["--overwrite", "--group_size", 64])
 
 
+def test_a_copied_file_that_its_owner_edited_is_not_overwritten(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text("mine")
+    refuse(tiny, tmp_path / "out", "chat_template.jinja", "changed since", options=["--overwrite"])
+
+
+def test_a_copy_of_a_file_that_the_source_no_longer_has_goes_with_overwrite(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "in")
+    (tmp_path / "in" / "notes.md").write_text("first version")
+    quantize(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "notes.md").unlink()
+    refuse(tmp_path / "in", tmp_path / "out", "'notes.md'", "--overwrite")
+    quantize(tmp_path / "in", tmp_path / "out", "--overwrite")
+    assert not (tmp_path / "out" / "notes.md").exists()
+
+
+def test_a_folder_that_changes_between_the_plan_and_the_run_is_refused(tiny, tmp_path):
+    options = q.Options(q.FORMATS["int4"], 128, 4 * 10**9, (), False)
+    with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
+        output = q.OutputFolder(tmp_path / "out", q.plan_conversion(checkpoint, options), overwrite=True)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.docx").write_text("years of work")
+        with contextlib.closing(output), pytest.raises(q.QuantizeError, match=r"thesis\.docx"):
+            output.prepare()
+
+
 def test_overwrite_starts_afresh_even_with_the_same_options(model, tmp_path):
     quantize(model, tmp_path / "out")
     shard = tmp_path / "out" / "model-00001.safetensors"
@@ -223,9 +277,9 @@ def test_the_same_command_again_finds_the_folder_complete(model, tmp_path):
 
 USAGE_ERRORS = {
     "--group_size": ["0", "-128", "12", "130", "x", "64.0"],
-    "--shard_size_gb": ["0", "-1", "nan", "inf", "four"],
-    "--min_free_gb": ["-1", "nan"],
-    "--threads": ["0", "-2", "two"],
+    "--shard_size_gb": ["0", "-1", "nan", "inf", "1e300", "four"],
+    "--min_free_gb": ["-1", "nan", "1e300"],
+    "--threads": ["0", "-2", "1025", "two"],
     "--exclude": ["(", "*x"],
 }
 
@@ -257,6 +311,33 @@ def indexed(tmp_path, weight_map):
 def test_an_index_that_names_a_missing_file_is_refused(tmp_path):
     folder = indexed(tmp_path, {"m.weight": "model-00002-of-00002.safetensors"})
     refuse(folder, tmp_path / "out", "model-00002-of-00002.safetensors", "missing")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"])
+def test_a_missing_part_is_refused_without_an_index_too(tmp_path, name):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if name.endswith(".bin"):
+        torch.save({"m.weight": torch.ones(8, 128)}, folder / "pytorch_model-00002-of-00002.bin")
+    else:
+        save_file({"m.weight": torch.ones(8, 128)}, folder / "model-00001-of-00002.safetensors")
+    refuse(folder, tmp_path / "out", repr(name), "missing", "copy it again")
+
+
+def test_files_without_a_tensor_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    save_file({}, tmp_path / "in" / "model.safetensors")
+    refuse(tmp_path / "in", tmp_path / "out", "'model.safetensors' hold no tensors")
+
+
+def test_a_pipe_among_the_files_does_not_hang_the_run(model, tmp_path):
+    os.mkfifo(model / "vocab.json")
+    assert "vocab.json (not a regular file)" in quantize(model, tmp_path / "out").stdout
+    os.mkfifo(tmp_path / "out" / "pipe")
+    assert_refused(run_cli(model, tmp_path / "out"), "'pipe', not written by this program")
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")
+    assert_refused(run_cli(model, tmp_path / "other"), "model.safetensors is not a regular file")
 
 
 def test_a_tensor_missing_from_its_shard_is_refused(tmp_path):

@@ -43,9 +43,10 @@ def sources(tmp_path_factory):
     return folders
 
 
-def convert(source, folder, group_size=64, exclude=None):
+def convert(source, folder, group_size=64, exclude=None, scale="absmax"):
     """Quantize one source folder as GPTQ and give it the tokenizer without which GPTQModel loads nothing."""
-    helpers.convert(source, folder, output_format="gptq", group_size=group_size, exclude=exclude)
+    helpers.convert(source, folder, output_format="gptq", group_size=group_size, exclude=exclude, scale=scale)
+    assert scale == "absmax" or (read_tensors(folder)["model.layers.0.mlp.up_proj.scales"] < 0).any()
     words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
@@ -146,19 +147,16 @@ def test_gptqmodels_kernel_decodes_every_weight_exactly(model, group_size, exclu
 
 
 @needs_gptqmodel
-def test_negative_scales_survive_in_gptqmodel(sources, tmp_path):
-    folder = convert(sources["llama"], tmp_path / "out")
-    helpers.edit_tensors(folder, helpers.negate_every_other_scale)
+def test_negative_scales_of_mse_survive_in_gptqmodel(sources, tmp_path):
+    folder = convert(sources["llama"], tmp_path / "out", scale="mse")
     check_load(folder, load_with_gptqmodel(folder))
 
 
 @needs_gptqmodel
-@pytest.mark.parametrize("negative", [False, True], ids=["positive", "negative"])
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
 @pytest.mark.parametrize("model", MODELS)
-def test_transformers_loads_gptq_through_optimum(model, negative, sources, tmp_path):
-    folder = convert(sources[model], tmp_path / "out")
-    if negative:
-        helpers.edit_tensors(folder, helpers.negate_every_other_scale)
+def test_transformers_loads_gptq_through_optimum(model, scale, sources, tmp_path):
+    folder = convert(sources[model], tmp_path / "out", scale=scale)
     loaded, report = helpers.load_model(folder, dtype=torch.float16)
     assert not {what: keys for what, keys in report.items() if keys}
     # The kernel chosen here, ATen's int4pack, computes in bfloat16.

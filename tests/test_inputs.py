@@ -107,6 +107,15 @@ def test_safetensors_win_over_pickles_and_the_plan_says_so(tmp_path, state_dict)
     assert "weights are read from safetensors; not from 'pytorch_model.bin'" in result.stdout
 
 
+def test_safetensors_win_over_an_index_of_pickles(tmp_path, state_dict):
+    folder = save_model(tmp_path / "in", {"m.weight": random_weight()})
+    save_pickle(folder, state_dict, "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": dict.fromkeys(state_dict, "pytorch_model-00001-of-00001.bin")}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    quantize(folder, tmp_path / "out")
+    assert read_tensors(tmp_path / "out").keys() == {"m.qweight", "m.scales"}
+
+
 def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -135,9 +144,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, s
         ([1, 2], "holds a list, not a state dict"),
         ({"m": {"weight": torch.ones(2)}}, "'m' is a dict inside"),
         ({"m.weight": torch.ones(4, 128).to_sparse()}, "'m.weight'"),
+        ({"m.weight": torch.ones(4, 128, device="meta")}, "'m.weight' (pytorch_model.bin) is torch.float32"),
         ({"m.weight": torch.ones(4, 128, dtype=torch.int8)}, "already quantized"),
     ],
-    ids=["list", "nested", "sparse", "integer"],
+    ids=["list", "nested", "sparse", "meta", "integer"],
 )
 def test_what_is_no_plain_state_dict_is_refused(tmp_path, content, words):
     assert_refused(run_cli(save_pickle(tmp_path / "in", content), tmp_path / "out"), words)

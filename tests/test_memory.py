@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -48,6 +49,24 @@ def test_memory_stays_under_half_a_gigabyte_whatever_the_size_of_a_tensor_or_sha
 def test_a_row_of_a_hundred_million_columns_is_not_held_either(tmp_path):
     write_sparse_checkpoint(tmp_path / "in", {"m.weight": (torch.bfloat16, (2, 10**8))}, shards=1)
     assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
+
+
+@pytest.mark.parametrize("form", ["int4", "compressed-tensors", "gptq"])
+@pytest.mark.parametrize(("threads", "limit"), [(2, 0.5), (20, 2.0)])
+def test_memory_stays_within_its_limit_in_every_format(tmp_path, form, threads, limit):
+    shapes = {f"m.{i}.up_proj.weight": (torch.bfloat16, (8192, 4096)) for i in range(threads + 2)}
+    write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
+    (tmp_path / "in" / "config.json").write_text("{}")
+    options = ["--format", form, "--threads", threads, "--scale", "mse" if threads == 2 else "absmax"]
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options)) < limit * GB
+
+
+def test_a_large_file_beside_the_weights_is_not_held(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "in")
+    with open(tmp_path / "in" / "corpus.txt", "wb") as file:
+        file.truncate(600_000_000)
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
+    assert (tmp_path / "out" / "corpus.txt").stat().st_size == 600_000_000
 
 
 def test_the_guard_refuses_to_start_when_too_little_is_available(tiny, tmp_path):

@@ -167,3 +167,20 @@ def test_max_abs_lets_no_bad_value_pass(value, dtype):
     groups = torch.randn(4, 128).to(dtype)
     groups[2, 77] = value
     assert torch.isfinite(q.max_abs(groups, q.Workspace())).tolist() == [True, True, False, True]
+
+
+def test_a_group_larger_than_a_tile_is_quantized_as_a_whole(tmp_path):
+    weight = torch.randn(3, 10_000, generator=SEEDED).bfloat16()
+    folder = save_model(tmp_path / "in", {"m.weight": weight})
+    quantize(folder, tmp_path / "out", "--group_size", 4096, constants={"TILE_WEIGHTS": 1024})
+    output = read_tensors(tmp_path / "out")
+    assert output["m.scales"].shape == (3, 3)
+    codes, scales = reference_quantize(torch.nn.functional.pad(weight, (0, 2288)).float(), 4096)
+    assert output["m.scales"].float().tolist() == scales
+    assert q.unpack_int4(output["m.qweight"]).tolist() == codes
+
+
+def test_decoding_stays_on_the_device_of_the_words():
+    words, scales = torch.empty(4, 32, dtype=torch.int32, device="meta"), torch.empty(4, 2, device="meta").half()
+    weight = q.dequantize_int4(words, scales, 128, columns=200)
+    assert (weight.device.type, weight.shape) == ("meta", (4, 200))

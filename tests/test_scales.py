@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import loader_helpers as helpers
 import pytest
 import torch
 from conftest import assert_refused, quantize, read_tensors, run_cli, save_model
@@ -107,19 +106,6 @@ def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
     quantize(folder, tmp_path / "cut", "--scale", "mse", "--group_size", 64, constants={"TILE_WEIGHTS": 3000})
     whole, cut = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-@pytest.mark.parametrize("name", ["nemotron_h", "llama"])
-def test_negative_scales_of_mse_survive_in_transformers(tmp_path, name):
-    helpers.save_tiny_model(name, tmp_path / "in")
-    options = ["--format", "compressed-tensors", "--group_size", 32, "--scale", "mse"]
-    quantize(tmp_path / "in", tmp_path / "out", *options)
-    scales = {n: t for n, t in read_tensors(tmp_path / "out").items() if n.endswith("weight_scale")}
-    assert any((scale < 0).any() for scale in scales.values())
-    helpers.write_dense_twin(tmp_path / "out", tmp_path / "twin")
-    (model, report), (twin, _) = helpers.load_model(tmp_path / "out"), helpers.load_model(tmp_path / "twin")
-    assert not any(report.values())
-    assert torch.equal(helpers.logits_of(model), helpers.logits_of(twin))
 
 
 # --- importance files -----------------------------------------------------------------------------------------------

@@ -155,6 +155,50 @@ def test_a_wrong_index_is_found(damaged, tiny):
     assert_found(tiny, folder, "'lm_head.")
 
 
+def edit_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_wrong_total_size_is_found(damaged, tiny):
+    _, folder = damaged
+    edit_json(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=12))
+    assert_found(tiny, folder, "total_size 12")
+
+
+def test_a_wrong_true_shape_is_found(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    path = tmp_path / "out" / "quantize_config.json"
+    edit_json(path, lambda config: config["padded_weights"].update({f"{EXPERT}.weight": [256, 191]}))
+    assert_found(tiny, tmp_path / "out", "padded_weights")
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_an_entry_that_keeps_a_packed_layer_is_found(tiny, tmp_path, form):
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64)
+
+    def change(config):
+        config = config["quantization_config"]
+        config["ignore"].append("re:.*o_proj") if "ignore" in config else config["dynamic"].update({"-:.*o_proj": {}})
+
+    edit_json(tmp_path / "out" / "config.json", change)
+    assert_found(tiny, tmp_path / "out", "o_proj", "which is packed")
+
+
+def test_a_lost_config_is_found(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    assert_found(tiny, tmp_path / "out", "config.json is missing")
+
+
+def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "in")
+    edit_json(tmp_path / "in" / "config.json", lambda config: config.update(quantization_config=None))
+    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+
+
 @pytest.mark.parametrize(
     ("form", "part"), [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")]
 )
