@@ -390,7 +390,7 @@ def test_an_unreadable_file_is_an_error_that_names_it(open_folder):
 def test_an_unreadable_file_beside_the_weights_is_refused_before_the_run(open_folder):
     os.chmod(open_folder / "in" / "tokenizer.json", 0)
     user = NOBODY if os.geteuid() == 0 else None
-    assert_refused(run_cli(open_folder / "in", open_folder / "out", user=user), "tokenizer.json", "Permission denied")
+    assert_refused(run_cli(open_folder / "in", open_folder / "out", user=user), "tokenizer.json", "make it readable")
     assert not (open_folder / "out").exists()
 
 

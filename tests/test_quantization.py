@@ -184,3 +184,18 @@ def test_decoding_stays_on_the_device_of_the_words():
     words, scales = torch.empty(4, 32, dtype=torch.int32, device="meta"), torch.empty(4, 2, device="meta").half()
     weight = q.dequantize_int4(words, scales, 128, columns=200)
     assert (weight.device.type, weight.shape) == ("meta", (4, 200))
+
+
+def test_weights_too_small_for_any_scale_become_codes_of_zero():
+    # Their scale rounds to 0. What a quotient by 0 becomes as an integer differs between processors.
+    weights = torch.tensor([[1e-9, -1e-9, 0.0, 2e-8], [1.0, -1.0, 0.5, 0.0]])
+    scales = torch.tensor([0.0, 0.5]).half()
+    codes = q.round_to_codes(weights, scales, torch.empty_like(weights))
+    assert codes.tolist() == [[0, 0, 0, 0], [2, -2, 1, 0]]
+
+
+def test_tensors_of_a_workspace_are_the_same_bytes_after_it_has_grown():
+    workspace = q.Workspace()
+    workspace.tensor("codes", torch.int8, 2, 4).fill_(1)
+    workspace.tensor("codes", torch.int8, 200).fill_(7)
+    assert workspace.tensor("codes", torch.int8, 2, 4).tolist() == [[7] * 4] * 2
