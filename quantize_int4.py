@@ -98,9 +98,12 @@ JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecuti
 TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
 JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
+VERIFY_WEIGHTS = 1 << 20  # what --verify decodes at a time
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
 GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
+CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
+START_AGAIN = "let whatever writes to it finish, then start again with --overwrite"
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -142,6 +145,13 @@ EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe)\.weight$")
 HEAD_PATTERN = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier)\.weight$|^output\.weight$")
 ROUTER_PATTERN = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$")
 EXPERT_PATTERN = re.compile(r"(.*\.experts)\.(\d+)\.\w+\.weight$")
+LAYER_KINDS = (  # for --verify's table; the first that matches
+    ("experts", re.compile(r"\.experts\.\d+\.")),
+    ("shared experts", re.compile(r"\.shared_experts?\.")),
+    ("attention", re.compile(r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\.")),
+    ("mamba", re.compile(r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm")),
+    ("head", HEAD_PATTERN),
+)
 
 # Layers that engines hold as one, and so in one precision, as they do a layer's routed experts. (vLLM 0.29.0:
 # packed_modules_mapping of its models)
@@ -241,14 +251,15 @@ def quote_names(names: Iterable[str], most: int = 3) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its file's header describes it; its `nbytes` bytes, row-major, start at `offset` in `file`."""
+    """A tensor as its file's header describes it; its `nbytes` bytes, row-major, start at `offset` in `file`, but for
+    tensors of a pickle that are not in one piece."""
 
     name: str
     dtype: str  # the safetensors name, such as "BF16"
     shape: tuple[int, ...]
     nbytes: int
     file: Path
-    offset: int
+    offset: int | None
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -316,6 +327,10 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def _file_state(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
 class WeightsFile:
     """A file of tensors that is held open, and what it was like when it was opened."""
 
@@ -326,48 +341,57 @@ class WeightsFile:
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _file_state(os.stat(self.fd))
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # Linux doubles its own read-ahead
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
         if _file_state(os.stat(self.fd)) != self.state or _file_state(os.stat(self.path)) != self.state:
             raise QuantizeError(f"{self.path} changed while it was read: {START_AGAIN}")
 
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-class SafetensorsFile(WeightsFile):
-    """Bytes are read with `preadv` at the offsets of the checked header rather than through a memory map: as fast from
-    the page cache, and a file that is truncated or fails while it is read is an error message, not a SIGBUS."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.infos = read_tensor_infos(path)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # Linux doubles its own read-ahead
-
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
+        """Let the disk start on bytes that will be read soon; returns at once."""
+        if info.offset is not None and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, info.offset + offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes, row-major, from `offset` on.
+
+        With `preadv` rather than through a memory map: as fast from the page cache, and a file that is truncated or
+        fails while it is read is an error message, not a SIGBUS.
+        """
         position = info.offset + offset
         while len(buffer):
             with naming(self.path):
                 count = os.preadv(self.fd, [buffer], position)
             if count == 0:
-                raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
+                self.refuse_shortened()
             buffer, position = buffer[count:], position + count
+
+    def refuse_shortened(self) -> None:
+        raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class SafetensorsFile(WeightsFile):
+    """Tensors in row-major order at the offsets of the checked header."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.infos = read_tensor_infos(path)
 
 
 class PickleFile(WeightsFile):
-    """A state dict saved by torch.save, memory-mapped. Never unpickles anything but tensors and plain containers."""
+    """A state dict saved by torch.save. Never unpickles anything but tensors and plain containers."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         state_dict, self.notes = load_state_dict(path)
         self._tensors, self._factors, notes = resolve_quantizers(state_dict, path)
         self.notes += notes
+        self._maps = read_memory_maps()
         self.infos = {name: self._describe(name, tensor) for name, tensor in self._tensors.items()}
 
     def _describe(self, name: str, tensor: torch.Tensor) -> TensorInfo:
@@ -377,15 +401,24 @@ class PickleFile(WeightsFile):
             raise QuantizeError(
                 f"tensor {name!r} ({self.path.name}) is {kind}: only plain tensors with data can be read"
             )
-        return TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, 0)
+        return TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, self._offset(name, tensor))
 
-    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        pass  # the map's own read-ahead has to do
+    def _offset(self, name: str, tensor: torch.Tensor) -> int | None:
+        """Where the tensor lies in the file, from where it lies in torch's memory map; None if not as one piece."""
+        address = tensor.data_ptr()
+        if tensor.is_contiguous() and name not in self._factors:
+            for start, end, offset in self._maps:
+                if start <= address and address + tensor.nbytes <= end:
+                    return offset + address - start
+        return None
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """By rows (of the first dimension), since a tensor may be a view that is not contiguous."""
+        """A tensor that is not in one piece is read through the map, by rows (of the first dimension)."""
+        if info.offset is not None:
+            super().read_into(info, offset, buffer)
+            return
         if os.fstat(self.fd).st_size < self.state[0]:  # reading the map beyond the file's end would be a SIGBUS
-            raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
+            self.refuse_shortened()
         tensor = self._tensors[info.name]
         tensor = tensor if tensor.dim() else tensor.view(1)
         row_bytes = info.nbytes // len(tensor)
@@ -398,11 +431,12 @@ class PickleFile(WeightsFile):
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
 
 
-START_AGAIN = "let whatever writes to it finish, then start again with --overwrite"
-
-
-def _file_state(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
+def read_memory_maps() -> list[tuple[int, int, int]]:
+    """First address, end, and offset in its file of each memory map of this process. (proc(5); none but on Linux)"""
+    with contextlib.suppress(OSError):
+        lines = re.findall(r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", Path("/proc/self/maps").read_text(), re.MULTILINE)
+        return [(int(start, 16), int(end, 16), int(offset, 16)) for start, end, offset in lines]
+    return []
 
 
 def load_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -542,11 +576,9 @@ class Checkpoint:
         return checkpoint
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes, row-major, from `offset` on."""
         self.files[info.file].read_into(info, offset, buffer)
 
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        """Let the disk start on bytes that will be read soon; returns at once."""
         self.files[info.file].read_ahead(info, offset, nbytes)
 
     def check_unchanged(self) -> None:
@@ -2110,9 +2142,6 @@ def worker_bytes(plan: Plan) -> int:
     return int(TILE_WEIGHTS * (2 * itemsize + 4 + searched + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
 
 
-CLEAR_LINE = "\r\033[K"  # back to the line's start, erase to its end (ECMA-48)
-
-
 class Progress:
     """One updating line on a terminal, else a line every ten seconds."""
 
@@ -2185,15 +2214,6 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
 # Verification: the output as its readers see it, against the source
 # ---------------------------------------------------------------------------------------------------------------------
 
-LAYER_KINDS = (  # for the table, the first that matches
-    ("experts", re.compile(r"\.experts\.\d+\.")),
-    ("shared experts", re.compile(r"\.shared_experts?\.")),
-    ("attention", re.compile(r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\.")),
-    ("mamba", re.compile(r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm")),
-    ("head", HEAD_PATTERN),
-)
-VERIFY_WEIGHTS = 1 << 20  # decoded at a time
-
 
 def read_layout(folder: Path) -> tuple[Format, int]:
     """Format and group size of a finished folder, from its config files alone, as any reader would."""
@@ -2206,6 +2226,10 @@ def read_layout(folder: Path) -> tuple[Format, int]:
             if form and group.get("group_size", 0) > 0:
                 return form, int(group["group_size"])
     raise QuantizeError(f"{folder}: neither {CONFIG_NAME} nor {QUANTIZE_CONFIG_NAME} describes a quantization")
+
+
+class Mismatch(Exception):
+    """A difference between output and source, in words."""
 
 
 class Verification:
@@ -2300,48 +2324,51 @@ class Verification:
 
     def _compare(self, info: TensorInfo, names: list[str]) -> None:
         self.guard.check()
+        problem = error = None
         with torch.inference_mode():
             outputs = [self._shards[name].get_tensor(name) for name in names]
-            if names == [info.name]:
-                problem = self._compare_kept(info, outputs[0])
-                kept = True
-            else:
-                problem, error = self._compare_quantized(info, outputs)
-                kept = False
+            try:
+                if names == [info.name]:
+                    self._compare_kept(info, outputs[0])
+                else:
+                    error = self._compare_quantized(info, outputs)
+            except Mismatch as mismatch:
+                problem = f"{info.name!r}: {mismatch}"
         with self._lock:
             self.tensors_done += 1
             self.bytes_done += info.nbytes
             if problem:
-                self.problems.append(f"{info.name!r}: {problem}")
-            elif kept:
+                self.problems.append(problem)
+            elif error is None:
                 self.kept += 1
             else:
                 self.errors[info.name] = error
 
-    def _compare_kept(self, info: TensorInfo, output: torch.Tensor) -> str | None:
+    def _compare_kept(self, info: TensorInfo, output: torch.Tensor) -> None:
         if tuple(output.shape) != info.shape or DTYPE_NAMES.get(output.dtype, info.dtype) != info.dtype:
-            return f"kept as {output.dtype} {tuple(output.shape)}, the source is {info.dtype} {info.shape}"
+            raise Mismatch(f"kept as {output.dtype} {tuple(output.shape)}, the source is {info.dtype} {info.shape}")
         found = output.reshape(-1).view(torch.uint8)
         for start in range(0, info.nbytes, COPY_BYTES):
             source = bytearray(min(COPY_BYTES, info.nbytes - start))
             self.checkpoint.read_into(info, start, memoryview(source))
             if not torch.equal(found[start : start + len(source)], torch.frombuffer(source, dtype=torch.uint8)):
-                return "kept, but its bytes differ from the source's"
-        return None
+                raise Mismatch("kept, but its bytes differ from the source's")
 
-    def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> tuple[str | None, float]:
-        """The first difference beyond what the scale allows, if any, and the relative RMS error."""
+    def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> float:
+        """The relative RMS error; raises at the first difference beyond what the scale allows."""
         planned_outputs = self.format.outputs(info, self.group_size)
         for planned, found in zip(planned_outputs, outputs):
             if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
-                return f"{planned.name} is {found.dtype} {tuple(found.shape)}, not {planned.dtype} {planned.shape}", 0
+                raise Mismatch(
+                    f"{planned.name} is {found.dtype} {tuple(found.shape)}, not {planned.dtype} {planned.shape}"
+                )
             constant = {
                 "weight_shape": lambda: torch.tensor(info.shape),
                 "qzeros": lambda found=found: torch.full_like(found, 0x77777777),
                 "g_idx": lambda: torch.arange(info.shape[1], dtype=torch.int32) // self.group_size,
             }.get(planned.name.rpartition(".")[2])
             if constant and not torch.equal(found, constant()):
-                return f"{planned.name} does not hold what its shape calls for", 0
+                raise Mismatch(f"{planned.name} does not hold what its shape calls for")
         rows, columns = info.shape
         dtype = FLOAT_DTYPES[info.dtype]
         squared_error = squared_weight = 0.0
@@ -2361,16 +2388,17 @@ class Verification:
                 clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
                 wrong &= ~(clipped & (weights.abs() > decoded.abs()) & (weights * decoded > 0))
             elif not torch.equal(self._absmax_scales(weights, outputs[1].dtype)[:, :columns], scales):
-                return f"a scale in rows {first} to {last - 1} is not its group's largest weight / 7", 0
+                raise Mismatch(f"a scale in rows {first} to {last - 1} is not its group's largest weight / 7")
             if wrong.any():
                 row, column = (int(i) for i in wrong.nonzero()[0])
                 decoded = float(codes[row, column] * scales[row, column])
-                return f"row {first + row}, column {column} decodes to {decoded:.6g}, the source has" + (
+                raise Mismatch(
+                    f"row {first + row}, column {column} decodes to {decoded:.6g}, the source has"
                     f" {float(weights[row, column]):.6g}, too far for a scale of {float(scales[row, column]):.6g}"
-                ), 0
+                )
             squared_error += float(difference.square().sum(dtype=torch.float64))
             squared_weight += float(weights.square().sum(dtype=torch.float64))
-        return None, math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
+        return math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
 
     def _absmax_scales(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What the scale of each weight has to be, float32 (rows, columns padded to whole groups)."""

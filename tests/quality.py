@@ -121,8 +121,8 @@ def main() -> None:
     train_text, held_out = read_sources()
     model = train(train_text, args.minutes * 60)
     base = perplexity(model, held_out)
-    print(f"{'':<34}{'perplexity':>11}{'increase':>10}")
-    print(f"{'bf16':<34}{base:>11.4f}")
+    print(f"{'':<36}{'perplexity':>11}{'increase':>10}")
+    print(f"{"bf16":<36}{base:>11.4f}")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "in"
         model.to(torch.bfloat16).save_pretrained(source)
@@ -137,7 +137,7 @@ def main() -> None:
             for kind, options in kinds.items():
                 target = Path(scratch) / f"{group_size} {kind}"
                 value = quantized_perplexity(model, source, target, held_out, "--group_size", group_size, *options)
-                print(f"{f'int4, group {group_size}, {kind}':<34}{value:>11.4f}{value / base - 1:>10.2%}", flush=True)
+                print(f"{f'int4, group {group_size}, {kind}':<36}{value:>11.4f}{value / base - 1:>10.2%}", flush=True)
 
 
 if __name__ == "__main__":

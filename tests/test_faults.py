@@ -271,6 +271,17 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(model, tmp_path, cha
     assert_refused(run_cli(source, folder, *SHARDS), shard.name if change == "truncated" else "--overwrite")
 
 
+def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path):
+    source, folder = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    torch.save(read_tensors(model), source / "pytorch_model.bin")
+    run = start(source, folder)
+    wait_until(lambda: finished_shards(folder))
+    os.truncate(source / "pytorch_model.bin", 5000)
+    assert_refused(run.wait(), "pytorch_model.bin changed while it was read", "--overwrite")
+    assert not (folder / "model.safetensors.index.json").exists()
+
+
 @pytest.mark.parametrize("place", range(20))
 def test_a_shard_truncated_anywhere_is_refused(tiny, tmp_path, place):
     source = tmp_path / "in"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import assert_refused, command, folder_bytes, quantize, read_tensors, run_cli, save_model
 from test_memory import GB, peak_anonymous
+
+import quantize_int4 as q
 
 SEEDED = torch.Generator().manual_seed(3)
 CONFIG = '{"model_type": "llama"}\n'
@@ -105,6 +108,25 @@ def test_safetensors_win_over_pickles_and_the_plan_says_so(tmp_path, state_dict)
     result = quantize(folder, tmp_path / "out")
     assert read_tensors(tmp_path / "out").keys() == {"m.qweight", "m.scales"}
     assert "weights are read from safetensors; not from 'pytorch_model.bin'" in result.stdout
+
+
+def test_only_tensors_that_are_not_in_one_piece_are_read_through_the_memory_map(tmp_path):
+    whole = random_weight(16, 512)
+    state_dict = {
+        "plain": whole,
+        "transposed": whole.T,
+        "rows": whole[4:8],
+        "columns": whole[:, :256],
+        "empty": whole[:0],
+    }
+    save_pickle(tmp_path / "in", state_dict)
+    with contextlib.closing(q.Checkpoint.open(tmp_path / "in")) as checkpoint:
+        infos = checkpoint.tensors
+        data = (tmp_path / "in" / "pytorch_model.bin").read_bytes()
+        for name in ("plain", "rows"):
+            expected = bytes(state_dict[name].contiguous().view(torch.uint8).flatten().tolist())
+            assert data[infos[name].offset :][: infos[name].nbytes] == expected
+        assert infos["transposed"].offset is infos["columns"].offset is None
 
 
 def test_safetensors_win_over_an_index_of_pickles(tmp_path, state_dict):
