@@ -60,11 +60,14 @@ import threading
 import time
 import traceback
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, shows no traceback
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
 try:
     import psutil
@@ -73,7 +76,8 @@ try:
 except ImportError as missing:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {missing}: quantize_int4.py needs torch, safetensors and psutil: pip install psutil safetensors")
+    packages = "torch psutil safetensors" if missing.name == "torch" else "psutil safetensors"
+    sys.exit(f"error: {missing}: quantize_int4.py needs torch, safetensors and psutil: pip install {packages}")
 
 __version__ = "1.0.0"
 
@@ -90,13 +94,14 @@ SEARCH_STEPS = [7.4 + 0.43 * i for i in range(10)]  # of `search_scales`; more g
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Each of a tile's 25 or so calls to torch hands the interpreter lock to another
-# worker and back, so tiles must not be small; its buffers (8 bytes a weight) should still fit the last-level cache. At
+# worker and so tiles must not be small; its buffers (8 to 18 bytes a weight) should still fit the last-level cache. At
 # this size a worker holds the lock for 0.07 ns a weight, 8 % of its time.
 # (python tests/benchmark.py --only tile18 tile19 tile20)
 TILE_WEIGHTS = 1 << 20
 JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
 TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
 JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
+MAX_WAITING_SHARDS = 100  # for their sync to disk; each is an open file, and the system allows about a thousand
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 VERIFY_WEIGHTS = 1 << 20  # what --verify decodes at a time
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
@@ -109,7 +114,7 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
-COPIES_KEY = "quantize_int4_copies"  # there too: name and SHA-256 of each copied file, as JSON
+FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
 SCALE_KEY = "quantize_int4_scale"  # there too: how scales were chosen, which --verify must know
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
@@ -391,12 +396,13 @@ class PickleFile(WeightsFile):
         state_dict, self.notes = load_state_dict(path)
         self._tensors, self._factors, notes = resolve_quantizers(state_dict, path)
         self.notes += notes
-        self._maps = read_memory_maps()
+        self._maps = [] if is_byteswapped(path) else read_memory_maps()
         self.infos = {name: self._describe(name, tensor) for name, tensor in self._tensors.items()}
 
     def _describe(self, name: str, tensor: torch.Tensor) -> TensorInfo:
         dtype = DTYPE_NAMES.get(tensor.dtype)
-        if dtype is None or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_conj():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_conj()
+        if dtype is None or not plain or tensor.is_neg():
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise QuantizeError(
                 f"tensor {name!r} ({self.path.name}) is {kind}: only plain tensors with data can be read"
@@ -429,6 +435,13 @@ class PickleFile(WeightsFile):
         skip = offset - first * row_bytes
         source = rows.contiguous().view(-1).view(torch.uint8)[skip : skip + len(buffer)]
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
+
+
+def is_byteswapped(path: Path) -> bool:
+    """Whether torch.load swaps a pickle's bytes in memory, since it comes from a machine of the other byte order."""
+    with zipfile.ZipFile(path) as archive:
+        records = [name for name in archive.namelist() if name.endswith("/byteorder")]
+        return any(archive.read(name).decode() != sys.byteorder for name in records)
 
 
 def read_memory_maps() -> list[tuple[int, int, int]]:
@@ -728,7 +741,7 @@ def quantize_groups(
 def round_to_codes(weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """round(w / scale) into `out`, all (n, group_size) float32, scales (n,); not clamped yet."""
     divisors = scales.to(torch.float32, copy=True)
-    if divisors.min() == 0:  # weights below half the least scale: round(w / 1) is the 0 they become
+    if not divisors.all():  # weights below half the least scale: round(w / 1) is the 0 they become
         divisors.masked_fill_(divisors == 0, 1)
     return torch.div(weights, divisors[:, None], out=out).round_()
 
@@ -831,6 +844,11 @@ def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def whole_groups(columns: int, group_size: int) -> int:
+    """`columns` rounded up to a multiple of `group_size`."""
+    return -(-columns // group_size) * group_size
+
+
 @dataclass(frozen=True)
 class OutputTensor:
     """A tensor of the output as its shard's header describes it."""
@@ -862,13 +880,10 @@ class Format:
         lambda *_: []
     )  # of module, rows, columns, group_size
 
-    def padded_columns(self, info: TensorInfo, group_size: int) -> int:
-        """Columns rounded up to whole groups."""
-        return -(-info.shape[1] // group_size) * group_size
-
     def outputs(self, info: TensorInfo, group_size: int) -> tuple[OutputTensor, ...]:
         """What replaces a weight: words, scales, then tensors that follow from its shape."""
-        module, rows, columns = info.name.removesuffix(".weight"), info.shape[0], self.padded_columns(info, group_size)
+        module, rows = info.name.removesuffix(".weight"), info.shape[0]
+        columns = whole_groups(info.shape[1], group_size)
         scale_dtype = self.scale_dtype or {"F64": "F32"}.get(info.dtype, info.dtype)
         words, scales = (rows, columns // CODES_PER_WORD), (rows, columns // group_size)
         return (
@@ -1129,14 +1144,17 @@ class Plan:
         """Bytes of all output tensors."""
         return sum(output.nbytes for tensor in self.tensors for output in tensor.outputs)
 
-    def written_files(self) -> dict[str, bytes]:
-        """The files that the program itself writes beside the shards, the index last."""
-        weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
-        index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    def config_files(self) -> dict[str, bytes]:
+        """The files that describe the quantization, by name."""
         files = self.options.format.describe(self)
         if CONFIG_NAME in files:
             files[CONFIG_NAME] = self.model_config | files[CONFIG_NAME]
-        return {name: _json_bytes(value) for name, value in [*files.items(), (INDEX_NAME, index)]}
+        return {name: _json_bytes(value) for name, value in files.items()}
+
+    def index(self) -> bytes:
+        weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
+        index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        return _json_bytes(index)
 
 
 def _json_bytes(value: dict) -> bytes:
@@ -1161,22 +1179,23 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     if options.format.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, config)
     copied, left_out = plan_other_files(checkpoint)
-    fingerprint = make_fingerprint(checkpoint, options, copied)
-    copies = {path.name: hash_file(path) for path in copied if path.name not in (CONFIG_NAME, QUANTIZE_CONFIG_NAME)}
-    shards, placements = plan_shards(tensors, options, fingerprint, copies)
     plan = Plan(
         options=options,
-        fingerprint=fingerprint,
+        fingerprint=make_fingerprint(checkpoint, options, copied),
         tensors=tuple(tensors),
-        shards=shards,
-        placements=placements,
+        shards=(),
+        placements={},
         copied=tuple(copied),
         left_out=tuple(left_out),
         notes=(*checkpoint.notes, *notes_on_tensors(tensors, options)),
         model_config=read_json(config) if config.exists() else {},
     )
-    written = plan.written_files()  # takes the place of a copy
-    return replace(plan, copied=tuple(path for path in copied if path.name not in written))
+    written = plan.config_files()  # takes the place of a copy
+    plan = replace(plan, copied=tuple(path for path in copied if path.name not in written))
+    hashes = {path.name: hash_file(path) for path in plan.copied}
+    hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
+    shards, placements = plan_shards(tensors, options, plan.fingerprint, hashes)
+    return replace(plan, shards=shards, placements=placements)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -1375,11 +1394,11 @@ def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path
 
 
 def plan_shards(
-    tensors: list[TensorPlan], options: Options, fingerprint: str, copies: dict[str, str]
+    tensors: list[TensorPlan], options: Options, fingerprint: str, hashes: dict[str, str]
 ) -> tuple[tuple[ShardPlan, ...], dict[str, Placement]]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
     shard_size = options.shard_size
-    metadata = {"format": "pt", METADATA_KEY: fingerprint, SCALE_KEY: options.scale, COPIES_KEY: json.dumps(copies)}
+    metadata = {"format": "pt", METADATA_KEY: fingerprint, SCALE_KEY: options.scale, FILES_KEY: json.dumps(hashes)}
     empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
     contents: list[list[OutputTensor]] = []
     used = shard_size
@@ -1575,19 +1594,18 @@ class ShardWriter:
         """All bytes are in: sync them, then give the file its final name."""
         if self.finished:
             return
-        if not self.temporary.exists():
-            self._open()  # a shard of empty tensors had nothing to write
-            self.close()
+        fd = self._open()  # opens a shard of empty tensors, to which nothing was written
         with naming(self.temporary):
-            sync_file(self.temporary)
-        os.rename(self.temporary, self.final)
+            os.fsync(fd)
+            self.close()
+            os.rename(self.temporary, self.final)
         sync_file(self.final.parent)
         self.finished = True
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 def unfinished_path(path: Path, fingerprint: str) -> Path:
@@ -1600,7 +1618,7 @@ class OutputFolder:
     def __init__(self, folder: Path, plan: Plan, overwrite: bool):
         self.folder = folder
         self.plan = plan
-        self.written = plan.written_files()
+        self.written = {**plan.config_files(), INDEX_NAME: plan.index()}  # the index last
         self.overwrite = overwrite
         # Names of shards and other files that are final and as planned, and leftovers of earlier runs.
         self.finished, self.remove = self._survey(overwrite)
@@ -1621,8 +1639,7 @@ class OutputFolder:
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         metadata = {path: read_metadata(path) for path in entries if SHARD_PATTERN.fullmatch(path.name)}
         fingerprints = {path: found[METADATA_KEY] for path, found in metadata.items() if METADATA_KEY in found}
-        copies = {item for path in fingerprints for item in json.loads(metadata[path].get(COPIES_KEY, "{}")).items()}
-        own_names = {*self.written, CONFIG_NAME, QUANTIZE_CONFIG_NAME} if fingerprints else set()
+        own_files = {item for path in fingerprints for item in json.loads(metadata[path].get(FILES_KEY, "{}")).items()}
         finished, remove, stale, foreign = set(), [], [], []
         for path in entries:
             unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
@@ -1632,7 +1649,7 @@ class OutputFolder:
                 remove.append(path)
             elif fingerprints.get(path) == self.plan.fingerprint and path.name in self.planned_names():
                 remove.append(path)  # ours, but damaged since
-            elif unfinished or path in fingerprints or path.name in own_names or self._is_copy(path, copies):
+            elif unfinished or path in fingerprints or self._is_own(path, own_files):
                 stale.append(path)
             else:
                 foreign.append(path)
@@ -1650,9 +1667,11 @@ class OutputFolder:
             return set(), [*remove, *stale, *(self.folder / name for name in finished)]
         return finished, remove
 
-    def _is_copy(self, path: Path, copies: set[tuple[str, str]]) -> bool:
-        """Whether an earlier run copied just this file, by what its shards say."""
-        return path.name in dict(copies) and path.is_file() and (path.name, hash_file(path)) in copies
+    def _is_own(self, path: Path, own_files: set[tuple[str, str]]) -> bool:
+        """Whether an earlier run wrote just this file, by what its shards say; an index follows from the shards."""
+        if path.name == INDEX_NAME:
+            return bool(own_files)
+        return path.name in dict(own_files) and path.is_file() and (path.name, hash_file(path)) in own_files
 
     def _is_finished(self, path: Path) -> bool:
         shard = next((shard for shard in self.plan.shards if shard.name == path.name), None)
@@ -1900,6 +1919,8 @@ class Conversion:
         for job in first:
             self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
         while not self._stop.is_set():
+            while self._complete.qsize() > MAX_WAITING_SHARDS and not self._stop.is_set():
+                time.sleep(0.01)
             with self._lock:
                 job, ahead = next(self._next_job, None), next(self._next_ahead, None)
             if job is None:
@@ -1964,7 +1985,7 @@ class Conversion:
         raw = workspace.buffer("raw", tile.rows * tile.columns * dtype.itemsize)
         self.checkpoint.read_into(info, (tile.row * info.shape[1] + tile.column) * dtype.itemsize, raw)
         weights = torch.frombuffer(raw, dtype=dtype).view(tile.rows, tile.columns)
-        padded_columns = -(-tile.columns // group_size) * group_size
+        padded_columns = whole_groups(tile.columns, group_size)
         if padded_columns != tile.columns:
             padded = workspace.tensor("padded", dtype, tile.rows, padded_columns)
             padded[:, : tile.columns].copy_(weights)
@@ -2010,7 +2031,6 @@ class Conversion:
             for shard in self._shards_of(job.tensor):
                 self.writers[shard].jobs_left -= 1
                 if self.writers[shard].jobs_left == 0:
-                    self.writers[shard].close()  # shards that wait for their sync should not use up descriptors
                     self._complete.put(self.writers[shard])
 
     def _finish_shards(self) -> None:
@@ -2097,7 +2117,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     say_row("quantized to 4 bits", len(quantized), format_bytes(before), f"become {format_bytes(packed)}")
     padded = [info for info in plan.quantized if info.shape[1] % options.group_size]
     if padded:
-        example = f"{padded[0].shape[1]:,} to {options.format.padded_columns(padded[0], options.group_size):,}"
+        example = f"{padded[0].shape[1]:,} to {whole_groups(padded[0].shape[1], options.group_size):,}"
         say_row("  of these padded to whole groups", len(padded), "", f"e.g. {example} columns: {padded[0].name}")
     kept = [tensor for tensor in tensors if not tensor.quantized]
     say_row("kept as they are", len(kept), format_bytes(sum(tensor.source.nbytes for tensor in kept)))
@@ -2135,7 +2155,8 @@ def count_of(count: int, noun: str) -> str:
 
 
 def worker_bytes(plan: Plan) -> int:
-    """What one worker's buffers come to: raw and padded weights, float32 weights, codes, and words being packed."""
+    """What one worker's buffers come to: raw, padded and float32 weights, a search's two of these, codes, words being
+    packed, staged lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
     staged = TRANSPOSED_JOB_WEIGHTS * 0.6 if plan.options.format.transposed else 0
     searched = 8 if plan.options.scale == "mse" else 0
@@ -2147,7 +2168,7 @@ class Progress:
 
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
-        self.terminal = sys.stdout.isatty()
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.stages = [("Baseline", guard.read())]
         self._shown = False
         self.restart()
@@ -2244,6 +2265,7 @@ class Verification:
         self.errors: dict[str, float] = {}  # relative RMS error of each quantized weight
         self.kept = 0
         self.searched = False  # scales of least squared error may clip the largest weights
+        self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
         self.bytes_done = self.tensors_done = 0
         self.tensors_total = len(checkpoint.tensors)
         self.bytes_total = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -2264,7 +2286,9 @@ class Verification:
                 if weight_map.get(name) != path.name:
                     self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
                 shards[name] = file
-            self.searched |= (file.metadata() or {}).get(SCALE_KEY) == "mse"
+            metadata = file.metadata() or {}
+            self.searched |= metadata.get(SCALE_KEY) == "mse"
+            self._hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
         self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in shards]
         return shards
 
@@ -2282,40 +2306,55 @@ class Verification:
                 else:
                     tasks.append(pool.submit(self._compare, info, names))
             try:
-                while concurrent.futures.wait(tasks, timeout=0.1).not_done:
+                running = set(tasks)
+                while running:
+                    done, running = concurrent.futures.wait(running, 0.1, concurrent.futures.FIRST_EXCEPTION)
+                    for task in done:
+                        task.result()
                     check_signals()
                     progress.show(self)
             finally:
                 pool.shutdown(cancel_futures=True)
-            for task in tasks:
-                task.result()
         self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._shards.keys() - expected)]
-        self._check_config_files()
+        self._check_other_files()
 
-    def _check_config_files(self) -> None:
-        """What readers take from JSON: the total size, true shapes, and which layers were kept."""
+    def _check_other_files(self) -> None:
+        """The files beside the shards, and what readers take from them: total size, true shapes, kept layers."""
+        for name, digest in sorted(self._hashes.items()):
+            if not (self.folder / name).is_file():
+                self.problems.append(f"{name} is missing")
+            elif hash_file(self.folder / name) != digest:
+                self.problems.append(f"{name} is not as it was written")
         total = sum(file.get_tensor(name).nbytes for name, file in self._shards.items())
         stated = (read_json(self.folder / INDEX_NAME).get("metadata") or {}).get("total_size")
         if stated != total:
             self.problems.append(f"{INDEX_NAME} says total_size {stated}, the tensors have {total} bytes")
-        if (self.checkpoint.config_folder / CONFIG_NAME).exists() and not (self.folder / CONFIG_NAME).exists():
-            self.problems.append(f"{CONFIG_NAME} is missing")
-        infos = self.checkpoint.tensors.values()
-        packed = [info for info in infos if info.name not in self._shards and len(info.shape) == 2]
+        matrices = [info for info in self.checkpoint.tensors.values() if len(info.shape) == 2]
+        packed = [info for info in matrices if info.name not in self._shards]
         if self.format.name == "int4":
             padded = {info.name: list(info.shape) for info in packed if info.shape[1] % self.group_size}
             if read_json(self.folder / QUANTIZE_CONFIG_NAME).get("padded_weights") != padded:
                 self.problems.append(f"{QUANTIZE_CONFIG_NAME}: padded_weights are not those that need padding")
         elif (self.folder / CONFIG_NAME).exists():
-            entries = read_json(self.folder / CONFIG_NAME).get("quantization_config", {})
-            entries = [*entries.get("ignore", []), *entries.get("dynamic", {})]
-            patterns = [re.compile(re.sub(r"^(re:|-:)", "", entry)) for entry in entries]
-            for info in packed:
-                module = info.name.removesuffix(".weight")
-                if caught := next((pattern for pattern in patterns if pattern.match(module)), None):
-                    self.problems.append(
-                        f"{CONFIG_NAME}: the entry {caught.pattern!r} keeps {module!r}, which is packed"
-                    )
+            try:
+                self._check_kept_layers(matrices)
+            except (KeyError, TypeError, AttributeError, re.error) as error:
+                self.problems.append(f"{CONFIG_NAME}: quantization_config cannot be read ({error!r})")
+
+    def _check_kept_layers(self, matrices: list[TensorInfo]) -> None:
+        """config.json's entries for layers that are kept match all of these, and no packed layer."""
+        config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
+        entries = config["dynamic" if self.format.name == "gptq" else "ignore"]
+        patterns = [re.compile(entry.removeprefix("re:").removeprefix("-:")) for entry in entries]
+        for info in matrices:
+            module, is_packed = info.name.removesuffix(".weight"), info.name not in self._shards
+            if not info.name.endswith(".weight") or EMBEDDING_PATTERN.search(info.name):
+                continue
+            caught = next((pattern.pattern for pattern in patterns if pattern.match(module)), None)
+            if caught and is_packed:
+                self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
+            elif not caught and not is_packed and (module, self.format.name) != ("lm_head", "gptq"):  # has its own key
+                self.problems.append(f"{CONFIG_NAME}: no entry keeps {module!r}, which is not packed")
 
     def _output_names(self, info: TensorInfo) -> list[str]:
         if info.name in self._shards or len(info.shape) != 2:
@@ -2506,7 +2545,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add(
         "--scale",
         choices=("absmax", "mse"),
-        default="absmax",
         help="absmax: from each group's largest weight (default); mse: of least squared error, slower and closer",
     )
     add(
@@ -2587,34 +2625,45 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
         finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
         if args.verify and finished:
-            refuse_other_layout(args)
+            refuse_other_options(args, checkpoint)
         else:
             plan_and_convert(args, checkpoint, progress)
         if args.verify and not args.dry_run:
             verify(checkpoint, args.output_dir, progress, args.threads)
 
 
-def refuse_other_layout(args: argparse.Namespace) -> None:
-    """A finished folder is verified as what it is; it must be what was asked for, too."""
+def make_options(args: argparse.Namespace, form: Format, group_size: int) -> Options:
+    return Options(
+        form,
+        group_size,
+        int(args.shard_size_gb * GB),
+        tuple(args.exclude),
+        args.quantize_embeddings,
+        args.scale or "absmax",
+        Importance(args.importance) if args.importance else None,
+    )
+
+
+def refuse_other_options(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """A finished folder is verified as what it is; where options are given, it must be what they ask for."""
     form, group_size = read_layout(args.output_dir)
     for option, asked, found in (("format", args.format, form.name), ("group_size", args.group_size, group_size)):
         if asked not in (None, found):
             raise QuantizeError(
                 f"{args.output_dir} is finished with --{option} {found}, not {asked}: --overwrite converts it again"
             )
+    options = make_options(args, form, group_size)
+    if args.scale or options != Options(form, group_size, 4 * GB, (), False):
+        plan = plan_conversion(checkpoint, options)
+        if read_metadata(args.output_dir / plan.shards[0].name).get(METADATA_KEY) != plan.fingerprint:
+            raise QuantizeError(
+                f"{args.output_dir} is finished with other options or source files than these: --overwrite converts it"
+                " again; without such options --verify takes the folder as it is"
+            )
 
 
 def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> None:
-    options = Options(
-        FORMATS[args.format or "int4"],
-        args.group_size or 128,
-        int(args.shard_size_gb * GB),
-        tuple(args.exclude),
-        args.quantize_embeddings,
-        args.scale,
-        Importance(args.importance) if args.importance else None,
-    )
-    plan = plan_conversion(checkpoint, options)
+    plan = plan_conversion(checkpoint, make_options(args, FORMATS[args.format or "int4"], args.group_size or 128))
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
@@ -2664,6 +2713,8 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(1)  # the workers are the parallelism
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be in its encoding
     stop_on_signals()
     try:
         run(args)

@@ -122,7 +122,7 @@ def main() -> None:
     model = train(train_text, args.minutes * 60)
     base = perplexity(model, held_out)
     print(f"{'':<36}{'perplexity':>11}{'increase':>10}")
-    print(f"{"bf16":<36}{base:>11.4f}")
+    print(f"{'bf16':<36}{base:>11.4f}")
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "in"
         model.to(torch.bfloat16).save_pretrained(source)

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -152,6 +153,29 @@ def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(large, tmp_path):
     assert "complete already" in quantize(large, tmp_path / "out").stdout
 
 
+def test_a_closed_standard_output_does_not_end_the_run(tiny, tmp_path):
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command(tiny, tmp_path / "out")]
+    assert subprocess.run(closed, capture_output=True).stderr == b""
+    assert "complete already" in quantize(tiny, tmp_path / "out").stdout
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(model, tmp_path):
+    (model / "r\u00e9sum\u00e9.md").write_text("x")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command(model, tmp_path / "out"), env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert r"r\xe9sum\xe9.md" in result.stdout
+
+
+def test_an_interrupt_during_the_imports_shows_no_traceback():
+    with subprocess.Popen([sys.executable, SCRIPT, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+            time.sleep(0.005)
+        run.send_signal(signal.SIGINT)
+        assert run.stderr.read() == b""
+    assert run.returncode == -signal.SIGINT
+
+
 def test_the_script_runs_without_numpy(tiny, tmp_path):
     program = "import sys; sys.modules['numpy'] = None; import quantize_int4; sys.exit(quantize_int4.main())"
     arguments = [sys.executable, "-c", program, *command(tiny, tmp_path / "out", "--verify")[2:]]
@@ -234,10 +258,15 @@ def test_overwrite_never_removes_a_file_that_no_run_wrote(model, tmp_path):
     refuse(model, tmp_path / "out", "thesis.docx", options=["--overwrite", "--group_size", 64])
 
 
-def test_a_copied_file_that_its_owner_edited_is_not_overwritten(tiny, tmp_path):
-    quantize(tiny, tmp_path / "out")
-    (tmp_path / "out" / "chat_template.jinja").write_text("mine")
-    refuse(tiny, tmp_path / "out", "chat_template.jinja", "changed since", options=["--overwrite"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", "quantize_config.json"])
+@pytest.mark.parametrize("form", ["int4", "gptq"])
+def test_a_file_that_its_owner_edited_is_not_overwritten(tiny, tmp_path, form, name):
+    options = ["--format", form, "--group_size", 64]
+    quantize(tiny, tmp_path / "out", *options)
+    with open(tmp_path / "out" / name, "a") as file:
+        file.write(" ")
+    for more in ([], ["--overwrite"]):
+        refuse(tiny, tmp_path / "out", name, "changed since", options=[*options, *more])
 
 
 def test_a_copy_of_a_file_that_the_source_no_longer_has_goes_with_overwrite(tiny, tmp_path):

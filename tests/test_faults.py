@@ -213,6 +213,28 @@ def test_a_disk_that_fills_up_meanwhile_stops_the_run_and_the_same_command_conti
     assert folder_bytes(folder) == expected
 
 
+def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_zeros(model, expected, tmp_path):
+    folder = tmp_path / "out"
+    run = start(model, folder)
+    wait_until(lambda: list(folder.glob("model-*.unfinished")))
+    os.kill(run.pid, signal.SIGSTOP)
+    removed = list(folder.glob("model-*.unfinished"))
+    for path in removed:
+        path.unlink()
+    os.kill(run.pid, signal.SIGCONT)
+    assert_refused(run.wait(), "model-", "No such file or directory")
+    assert_nothing_wrong_is_final(folder, expected)
+    quantize(model, folder, *SHARDS)
+    assert folder_bytes(folder) == expected
+
+
+def test_thousands_of_shards_do_not_use_up_the_descriptors(tmp_path):
+    tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(400)}
+    source = save_model(tmp_path / "in", tensors)
+    quantize(source, tmp_path / "out", "--shard_size_gb", 1e-6, "--verify", constants={"MAX_WAITING_SHARDS": 2})
+    assert len(finished_shards(tmp_path / "out")) >= 400
+
+
 def test_a_disk_that_is_too_small_from_the_start_is_refused_with_nothing_written(model, small_disk):
     (small_disk / "filler").write_bytes(bytes(8_000_000))
     assert_refused(run_cli(model, small_disk / "out", *SHARDS), "to write", "free", "make room")

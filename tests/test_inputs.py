@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import sys
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -129,6 +131,22 @@ def test_only_tensors_that_are_not_in_one_piece_are_read_through_the_memory_map(
         assert infos["transposed"].offset is infos["columns"].offset is None
 
 
+def test_a_pickle_of_the_other_byte_order_is_read_right(tmp_path, state_dict):
+    folder = save_pickle(tmp_path / "in", state_dict)
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    other = {"little": "big", "big": "little"}[sys.byteorder]
+    widths = [tensor.dtype.itemsize for tensor in state_dict.values()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            if "/data/" in name:
+                width = widths[int(name.rpartition("/")[2])]
+                data = bytes(data[i ^ (width - 1)] for i in range(len(data)))
+            archive.writestr(name, other if name.endswith("/byteorder") else data)
+    assert_same_as_safetensors(folder, state_dict, tmp_path)
+
+
 def test_safetensors_win_over_an_index_of_pickles(tmp_path, state_dict):
     folder = save_model(tmp_path / "in", {"m.weight": random_weight()})
     save_pickle(folder, state_dict, "pytorch_model-00001-of-00001.bin")
@@ -167,9 +185,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, s
         ({"m": {"weight": torch.ones(2)}}, "'m' is a dict inside"),
         ({"m.weight": torch.ones(4, 128).to_sparse()}, "'m.weight'"),
         ({"m.weight": torch.ones(4, 128, device="meta")}, "'m.weight' (pytorch_model.bin) is torch.float32"),
+        ({"m.weight": torch._neg_view(torch.ones(4, 128))}, "'m.weight' (pytorch_model.bin) is torch.float32"),
         ({"m.weight": torch.ones(4, 128, dtype=torch.int8)}, "already quantized"),
     ],
-    ids=["list", "nested", "sparse", "meta", "integer"],
+    ids=["list", "nested", "sparse", "meta", "negated view", "integer"],
 )
 def test_what_is_no_plain_state_dict_is_refused(tmp_path, content, words):
     assert_refused(run_cli(save_pickle(tmp_path / "in", content), tmp_path / "out"), words)

@@ -189,9 +189,9 @@ def test_decoding_stays_on_the_device_of_the_words():
 def test_weights_too_small_for_any_scale_become_codes_of_zero():
     # Their scale rounds to 0. What a quotient by 0 becomes as an integer differs between processors.
     weights = torch.tensor([[1e-9, -1e-9, 0.0, 2e-8], [1.0, -1.0, 0.5, 0.0]])
-    scales = torch.tensor([0.0, 0.5]).half()
-    codes = q.round_to_codes(weights, scales, torch.empty_like(weights))
-    assert codes.tolist() == [[0, 0, 0, 0], [2, -2, 1, 0]]
+    for scale in (0.5, -0.5):
+        codes = q.round_to_codes(weights, torch.tensor([0.0, scale]).half(), torch.empty_like(weights))
+        assert (codes * scale).tolist() == [[0, 0, 0, 0], [1, -1, 0.5, 0]]
 
 
 def test_tensors_of_a_workspace_are_the_same_bytes_after_it_has_grown():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from conftest import assert_refused, quantize, run_cli
 from safetensors.torch import load_file, save_file
+
+import quantize_int4 as q
 
 FORMATS = ["int4", "compressed-tensors", "gptq"]
 WORDS = {"int4": "qweight", "compressed-tensors": "weight_packed", "gptq": "qweight"}
@@ -186,10 +189,62 @@ def test_an_entry_that_keeps_a_packed_layer_is_found(tiny, tmp_path, form):
     assert_found(tiny, tmp_path / "out", "o_proj", "which is packed")
 
 
-def test_a_lost_config_is_found(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
     quantize(tiny, tmp_path / "out")
-    (tmp_path / "out" / "config.json").unlink()
-    assert_found(tiny, tmp_path / "out", "config.json is missing")
+    (tmp_path / "out" / name).write_text("{}")
+    assert_found(tiny, tmp_path / "out", f"{name} is not as it was written")
+    (tmp_path / "out" / name).unlink()
+    assert_found(tiny, tmp_path / "out", f"{name} is missing")
+
+
+@pytest.mark.parametrize(("form", "key"), [("compressed-tensors", "ignore"), ("gptq", "dynamic")])
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ([], "no entry keeps 'backbone.layers.3.mixer.gate'"),
+        (["re:-:("], "cannot be read"),
+        (None, "cannot be read"),
+    ],
+    ids=["none", "no pattern", "null"],
+)
+def test_wrong_entries_for_kept_layers_are_found(tiny, tmp_path, form, key, entries, problem):
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64)
+    edit_json(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update({key: entries}))
+    assert_found(tiny, tmp_path / "out", problem)
+
+
+OTHER_OPTIONS = [["--scale", "mse"], ["--exclude", "o_proj"], ["--quantize_embeddings"], ["--shard_size_gb", 0.0001]]
+
+
+@pytest.mark.parametrize("options", OTHER_OPTIONS, ids=str)
+def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_for(tiny, tmp_path, options):
+    quantize(tiny, tmp_path / "plain")
+    quantize(tiny, tmp_path / "asked", *options)
+    refused = run_cli(tiny, tmp_path / "plain", "--verify", *options)
+    assert_refused(refused, "finished with other options or source files", "--overwrite")
+    assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify", *options).stdout
+    assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify").stdout
+
+
+def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
+    class Guard:
+        looks = 0
+
+        def check(self):
+            self.looks += 1
+            if self.looks > 3:
+                raise q.MemoryGuardError("too little memory")
+
+        def read(self):
+            return q.MemoryReading(0, 0)
+
+    quantize(tiny, tmp_path / "out")
+    with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
+        verification = q.Verification(checkpoint, tmp_path / "out", Guard())
+        with pytest.raises(q.MemoryGuardError):
+            verification.run(1, q.Progress(verification.guard))
+    assert verification.tensors_done == 3
 
 
 def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp_path):
