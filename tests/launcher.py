@@ -28,6 +28,7 @@ class Setting:
     umask: int = 0o022
     user: int | None = None
     largest_file: int | None = None  # bytes, as `ulimit -f`
+    open_files: int | None = None  # as `ulimit -n`
 
 
 class Run:
@@ -68,6 +69,8 @@ def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> Non
         setattr(quantize_int4, name, value)
     if setting.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (setting.largest_file, setting.largest_file))
+    if setting.open_files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (setting.open_files, setting.open_files))
     if setting.user is not None:
         os.setuid(setting.user)
     sys.exit(quantize_int4.main(arguments))

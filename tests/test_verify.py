@@ -223,6 +223,10 @@ def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_
     quantize(tiny, tmp_path / "asked", *options)
     refused = run_cli(tiny, tmp_path / "plain", "--verify", *options)
     assert_refused(refused, "finished with other options or source files", "--overwrite")
+    if "--scale" in options:
+        assert_refused(
+            run_cli(tiny, tmp_path / "asked", "--verify", "--scale", "absmax"), "finished with other options"
+        )
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify", *options).stdout
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify").stdout
 
