@@ -346,8 +346,6 @@ class WeightsFile:
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _file_state(os.stat(self.fd))
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # Linux doubles its own read-ahead
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
@@ -1984,14 +1982,13 @@ class Conversion:
         dtype, group_size = FLOAT_DTYPES[info.dtype], self.options.group_size
         raw = workspace.buffer("raw", tile.rows * tile.columns * dtype.itemsize)
         self.checkpoint.read_into(info, (tile.row * info.shape[1] + tile.column) * dtype.itemsize, raw)
-        weights = torch.frombuffer(raw, dtype=dtype).view(tile.rows, tile.columns)
-        padded_columns = whole_groups(tile.columns, group_size)
+        padded_columns, role = whole_groups(tile.columns, group_size), "raw"
         if padded_columns != tile.columns:
-            padded = workspace.tensor("padded", dtype, tile.rows, padded_columns)
-            padded[:, : tile.columns].copy_(weights)
+            role = "padded"
+            padded = workspace.tensor(role, dtype, tile.rows, padded_columns)
+            padded[:, : tile.columns].copy_(workspace.tensor("raw", dtype, tile.rows, tile.columns))
             padded[:, tile.columns :].zero_()
-            weights = padded
-        return weights.view(-1, group_size)
+        return workspace.tensor(role, dtype, tile.rows * padded_columns // group_size, group_size)
 
     def _importance(self, info: TensorInfo, tile: Tile) -> torch.Tensor | None:
         """What the tile's columns count, as (groups of a row, group_size), padded with zeros."""
