@@ -703,8 +703,8 @@ def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
     if groups.dtype.itemsize > 2:
         return high.view(groups.dtype).to(torch.float32)
     low = torch.amax(bits.bitwise_left_shift_(16), -1)
-    torch.maximum(high, low, out=workspace.tensor("largest", torch.int32, len(groups)))
-    return workspace.tensor("largest", groups.dtype, len(groups), 2)[:, 1].to(torch.float32)
+    torch.maximum(high, low, out=workspace.tensor("largest", torch.int32, *high.shape))
+    return workspace.tensor("largest", groups.dtype, *high.shape, 2)[:, 1].to(torch.float32)
 
 
 def quantize_groups(
@@ -727,7 +727,7 @@ def quantize_groups(
     and codes 0. A scale that is not finite says that the group holds a value that cannot be quantized.
     """
     weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
-    scales = workspace.tensor("scales", scale_dtype, len(groups))
+    scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
     scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
     if search:
         scales.copy_(search_scales(weights, scales, importance, workspace))
