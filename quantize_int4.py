@@ -2195,7 +2195,7 @@ class Progress:
             f"  {done / GB:.1f}/{total / GB:.1f} GB  {rate / GB:.2f} GB/s  {left} left"
             f"  RAM {reading.used / GB:.1f} GB used, {reading.available / GB:.1f} GB available"
         )
-        if done == total:
+        if done == total and isinstance(work, Conversion):
             line = f"all {work.tensors_total:,} tensors done, waiting for the disk"
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
