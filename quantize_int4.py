@@ -102,6 +102,7 @@ JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecuti
 TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
 JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
 MAX_WAITING_SHARDS = 100  # for their sync to disk; each is an open file, and the system allows about a thousand
+SYNC_BYTES = 1 << 28  # of input, after which what came of it is synced, while the workers go on
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
@@ -1583,10 +1584,11 @@ class ShardWriter:
                 os.ftruncate(self._fd, self.shard.size)
             return self._fd
 
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Let the disk start on bytes that are final, so that little is left to write when the shard is synced."""
-        if self._fd is not None and hasattr(os, "posix_fadvise"):  # of dirty pages, Linux starts writing and keeps them
-            os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    def sync(self) -> None:
+        """Bring what was written so far to the disk, so that little is left when the shard is finished."""
+        if self._fd is not None:
+            with naming(self.temporary):
+                os.fsync(self._fd)
 
     def finish(self) -> None:
         """All bytes are in: sync them, then give the file its final name."""
@@ -1837,6 +1839,7 @@ class Conversion:
         self.guard = guard
         self.bytes_done = self.tensors_done = 0
         self.tensors_total = self.bytes_total = 0
+        self._unsynced = 0  # bytes of input whose output is not on the disk yet
         self._jobs: list[Job] = []
         self._jobs_left: Counter[str] = Counter()  # by tensor
         self._lock = threading.Lock()
@@ -1860,10 +1863,10 @@ class Conversion:
             ShardWriter(output.folder, shard, plan.fingerprint, jobs_by_shard[number], shard.name in output.finished)
             for number, shard in enumerate(plan.shards)
         ]
-        self._complete: queue.SimpleQueue[ShardWriter | None] = queue.SimpleQueue()
+        self._to_sync: queue.SimpleQueue[ShardWriter | None] = queue.SimpleQueue()
         for writer in self.writers:
             if not writer.jobs_left:
-                self._complete.put(writer)
+                self._to_sync.put(writer)
 
     def _shards_of(self, tensor: TensorPlan) -> set[int]:
         return {self.placements[output.name].shard for output in tensor.outputs}
@@ -1878,12 +1881,12 @@ class Conversion:
                 thread.start()
             for thread in workers:
                 self._wait_for(thread, progress)
-            self._complete.put(None)
+            self._to_sync.put(None)
             self._wait_for(finisher, progress)
             self._raise_fault()
         finally:
             self._stop.set()
-            self._complete.put(None)
+            self._to_sync.put(None)
             for thread in [*workers, finisher]:
                 if thread.ident:
                     thread.join()
@@ -1917,7 +1920,7 @@ class Conversion:
         for job in first:
             self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
         while not self._stop.is_set():
-            while self._complete.qsize() > MAX_WAITING_SHARDS and not self._stop.is_set():
+            while self._to_sync.qsize() > MAX_WAITING_SHARDS and not self._stop.is_set():
                 time.sleep(0.01)
             with self._lock:
                 job, ahead = next(self._next_job, None), next(self._next_ahead, None)
@@ -2019,21 +2022,23 @@ class Conversion:
         with self._lock:
             self.bytes_done += job.nbytes
             self._jobs_left[name] -= 1
-            whole = self._jobs_left[name] == 0
-            self.tensors_done += whole
-        for output in job.tensor.outputs if whole else ():
-            placement = self.placements[output.name]
-            self.writers[placement.shard].start_writeback(placement.offset, output.nbytes)
-        with self._lock:
-            for shard in self._shards_of(job.tensor):
-                self.writers[shard].jobs_left -= 1
-                if self.writers[shard].jobs_left == 0:
-                    self._complete.put(self.writers[shard])
+            self.tensors_done += self._jobs_left[name] == 0
+            self._unsynced += job.nbytes
+            sync = self._unsynced >= SYNC_BYTES
+            if sync:
+                self._unsynced = 0
+            for writer in [self.writers[shard] for shard in self._shards_of(job.tensor)]:
+                writer.jobs_left -= 1
+                if sync or writer.jobs_left == 0:
+                    self._to_sync.put(writer)
 
     def _finish_shards(self) -> None:
-        while (writer := self._complete.get()) is not None and not self._stop.is_set():
-            self.checkpoint.check_unchanged()
-            writer.finish()
+        while (writer := self._to_sync.get()) is not None and not self._stop.is_set():
+            if writer.jobs_left:
+                writer.sync()
+            else:
+                self.checkpoint.check_unchanged()
+                writer.finish()
 
 
 def describe_bad_value(info: TensorInfo, tile: Tile, groups: torch.Tensor, scales: torch.Tensor) -> str:
