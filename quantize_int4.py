@@ -39,10 +39,10 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import ctypes
 import errno
 import fcntl
 import filecmp
+import functools
 import hashlib
 import itertools
 import json
@@ -91,9 +91,13 @@ FORMAT_VERSION = 1  # raise it whenever the bytes of the output change: leftover
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
 SEARCH_STEPS = [7.4 + 0.43 * i for i in range(10)]  # of `search_scales`; more gain less than 0.0001 of relative error
+# Around these floats, 1.5 * 2^7 and 1.5 * 2^10, the dtype has the integers and no fractions; their low four bits are 0.
+INTEGERS_FROM = {torch.bfloat16: 192.0, torch.float16: 1536.0}
+# torch finds the largest of less than four vectors of numbers one by one; without vectors, int16 is the fastest anyway.
+INT16_LANES = {"AVX2": 16, "AVX512": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
-# What a worker quantizes at a time. Each of a tile's 25 or so calls to torch hands the interpreter lock to another
+# What a worker quantizes at a time. Each of a tile's 20 or so calls to torch hands the interpreter lock to another
 # worker and so tiles must not be small; its buffers (8 to 18 bytes a weight) should still fit the last-level cache. At
 # this size a worker holds the lock for 0.07 ns a weight, 8 % of its time.
 # (python tests/benchmark.py --only tile18 tile19 tile20)
@@ -234,13 +238,18 @@ def check_signals() -> None:
         raise Interrupted(_signals_received[0])
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+class naming:
     """Let an error of the system name the file, which calls on descriptors leave out."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: type | None, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def quote_names(names: Iterable[str], most: int = 3) -> str:
@@ -685,27 +694,34 @@ class Workspace:
         return self._tensors[key]
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor, which must outlive the view. Torch itself offers this through numpy only."""
-    assert tensor.is_contiguous()
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
 def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Largest magnitude of each group: (n, group_size) of any float dtype, destroyed -> float32 (n,). NaN counts as
-    largest.
+    """Largest magnitude of each group: (n, group_size) of any float dtype -> float32 (n,). NaN counts as largest.
 
     Taken on the bits: for floats without sign the order of the bits is the order of the values, and torch compares
-    wide integers several times faster than floats, of which any might be NaN, or int16. So 16-bit floats are compared
-    in pairs, as int32: by the one in the high half, then by the other one, shifted there.
+    integers several times faster than floats, of which any might be NaN.
     """
-    bits = groups.abs_().view(torch.int64 if groups.dtype.itemsize == 8 else torch.int32)
-    high = torch.amax(bits, -1)
-    if groups.dtype.itemsize > 2:
-        return high.view(groups.dtype).to(torch.float32)
-    low = torch.amax(bits.bitwise_left_shift_(16), -1)
+    magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, *groups.shape))
+    if groups.dtype.itemsize == 2 and groups.shape[1] < 4 * INT16_LANES:
+        return max_of_pairs(magnitudes, workspace)
+    bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[groups.dtype.itemsize])
+    return torch.amax(bits, -1).view(groups.dtype).to(torch.float32)
+
+
+def max_of_pairs(magnitudes: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+    """Largest of each group of 16-bit floats (n, group_size), destroyed -> float32 (n,). Compared in pairs as int32, by
+    the one in the high half, then by the other one, shifted there."""
+    pairs = magnitudes.view(torch.int32)
+    high, low = torch.amax(pairs, -1), torch.amax(pairs.bitwise_left_shift_(16), -1)
     torch.maximum(high, low, out=workspace.tensor("largest", torch.int32, *high.shape))
-    return workspace.tensor("largest", groups.dtype, *high.shape, 2)[:, 1].to(torch.float32)
+    return workspace.tensor("largest", magnitudes.dtype, *high.shape, 2).select(-1, 1).to(torch.float32)
+
+
+class NotQuantizable(Exception):
+    """A tile holds weights for which there is no finite scale."""
+
+    def __init__(self, scales: torch.Tensor):
+        super().__init__("scales are not finite")
+        self.scales = scales
 
 
 def quantize_groups(
@@ -717,32 +733,85 @@ def quantize_groups(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 4-bit codes and scales of groups of weights.
 
-    groups:     (n, group_size), any float dtype; destroyed
+    groups:     (n, group_size), any float dtype
     search:     choose each scale for least squared error (`search_scales`) rather than by the largest weight
     importance: for the search, float32 (k, group_size) with n a multiple of k: how much each column's error counts, for
                 k groups that make up a row
-    returns:    codes int8 (n, group_size) from -8 to 7 and scales `scale_dtype` (n,), both in the workspace
+    returns:    codes int16 (n, group_size), of which the low four bits count, and scales `scale_dtype` (n,); both in
+                the workspace
 
     scale = max|w| / 7, and code = clamp(round(w / scale)), where scale is the stored value read back, the division is
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
-    and codes 0. A scale that is not finite says that the group holds a value that cannot be quantized.
+    and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
     """
-    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
     scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
     scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
     if search:
+        weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
         scales.copy_(search_scales(weights, scales, importance, workspace))
-    # Clamped as int8, a quarter of the bytes: |w / scale| stays below 50 even where a subnormal scale was rounded.
-    codes = workspace.tensor("codes", torch.int8, *groups.shape).copy_(round_to_codes(weights, scales, weights))
-    return codes.clamp_(CODE_MIN, CODE_MAX), scales
-
-
-def round_to_codes(weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """round(w / scale) into `out`, all (n, group_size) float32, scales (n,); not clamped yet."""
     divisors = scales.to(torch.float32, copy=True)
+    least, largest = torch.aminmax(divisors)  # both NaN if any is
+    least, largest = float(least), float(largest)
+    if not math.isfinite(largest - least):
+        raise NotQuantizable(scales)
+    # Scales that keep the quotients within 7.5 and have reciprocals that are normal floats.
+    exact = scale_dtype.itemsize == 2 and torch.finfo(scale_dtype).smallest_normal <= least and largest <= 2.0**126
+    if exact and not search and multiplies_as_it_divides(groups.dtype):
+        return multiply_to_codes(groups, divisors.reciprocal_(), workspace), scales
+    return divide_to_codes(groups, divisors, workspace), scales
+
+
+def divide_to_codes(groups: torch.Tensor, divisors: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+    """clamp(round(w / divisor)), int16 (n, group_size)."""
+    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
+    return workspace.tensor("codes", torch.int16, *groups.shape).copy_(round_to_codes(weights, divisors, weights))
+
+
+def round_to_codes(weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
     if not divisors.all():  # weights below half the least scale: round(w / 1) is the 0 they become
         divisors.masked_fill_(divisors == 0, 1)
-    return torch.div(weights, divisors[:, None], out=out).round_()
+    return torch.div(weights, divisors[:, None], out=out).round_().clamp_(CODE_MIN, CODE_MAX)
+
+
+def multiply_to_codes(groups: torch.Tensor, reciprocals: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+    """What `divide_to_codes` returns, in the low four bits, in one pass instead of five.
+
+    It is batch_norm's for inference: w * a + b with an a and a b for each row, in float32, stored in the dtype of w.
+    With b where that dtype has the integers and no fractions, storing rounds to nearest even.
+
+    With a = 1 / scale instead of a division no code differs, for weights and scales of 16 bits. The quotient of two
+    such floats is half-way between two integers or at least 2^-12 away from there; the product is off by less than
+    2^-19; and the float32 sum has a spacing of 2^-16 (2^-13 for float16), which makes half-way cases exact again and
+    moves no other one across.
+    """
+    n = groups.shape[0]
+    zeros, ones, integers = (constant(value, n) for value in (0.0, 1.0, INTEGERS_FROM[groups.dtype]))
+    sums = workspace.tensor("codes", groups.dtype, 1, *groups.shape)
+    none = constant(0.0, 0)  # of the statistics that training has
+    torch.native_batch_norm(
+        groups.unsqueeze(0), reciprocals, integers, zeros, ones, False, 0, 0, out=(sums, none, none)
+    )
+    return workspace.tensor("codes", torch.int16, *groups.shape)
+
+
+@functools.lru_cache(100)
+def constant(value: float, n: int) -> torch.Tensor:
+    return torch.full((n,), value)
+
+
+@functools.cache
+def multiplies_as_it_divides(dtype: torch.dtype) -> bool:
+    """Try this torch on half-way cases, at each mantissa that a float16 scale can have, before it is relied upon."""
+    if dtype not in INTEGERS_FROM:
+        return False
+    scales = 1 + torch.arange(1024) / 1024
+    groups = (scales[:, None] * torch.arange(-7, 7.5, 0.5)).to(dtype)
+    try:
+        codes = multiply_to_codes(groups, 1 / scales, Workspace())
+    except (AttributeError, RuntimeError, TypeError):  # a torch without this form of it
+        return False
+    return torch.equal(codes & 0xF, divide_to_codes(groups, scales, Workspace()) & 0xF)
 
 
 def search_scales(
@@ -769,7 +838,7 @@ def search_scales(
         return products.sum(-1)
 
     def squared_error(scales: torch.Tensor) -> torch.Tensor:
-        round_to_codes(weights, scales, codes).clamp_(CODE_MIN, CODE_MAX).mul_(scales.to(torch.float32)[:, None])
+        round_to_codes(weights, scales.to(torch.float32, copy=True), codes).mul_(scales.to(torch.float32)[:, None])
         codes.sub_(weights)
         return sums(codes, codes)
 
@@ -814,16 +883,15 @@ def dequantize_int4(
 
 
 def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = False) -> torch.Tensor:
-    """int8 (rows, columns) in the workspace, destroyed -> int32 (rows, columns // 8), two's complement nibbles; or
-    nibbles that hold the code plus 8, `with_offset`.
+    """Codes in the low four bits of int16 (rows, columns), destroyed -> int32 (rows, columns // 8) in the workspace:
+    two's complement nibbles, or nibbles that hold the code plus 8, `with_offset`.
 
-    On pairs of codes as int16 0x0H0L: masked, the high code shifted onto the low byte, which is then all that is kept.
-    Four bytes in a row, the lowest first, are the little-endian word.
+    On pairs of codes as int32 0x000H000L: times 0x1001000, the top byte is 0xHL, which is shifted down and then all
+    that is kept. Four bytes in a row, the lowest first, are the little-endian word.
     """
     rows, columns = codes.shape
-    pairs = codes.view(torch.int16).bitwise_and_(0x0F0F)  # int16 (rows, columns // 2)
-    shifted = workspace.tensor("shifted", torch.int16, *pairs.shape)
-    pairs.bitwise_or_(torch.bitwise_right_shift(pairs, 4, out=shifted))
+    pairs = codes.view(torch.int32).bitwise_and_(0x000F000F)  # int32 (rows, columns // 2)
+    pairs.mul_(0x1001000).bitwise_right_shift_(24)
     workspace.tensor("words", torch.int8, *pairs.shape).copy_(pairs)  # keeps the low byte
     words = workspace.tensor("words", torch.int32, rows, columns // CODES_PER_WORD)
     return words.bitwise_xor_(OFFSET_BITS) if with_offset else words
@@ -1943,12 +2011,13 @@ class Conversion:
                 return False
             groups = self._read_groups(info, tile, workspace)  # source dtype (n, group_size)
             dtype, search = FLOAT_DTYPES[outputs[1].dtype], self.options.scale == "mse"
-            codes, scales = quantize_groups(groups, dtype, workspace, search, self._importance(info, tile))
-            if not math.isfinite(scales.sum(dtype=torch.float64)):  # NaN and infinity survive the sum
-                raise QuantizeError(describe_bad_value(info, tile, self._read_groups(info, tile, workspace), scales))
+            try:
+                codes, scales = quantize_groups(groups, dtype, workspace, search, self._importance(info, tile))
+            except NotQuantizable as error:
+                raise QuantizeError(describe_bad_value(info, tile, groups, error.scales)) from None
             words = pack_int4(codes.view(tile.rows, -1), workspace, form.with_offset)  # int32 (rows, columns // 8)
-            for number, (block, width) in enumerate(
-                ((words, CODES_PER_WORD), (scales.view(tile.rows, -1), group_size))
+            for number, (role, block, width) in enumerate(
+                (("words", words, CODES_PER_WORD), ("scales", scales.view(tile.rows, -1), group_size))
             ):
                 column = tile.column // width
                 if form.transposed:
@@ -1956,9 +2025,9 @@ class Conversion:
                     staged[number][column : column + block.shape[1], first : first + tile.rows].copy_(block.T)
                 else:
                     start = (tile.row * outputs[number].shape[1] + column) * block.itemsize
-                    self._write(outputs[number], start, bytes_of(block))
-        for output, lines in zip(outputs, staged):
-            self._write_lines(job, output, lines)
+                    self._write(outputs[number], start, workspace.buffer(role, block.nbytes))
+        for role, output, lines in zip(("staged words", "staged scales"), outputs, staged):
+            self._write_lines(job, output, workspace.buffer(role, lines.nbytes))
         for output in job.tensor.outputs[2:] if job.start == 0 else ():
             self._write(output, 0, memoryview(output.content()))
         return True
@@ -1972,13 +2041,16 @@ class Conversion:
             workspace.tensor("staged scales", FLOAT_DTYPES[scales.dtype], scales.shape[0], rows),
         ]
 
-    def _write_lines(self, job: Job, output: OutputTensor, lines: torch.Tensor) -> None:
+    def _write_lines(self, job: Job, output: OutputTensor, lines: memoryview) -> None:
         """Write the job's part of each line of `output` (columns, rows); in one piece if the job has all rows."""
-        if lines.shape == output.shape:
-            self._write(output, 0, bytes_of(lines))
+        columns, rows = output.shape
+        if len(lines) == output.nbytes:
+            self._write(output, 0, lines)
             return
-        for number, line in enumerate(lines):
-            self._write(output, (number * output.shape[1] + job.start) * line.itemsize, bytes_of(line))
+        itemsize, width = output.nbytes // (columns * rows), len(lines) // columns
+        for number in range(columns):
+            start = (number * rows + job.start) * itemsize
+            self._write(output, start, lines[number * width : (number + 1) * width])
 
     def _read_groups(self, info: TensorInfo, tile: Tile, workspace: Workspace) -> torch.Tensor:
         """A tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
@@ -2157,12 +2229,12 @@ def count_of(count: int, noun: str) -> str:
 
 
 def worker_bytes(plan: Plan) -> int:
-    """What one worker's buffers come to: raw, padded and float32 weights, a search's two of these, codes, words being
-    packed, staged lines."""
+    """What one worker's buffers come to: raw weights, padded ones and magnitudes, float32 weights, a search's two of
+    these, codes, words and scales, staged lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
     staged = TRANSPOSED_JOB_WEIGHTS * 0.6 if plan.options.format.transposed else 0
     searched = 8 if plan.options.scale == "mse" else 0
-    return int(TILE_WEIGHTS * (2 * itemsize + 4 + searched + 1 + 1 + 0.5 + 0.2) + staged) + COPY_BYTES
+    return int(TILE_WEIGHTS * (3 * itemsize + 4 + searched + 2 + 0.5 + 0.2) + staged) + COPY_BYTES
 
 
 class Progress:

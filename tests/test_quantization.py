@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import quantize, read_tensors, save_model
+from conftest import codes_of, quantize, read_tensors, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import pack_words, reference_quantize
@@ -20,7 +20,7 @@ def quantize_weight(weight: torch.Tensor, group_size: int, scale_dtype=torch.flo
     """Codes (rows, columns) and scales (rows, groups) of a weight that needs no padding."""
     workspace = q.Workspace()
     codes, scales = q.quantize_groups(weight.clone().view(-1, group_size), scale_dtype, workspace)
-    return codes.view(weight.shape).clone(), scales.view(len(weight), -1).clone()
+    return codes_of(codes).view(weight.shape).clone(), scales.view(len(weight), -1).clone()
 
 
 def test_golden_bits_by_hand():
@@ -30,7 +30,7 @@ def test_golden_bits_by_hand():
     assert codes.tolist() == [[7, -7, 1, -1, 0, 4, 2, -2]]
     assert scales.view(torch.int16).tolist() == [[0x3C00]]
     # nibbles, element 0 lowest:       -2 2 4 0 -1 1 -7 7
-    words = q.pack_int4(codes, q.Workspace())
+    words = q.pack_int4(codes.to(torch.int16), q.Workspace())
     assert words.item() & 0xFFFFFFFF == 0xE_2_4_0_F_1_9_7
 
 
@@ -49,6 +49,50 @@ def test_division_is_true_division_not_by_a_reciprocal():
     expected = reference_quantize(weights, 8)
     assert codes.tolist() == expected[0]
     assert stored.float().tolist() == expected[1]
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_weights_get_the_codes_of_the_division_at_every_significand(dtype, scale_dtype):
+    bits = {torch.bfloat16: 7, torch.float16: 10}
+    scales = 1 + torch.arange(2 ** bits[scale_dtype]) / 2 ** bits[scale_dtype]  # one binade: all others are alike
+    significands = 1 + torch.arange(2 ** bits[dtype]) / 2 ** bits[dtype]
+    weights = torch.cat([significands * 2.0**power for power in range(-3, 4)])  # 1 / 8 to 16
+    weights = torch.cat([weights, -weights])
+    half_way = 0
+    for some in scales.split(128):
+        quotients = weights / some[:, None]
+        within = quotients.abs() < 7.5
+        groups = torch.where(within, weights, 0).to(dtype)
+        assert torch.equal(groups.float(), torch.where(within, weights, 0))  # the dtype has them all
+        codes = codes_of(q.multiply_to_codes(groups, 1 / some, q.Workspace()))
+        assert torch.equal(codes, torch.where(within, quotients.double().round(), 0).to(torch.int16))
+        half_way += int((within & (quotients.abs() % 1 == 0.5)).sum())
+    assert half_way > 300
+
+
+def test_a_torch_whose_batch_norm_rounds_otherwise_is_found_out(monkeypatch):
+    exact = torch.native_batch_norm
+
+    def inexact(groups, reciprocals, *rest, **out):
+        return exact(groups, reciprocals * 1.001, *rest, **out)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        assert q.multiplies_as_it_divides.__wrapped__(dtype)
+        monkeypatch.setattr(torch, "native_batch_norm", inexact)
+        assert not q.multiplies_as_it_divides.__wrapped__(dtype)
+        monkeypatch.delattr(torch, "native_batch_norm")
+        assert not q.multiplies_as_it_divides.__wrapped__(dtype)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("lanes", [0, 16, 32])
+@pytest.mark.parametrize("group_size", [8, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_largest_of_a_group_is_the_same_however_it_is_found(monkeypatch, dtype, group_size, lanes):
+    monkeypatch.setattr(q, "INT16_LANES", lanes)  # of this processor, of others
+    groups = torch.randn(500, group_size, generator=SEEDED).to(dtype)
+    assert torch.equal(q.max_abs(groups, q.Workspace()), groups.float().abs().amax(1))
 
 
 @settings(deadline=None, max_examples=60)
@@ -113,7 +157,7 @@ def test_tiles_and_jobs_cut_a_weight_without_a_seam(tmp_path):
 
 @given(st.lists(st.integers(-8, 7), min_size=8, max_size=64).filter(lambda codes: len(codes) % 8 == 0))
 def test_packing_equals_the_reference_and_unpacks_to_the_same_codes(codes):
-    words = q.pack_int4(torch.tensor([codes], dtype=torch.int8), q.Workspace())
+    words = q.pack_int4(torch.tensor([codes], dtype=torch.int16) + 0x4340, q.Workspace())  # only low bits count
     assert words.tolist() == [pack_words(codes)]
     assert q.unpack_int4(words).tolist() == [codes]
 
@@ -190,7 +234,7 @@ def test_weights_too_small_for_any_scale_become_codes_of_zero():
     # Their scale rounds to 0. What a quotient by 0 becomes as an integer differs between processors.
     weights = torch.tensor([[1e-9, -1e-9, 0.0, 2e-8], [1.0, -1.0, 0.5, 0.0]])
     for scale in (0.5, -0.5):
-        codes = q.round_to_codes(weights, torch.tensor([0.0, scale]).half(), torch.empty_like(weights))
+        codes = q.round_to_codes(weights, torch.tensor([0.0, scale]), torch.empty_like(weights))
         assert (codes * scale).tolist() == [[0, 0, 0, 0], [1, -1, 0.5, 0]]
 
 
