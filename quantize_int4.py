@@ -86,11 +86,13 @@ __version__ = "1.0.0"
 # ---------------------------------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
-FORMAT_VERSION = 1  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+FORMAT_VERSION = 2  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
-SEARCH_STEPS = [7.4 + 0.43 * i for i in range(10)]  # of `search_scales`; more gain less than 0.0001 of relative error
+# Of `search_scales`. Placed for least error on Gaussian, Laplace and Student-t (5) weights in groups of 32 to 128; a
+# grid of 70 from 6.8 to 13.7 gains no more than 0.16 % of the relative RMS error.
+SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
 # Around these floats, 1.5 * 2^7 and 1.5 * 2^10, the dtype has the integers and no fractions; their low four bits are 0.
 INTEGERS_FROM = {torch.bfloat16: 192.0, torch.float16: 1536.0}
 # torch finds the largest of less than four vectors of numbers one by one; without vectors, int16 is the fastest anyway.
