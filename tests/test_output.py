@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 
 import pytest
 import torch
 from checkpoints import write_checkpoint, write_sparse_checkpoint
-from conftest import folder_bytes, quantize, read_tensors, run_cli, save_model
+from conftest import command, folder_bytes, quantize, read_tensors, run_cli, save_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_nemotron import NANO_30B, nemotron_tensors
@@ -114,6 +115,27 @@ def test_every_tensor_is_aligned_to_its_element_size(tmp_path):
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out")
     for info in q.read_tensor_infos(tmp_path / "out" / "model-00001.safetensors").values():
         assert info.offset % (q.DTYPE_BITS[info.dtype] // 8) == 0, info
+
+
+def test_a_shard_is_synced_while_it_is_still_being_written(tiny, tmp_path, monkeypatch):
+    """So that little is left to wait for at its end. Run in this process: the disk's work leaves no other trace."""
+    count, fsync, early = q.Conversion._count, os.fsync, threading.Event()
+
+    def count_and_wait(conversion, job):
+        count(conversion, job)
+        assert early.wait(60)
+
+    def note(fd):
+        fsync(fd)
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".unfinished"):
+            early.set()
+
+    monkeypatch.setattr(q.Conversion, "_count", count_and_wait)  # the first job waits for the sync
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(q, "SYNC_BYTES", 1)
+    monkeypatch.setattr(q, "stop_on_signals", lambda: None)
+    assert q.main(command(tiny, tmp_path / "out", "--threads", 1)[2:]) == 0
+    quantize(tiny, tmp_path / "out", "--verify")
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
