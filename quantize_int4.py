@@ -96,19 +96,20 @@ CODES_PER_WORD = 8  # 4-bit codes in an int32
 SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
 # Around these floats, 1.5 * 2^7 and 1.5 * 2^10, the dtype has the integers and no fractions; their low four bits are 0.
 INTEGERS_FROM = {torch.bfloat16: 192.0, torch.float16: 1536.0}
-# torch finds the largest of less than four vectors of numbers one by one; without vectors, int16 is the fastest anyway.
+# Of a vector; torch finds the largest of less than four vectors of numbers one by one. Elsewhere vectors are short
+# (Arm) or none, and int16 is the fastest.
 INT16_LANES = {"AVX2": 16, "AVX512": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Each of a tile's 20 or so calls to torch hands the interpreter lock to another
-# worker and so tiles must not be small; its buffers (8 to 18 bytes a weight) should still fit the last-level cache. At
-# this size a worker holds the lock for 0.07 ns a weight, 8 % of its time.
+# worker and so tiles must not be small; its buffers (7 to 20 bytes a weight) should still fit the last-level cache. At
+# this size a worker holds the lock for 0.16 ns a weight, 12 % of its time.
 # (python tests/benchmark.py --only tile18 tile19 tile20)
 TILE_WEIGHTS = 1 << 20
 JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
 TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
 JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
-MAX_WAITING_SHARDS = 100  # for their sync to disk; each is an open file, and the system allows about a thousand
+MAX_WAITING_SHARDS = 100  # for the disk; each may be an open file, and the system allows about a thousand
 SYNC_BYTES = 1 << 27  # of input, after which what came of it is synced, while the workers go on
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
@@ -697,10 +698,24 @@ class Workspace:
             self._tensors[key] = torch.frombuffer(buffer, dtype=dtype).view(shape)
         return self._tensors[key]
 
+    def bytes_of(self, role: str, tensor: torch.Tensor) -> memoryview:
+        """The bytes of a tensor that lies in the role's buffer from its start. Torch offers this through numpy only."""
+        assert tensor.is_contiguous() and tensor.data_ptr() == self.tensor(role, torch.uint8, 1).data_ptr()
+        return self.buffer(role, tensor.nbytes)
+
+
+def whole_pages(nbytes: float) -> int:
+    return math.ceil(nbytes / HUGE_PAGE) * HUGE_PAGE
+
 
 def allocate(nbytes: int) -> mmap.mmap:
-    """Memory of its own, in huge pages where the system has them: 5 % faster than pages of 4 kB."""
-    memory = mmap.mmap(-1, -(-nbytes // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Anonymous memory, in huge pages where the system has them: 5 % faster than in pages of 4 kB."""
+    try:
+        memory = mmap.mmap(-1, whole_pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        raise QuantizeError(
+            f"no memory for {format_bytes(nbytes)}: stop other programs or use less --threads"
+        ) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -762,16 +777,21 @@ def quantize_groups(
     if search:
         weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
         scales.copy_(search_scales(weights, scales, importance, workspace))
-    divisors = scales.to(torch.float32, copy=True)
+    divisors = divisors_of(scales)
     least, largest = torch.aminmax(divisors)  # both NaN if any is
     least, largest = float(least), float(largest)
     if not math.isfinite(largest - least):
         raise NotQuantizable(scales)
-    # Scales that keep the quotients within 7.5 and have reciprocals that are normal floats.
-    exact = scale_dtype.itemsize == 2 and torch.finfo(scale_dtype).smallest_normal <= least and largest <= 2.0**126
-    if exact and not search and multiplies_as_it_divides(groups.dtype):
+    normal_scales = scale_dtype.itemsize == 2 and torch.finfo(scale_dtype).smallest_normal <= least
+    if normal_scales and not search and multiplies_as_it_divides(groups.dtype):
         return multiply_to_codes(groups, divisors.reciprocal_(), workspace), scales
     return divide_to_codes(groups, divisors, workspace), scales
+
+
+def divisors_of(scales: torch.Tensor) -> torch.Tensor:
+    """The scales as float32 (n,) of its own; 1 for 0, by which weights that are too small for a scale round to 0."""
+    divisors = scales.to(torch.float32, copy=True)
+    return divisors.masked_fill_(divisors == 0, 1)
 
 
 def divide_to_codes(groups: torch.Tensor, divisors: torch.Tensor, workspace: Workspace) -> torch.Tensor:
@@ -782,44 +802,44 @@ def divide_to_codes(groups: torch.Tensor, divisors: torch.Tensor, workspace: Wor
 
 def round_to_codes(weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
-    if not divisors.all():  # weights below half the least scale: round(w / 1) is the 0 they become
-        divisors.masked_fill_(divisors == 0, 1)
     return torch.div(weights, divisors[:, None], out=out).round_().clamp_(CODE_MIN, CODE_MAX)
 
 
 def multiply_to_codes(groups: torch.Tensor, reciprocals: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """What `divide_to_codes` returns, in the low four bits, in one pass instead of five.
+    """What `divide_to_codes` returns, in the low four bits, in one pass instead of five; for 16-bit weights, and scales
+    made of their groups' largest that are normal numbers of 16 bits.
 
     It is batch_norm's for inference: w * a + b with an a and a b for each row, in float32, stored in the dtype of w.
     With b where that dtype has the integers and no fractions, storing rounds to nearest even.
 
-    With a = 1 / scale instead of a division no code differs, for weights and scales of 16 bits. The quotient of two
-    such floats is half-way between two integers or at least 2^-12 away from there; the product is off by less than
-    2^-19; and the float32 sum has a spacing of 2^-16 (2^-13 for float16), which makes half-way cases exact again and
-    moves no other one across.
+    With a = 1 / scale instead of a division no code differs. The quotient of two 16-bit floats, here below 7.5, is
+    half-way between two integers or at least 2^-12 away from there; the product is off by less than 2^-19; and the
+    float32 sum has a spacing of 2^-16 (2^-13 for float16), which makes half-way cases exact again and moves no other
+    one across.
     """
     n = groups.shape[0]
     zeros, ones, integers = (constant(value, n) for value in (0.0, 1.0, INTEGERS_FROM[groups.dtype]))
     sums = workspace.tensor("codes", groups.dtype, 1, *groups.shape)
-    none = constant(0.0, 0)  # of the statistics that training has
+    none = torch.empty(0)  # of the statistics that training has
     torch.native_batch_norm(
         groups.unsqueeze(0), reciprocals, integers, zeros, ones, False, 0, 0, out=(sums, none, none)
     )
     return workspace.tensor("codes", torch.int16, *groups.shape)
 
 
-@functools.lru_cache(100)
+@functools.lru_cache(32)
 def constant(value: float, n: int) -> torch.Tensor:
     return torch.full((n,), value)
 
 
 @functools.cache
 def multiplies_as_it_divides(dtype: torch.dtype) -> bool:
-    """Try this torch on half-way cases, at each mantissa that a float16 scale can have, before it is relied upon."""
+    """Try this torch on half-way cases, at each mantissa that a float16 scale can have, before it is relied upon. In
+    rows of 87 weights, so that both what it does by vectors and what it does to the rest of a row is tried."""
     if dtype not in INTEGERS_FROM:
         return False
     scales = 1 + torch.arange(1024) / 1024
-    groups = (scales[:, None] * torch.arange(-7, 7.5, 0.5)).to(dtype)
+    groups = (scales[:, None] * torch.arange(-7, 7.5, 0.5).repeat(3)).to(dtype)
     try:
         codes = multiply_to_codes(groups, 1 / scales, Workspace())
     except (AttributeError, RuntimeError, TypeError):  # a torch without this form of it
@@ -851,7 +871,8 @@ def search_scales(
         return products.sum(-1)
 
     def squared_error(scales: torch.Tensor) -> torch.Tensor:
-        round_to_codes(weights, scales.to(torch.float32, copy=True), codes).mul_(scales.to(torch.float32)[:, None])
+        divisors = divisors_of(scales)
+        round_to_codes(weights, divisors, codes).mul_(divisors[:, None])
         codes.sub_(weights)
         return sums(codes, codes)
 
@@ -1675,9 +1696,8 @@ class ShardWriter:
         """All bytes are in: sync them, then give the file its final name."""
         if self.finished:
             return
-        fd = self._open()  # opens a shard of empty tensors, to which nothing was written
         with naming(self.temporary):
-            os.fsync(fd)
+            os.fsync(self._open())  # opens a shard of empty tensors, to which nothing was written
             self.close()
             os.rename(self.temporary, self.final)
         sync_file(self.final.parent)
@@ -1920,7 +1940,7 @@ class Conversion:
         self.guard = guard
         self.bytes_done = self.tensors_done = 0
         self.tensors_total = self.bytes_total = 0
-        self._unsynced = 0  # bytes of input whose output is not on the disk yet
+        self._unsynced = 0  # bytes of input since a sync was last asked for
         self._jobs: list[Job] = []
         self._jobs_left: Counter[str] = Counter()  # by tensor
         self._lock = threading.Lock()
@@ -2038,9 +2058,9 @@ class Conversion:
                     staged[number][column : column + block.shape[1], first : first + tile.rows].copy_(block.T)
                 else:
                     start = (tile.row * outputs[number].shape[1] + column) * block.itemsize
-                    self._write(outputs[number], start, workspace.buffer(role, block.nbytes))
+                    self._write(outputs[number], start, workspace.bytes_of(role, block))
         for role, output, lines in zip(("staged words", "staged scales"), outputs, staged):
-            self._write_lines(job, output, workspace.buffer(role, lines.nbytes))
+            self._write_lines(job, output, workspace.bytes_of(role, lines))
         for output in job.tensor.outputs[2:] if job.start == 0 else ():
             self._write(output, 0, memoryview(output.content()))
         return True
@@ -2102,7 +2122,7 @@ class Conversion:
         self.writers[placement.shard].write(buffer, placement.offset + offset)
 
     def _count(self, job: Job) -> None:
-        """Book a finished job; a shard whose last job it was goes to the finisher."""
+        """Book a finished job; its shard goes to the finisher, if that was the last one or a sync is due."""
         name = job.tensor.source.name
         with self._lock:
             self.bytes_done += job.nbytes
@@ -2112,7 +2132,8 @@ class Conversion:
             sync = self._unsynced >= SYNC_BYTES
             if sync:
                 self._unsynced = 0
-            for writer in [self.writers[shard] for shard in self._shards_of(job.tensor)]:
+            for shard in self._shards_of(job.tensor):
+                writer = self.writers[shard]
                 writer.jobs_left -= 1
                 if sync or writer.jobs_left == 0:
                     self._to_sync.put(writer)
@@ -2245,9 +2266,11 @@ def worker_bytes(plan: Plan) -> int:
     """What one worker's buffers come to: raw weights, padded ones and magnitudes, float32 weights, a search's two of
     these, codes, words and scales, staged lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
-    staged = TRANSPOSED_JOB_WEIGHTS * 0.6 if plan.options.format.transposed else 0
-    searched = 8 if plan.options.scale == "mse" else 0
-    return int(TILE_WEIGHTS * (3 * itemsize + 4 + searched + 2 + 0.5 + 0.2) + staged) + COPY_BYTES
+    searched = (4, 4) if plan.options.scale == "mse" else ()
+    buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, 0.5, 0.1)]
+    if plan.options.format.transposed:
+        buffers += [TRANSPOSED_JOB_WEIGHTS * nbytes for nbytes in (0.5, 0.1)]
+    return sum(map(whole_pages, buffers))
 
 
 class Progress:

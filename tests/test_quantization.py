@@ -81,6 +81,15 @@ def test_a_torch_whose_batch_norm_rounds_otherwise_is_found_out(monkeypatch):
         assert q.multiplies_as_it_divides.__wrapped__(dtype)
         monkeypatch.setattr(torch, "native_batch_norm", inexact)
         assert not q.multiplies_as_it_divides.__wrapped__(dtype)
+        for lanes in (8, 16, 32):  # one that is wrong where it works by vectors, one where it does not
+            for part in (slice(0, 87 // lanes * lanes), slice(87 // lanes * lanes, 87)):
+
+                def inexact_in_part(groups, *rest, out, part=part):
+                    exact(groups, *rest, out=out)
+                    out[0][..., part] += 1
+
+                monkeypatch.setattr(torch, "native_batch_norm", inexact_in_part)
+                assert not q.multiplies_as_it_divides.__wrapped__(dtype)
         monkeypatch.delattr(torch, "native_batch_norm")
         assert not q.multiplies_as_it_divides.__wrapped__(dtype)
         monkeypatch.undo()
@@ -234,7 +243,8 @@ def test_weights_too_small_for_any_scale_become_codes_of_zero():
     # Their scale rounds to 0. What a quotient by 0 becomes as an integer differs between processors.
     weights = torch.tensor([[1e-9, -1e-9, 0.0, 2e-8], [1.0, -1.0, 0.5, 0.0]])
     for scale in (0.5, -0.5):
-        codes = q.round_to_codes(weights, torch.tensor([0.0, scale]), torch.empty_like(weights))
+        divisors = q.divisors_of(torch.tensor([0.0, scale]).half())
+        codes = q.round_to_codes(weights, divisors, torch.empty_like(weights))
         assert (codes * scale).tolist() == [[0, 0, 0, 0], [1, -1, 0.5, 0]]
 
 
