@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import quantize_int4 as q
 
 GAUSSIAN = torch.randn(1 << 22, generator=torch.Generator().manual_seed(5))
-TARGETS = {128: (0.1174, 0.0968), 64: (0.1077, 0.0902), 32: (0.0971, 0.0815)}  # relative RMS error: absmax, mse
+TARGETS = {128: (0.1174, 0.0967), 64: (0.1077, 0.0899), 32: (0.0971, 0.0811)}  # relative RMS error: absmax, mse
 
 
 def errors(weights, group_size, search, scale_dtype=torch.float16, importance=None):
