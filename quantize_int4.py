@@ -715,7 +715,7 @@ def allocate(nbytes: int) -> mmap.mmap:
         memory = mmap.mmap(-1, whole_pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
         raise QuantizeError(
-            f"no memory for {format_bytes(nbytes)}: stop other programs or use less --threads"
+            f"no memory for a buffer of {format_bytes(nbytes)}: stop other programs, or use fewer --threads"
         ) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without
@@ -779,8 +779,7 @@ def quantize_groups(
         weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
         scales.copy_(search_scales(weights, scales, importance, workspace))
     divisors = divisors_of(scales)
-    least, largest = torch.aminmax(divisors)  # both NaN if any is
-    least, largest = float(least), float(largest)
+    least, largest = map(float, torch.aminmax(divisors))  # both NaN if any is
     if not math.isfinite(largest - least):
         raise NotQuantizable(scales)
     normal_scales = scale_dtype.itemsize == 2 and torch.finfo(scale_dtype).smallest_normal <= least
