@@ -62,11 +62,6 @@ def assert_refused(result: subprocess.CompletedProcess, *fragments: str, exit_co
         assert fragment in lines[0]
 
 
-def codes_of(codes: torch.Tensor) -> torch.Tensor:
-    """What `quantize_groups` returns, as numbers: the low four bits with their sign."""
-    return (codes << 12) >> 12
-
-
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder, read with the safetensors library alone."""
     tensors = {}

@@ -25,6 +25,7 @@ class Setting:
     would not reach."""
 
     constants: dict[str, object] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     umask: int = 0o022
     user: int | None = None
     largest_file: int | None = None  # bytes, as `ulimit -f`
@@ -64,6 +65,7 @@ def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> Non
         os.dup2(file.detach(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.umask(setting.umask)
+    os.environ |= setting.environment
     for name, value in setting.constants.items():
         assert hasattr(quantize_int4, name), name
         setattr(quantize_int4, name, value)

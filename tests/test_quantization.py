@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import codes_of, quantize, read_tensors, save_model
+from conftest import folder_bytes, quantize, read_tensors, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import pack_words, reference_quantize
@@ -16,22 +16,33 @@ import quantize_int4 as q
 SEEDED = torch.Generator().manual_seed(1)
 
 
-def quantize_weight(weight: torch.Tensor, group_size: int, scale_dtype=torch.float16):
+@pytest.fixture(scope="module", params=["torch", "compiled"])
+def kernel(request) -> q.Kernel | None:
+    """What quantizes bf16 weights."""
+    return compiled() if request.param == "compiled" else None
+
+
+def compiled() -> q.Kernel:
+    try:
+        return q.compile_kernel()
+    except q.NoKernel as reason:
+        pytest.skip(str(reason))
+
+
+def quantize_weight(weight: torch.Tensor, group_size: int, scale_dtype=torch.float16, kernel=None):
     """Codes (rows, columns) and scales (rows, groups) of a weight that needs no padding."""
-    workspace = q.Workspace()
-    codes, scales = q.quantize_groups(weight.clone().view(-1, group_size), scale_dtype, workspace)
-    return codes_of(codes).view(weight.shape).clone(), scales.view(len(weight), -1).clone()
+    groups = weight.clone().view(-1, group_size)
+    words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), kernel=kernel)
+    return q.unpack_int4(words).view(weight.shape), scales.view(len(weight), -1).clone()
 
 
-def test_golden_bits_by_hand():
+def test_golden_bits_by_hand(kernel):
     # max is 7, so the scale is 1.0 = 0x3C00; halves round to even: 3.5 -> 4, 2.5 -> 2, -2.5 -> -2
     weight = torch.tensor([[7, -7, 1, -1, 0, 3.5, 2.5, -2.5]], dtype=torch.bfloat16)
-    codes, scales = quantize_weight(weight, 8)
-    assert codes.tolist() == [[7, -7, 1, -1, 0, 4, 2, -2]]
-    assert scales.view(torch.int16).tolist() == [[0x3C00]]
-    # nibbles, element 0 lowest:       -2 2 4 0 -1 1 -7 7
-    words = q.pack_int4(codes.to(torch.int16), q.Workspace())
-    assert words.item() & 0xFFFFFFFF == 0xE_2_4_0_F_1_9_7
+    for with_offset, expected in ((False, 0xE_2_4_0_F_1_9_7), (True, 0x6_A_C_8_7_9_1_F)):
+        words, scales = q.quantize_groups(weight, torch.float16, q.Workspace(), with_offset, kernel=kernel)
+        assert scales.view(torch.int16).tolist() == [0x3C00]
+        assert words.item() & 0xFFFFFFFF == expected  # nibbles, element 0 lowest: -2 2 4 0 -1 1 -7 7
 
 
 def test_golden_bits_of_a_scale_that_rounds():
@@ -52,56 +63,60 @@ def test_division_is_true_division_not_by_a_reciprocal():
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_weights_get_the_codes_of_the_division_at_every_significand(dtype, scale_dtype):
-    bits = {torch.bfloat16: 7, torch.float16: 10}
-    scales = 1 + torch.arange(2 ** bits[scale_dtype]) / 2 ** bits[scale_dtype]  # one binade: all others are alike
-    significands = 1 + torch.arange(2 ** bits[dtype]) / 2 ** bits[dtype]
+def test_the_kernel_has_the_codes_of_the_division_at_every_significand(scale_dtype):
+    bits = {torch.bfloat16: 7, torch.float16: 10}[scale_dtype]
+    scales = 1 + torch.arange(2**bits) / 2**bits  # one binade: all others are alike
+    significands = 1 + torch.arange(2**7) / 2**7
     weights = torch.cat([significands * 2.0**power for power in range(-3, 4)])  # 1 / 8 to 16
     weights = torch.cat([weights, -weights])
     half_way = 0
     for some in scales.split(128):
         quotients = weights / some[:, None]
         within = quotients.abs() < 7.5
-        groups = torch.where(within, weights, 0).to(dtype)
+        groups = torch.where(within, weights, 0).bfloat16()
         assert torch.equal(groups.float(), torch.where(within, weights, 0))  # the dtype has them all
-        codes = codes_of(q.multiply_to_codes(groups, 1 / some, q.Workspace()))
-        assert torch.equal(codes, torch.where(within, quotients.double().round(), 0).to(torch.int16))
+        codes = q.unpack_int4(compiled().round_and_pack(groups, 1 / some, False, q.Workspace()))
+        assert torch.equal(codes, torch.where(within, quotients.double().round(), 0).to(torch.int8))
         half_way += int((within & (quotients.abs() % 1 == 0.5)).sum())
     assert half_way > 300
 
 
-def test_a_torch_whose_batch_norm_rounds_otherwise_is_found_out(monkeypatch):
-    exact = torch.native_batch_norm
-
-    def inexact(groups, reciprocals, *rest, **out):
-        return exact(groups, reciprocals * 1.001, *rest, **out)
-
-    for dtype in (torch.bfloat16, torch.float16):
-        assert q.multiplies_as_it_divides.__wrapped__(dtype)
-        monkeypatch.setattr(torch, "native_batch_norm", inexact)
-        assert not q.multiplies_as_it_divides.__wrapped__(dtype)
-        for lanes in (8, 16, 32):  # one that is wrong where it works by vectors, one where it does not
-            for part in (slice(0, 87 // lanes * lanes), slice(87 // lanes * lanes, 87)):
-
-                def inexact_in_part(groups, *rest, out, part=part):
-                    exact(groups, *rest, out=out)
-                    out[0][..., part] += 1
-
-                monkeypatch.setattr(torch, "native_batch_norm", inexact_in_part)
-                assert not q.multiplies_as_it_divides.__wrapped__(dtype)
-        monkeypatch.delattr(torch, "native_batch_norm")
-        assert not q.multiplies_as_it_divides.__wrapped__(dtype)
-        monkeypatch.undo()
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("+ 192.0f", ""),  # half-way cases are then off by the reciprocal's error
+        ("reciprocal +", "(reciprocal * 1.001f) +"),
+        ("0x7FFF", "0xFFFF"),
+        ("= (low", "= i >= 40 ? 0 : (low"),  # where the vectors end
+        ("high << 4", "high"),
+        ("^ offset", ""),
+        ("most = magnitude > most", "most = i < 80 && magnitude > most"),
+    ],
+)
+def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
+    compiled()
+    assert q.KERNEL_SOURCE.count(right) == 1
+    monkeypatch.setattr(q, "KERNEL_SOURCE", q.KERNEL_SOURCE.replace(right, wrong))
+    with pytest.raises(q.NoKernel, match="rounds otherwise"):
+        q.compile_kernel.__wrapped__()
 
 
-@pytest.mark.parametrize("lanes", [0, 16, 32])
-@pytest.mark.parametrize("group_size", [8, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_largest_of_a_group_is_the_same_however_it_is_found(monkeypatch, dtype, group_size, lanes):
-    monkeypatch.setattr(q, "INT16_LANES", lanes)  # of this processor, of others
-    groups = torch.randn(500, group_size, generator=SEEDED).to(dtype)
-    assert torch.equal(q.max_abs(groups, q.Workspace()), groups.float().abs().amax(1))
+@pytest.mark.parametrize("format_name", q.FORMATS)
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-cc -O2", "there is no C compiler 'no-such-cc'"), ("false", "'false' failed"), ("true", "kernel.so")],
+)
+def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason):
+    compiled()
+    folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
+    options = ["--format", format_name]
+    told = [
+        quantize(folder, tmp_path / name, *options, environment={"CC": cc}).stdout
+        for name, cc in (("without", compiler), ("with", "cc"))
+    ]
+    assert folder_bytes(tmp_path / "without") == folder_bytes(tmp_path / "with")
+    assert [text.count("rounding with torch, which takes twice the processor's time") for text in told] == [1, 0]
+    assert reason in told[0]
 
 
 @settings(deadline=None, max_examples=60)
@@ -114,12 +129,14 @@ def test_the_largest_of_a_group_is_the_same_however_it_is_found(monkeypatch, dty
     exponent=st.integers(-30, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_codes_and_scales_equal_the_slow_reference(rows, groups, group_size, dtype, scale_dtype, exponent, seed):
+def test_codes_and_scales_equal_the_slow_reference(
+    kernel, rows, groups, group_size, dtype, scale_dtype, exponent, seed
+):
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(rows, groups * group_size, generator=generator) * 2.0**exponent).to(dtype)
     weight[torch.rand(weight.shape, generator=generator) < 0.1] = 0
     weight[-1, -group_size:] = 0
-    codes, scales = quantize_weight(weight, group_size, scale_dtype)
+    codes, scales = quantize_weight(weight, group_size, scale_dtype, kernel)
     expected_codes, expected_scales = reference_quantize(weight, group_size, scale_dtype)
     assert codes.tolist() == expected_codes
     assert scales.float().tolist() == expected_scales
@@ -219,7 +236,8 @@ def test_every_weight_comes_back_within_half_a_scale(tiny, tmp_path):
 def test_max_abs_lets_no_bad_value_pass(value, dtype):
     groups = torch.randn(4, 128).to(dtype)
     groups[2, 77] = value
-    assert torch.isfinite(q.max_abs(groups, q.Workspace())).tolist() == [True, True, False, True]
+    for max_abs in (q.max_abs, compiled().max_abs) if dtype == torch.bfloat16 else (q.max_abs,):
+        assert torch.isfinite(max_abs(groups, q.Workspace())).tolist() == [True, True, False, True]
 
 
 def test_a_group_larger_than_a_tile_is_quantized_as_a_whole(tmp_path):

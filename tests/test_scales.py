@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_refused, codes_of, quantize, read_tensors, run_cli, save_model
+from conftest import assert_refused, quantize, read_tensors, run_cli, save_model
 from safetensors.torch import save_file
 
 import quantize_int4 as q
@@ -19,8 +19,8 @@ def errors(weights, group_size, search, scale_dtype=torch.float16, importance=No
     """Squared error of each group and the scales, by tiles as the program does it."""
     workspace, result, all_scales = q.Workspace(), [], []
     for tile in weights.view(-1, group_size).split(1 << 13):
-        codes, scales = q.quantize_groups(tile.clone(), scale_dtype, workspace, search, importance)
-        squares = (codes_of(codes) * scales.float()[:, None] - tile.float()).square()
+        words, scales = q.quantize_groups(tile.clone(), scale_dtype, workspace, False, search, importance)
+        squares = (q.unpack_int4(words) * scales.float()[:, None] - tile.float()).square()
         if importance is not None:
             squares = squares.view(-1, *importance.shape) * importance
         result.append(squares.reshape(-1, group_size).sum(1))
