@@ -104,7 +104,7 @@ def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wro
 @pytest.mark.parametrize("format_name", q.FORMATS)
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("no-such-cc -O2", "there is no C compiler 'no-such-cc'"), ("false", "'false' failed"), ("true", "kernel.so")],
+    [("no-such-cc -O2", "there is no C compiler 'no-such-cc'"), ("false", "'false' failed: 1"), ("true", "kernel.so")],
 )
 def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason):
     compiled()
