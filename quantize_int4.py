@@ -930,7 +930,8 @@ void round_and_pack(const uint32 *restrict pairs, const float *restrict reciproc
         }
 }
 """
-# No more of the processor than torch uses. Nothing is linked, so that no C library's files are needed.
+# Of the processor what torch uses, as it or ATEN_CPU_CAPABILITY says. Nothing is linked, so that no C library's files
+# are needed.
 KERNEL_FLAGS = (
     *("-x", "c", "-O3", "-shared", "-fPIC", "-nostdlib"),
     *{
@@ -938,7 +939,7 @@ KERNEL_FLAGS = (
         "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     }.get(torch.backends.cpu.get_cpu_capability(), ()),
 )
-COMPILER_TIMEOUT_S = 60
+COMPILER_TIMEOUT_S = 10
 
 
 class NoKernel(Exception):
@@ -982,11 +983,12 @@ class Kernel:
 
     def works(self) -> bool:
         """Try it before the compiler is relied upon: the largest at each place of a group, and half-way cases at each
-        mantissa that a float16 scale can have. A group of 88 is more than whole vectors, and the rest is tried, too."""
-        workspace, size = Workspace(), 88
+        mantissa that a float16 scale can have. Groups of 264 are more than two rounds of the longest loop, which takes
+        128 weights with AVX-512, and not whole rounds, so that the rest is tried, too."""
+        workspace, size = Workspace(), 264
         largest = self.max_abs(torch.eye(size).neg().bfloat16(), workspace)
         scales = 1 + torch.arange(1024) / 1024
-        halves = torch.arange(-7, 7.5, 0.5).repeat(4)[:size]
+        halves = torch.arange(-7, 7.5, 0.5).repeat(10)[:size]
         groups = (scales[:, None] * halves).bfloat16()
         expected = pack_int4(divide_to_codes(groups, scales, workspace), workspace, with_offset=True).clone()
         words = self.round_and_pack(groups, scales.reciprocal(), True, workspace)
@@ -1000,16 +1002,23 @@ def compile_kernel() -> Kernel:
     if not shutil.which(compiler[0]):
         raise NoKernel(f"there is no C compiler {compiler[0]!r}")
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="quantize_int4.", ignore_cleanup_errors=True) as folder:
             library = Path(folder) / "kernel.so"  # once loaded, the file is not needed
-            command = [*compiler, *KERNEL_FLAGS, "-o", str(library), "-"]
-            source = KERNEL_SOURCE.encode()
-            subprocess.run(command, input=source, capture_output=True, check=True, timeout=COMPILER_TIMEOUT_S)
+            subprocess.run(
+                [*compiler, *KERNEL_FLAGS, "-o", str(library), "-"],
+                input=KERNEL_SOURCE.encode(),
+                env=os.environ | {"TMPDIR": folder},  # for the compiler's own files
+                capture_output=True,
+                check=True,
+                timeout=COMPILER_TIMEOUT_S,
+            )
             kernel = Kernel(library)
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.decode(errors="replace").split())
-        raise NoKernel(f"{compiler[0]!r} failed: {message[:200] or error.returncode}") from None
-    except (OSError, subprocess.TimeoutExpired) as error:  # among others a folder from which nothing may be executed
+        raise NoKernel(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
+    except subprocess.TimeoutExpired:
+        raise NoKernel(f"{compiler[0]!r} took more than {COMPILER_TIMEOUT_S} s") from None
+    except (OSError, AttributeError) as error:  # a folder from which nothing may be executed; a library without them
         raise NoKernel(str(error)) from None
     if not kernel.works():
         raise NoKernel(f"what {compiler[0]!r} made of it rounds otherwise")
@@ -2319,7 +2328,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     say_row("output", outputs, format_bytes(plan.total_size), limit)
     say()
     for note in plan.notes:
-        say(f"Note: {note}")
+        say(f"Note:      {note}")
     say(f"Copied:    {', '.join(path.name for path in plan.copied) or 'no other files'}")
     if plan.left_out:
         say(f"Left out:  {', '.join(plan.left_out)}")
@@ -2909,6 +2918,7 @@ def kernel_for(plan: Plan) -> Kernel | None:
     try:
         return compile_kernel()
     except NoKernel as reason:
+        check_signals()  # Ctrl-C reaches the compiler, too
         say(f"Note:      rounding with torch, which takes twice the processor's time: {printable(str(reason))}")
         return None
 

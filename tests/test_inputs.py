@@ -314,7 +314,7 @@ def test_config_dir_provides_config_and_tokenizer(tmp_path, tiny):
 def test_a_missing_config_json_is_warned_of(tmp_path):
     folder = save_pickle(tmp_path / "in", {"m.weight": random_weight()})
     (folder / "config.json").unlink()
-    assert "Note: no config.json in" in quantize(folder, tmp_path / "out").stdout
+    assert "Note:      no config.json in" in quantize(folder, tmp_path / "out").stdout
 
 
 @pytest.mark.parametrize("where", ["", "out"])

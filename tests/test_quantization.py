@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -87,10 +89,12 @@ def test_the_kernel_has_the_codes_of_the_division_at_every_significand(scale_dty
         ("+ 192.0f", ""),  # half-way cases are then off by the reciprocal's error
         ("reciprocal +", "(reciprocal * 1.001f) +"),
         ("0x7FFF", "0xFFFF"),
-        ("= (low", "= i >= 40 ? 0 : (low"),  # where the vectors end
+        ("= (low", "= i >= 128 ? 0 : (low"),  # where the longest vectors end
+        ("= (low", "= half >= 64 && i < half / 64 * 64 ? 0 : (low"),  # in whole vectors only
         ("high << 4", "high"),
         ("^ offset", ""),
-        ("most = magnitude > most", "most = i < 80 && magnitude > most"),
+        ("most = magnitude > most", "most = i < 256 && magnitude > most"),
+        ("most = magnitude > most", "most = group_size < 128 && magnitude > most"),
     ],
 )
 def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
@@ -101,10 +105,72 @@ def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wro
         q.compile_kernel.__wrapped__()
 
 
+class CountingKernel:
+    """The compiled kernel, counting what it is asked for."""
+
+    def __init__(self):
+        self.calls, self._kernel = Counter(), compiled()
+
+    def __getattr__(self, name: str):
+        self.calls[name] += 1
+        return getattr(self._kernel, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
+def test_the_kernel_works_where_its_codes_are_the_divisions_and_nowhere_else(dtype, scale_dtype, search):
+    groups = torch.randn(8192, 64, generator=SEEDED).to(dtype)
+    kernel, results = CountingKernel(), []
+    for some in (kernel, None):
+        outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), search=search, kernel=some)
+        results.append([tensor.clone() for tensor in outputs])
+    assert all(map(torch.equal, *results))
+    bf16 = dtype == torch.bfloat16 and not search
+    assert kernel.calls["max_abs"] == bf16
+    assert kernel.calls["round_and_pack"] == (bf16 and scale_dtype != torch.float32)
+
+
+def test_a_conversion_uses_the_kernel(tmp_path, monkeypatch):
+    kernel = CountingKernel()
+    monkeypatch.setattr(q, "compile_kernel", lambda: kernel)
+    monkeypatch.setattr(q, "stop_on_signals", lambda: None)  # they are pytest's here
+    folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
+    arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
+    assert q.main([*arguments, str(tmp_path / "out")]) == 0
+    assert kernel.calls == {"max_abs": 1, "round_and_pack": 1}
+    assert q.main([*arguments, str(tmp_path / "mse"), "--scale", "mse"]) == 0
+    assert kernel.calls == {"max_abs": 1, "round_and_pack": 1}
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("sleep 30", "took more than 0.2 s"), ('cc "$@" -fvisibility=hidden', "undefined symbol")],
+)
+def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_files(
+    tmp_path, monkeypatch, script, reason
+):
+    compiled()
+    compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
+    compiler.write_text(f"#!/bin/sh\nexec {script}\n")
+    compiler.chmod(0o755)
+    temporary.mkdir()
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2)
+    with pytest.raises(q.NoKernel, match=reason):
+        q.compile_kernel.__wrapped__()
+    assert not list(temporary.iterdir())
+
+
 @pytest.mark.parametrize("format_name", q.FORMATS)
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("no-such-cc -O2", "there is no C compiler 'no-such-cc'"), ("false", "'false' failed: 1"), ("true", "kernel.so")],
+    [
+        ("no-such-cc -O2", "there is no C compiler 'no-such-cc'"),
+        ("false", "'false' failed: exit code 1"),
+        ("true", "kernel.so"),
+    ],
 )
 def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason):
     compiled()
