@@ -115,6 +115,7 @@ HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
+COMPILER_TIMEOUT_S = 10  # it takes 0.1
 GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
@@ -939,7 +940,6 @@ KERNEL_FLAGS = (
         "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     }.get(torch.backends.cpu.get_cpu_capability(), ()),
 )
-COMPILER_TIMEOUT_S = 10
 
 
 class NoKernel(Exception):

@@ -302,8 +302,9 @@ def test_every_weight_comes_back_within_half_a_scale(tiny, tmp_path):
 def test_max_abs_lets_no_bad_value_pass(value, dtype):
     groups = torch.randn(4, 128).to(dtype)
     groups[2, 77] = value
-    for max_abs in (q.max_abs, compiled().max_abs) if dtype == torch.bfloat16 else (q.max_abs,):
-        assert torch.isfinite(max_abs(groups, q.Workspace())).tolist() == [True, True, False, True]
+    assert torch.isfinite(q.max_abs(groups, q.Workspace())).tolist() == [True, True, False, True]
+    if dtype == torch.bfloat16:
+        assert torch.isfinite(compiled().max_abs(groups, q.Workspace())).tolist() == [True, True, False, True]
 
 
 def test_a_group_larger_than_a_tile_is_quantized_as_a_whole(tmp_path):
