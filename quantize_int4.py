@@ -25,7 +25,7 @@ Formats of the output (--format); each weight `X.weight` of shape (rows, columns
                          X.qzeros         int32    (columns // group_size, rows // 8)  every 4-bit zero point 8, as 7
                          X.g_idx          int32    (columns,)                    column // group_size
 
-(* float32 for float64 weights)
+(* or the dtype of config.json where that is bfloat16 or float16; float32 for float64 weights)
 
 Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: scale =
 max|w| / 7 rounded to its dtype, c = clamp(round(w / scale), -8, 7). Where there is a C compiler (cc, or what CC names),
@@ -68,7 +68,7 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,7 +92,7 @@ __version__ = "1.0.0"
 # ---------------------------------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
-FORMAT_VERSION = 2  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+FORMAT_VERSION = 3  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
@@ -141,6 +141,7 @@ DTYPE_BITS = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}  # in config.json, narrower than a checkpoint's
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()} | {  # of all that a pickle may hold
     torch.int8: "I8",
     torch.int16: "I16",
@@ -156,11 +157,23 @@ DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()} | {  # of al
     torch.float8_e5m2: "F8_E5M2",
 }
 
-# Names, by the convention of the architectures on the hub: the last component of the module's name.
+# Names, by the convention of the architectures on the hub; `find_roles` knows other ones by their shape and place.
 EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe)\.weight$")
 HEAD_PATTERN = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier)\.weight$|^output\.weight$")
 ROUTER_PATTERN = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$")
-EXPERT_PATTERN = re.compile(r"(.*\.experts)\.(\d+)\.\w+\.weight$")
+HEAD_WORDS = re.compile(r"head|output|logits|unembed|classifier|score")
+VOCABULARY_WORDS = re.compile(r"head|output_layer|logits|embed|vocab|wte")
+LAYER_PATTERN = re.compile(r"(.*?)\.?(\w+)\.(\d+)\.")  # wrappers, the layers' container, a layer's number
+# Parts of a multimodal model that are not its language model, and what joins them to it.
+TOWER_WORDS = re.compile(
+    r"vis(ion|ual)|image|audio|speech|tower|proj|merger|connector|adapter|sampler|pool|dense|linear|(^|\.)(mlp|fc)"
+)
+NOT_A_ROUTER = re.compile(r"_proj$|^(shared_|self_)|attn|attention|(^|\.)mlp(\.|$)|experts")
+EXPERT_PATTERN = re.compile(r"((?:.*\.)?experts)\.(\d+)\.\w+\.weight$")
+STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
+    r"(?P<place>(?:.*\.)?)(?:experts\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?"
+    r"|(?P<linear>input_linear|output_linear)\.weight)$"
+)
 LAYER_KINDS = (  # for --verify's table; the first that matches
     ("experts", re.compile(r"\.experts\.\d+\.")),
     ("shared experts", re.compile(r"\.shared_experts?\.")),
@@ -176,6 +189,13 @@ FUSED_LAYERS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("wq", "wk", "wv"),
+    ("q", "k", "v"),
+    ("c_fc_0", "c_fc_1"),
+    ("fc1", "fc3"),
+    ("gate_proj", "dense_h_to_4h"),
 )
 MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
 
@@ -184,6 +204,36 @@ QUANTIZED_NAME_PATTERN = re.compile(
     r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)|\w*quantizer\._\w+)$"
 )
 QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
+
+# Marks of what is not a merged model: what a name holds, what it means, what to do.
+MERGE_FIRST = "merge the adapter into its base model first (peft: merge_and_unload), then save that"
+UNMERGED_PATTERNS = (
+    (
+        re.compile(
+            r"lora_|(^|\.)(lokr|loha|hada|oft|boft|vera|ia3|fourierft|hra)_|\.(oft|boft)_[RSs]\b|magnitude_vector"
+        ),
+        "belongs to an adapter that is not merged",
+        MERGE_FIRST,
+    ),
+    (re.compile(r"(^|\.)base_layer\."), "is the layer under an adapter that is not merged", MERGE_FIRST),
+    (
+        re.compile(r"(^|\.)(modules_to_save|original_module|token_adapter)\."),
+        "is one of two copies, the adapter's and the original",
+        MERGE_FIRST,
+    ),
+    (re.compile(r"^base_model\.model\."), "is named as peft names a model that is not merged", MERGE_FIRST),
+    (re.compile(r"(^|\.)prompt_(encoder|embeddings?)\."), "is a learned prompt, which no engine reads", MERGE_FIRST),
+    (
+        re.compile(r"flat_param"),
+        "holds the parameters of many layers, flattened by FSDP",
+        "save a full state dict (StateDictType.FULL_STATE_DICT, or accelerate merge-weights)",
+    ),
+)
+# Modules that training wraps around a model or its layers; they have no weights of their own.
+WRAPPER_PATTERN = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+CONV1D_MODELS = "gpt2 openai-gpt imagegpt decision_transformer"  # transformers 5.23.0, users of pytorch_utils
 
 QUANTIZER_PATTERN = re.compile(r"\.\w*quantizer(\.\d+)?\._\w+$")  # ModelOpt's tensors beside a model's own
 
@@ -281,6 +331,18 @@ class TensorInfo:
     nbytes: int
     file: Path
     offset: int | None
+    stored: str = ""  # the tensor of the file that this one is, or is a part of, where that has another name
+    start: int = 0  # bytes into that tensor
+
+    @property
+    def name_in_file(self) -> str:
+        return self.stored or self.name
+
+    def part(self, name: str, shape: tuple[int, ...], start: int) -> TensorInfo:
+        """Describe the part of this tensor that begins `start` bytes into it and is in one piece there."""
+        nbytes = math.prod(shape) * DTYPE_BITS[self.dtype] // 8
+        offset = None if self.offset is None else self.offset + start
+        return TensorInfo(name, self.dtype, shape, nbytes, self.file, offset, self.name_in_file, self.start + start)
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -439,13 +501,13 @@ class PickleFile(WeightsFile):
             return
         if os.fstat(self.fd).st_size < self.state[0]:  # reading the map beyond the file's end would be a SIGBUS
             self.refuse_shortened()
-        tensor = self._tensors[info.name]
+        tensor, offset = self._tensors[info.name_in_file], offset + info.start
         tensor = tensor if tensor.dim() else tensor.view(1)
-        row_bytes = info.nbytes // len(tensor)
+        row_bytes = tensor.nbytes // len(tensor)
         first = offset // row_bytes
         rows = tensor[first : -(-(offset + len(buffer)) // row_bytes)]
-        if info.name in self._factors:
-            rows = (rows.to(torch.float32) * self._factors[info.name]).to(tensor.dtype)
+        if info.name_in_file in self._factors:
+            rows = (rows.to(torch.float32) * self._factors[info.name_in_file]).to(tensor.dtype)
         skip = offset - first * row_bytes
         source = rows.contiguous().view(-1).view(torch.uint8)[skip : skip + len(buffer)]
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
@@ -572,10 +634,32 @@ class Checkpoint:
             )
         if unlisted:
             self.notes.append(f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}")
-        if not (config_folder / CONFIG_NAME).exists():
+        self._drop_wrappers()
+        config = config_folder / CONFIG_NAME
+        self.config = read_json(config) if config.exists() else {}
+        if not config.exists():
             self.notes.append(
                 f"no {CONFIG_NAME} in {config_folder}, without which no loader knows the model: --config_dir"
             )
+
+    def _drop_wrappers(self) -> None:
+        """Leave out of the names what training wrapped around the model: it holds nothing, and no loader knows it."""
+        dropped = Counter(match[2] for name in self.tensors for match in WRAPPER_PATTERN.finditer(name))
+        names = {name: WRAPPER_PATTERN.sub("", name) for name in self.tensors}
+        while all(name.startswith("module.") for name in names.values()):
+            dropped["module"] = len(names)
+            names = {name: short.removeprefix("module.") for name, short in names.items()}
+        if not dropped:
+            return
+        if clash := next((name for name, count in Counter(names.values()).items() if count > 1), None):
+            twins = [name for name, short in names.items() if short == clash]
+            raise QuantizeError(
+                f"{self.folder}: {quote_names(twins)} would both be {clash!r} without training's wrappers: leave one of"
+                " the two copies"
+            )
+        self.tensors = {short: replace(self.tensors[name], name=short, stored=name) for name, short in names.items()}
+        wrappers = ", ".join(f"{wrapper}. ({count:,} times)" for wrapper, count in dropped.items())
+        self.notes.append(f"dropped from the tensors' names, as wrappers of training: {wrappers}")
 
     @classmethod
     def open(cls, folder: Path, config_folder: Path | None = None) -> Checkpoint:
@@ -621,6 +705,8 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the files that hold the model's weights, and the index if there is one. Safetensors come first."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_")))
     safetensors = [name for name in names if name.endswith(".safetensors")]
+    # Mistral's own copy of the weights beside Hugging Face's. `plan_other_files` names it among what is left out.
+    safetensors = [name for name in safetensors if not name.startswith("consolidated")] or safetensors
     index = folder / (INDEX_NAME if safetensors or INDEX_NAME in names else "pytorch_model.bin.index.json")
     if index.exists():
         weight_map = read_weight_map(index)
@@ -633,6 +719,13 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             " several models. Merge them, or leave one"
         )
     found = safetensors or binaries or pickles
+    sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found if re.search(r"-of-\d+\.", name)}
+    sets |= {name: name for name in found if sets and name in ("model.safetensors", "pytorch_model.bin")}
+    if len(sets) > 1:
+        raise QuantizeError(
+            f"input folder {folder} holds {quote_names(sets)}: two sets of weights and no index that says which counts:"
+            " leave one"
+        )
     for name in found:
         if part := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.\w+)", name):
             numbers = range(1, int(part[4]) + 1) if int(part[4]) < 10**5 else ()
@@ -667,8 +760,268 @@ def read_weight_map(index: Path) -> dict[str, str]:
             )
     for file in sorted(set(weight_map.values())):
         if not (index.parent / file).exists():
-            raise QuantizeError(f"{index} names {file}, which is missing: copy or download it again")
+            raise QuantizeError(
+                f"{index} names {file}, which is missing: {remedy_for_missing_shard(index, weight_map)}"
+            )
     return weight_map
+
+
+def remedy_for_missing_shard(index: Path, weight_map: dict[str, str]) -> str:
+    """Copy it again; unless the weights lie beside it in other files, as after a save into an old folder."""
+    others = sorted(path for path in index.parent.glob("*.safetensors") if path.name not in weight_map.values())
+    for path in others:
+        with contextlib.suppress(QuantizeError):
+            if weight_map.keys() <= read_tensor_infos(path).keys():
+                return (
+                    f"the index may be stale, since {path.name} beside it holds all {len(weight_map):,} tensors: remove"
+                    " the index if that is the model"
+                )
+    beside = f" ({quote_names(path.name for path in others)} beside it may be another model)" if others else ""
+    return f"copy or download it again{beside}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures: stacks of experts, and what a tensor is for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def config_values(config: dict, *keys: str) -> list:
+    """What config.json says under any of `keys`, and then its language model's own config (`text_config` and alike)."""
+    values = [config[key] for key in keys if config.get(key) is not None]
+    for key, nested in config.items():
+        if isinstance(nested, dict) and re.match(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key):
+            values += config_values(nested, *keys)
+    return values
+
+
+def model_dtype(config: dict) -> str | None:
+    """The dtype that engines compute in, by its safetensors name; None if config.json names none."""
+    names = (str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype"))
+    return next((MODEL_DTYPES[name] for name in names if name in MODEL_DTYPES), None)
+
+
+@dataclass(frozen=True)
+class ExpertNaming:
+    """How models of some types are named by `save_pretrained`, where `model.state_dict()` holds stacks of experts.
+
+    Read from transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way. vLLM 0.29.0
+    knows these names alone (the `ckpt_*_proj_name` of its models, models/mixtral.py and so on).
+    """
+
+    model_types: str
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    renames: tuple[tuple[str, str], ...] = ()  # what else has another name: pattern, replacement
+    whole: bool = True  # whether vLLM also reads the stacks as they are
+
+
+MIXTRAL = ("w1", "w3", "w2")
+EXPERT_NAMINGS = (
+    ExpertNaming(
+        "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 flex_olmo glm4_moe glm4_moe_lite glm4v_moe"
+        " glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
+        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open"
+    ),
+    ExpertNaming("nemotron_h", whole=False),  # not gated
+    ExpertNaming("ernie4_5_moe", renames=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
+    ExpertNaming("exaone_moe", renames=((r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.e_score_correction_bias"),)),
+    ExpertNaming(
+        "laguna",
+        renames=(
+            (r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.experts.e_score_correction_bias"),
+            (r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),
+        ),
+    ),
+    ExpertNaming(
+        "hy_v3",
+        renames=(
+            (r"\.mlp\.gate\.weight$", ".mlp.router.gate.weight"),
+            (r"\.mlp\.e_score_correction_bias$", ".mlp.expert_bias"),
+            (r"\.mlp\.shared_experts\.", ".mlp.shared_mlp."),
+        ),
+    ),
+    ExpertNaming("mimo_v2_flash", renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),)),
+    ExpertNaming("lfm2_moe", MIXTRAL, whole=False),
+    ExpertNaming("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole=False),
+    ExpertNaming(
+        "phimoe",
+        MIXTRAL,
+        ((r"\.mlp\.router\.weight$", ".block_sparse_moe.gate.weight"), (r"\.mlp\.", ".block_sparse_moe.")),
+        whole=False,
+    ),
+)
+# Their gate and up rows alternate. (transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say
+# Interleave, or their modeling files slice so)
+INTERLEAVED_EXPERTS = "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text"
+# Their stacks are what the hub has, too. transformers 5.23.0 reads no other form: it would leave the experts random.
+STACKED_ON_THE_HUB = (
+    "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
+    " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe llama4 llama4_text mistral4"
+    " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya"
+)
+# Here `save_pretrained` gives other names to much more than experts, so a state dict's names are no loader's.
+RENAMED_ALL_OVER = (
+    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 flint glm5_next kimi_k25 kimi_linear kolibri1 minimax_m3_vl"
+    " mistral_large4"
+)
+STACK_ROLES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # Granite's, which are gated, too
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # in config.json
+EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """A tensor that holds all routed experts of a layer, and the 2-D weights it is read as."""
+
+    info: TensorInfo
+    weights: tuple[TensorInfo, ...]  # expert by expert; none if there is a problem
+    problem: str  # why it cannot be read so, or nothing
+    whole_in_vllm: bool  # whether vLLM knows it as it is, too
+
+
+def types_among(config: dict, model_types: str) -> list[str]:
+    """Those of some types of models, separated by blanks, that config.json names."""
+    return [name for name in config_values(config, "model_type") if name in model_types.split()]
+
+
+def expert_naming(config: dict) -> ExpertNaming | None:
+    """The row of this model's type."""
+    return next((row for row in EXPERT_NAMINGS if types_among(config, row.model_types)), None)
+
+
+def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
+    """Every tensor that holds a layer's routed experts together, by its name."""
+    naming = expert_naming(checkpoint.config)
+    stacks: dict[str, ExpertStack] = {}
+    layers: dict[str, dict[str, TensorInfo]] = {}  # by where the experts are, and by role
+    for info in checkpoint.tensors.values():
+        if holds_experts(info, checkpoint.config):
+            match = STACK_PATTERN.match(info.name) if len(info.shape) == 3 else None
+            if match:
+                role = match["projection"] or STACK_ROLES[match["linear"]]
+                layers.setdefault(f"{match['place']}experts", {})[role] = info
+            else:
+                stacks[info.name] = ExpertStack(info, (), "in a layout that is not known", True)
+    for module, layer in layers.items():
+        problem = why_not_separable(module, layer, checkpoint, naming)
+        for role, info in layer.items():
+            weights = () if problem else expert_weights(info, module, role, naming)
+            stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole)
+    return stacks
+
+
+def holds_experts(info: TensorInfo, config: dict) -> bool:
+    """Whether it is a 3-D stack of matrices, called experts or as many as config.json counts, or DBRX's 2-D kind."""
+    if info.dtype not in FLOAT_DTYPES:
+        return False
+    if len(info.shape) == 2:
+        return bool(re.search(r"\.experts(\.[a-z]\w*)+$", info.name) and not re.search(r"(weight|bias)$", info.name))
+    named = re.search(r"(^|[._])(experts?|moe)[._]", info.name)
+    return (
+        len(info.shape) == 3
+        and min(info.shape[1:]) >= CODES_PER_WORD  # else a convolution
+        and bool(named or info.shape[0] in config_values(config, *EXPERT_COUNTS))
+    )
+
+
+def why_not_separable(
+    module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: ExpertNaming | None
+) -> str:
+    """What keeps a layer's stacks from being read as one (out, in) matrix an expert and projection, or nothing.
+
+    The shapes of gate_up_proj and down_proj tell alone whether they are (out, in): (2 I, H) and (H, I), or transposed,
+    (H, 2 I) and (I, H), which are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
+    """
+    config = checkpoint.config
+    if types_among(config, INTERLEAVED_EXPERTS):
+        return "with gate and up rows that alternate"
+    bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
+    if name := next(filter(bias.match, checkpoint.tensors), None):
+        return f"that have biases ({name!r}), too"
+    if "down_proj" not in layer or len(layer) == 1 or len({info.shape[0] for info in layer.values()}) > 1:
+        return "but not all projections of the layer's experts are there"
+    shapes = {role: info.shape[1:] for role, info in layer.items()}
+    down = shapes["down_proj"]
+    transposed = "as matrices that are transposed, (in, out)"
+    if gate_up := shapes.get("gate_up_proj"):
+        if gate_up == (2 * down[1], down[0]):
+            return ""
+        return transposed if gate_up == (down[1], 2 * down[0]) else "of shapes that are not a gated pair's"
+    up = shapes.get("up_proj", ())
+    if up != down[::-1] or shapes.get("gate_proj", up) != up:
+        return "of shapes that do not go together"
+    hidden = config_values(config, "hidden_size", "moe_latent_size")
+    widths = config_values(config, *EXPERT_WIDTHS)
+    straight, turned = (up[0] in widths and up[1] in hidden), (up[0] in hidden and up[1] in widths)
+    if straight == turned and not naming:
+        return f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether they are transposed"
+    return transposed if turned and not straight else ""
+
+
+def expert_weights(stack: TensorInfo, module: str, role: str, naming: ExpertNaming | None) -> tuple[TensorInfo, ...]:
+    """The 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it."""
+    experts, rows, columns = stack.shape
+    gate, up, down = (naming or EXPERT_NAMINGS[0]).projections
+    names = {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
+    shape = rows // len(names), columns
+    weights = [f"{module}.{expert}.{name}.weight" for expert in range(experts) for name in names]
+    nbytes = stack.nbytes // len(weights)
+    return tuple(stack.part(name, shape, number * nbytes) for number, name in enumerate(weights))
+
+
+def separate_experts(
+    checkpoint: Checkpoint, stacks: dict[str, ExpertStack], whole: Collection[str]
+) -> list[TensorInfo]:
+    """The checkpoint's tensors, with the weights of stacks in place of these, but for those that stay `whole`.
+
+    Where a state dict is read so, other tensors, too, get the names that go with the weights'.
+    """
+    naming = expert_naming(checkpoint.config)
+    renames = naming.renames if naming and stacks.keys() - set(whole) else ()
+    tensors = []
+    for info in checkpoint.tensors.values():
+        weights = stacks[info.name].weights if info.name in stacks and info.name not in whole else (info,)
+        for weight in weights:
+            name = functools.reduce(lambda name, rename: re.sub(*rename, name), renames, weight.name)
+            tensors.append(weight if name == weight.name else replace(weight, name=name, stored=weight.name_in_file))
+    return tensors
+
+
+def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
+    """Which weights are embeddings, heads and routers, by name: as these are called, or by their shape and place.
+
+    A weight with as many rows as there are words is an embedding or a head, unless it is one of a layer's projections
+    or joins a tower to the language model, where it may be so wide by chance. A router stands beside a layer's experts
+    and has a row for each.
+    """
+    weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
+    patterns = {"embeddings": EMBEDDING_PATTERN, "heads": HEAD_PATTERN, "routers": ROUTER_PATTERN}
+    roles = {
+        info.name: role for info in weights for role, pattern in reversed(patterns.items()) if pattern.search(info.name)
+    }
+    embeddings = [i for i in weights if roles.get(i.name) == "embeddings" and not re.search(r"pos|wpe|type", i.name)]
+    words = {*config_values(config, "vocab_size", "padded_vocab_size"), *(info.shape[0] for info in embeddings)}
+    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(info.shape[1] for info in embeddings)}
+    experts: Counter[str] = Counter()
+    for info in tensors:
+        if match := EXPERT_PATTERN.match(info.name):
+            experts[match[1].rpartition(".")[0]] = max(experts[match[1].rpartition(".")[0]], int(match[2]) + 1)
+        elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
+            experts[match["place"].rstrip(".")] = info.shape[0]
+    for info in weights:
+        if info.name in roles:
+            continue
+        module = info.name.removesuffix(".weight")
+        parts = module.split(".")
+        last = ".".join(parts[-2:])
+        if info.shape[0] in words and (not widths or info.shape[1] in widths):
+            in_layer = any(part.isdigit() for part in parts)
+            if VOCABULARY_WORDS.search(last) if in_layer else not TOWER_WORDS.search(module):
+                roles[info.name] = "heads" if HEAD_WORDS.search(last) else "embeddings"
+        for depth in (1, 2):
+            place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
+            if experts[parent] == info.shape[0] and ("rout" in place or not NOT_A_ROUTER.search(place)):
+                roles[info.name] = "routers"
+    return roles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1066,11 +1419,14 @@ class Format:
         lambda *_: []
     )  # of module, rows, columns, group_size
 
-    def outputs(self, info: TensorInfo, group_size: int) -> tuple[OutputTensor, ...]:
-        """What replaces a weight: words, scales, then tensors that follow from its shape."""
+    def outputs(self, info: TensorInfo, group_size: int, computed_in: str | None) -> tuple[OutputTensor, ...]:
+        """What replaces a weight: words, scales, then tensors that follow from its shape.
+
+        computed_in: `model_dtype`. Engines round scales to it when they load them, so codes must be made for these.
+        """
         module, rows = info.name.removesuffix(".weight"), info.shape[0]
         columns = whole_groups(info.shape[1], group_size)
-        scale_dtype = self.scale_dtype or {"F64": "F32"}.get(info.dtype, info.dtype)
+        scale_dtype = self.scale_dtype or computed_in or {"F64": "F32"}.get(info.dtype, info.dtype)
         words, scales = (rows, columns // CODES_PER_WORD), (rows, columns // group_size)
         return (
             OutputTensor(module + self.words_suffix, "I32", words[::-1] if self.transposed else words),
@@ -1119,7 +1475,17 @@ def describe_int4(plan: Plan) -> dict[str, dict]:
         "quantized_weights": len(plan.quantized),
         "kept_weights": [tensor.source.name for tensor in plan.tensors if not tensor.quantized],
     }
-    return {QUANTIZE_CONFIG_NAME: description}
+    # Without a quant_method transformers (5.23) and vLLM (0.29) stop. At one that they do not know transformers would
+    # only warn, and then fill the weights with random numbers.
+    mark = {
+        "quant_method": None,
+        "format": plan.options.format.name,
+        "bits": 4,
+        "group_size": group_size,
+        "about": f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no"
+        " engine loads; --format compressed-tensors makes what vLLM and transformers load",
+    }
+    return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
 def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
@@ -1167,40 +1533,65 @@ def describe_gptq(plan: Plan) -> dict[str, dict]:
 
 
 def patterns_of_kept_layers(plan: Plan) -> list[str]:
-    """Regular expressions for the linear layers that are kept, one for all layer numbers where all of them are.
+    """Regular expressions for the modules that are kept, one for all layer numbers where all of them are.
 
-    They leave out the names' first component: transformers loads `backbone.` as `model.`, vLLM does not, and a full
-    name would fail in one of them.
+    They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
+    transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
     """
-    linear = {t.source.name: t for t in plan.tensors if len(t.source.shape) == 2 and t.source.name.endswith(".weight")}
-    linear = {name: tensor for name, tensor in linear.items() if not EMBEDDING_PATTERN.search(name)}
-    linear.pop("lm_head.weight", None)  # has an entry of its own
-    stacks = [t.source.name for t in plan.tensors if len(t.source.shape) == 3]
-    numberless = {name: re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in linear}
-    packed = {numberless[name] for name, tensor in linear.items() if tensor.quantized}
-    patterns = []
-    for name in [*(name for name, tensor in linear.items() if not tensor.quantized), *stacks]:
-        if experts := re.match(r"(.*\.experts)\.", name):
-            # One entry for the layer's stack: vLLM asks for projections that a model need not have.
-            patterns.append(_module_pattern(experts[1]) + r"(\..*)?$")
-        elif name in linear:
-            module = (name if numberless[name] in packed else numberless[name]).removesuffix(".weight")
-            patterns.append(_module_pattern(module).replace(r"\#", r"\d+") + "$")
-    patterns = list(dict.fromkeys(patterns))
-    modules = [info.name.removesuffix(".weight") for info in plan.quantized]
-    for pattern in patterns:
-        if caught := next((module for module in modules if re.match(pattern, module)), None):
-            raise QuantizeError(
-                f"the entry {pattern!r}, for a layer that is kept, would keep {caught!r} too, which is quantized:"
-                " change --exclude so that both are kept or both quantized"
-            )
-    return patterns
+    packed = [info.name.removesuffix(".weight") for info in plan.quantized]
+    packed_by_end: dict[str, list[str]] = {}
+    for module in packed:
+        packed_by_end.setdefault(module.rpartition(".")[2], []).append(module)
+    kept = dict.fromkeys(pair for tensor in plan.tensors for pair in kept_modules(tensor))
+    return list(
+        dict.fromkeys(
+            _pattern_of_module(module, end, packed_by_end.get(module.rpartition(".")[2], ()) if end == "$" else packed)
+            for module, end in kept
+        )
+    )
 
 
-def _module_pattern(module: str) -> str:
-    """Matches the module under any first component, or none; `layers.3` keeps its own."""
-    rest = module.partition(".")[2]
-    return r"(.*\.)?" + re.escape(module if not rest or rest[0].isdigit() else rest)
+def kept_modules(tensor: TensorPlan) -> Iterator[tuple[str, str]]:
+    """Modules that engines look up for a tensor that is kept, and how a pattern for each has to end."""
+    name = tensor.source.name
+    if tensor.quantized or name == "lm_head.weight":  # has an entry of its own
+        return
+    if experts := re.match(r"((?:.*\.)?experts)\.", name):
+        # One entry for the layer's experts: vLLM asks for projections that a model need not have.
+        yield experts[1], r"(\..*)?$"
+    elif len(tensor.source.shape) == 3 and (stack := STACK_PATTERN.match(name)):
+        yield f"{stack['place']}experts", r"(\..*)?$"
+        yield name.removesuffix(".weight"), "$"
+    elif len(tensor.source.shape) == 2 and name.endswith(".weight"):
+        yield name.removesuffix(".weight"), "$"
+
+
+def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
+    """The shortest tail of a module's name, from its layers' container on, that matches none of `packed`."""
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    container = max(numbers[0] - 1, 0) if numbers else len(parts) - 1
+
+    def compile_tail(begin: int, number: str, unless: str = "") -> str:
+        escaped = [number if part.isdigit() and number else re.escape(part) for part in parts[begin:]]
+        # Between the wrappers, engines may have one more.
+        wrappers = "".join(rf"{part}\.(model\.)?" for part in escaped[: container - begin])
+        return unless + r"(.*\.)?" + wrappers + r"\.".join(escaped[container - begin :]) + end
+
+    begins = [begin for begin in range(container, -1, -1) if begin == container or parts[begin] != "model"]
+    candidates = [compile_tail(begin, number) for begin in begins for number in (r"\d+", "")]
+    # Else without the wrappers that only packed ones have.
+    rivals = list(filter(re.compile(candidates[1]).match, packed))
+    others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {*parts, "model"}
+    unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
+    candidates += [compile_tail(container, number, unless) for number in (r"\d+", "")]
+    for candidate in candidates:
+        if not any(map(re.compile(candidate).match, packed)):
+            return candidate
+    raise QuantizeError(
+        f"every entry for {module!r}, which is kept, would keep {rivals[0]!r} too, which is quantized: change --exclude"
+        " so that both are kept or both quantized"
+    )
 
 
 FORMATS = {
@@ -1318,6 +1709,8 @@ class Plan:
     placements: dict[str, Placement]  # by output tensor
     copied: tuple[Path, ...]
     left_out: tuple[str, ...]
+    stacks: int  # of experts, that are read as one weight an expert
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
     model_config: dict  # config.json of the input
 
@@ -1333,7 +1726,9 @@ class Plan:
     def config_files(self) -> dict[str, bytes]:
         """The files that describe the quantization, by name."""
         files = self.options.format.describe(self)
-        if CONFIG_NAME in files:
+        if not self.model_config:
+            files.pop(CONFIG_NAME, None)  # of int4; it would be a config without a model
+        elif CONFIG_NAME in files:
             files[CONFIG_NAME] = self.model_config | files[CONFIG_NAME]
         return {name: _json_bytes(value) for name, value in files.items()}
 
@@ -1350,31 +1745,44 @@ def _json_bytes(value: dict) -> bytes:
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
     refuse_quantized(checkpoint)
-    patterns = compile_patterns(options.exclude, checkpoint)
+    refuse_unmerged(checkpoint)
+    stacks = find_expert_stacks(checkpoint)
+    patterns = compile_patterns(options.exclude, checkpoint, stacks)
+    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
+    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], checkpoint, options)
+    sources = separate_experts(checkpoint, stacks, whole)
+    roles = find_roles(sources, checkpoint.config)
     tensors = []
-    for info in checkpoint.tensors.values():
-        kept_because = reason_to_keep(info, options, patterns)
+    for info in sources:
+        kept_because = reason_to_keep(info, options, patterns, roles.get(info.name))
         outputs = (
             (OutputTensor(info.name, info.dtype, info.shape),)
             if kept_because
-            else options.format.outputs(info, options.group_size)
+            else options.format.outputs(info, options.group_size, model_dtype(checkpoint.config))
         )
         tensors.append(TensorPlan(info, kept_because, outputs))
     refuse_clashing_names(tensors)
-    config = checkpoint.config_folder / CONFIG_NAME
+    if not any(tensor.quantized for tensor in tensors):
+        raise QuantizeError(
+            f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
+            f" {tensors[0].source.name!r} ({tensors[0].kept_because}): lower --group_size or drop --exclude if that"
+            " keeps them"
+        )
     if options.format.for_engines:
-        refuse_what_engines_cannot_hold(tensors, options, config)
+        refuse_what_engines_cannot_hold(tensors, options, checkpoint)
     copied, left_out = plan_other_files(checkpoint)
     plan = Plan(
         options=options,
-        fingerprint=make_fingerprint(checkpoint, options, copied),
+        fingerprint=make_fingerprint(checkpoint, sources, options, copied),
         tensors=tuple(tensors),
         shards=(),
         placements={},
         copied=tuple(copied),
         left_out=tuple(left_out),
-        notes=(*checkpoint.notes, *notes_on_tensors(tensors, options)),
-        model_config=read_json(config) if config.exists() else {},
+        stacks=len(stacks) - len(whole),
+        warnings=tuple(what_is_missing(sources, roles, checkpoint.config, options)),
+        notes=(*checkpoint.notes, *notes_on_tensors(tensors, options, checkpoint.config)),
+        model_config=checkpoint.config,
     )
     written = plan.config_files()  # takes the place of a copy
     plan = replace(plan, copied=tuple(path for path in copied if path.name not in written))
@@ -1387,8 +1795,8 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """A second quantization would quietly multiply the first one's error."""
     remedy = "already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
-    config = checkpoint.config_folder / CONFIG_NAME
-    if config.exists() and read_json(config).get("quantization_config"):
+    if config_values(checkpoint.config, "quantization_config"):
+        config = checkpoint.config_folder / CONFIG_NAME
         raise QuantizeError(f"{config} has a quantization_config: the checkpoint is {remedy}")
     for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME):
         if (checkpoint.config_folder / name).exists():
@@ -1399,10 +1807,28 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             raise QuantizeError(f"tensor {info.name!r} ({info.dtype}, {info.file.name}): the checkpoint is {remedy}")
 
 
-def compile_patterns(sources: tuple[str, ...], checkpoint: Checkpoint) -> list[re.Pattern]:
+def refuse_unmerged(checkpoint: Checkpoint) -> None:
+    """What is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
+    for info in checkpoint.tensors.values():
+        where = f"tensor {info.name_in_file!r} ({info.file.name})"
+        for pattern, meaning, remedy in UNMERGED_PATTERNS:
+            if pattern.search(info.name):
+                raise QuantizeError(f"{where} {meaning}: {remedy}")
+        if info.nbytes == 0 and re.search(r"(weight|bias)$|\.experts\.", info.name):
+            raise QuantizeError(
+                f"{where} has no elements, its shape is {info.shape}: a save under DeepSpeed ZeRO-3 that did not gather"
+                " the weights leaves such; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py"
+            )
+
+
+def compile_patterns(
+    sources: tuple[str, ...], checkpoint: Checkpoint, stacks: dict[str, ExpertStack]
+) -> list[re.Pattern]:
+    """The patterns of --exclude, each of which must match a tensor's name in the file or that of an expert's weight."""
     patterns = [re.compile(source) for source in sources]
+    weights = [weight for stack in stacks.values() for weight in stack.weights]
     for pattern in patterns:
-        if not any(pattern.search(name) for name in checkpoint.tensors):
+        if not any(is_named(pattern, info) for info in (*checkpoint.tensors.values(), *weights)):
             example = next(iter(checkpoint.tensors), "none")
             raise QuantizeError(
                 f"--exclude {pattern.pattern!r} matches none of the {len(checkpoint.tensors):,} tensors"
@@ -1411,10 +1837,50 @@ def compile_patterns(sources: tuple[str, ...], checkpoint: Checkpoint) -> list[r
     return patterns
 
 
-def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern]) -> str | None:
+def is_named(pattern: re.Pattern, info: TensorInfo) -> bool:
+    """Whether a pattern of --exclude means this tensor, by its name or that of the stack that it is read from."""
+    return bool(pattern.search(info.name) or pattern.search(info.name_in_file))
+
+
+def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]) -> bool:
+    """Whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
+    excluded = any(is_named(pattern, stack.info) for pattern in patterns) or (
+        bool(stack.weights) and all(any(is_named(pattern, w) for pattern in patterns) for w in stack.weights)
+    )
+    return excluded and (stack.whole_in_vllm or not options.format.for_engines)
+
+
+def refuse_stacks(stacks: list[ExpertStack], checkpoint: Checkpoint, options: Options) -> None:
+    """Stacks of experts that cannot become one weight an expert: most of the model would stay in full precision, and
+    engines would load it and leave its experts unfilled."""
+    for stack in stacks:
+        info, problem = stack.info, stack.problem
+        if not problem and options.format.for_engines:
+            if known := types_among(checkpoint.config, STACKED_ON_THE_HUB):
+                problem = f"as loaders know {known[0]} alone: transformers would leave separate experts random"
+            elif known := types_among(checkpoint.config, RENAMED_ALL_OVER):
+                raise QuantizeError(
+                    f"tensor {info.name!r} ({info.file.name}) is named as in model.state_dict(), where {known[0]} has"
+                    " other names than loaders know: save it with model.save_pretrained()"
+                )
+        if problem:
+            raise QuantizeError(
+                f"tensor {info.name!r} {info.shape} ({info.file.name}) holds all routed experts of a layer, {problem}:"
+                f" it cannot be quantized; --exclude '{exclude_for_stacks(info.name)}' keeps such tensors as they are"
+            )
+
+
+def exclude_for_stacks(name: str) -> str:
+    """A pattern that matches a stack and its layer's other ones, in all layers."""
+    parts = name.removesuffix(".weight").split(".")
+    container = next((part for part in parts if "experts" in part), parts[-2] if len(parts) > 1 else parts[0])
+    return rf"\b{re.escape(container)}\."
+
+
+def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
     """Why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
     for pattern in patterns:
-        if pattern.search(info.name):
+        if is_named(pattern, info):
             return f"--exclude {pattern.pattern}"
     if len(info.shape) < 2:
         return "vectors and scalars (norms, biases)"
@@ -1424,20 +1890,18 @@ def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern
         return "2-D but not named *.weight"
     if info.dtype not in FLOAT_DTYPES:
         return f"2-D of dtype {info.dtype}"
-    if EMBEDDING_PATTERN.search(info.name) and not options.quantize_embeddings:
+    if role == "embeddings" and not options.quantize_embeddings:
         return "embeddings"
     if info.shape[0] == 0 or info.shape[1] < options.group_size:
         return f"narrow: under {options.group_size} columns"
-    if options.format.for_engines and HEAD_PATTERN.search(info.name):
-        return "heads (engines want them whole)"
-    if options.format.for_engines and ROUTER_PATTERN.search(info.name):
-        return "expert routers (engines want them whole)"
+    if options.format.for_engines and role in ("heads", "routers"):
+        return f"{'expert routers' if role == 'routers' else role} (engines want them whole)"
     return None
 
 
-def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, config: Path) -> None:
+def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, checkpoint: Checkpoint) -> None:
     """Whatever would make a folder that converts well and then does not load, or loads as noise."""
-    form, group_size = options.format, options.group_size
+    form, group_size, config = options.format, options.group_size, checkpoint.config_folder / CONFIG_NAME
     if options.quantize_embeddings:
         raise QuantizeError(
             f"--quantize_embeddings: no engine reads embeddings packed as {form.name}; int4 can hold them"
@@ -1447,6 +1911,11 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
     if not config.exists():
         raise QuantizeError(f"{config} is missing: {form.name} describes the quantization in it, and engines need it")
     weights = [tensor.source for tensor in tensors if tensor.quantized]
+    if conv1d := find_conv1d(weights, checkpoint.config):
+        raise QuantizeError(
+            f"{len(conv1d):,} weights are GPT-2's Conv1D, which lie as (in, out), e.g. {conv1d[0].name!r}"
+            f" {conv1d[0].shape}: engines read no packed weight so, and {form.name} cannot hold them; int4 can"
+        )
     ragged = [info for info in weights if info.shape[1] % group_size]
     if ragged:
         fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
@@ -1464,11 +1933,20 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
     refuse_split_layers(tensors)
 
 
+def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
+    """The weights of GPT-2's Conv1D layers: all of a layer's, where its model has them."""
+    inside = [info for info in weights if re.search(r"\.\d+\.", info.name)]
+    fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
+    if types_among(config, CONV1D_MODELS) or any(n == 3 * m for m, n in fused):
+        return inside
+    return []
+
+
 def refuse_split_layers(tensors: list[TensorPlan]) -> None:
     """Layers that engines fuse must be quantized together or kept together."""
     fused: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
-        if tensor.source.name.endswith(".weight") and len(tensor.source.shape) == 2:
+        if len(tensor.source.shape) > 1:
             for key in fused_keys(tensor.source.name):
                 fused.setdefault(key, []).append(tensor)
     for key, parts in fused.items():
@@ -1490,6 +1968,8 @@ def fused_keys(name: str) -> Iterator[str]:
             yield f"{parent}.{{{','.join(group)}}}"
     if expert := EXPERT_PATTERN.match(name):
         yield f"all experts of {expert[1]}"
+    elif (stack := STACK_PATTERN.match(name)) and stack["projection"]:
+        yield f"all experts of {stack['place']}experts"
 
 
 def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
@@ -1500,7 +1980,40 @@ def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
         raise QuantizeError(f"the output would hold two tensors named {clash!r}: --exclude the weight it is made from")
 
 
-def notes_on_tensors(tensors: list[TensorPlan], options: Options) -> list[str]:
+def what_is_missing(tensors: list[TensorInfo], roles: dict[str, str], config: dict, options: Options) -> Iterator[str]:
+    """What config.json says the model has and the checkpoint has not: loaders make up random numbers for it."""
+    expected = min(config_values(config, "num_hidden_layers", "n_layer"), default=0)
+    containers: dict[str, set[int]] = {}
+    for info in tensors:
+        if match := LAYER_PATTERN.match(info.name):
+            containers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
+    towers = re.compile(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder")
+    names = [name for name in containers if not towers.search(name)] or list(containers)
+    container = max(names, key=lambda name: len(containers[name]), default="layers")
+    missing = [f"{container}.{n}" for n in range(expected) if n not in containers.get(container, ())]
+    if missing:
+        yield (
+            f"LAYERS ARE MISSING: {CONFIG_NAME} says {expected:,}, of which {len(missing):,} are not in the checkpoint:"
+            f" {quote_names(missing)}. Loaders fill them with random numbers, unless the model shares its layers"
+        )
+    ties = config_values(config, "tie_word_embeddings")
+    generates = re.compile(r"For(CausalLM|ConditionalGeneration)$|LMHeadModel$")
+    if (
+        ties
+        and not any(ties)
+        and any(map(generates.search, config.get("architectures") or ()))
+        and ("heads" not in roles.values())
+    ):
+        missing_head = f"{CONFIG_NAME} says tie_word_embeddings false, but the checkpoint has no head (lm_head.weight)"
+        if options.format.for_engines:
+            raise QuantizeError(
+                f"{missing_head}, and loaders would fill it with random numbers: save the model whole, or set"
+                " tie_word_embeddings to true if it shares the embeddings"
+            )
+        yield f"THE HEAD IS MISSING: {missing_head}"
+
+
+def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> list[str]:
     """What the owner of the checkpoint should know before the conversion rather than after the copy."""
     notes = []
     if options.importance:
@@ -1511,8 +2024,17 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options) -> list[str]:
             )
         unweighted = sum(tensor.quantized for tensor in tensors) - weighted
         notes.append(f"importance weighs {weighted:,} weights; {unweighted:,} have no data and are not weighed")
-    if not any(tensor.quantized for tensor in tensors):
-        notes.append("no weight is quantized: nothing here is 2-D, floating-point and wide enough, or all is excluded")
+    separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
+    if options.format.for_engines and separated and not expert_naming(config):
+        notes.append(
+            f"stacks of experts are read as one weight an expert, named as by most models, e.g. {separated[0].name!r};"
+            " whether this model's loaders know them so was not tried"
+        )
+    if conv1d := find_conv1d([tensor.source for tensor in tensors if tensor.quantized], config):
+        notes.append(
+            f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs, as"
+            " the columns do"
+        )
     stacks = [t.source for t in tensors if not t.quantized and len(t.source.shape) == 3 and t.source.shape[1] > 1]
     if stacks:
         size = format_bytes(sum(info.nbytes for info in stacks))
@@ -1563,7 +2085,7 @@ def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     return copied, left_out
 
 
-def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path]) -> str:
+def make_fingerprint(checkpoint: Checkpoint, sources: list[TensorInfo], options: Options, copied: list[Path]) -> str:
     """Hash of all that decides the output: format version, options, and the sources' names, sizes and times."""
     facts = {
         "version": FORMAT_VERSION,
@@ -1574,7 +2096,7 @@ def make_fingerprint(checkpoint: Checkpoint, options: Options, copied: list[Path
         },
         "sources": [(file.path.name, *file.state) for file in checkpoint.files.values()],
         "copied": [(path.name, *_file_state(path.stat())) for path in copied],
-        "tensors": [(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()],
+        "tensors": [(info.name, info.dtype, info.shape) for info in sources],
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -2308,7 +2830,10 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     say_row("Plan", "tensors", "size")
     tensors = plan.tensors
     total_in = sum(tensor.source.nbytes for tensor in tensors)
-    say_row("input", len(tensors), format_bytes(total_in), count_of(len(checkpoint.files), "file"))
+    say_row("input", len(checkpoint.tensors), format_bytes(total_in), count_of(len(checkpoint.files), "file"))
+    if plan.stacks:
+        weights = len(tensors) - len(checkpoint.tensors) + plan.stacks
+        say_row("  of these stacks of experts", plan.stacks, "", f"read as {count_of(weights, 'weight')}")
     quantized = [tensor for tensor in tensors if tensor.quantized]
     packed = sum(output.nbytes for tensor in quantized for output in tensor.outputs)
     before = sum(tensor.source.nbytes for tensor in quantized)
@@ -2327,6 +2852,8 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     limit = f"{count_of(len(plan.shards), 'shard')} of at most {format_bytes(options.shard_size)}"
     say_row("output", outputs, format_bytes(plan.total_size), limit)
     say()
+    for warning in plan.warnings:
+        say(f"WARNING:   {warning}")
     for note in plan.notes:
         say(f"Note:      {note}")
     say(f"Copied:    {', '.join(path.name for path in plan.copied) or 'no other files'}")
@@ -2467,10 +2994,11 @@ class Verification:
         self.searched = False  # scales of least squared error may clip the largest weights
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
         self.bytes_done = self.tensors_done = 0
-        self.tensors_total = len(checkpoint.tensors)
-        self.bytes_total = sum(info.nbytes for info in checkpoint.tensors.values())
         self._lock = threading.Lock()
         self._shards = self._open_shards()
+        self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._shards.keys())
+        self.tensors_total = len(self.sources)
+        self.bytes_total = sum(info.nbytes for info in self.sources)
 
     def _open_shards(self) -> dict[str, safe_open]:
         """The open shard of each tensor; the index and the shards must agree both ways."""
@@ -2497,7 +3025,7 @@ class Verification:
         expected = set()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             tasks = []
-            for info in self.checkpoint.tensors.values():
+            for info in self.sources:
                 names = self._output_names(info)
                 expected.update(names)
                 missing = [name for name in names if name not in self._shards]
@@ -2529,11 +3057,12 @@ class Verification:
         stated = (read_json(self.folder / INDEX_NAME).get("metadata") or {}).get("total_size")
         if stated != total:
             self.problems.append(f"{INDEX_NAME} says total_size {stated}, the tensors have {total} bytes")
-        matrices = [info for info in self.checkpoint.tensors.values() if len(info.shape) == 2]
+        matrices = [info for info in self.sources if len(info.shape) == 2]
         packed = [info for info in matrices if info.name not in self._shards]
         if self.format.name == "int4":
             padded = {info.name: list(info.shape) for info in packed if info.shape[1] % self.group_size}
-            if read_json(self.folder / QUANTIZE_CONFIG_NAME).get("padded_weights") != padded:
+            path = self.folder / QUANTIZE_CONFIG_NAME
+            if path.exists() and read_json(path).get("padded_weights") != padded:
                 self.problems.append(f"{QUANTIZE_CONFIG_NAME}: padded_weights are not those that need padding")
         elif (self.folder / CONFIG_NAME).exists():
             try:
@@ -2548,7 +3077,7 @@ class Verification:
         patterns = [re.compile(entry.removeprefix("re:").removeprefix("-:")) for entry in entries]
         for info in matrices:
             module, is_packed = info.name.removesuffix(".weight"), info.name not in self._shards
-            if not info.name.endswith(".weight") or EMBEDDING_PATTERN.search(info.name):
+            if not info.name.endswith(".weight"):
                 continue
             caught = next((pattern.pattern for pattern in patterns if pattern.match(module)), None)
             if caught and is_packed:
@@ -2559,7 +3088,10 @@ class Verification:
     def _output_names(self, info: TensorInfo) -> list[str]:
         if info.name in self._shards or len(info.shape) != 2:
             return [info.name]
-        return [output.name for output in self.format.outputs(info, self.group_size)]
+        return [output.name for output in self._outputs(info)]
+
+    def _outputs(self, info: TensorInfo) -> tuple[OutputTensor, ...]:
+        return self.format.outputs(info, self.group_size, model_dtype(self.checkpoint.config))
 
     def _compare(self, info: TensorInfo, names: list[str]) -> None:
         self.guard.check()
@@ -2595,7 +3127,7 @@ class Verification:
 
     def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> float:
         """The relative RMS error; raises at the first difference beyond what the scale allows."""
-        planned_outputs = self.format.outputs(info, self.group_size)
+        planned_outputs = self._outputs(info)
         for planned, found in zip(planned_outputs, outputs):
             if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
                 raise Mismatch(

@@ -92,8 +92,8 @@ def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
     assert [line.split()[0] for line in summary.splitlines()[-4:]] == [stage.split()[0] for stage in stages]
 
 
-def test_expert_stacks_that_stay_are_pointed_out_with_their_size(tmp_path):
-    folder = save_model(tmp_path / "in", {"experts.gate_up_proj": torch.ones(4, 64, 128), **WEIGHT})
+def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
+    folder = save_model(tmp_path / "in", {"attention.heads": torch.ones(4, 64, 128), **WEIGHT})
     assert "1 3-D weights (131.1 kB) stay as they are" in quantize(folder, tmp_path / "out").stdout
 
 
@@ -386,8 +386,8 @@ def test_a_broken_index_is_refused(model, tmp_path, text):
 
 
 def test_a_tensor_in_two_files_without_an_index_is_refused(model, tmp_path):
-    save_file(WEIGHT, model / "consolidated.safetensors")
-    refuse(model, tmp_path / "out", "'m.weight'", "consolidated.safetensors", "model.safetensors")
+    save_file(WEIGHT, model / "other.safetensors")
+    refuse(model, tmp_path / "out", "'m.weight'", "other.safetensors", "model.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 50, 300, -1])
@@ -474,7 +474,7 @@ def test_an_output_name_that_the_checkpoint_has_already_is_refused(tmp_path):
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
-    write_sparse_checkpoint(tmp_path / "in", {"m.bias": (torch.float32, (10**12,))}, shards=1)
+    write_sparse_checkpoint(tmp_path / "in", {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}, shards=1)
     refuse(tmp_path / "in", tmp_path / "out", "4.00 TB to write", "free")
 
 

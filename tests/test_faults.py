@@ -437,11 +437,11 @@ def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_fo
 
 @pytest.mark.parametrize("name", ["../../escape.weight", "/etc/passwd.weight", "a/b.weight", "..", "m\n\x1b.weight"])
 def test_a_tensor_name_with_path_characters_is_only_a_name(tmp_path, name):
-    source = save_model(tmp_path / "deep" / "in", {name: torch.ones(8, 128)})
-    result = quantize(source, tmp_path / "deep" / "out", "--exclude", ".")
+    source = save_model(tmp_path / "deep" / "in", {name: torch.ones(8, 128), "other.weight": torch.ones(8, 128)})
+    result = quantize(source, tmp_path / "deep" / "out", "--exclude", "^(?!other)")
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"in", "out"}
-    assert read_tensors(tmp_path / "deep" / "out").keys() == {name}
+    assert read_tensors(tmp_path / "deep" / "out").keys() == {name, "other.qweight", "other.scales"}
     assert "\x1b" not in result.stdout
 
 

@@ -72,7 +72,7 @@ def test_a_layers_kept_experts_are_one_ignore_entry_for_the_whole_stack(tiny, tm
     assert "transformers (5.23) leaves kept experts" in result.stdout
     ignore = read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignore"]
     assert r"re:(.*\.)?layers\.3\.mixer\.experts(\..*)?$" in ignore
-    assert len(ignore) == 3
+    assert len(ignore) == 4  # and the head, the embeddings, all routers
     # vLLM asks for every projection that experts may have, transformers and GPTQ readers for the stack
     for name in ("experts.0.gate_proj", "experts.3.down_proj", "experts"):
         assert ignored(tmp_path / "out", f"model.layers.3.mixer.{name}")
@@ -124,9 +124,8 @@ def test_ignore_names_exactly_the_linear_layers_that_are_kept(tiny, tmp_path):
     quantize(tiny, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64, *patterns)
     output = read_tensors(tmp_path / "out")
     linear = {name.removesuffix(".weight") for name, tensor in read_tensors(tiny).items() if tensor.dim() == 2}
-    linear.remove("backbone.embeddings")
     kept = {module for module in linear if f"{module}.weight" in output}
-    assert len(kept) == 1 + 2 + 3 + 2
+    assert len(kept) == 2 + 2 + 3 + 2  # head and embeddings, routers, projections, shared experts
     assert {module for module in linear if ignored(tmp_path / "out", module)} == kept
     # transformers loads "backbone." as "model."
     renamed = {module.replace("backbone.", "model.") for module in linear}
@@ -136,7 +135,10 @@ def test_ignore_names_exactly_the_linear_layers_that_are_kept(tiny, tmp_path):
 def test_routers_of_all_layers_are_one_pattern(tiny, tmp_path):
     quantize(tiny, tmp_path / "out", "--format", "gptq", "--group_size", 64)
     description = read_json(tmp_path / "out" / "quantize_config.json")
-    assert description["dynamic"] == {r"-:(.*\.)?layers\.\d+\.mixer\.gate$": {}}
+    assert description["dynamic"] == {
+        r"-:(.*\.)?embeddings$": {},
+        r"-:(.*\.)?layers\.\d+\.mixer\.gate$": {},
+    }
 
 
 def test_an_ignore_entry_never_matches_a_layer_that_is_quantized(tmp_path):
@@ -155,7 +157,7 @@ def test_stacked_experts_that_stay_are_ignored(tmp_path):
     stack, weight = torch.ones(4, 64, 128), torch.ones(8, 128)
     tensors = {"model.layers.0.mlp.experts.gate_up_proj": stack, "model.layers.0.mlp.x_proj.weight": weight}
     folder = save_model(tmp_path / "in", tensors)
-    quantize(folder, tmp_path / "out", "--format", "compressed-tensors")
+    quantize(folder, tmp_path / "out", "--format", "compressed-tensors", "--exclude", "experts")
     assert ignored(tmp_path / "out", "model.layers.0.mlp.experts")
     assert not ignored(tmp_path / "out", "model.layers.0.mlp.x_proj")
 

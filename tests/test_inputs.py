@@ -246,8 +246,10 @@ def test_modelopts_amax_tensors_are_dropped_and_counted(tmp_path):
 def test_modelopts_pre_quant_scale_is_multiplied_back(tmp_path, options):
     original, scale = random_weight(), torch.rand(256, generator=SEEDED) + 0.5
     smoothed = (original.float() / scale).bfloat16()
-    folder = save_modelopt(tmp_path / "in", modelopt_state_dict(smoothed, input_quantizer__pre_quant_scale=scale))
-    expected = {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": (smoothed.float() * scale).bfloat16()}
+    other = {"model.other.weight": random_weight()}
+    state_dict = modelopt_state_dict(smoothed, input_quantizer__pre_quant_scale=scale)
+    folder = save_modelopt(tmp_path / "in", state_dict | other)
+    expected = {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": (smoothed.float() * scale).bfloat16()} | other
     result = assert_same_as_safetensors(folder, expected, tmp_path, *options)
     assert "pre_quant_scale multiplied back into 1 weights, cancelled in 0" in result.stdout
     assert (expected[f"{LAYER}.weight"] - original).abs().max() <= original.abs().max() * 2**-7
