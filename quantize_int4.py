@@ -158,8 +158,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()} | {  # of al
 }
 
 # Names, by the convention of the architectures on the hub; `find_roles` knows other ones by their shape and place.
-EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe)\.weight$")
-HEAD_PATTERN = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier)\.weight$|^output\.weight$")
+EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe|shared)\.weight$")
+HEAD_PATTERN = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
+)
 ROUTER_PATTERN = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$")
 HEAD_WORDS = re.compile(r"head|output|logits|unembed|classifier|score")
 VOCABULARY_WORDS = re.compile(r"head|output_layer|logits|embed|vocab|wte")
@@ -636,8 +638,9 @@ class Checkpoint:
             self.notes.append(f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}")
         self._drop_wrappers()
         config = config_folder / CONFIG_NAME
-        self.config = read_json(config) if config.exists() else {}
-        if not config.exists():
+        self.has_config = config.exists()
+        self.config = read_json(config) if self.has_config else {}
+        if not self.has_config:
             self.notes.append(
                 f"no {CONFIG_NAME} in {config_folder}, without which no loader knows the model: --config_dir"
             )
@@ -646,9 +649,9 @@ class Checkpoint:
         """Leave out of the names what training wrapped around the model: it holds nothing, and no loader knows it."""
         dropped = Counter(match[2] for name in self.tensors for match in WRAPPER_PATTERN.finditer(name))
         names = {name: WRAPPER_PATTERN.sub("", name) for name in self.tensors}
-        while all(name.startswith("module.") for name in names.values()):
-            dropped["module"] = len(names)
-            names = {name: short.removeprefix("module.") for name, short in names.items()}
+        while prefix := common_wrapper(names.values()):
+            dropped[prefix] += len(names)
+            names = {name: short.removeprefix(f"{prefix}.") for name, short in names.items()}
         if not dropped:
             return
         if clash := next((name for name, count in Counter(names.values()).items() if count > 1), None):
@@ -658,8 +661,8 @@ class Checkpoint:
                 " the two copies"
             )
         self.tensors = {short: replace(self.tensors[name], name=short, stored=name) for name, short in names.items()}
-        wrappers = ", ".join(f"{wrapper}. ({count:,} times)" for wrapper, count in dropped.items())
-        self.notes.append(f"dropped from the tensors' names, as wrappers of training: {wrappers}")
+        wrappers = ", ".join(f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items())
+        self.notes.append(f"dropped from the tensors' names, as what training wrapped around the model: {wrappers}")
 
     @classmethod
     def open(cls, folder: Path, config_folder: Path | None = None) -> Checkpoint:
@@ -699,6 +702,16 @@ class Checkpoint:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+
+
+def common_wrapper(names: Collection[str]) -> str:
+    """What stands before every name though it is no part of the model: data parallelism's `module`, or whatever a whole
+    language model, body and head, was put into. Nothing if there is none."""
+    first = next(iter(names)).partition(".")[0]
+    if not all(name.startswith(f"{first}.") for name in names):
+        return ""
+    inside = {name.split(".")[1] for name in names}
+    return first if first == "module" or {"model", "lm_head"} <= inside else ""
 
 
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -1567,25 +1580,27 @@ def kept_modules(tensor: TensorPlan) -> Iterator[tuple[str, str]]:
 
 
 def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
-    """The shortest tail of a module's name, from its layers' container on, that matches none of `packed`."""
+    """The shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
+    `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
     parts = module.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    container = max(numbers[0] - 1, 0) if numbers else len(parts) - 1
+    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
+    container = max(numbered[0] - 1, 0) if numbered else len(parts) - 1
 
-    def compile_tail(begin: int, number: str, unless: str = "") -> str:
-        escaped = [number if part.isdigit() and number else re.escape(part) for part in parts[begin:]]
-        # Between the wrappers, engines may have one more.
-        wrappers = "".join(rf"{part}\.(model\.)?" for part in escaped[: container - begin])
-        return unless + r"(.*\.)?" + wrappers + r"\.".join(escaped[container - begin :]) + end
+    def tails(begin: int, unless: str = "") -> Iterator[str]:
+        """All layers' pattern, then this layer's. Engines may have a `model` more between the wrappers."""
+        for number in (r"\d+", None):
+            escaped = [(part.isdigit() and number) or re.escape(part) for part in parts[begin:]]
+            wrappers = "".join(rf"{part}\.(model\.)?" for part in escaped[: container - begin])
+            yield unless + r"(.*\.)?" + wrappers + r"\.".join(escaped[container - begin :]) + end
 
-    begins = [begin for begin in range(container, -1, -1) if begin == container or parts[begin] != "model"]
-    candidates = [compile_tail(begin, number) for begin in begins for number in (r"\d+", "")]
-    # Else without the wrappers that only packed ones have.
-    rivals = list(filter(re.compile(candidates[1]).match, packed))
+    *_, own_layer = tails(container)
+    rivals = list(filter(re.compile(own_layer).match, packed))
     others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {*parts, "model"}
     unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
-    candidates += [compile_tail(container, number, unless) for number in (r"\d+", "")]
-    for candidate in candidates:
+    longer = [tail for begin in range(container - 1, -1, -1) if parts[begin] != "model" for tail in tails(begin)]
+    without = list(tails(container, unless))
+    in_tower = TOWER_WORDS.search(".".join(parts[:container]))
+    for candidate in [*tails(container), *(longer + without if in_tower else without + longer)]:
         if not any(map(re.compile(candidate).match, packed)):
             return candidate
     raise QuantizeError(
@@ -1712,7 +1727,7 @@ class Plan:
     stacks: int  # of experts, that are read as one weight an expert
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
-    model_config: dict  # config.json of the input
+    model_config: dict | None  # config.json of the input
 
     @property
     def quantized(self) -> list[TensorInfo]:
@@ -1726,7 +1741,7 @@ class Plan:
     def config_files(self) -> dict[str, bytes]:
         """The files that describe the quantization, by name."""
         files = self.options.format.describe(self)
-        if not self.model_config:
+        if self.model_config is None:
             files.pop(CONFIG_NAME, None)  # of int4; it would be a config without a model
         elif CONFIG_NAME in files:
             files[CONFIG_NAME] = self.model_config | files[CONFIG_NAME]
@@ -1782,7 +1797,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         stacks=len(stacks) - len(whole),
         warnings=tuple(what_is_missing(sources, roles, checkpoint.config, options)),
         notes=(*checkpoint.notes, *notes_on_tensors(tensors, options, checkpoint.config)),
-        model_config=checkpoint.config,
+        model_config=checkpoint.config if checkpoint.has_config else None,
     )
     written = plan.config_files()  # takes the place of a copy
     plan = replace(plan, copied=tuple(path for path in copied if path.name not in written))
@@ -1908,7 +1923,7 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
         )
     if group_size not in MARLIN_GROUP_SIZES:
         raise QuantizeError(f"--group_size {group_size}: engines' kernels (Marlin) have 32, 64 and 128 for {form.name}")
-    if not config.exists():
+    if not checkpoint.has_config:
         raise QuantizeError(f"{config} is missing: {form.name} describes the quantization in it, and engines need it")
     weights = [tensor.source for tensor in tensors if tensor.quantized]
     if conv1d := find_conv1d(weights, checkpoint.config):
