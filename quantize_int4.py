@@ -207,16 +207,11 @@ QUANTIZED_NAME_PATTERN = re.compile(
 )
 QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
 
-# Marks of what is not a merged model: what a name holds, what it means, what to do.
+# Marks of what is not a merged model: in a tensor's name, what it means, what to do.
 MERGE_FIRST = "merge the adapter into its base model first (peft: merge_and_unload), then save that"
+ADAPTER_NAMES = r"lora_|magnitude_vector|(^|\.)(lokr|loha|hada|oft|boft|vera|ia3|fourierft|hra)_|\.b?oft_[RSs]\b"
 UNMERGED_PATTERNS = (
-    (
-        re.compile(
-            r"lora_|(^|\.)(lokr|loha|hada|oft|boft|vera|ia3|fourierft|hra)_|\.(oft|boft)_[RSs]\b|magnitude_vector"
-        ),
-        "belongs to an adapter that is not merged",
-        MERGE_FIRST,
-    ),
+    (re.compile(ADAPTER_NAMES), "belongs to an adapter that is not merged", MERGE_FIRST),
     (re.compile(r"(^|\.)base_layer\."), "is the layer under an adapter that is not merged", MERGE_FIRST),
     (
         re.compile(r"(^|\.)(modules_to_save|original_module|token_adapter)\."),
@@ -822,7 +817,7 @@ class ExpertNaming:
     """
 
     model_types: str
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # no gate: it has none
     renames: tuple[tuple[str, str], ...] = ()  # what else has another name: pattern, replacement
     whole: bool = True  # whether vLLM also reads the stacks as they are
 
@@ -834,25 +829,8 @@ EXPERT_NAMINGS = (
         " glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
         " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open"
     ),
-    ExpertNaming("nemotron_h", whole=False),  # not gated
+    ExpertNaming("nemotron_h", ("", "up_proj", "down_proj"), whole=False),
     ExpertNaming("ernie4_5_moe", renames=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
-    ExpertNaming("exaone_moe", renames=((r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.e_score_correction_bias"),)),
-    ExpertNaming(
-        "laguna",
-        renames=(
-            (r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.experts.e_score_correction_bias"),
-            (r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),
-        ),
-    ),
-    ExpertNaming(
-        "hy_v3",
-        renames=(
-            (r"\.mlp\.gate\.weight$", ".mlp.router.gate.weight"),
-            (r"\.mlp\.e_score_correction_bias$", ".mlp.expert_bias"),
-            (r"\.mlp\.shared_experts\.", ".mlp.shared_mlp."),
-        ),
-    ),
-    ExpertNaming("mimo_v2_flash", renames=((r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),)),
     ExpertNaming("lfm2_moe", MIXTRAL, whole=False),
     ExpertNaming("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole=False),
     ExpertNaming(
@@ -873,8 +851,8 @@ STACKED_ON_THE_HUB = (
 )
 # Here `save_pretrained` gives other names to much more than experts, so a state dict's names are no loader's.
 RENAMED_ALL_OVER = (
-    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 flint glm5_next kimi_k25 kimi_linear kolibri1 minimax_m3_vl"
-    " mistral_large4"
+    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 exaone_moe flint glm5_next hy_v3 kimi_k25 kimi_linear kolibri1"
+    " laguna mimo_v2_flash minimax_m3_vl mistral_large4"
 )
 STACK_ROLES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # Granite's, which are gated, too
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # in config.json
@@ -950,8 +928,11 @@ def why_not_separable(
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
     if name := next(filter(bias.match, checkpoint.tensors), None):
         return f"that have biases ({name!r}), too"
-    if "down_proj" not in layer or len(layer) == 1 or len({info.shape[0] for info in layer.values()}) > 1:
+    gate_missing = naming and naming.projections[0] and not {"gate_up_proj", "gate_proj"} & layer.keys()
+    if "down_proj" not in layer or len(layer) == 1 or gate_missing:
         return "but not all projections of the layer's experts are there"
+    if len({info.shape[0] for info in layer.values()}) > 1:
+        return "and the layer's other stacks hold more or fewer"
     shapes = {role: info.shape[1:] for role, info in layer.items()}
     down = shapes["down_proj"]
     transposed = "as matrices that are transposed, (in, out)"

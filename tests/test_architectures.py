@@ -254,6 +254,11 @@ UNREADABLE = {
     "by number": ({f"{MOE}.bank": random(E, INNER, H)}, {"num_local_experts": E}, "not known"),
     "2-D": ({"transformer.blocks.0.ffn.experts.mlp.w1": random(E * INNER, H)}, {"model_type": "dbrx"}, "not known"),
     "alone": ({f"{MOE}.experts.gate_up_proj": random(E, 2 * INNER, H)}, {"model_type": "qwen3_moe"}, "not all"),
+    "without a gate": (
+        {f"{MOE}.experts.{name}_proj": UNGATED[f"model.layers.0.mixer.experts.{name}_proj"] for name in ("up", "down")},
+        {"model_type": "qwen3_moe", **SIZES},
+        "not all projections",
+    ),
     "of other shapes": (GATED | {f"{MOE}.experts.down_proj": random(E, H, 96)}, {"model_type": "some"}, "gated pair"),
 }
 

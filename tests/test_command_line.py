@@ -474,7 +474,9 @@ def test_an_output_name_that_the_checkpoint_has_already_is_refused(tmp_path):
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
-    write_sparse_checkpoint(tmp_path / "in", {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}, shards=1)
+    write_sparse_checkpoint(
+        tmp_path / "in", {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}, shards=1
+    )
     refuse(tmp_path / "in", tmp_path / "out", "4.00 TB to write", "free")
 
 
