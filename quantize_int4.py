@@ -9,8 +9,9 @@
 
 Works on the checkpoint's tensors alone: no model code is imported, so any architecture will do. Every 2-D
 floating-point `*.weight` of at least one group of columns is quantized, but for embeddings, what --exclude names and,
-in formats for engines, heads and expert routers. All else is kept bit for bit. The plan is made from the headers and
-printed before the first weight is read (--dry_run stops there).
+in formats for engines, heads and expert routers; 3-D stacks of routed experts are read as one weight an expert and
+projection. All else is kept bit for bit. The plan is made from the headers and printed before the first weight is read
+(--dry_run stops there).
 
 Formats of the output (--format); each weight `X.weight` of shape (rows, columns) is replaced by these tensors:
 
@@ -1568,17 +1569,16 @@ def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     container = max(numbered[0] - 1, 0) if numbered else len(parts) - 1
 
     def tails(begin: int, unless: str = "") -> Iterator[str]:
-        """All layers' pattern, then this layer's. Engines may have a `model` more between the wrappers."""
+        """All layers' pattern, then this layer's."""
         for number in (r"\d+", None):
-            escaped = [(part.isdigit() and number) or re.escape(part) for part in parts[begin:]]
-            wrappers = "".join(rf"{part}\.(model\.)?" for part in escaped[: container - begin])
-            yield unless + r"(.*\.)?" + wrappers + r"\.".join(escaped[container - begin :]) + end
+            tail = r"\.".join((part.isdigit() and number) or re.escape(part) for part in parts[begin:])
+            yield unless + r"(.*\.)?" + tail + end
 
     *_, own_layer = tails(container)
     rivals = list(filter(re.compile(own_layer).match, packed))
     others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {*parts, "model"}
     unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
-    longer = [tail for begin in range(container - 1, -1, -1) if parts[begin] != "model" for tail in tails(begin)]
+    longer = [tail for begin in range(container - 1, -1, -1) for tail in tails(begin)]
     without = list(tails(container, unless))
     in_tower = TOWER_WORDS.search(".".join(parts[:container]))
     for candidate in [*tails(container), *(longer + without if in_tower else without + longer)]:
