@@ -208,23 +208,21 @@ QUANTIZED_NAME_PATTERN = re.compile(
 )
 QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
 
-# Marks of what is not a merged model: in a tensor's name, what it means, what to do.
-MERGE_FIRST = "merge the adapter into its base model first (peft: merge_and_unload), then save that"
-ADAPTER_NAMES = r"lora_|magnitude_vector|(^|\.)(lokr|loha|hada|oft|boft|vera|ia3|fourierft|hra)_|\.b?oft_[RSs]\b"
+# Marks of what is not a merged model: in a tensor's name, what it means and what to do.
 UNMERGED_PATTERNS = (
-    (re.compile(ADAPTER_NAMES), "belongs to an adapter that is not merged", MERGE_FIRST),
-    (re.compile(r"(^|\.)base_layer\."), "is the layer under an adapter that is not merged", MERGE_FIRST),
     (
-        re.compile(r"(^|\.)(modules_to_save|original_module|token_adapter)\."),
-        "is one of two copies, the adapter's and the original",
-        MERGE_FIRST,
+        re.compile(
+            r"lora_|magnitude_vector|(^|\.)(lokr|loha|hada|oft|boft|vera|ia3|fourierft|hra)_|\.b?oft_[RSs]\b"
+            r"|(^|\.)(base_layer|modules_to_save|original_module|token_adapter|prompt_(encoder|embeddings?))\."
+            r"|^base_model\.model\."
+        ),
+        "belongs to an adapter that is not merged: merge it into its base model first (peft: merge_and_unload), then"
+        " save that",
     ),
-    (re.compile(r"^base_model\.model\."), "is named as peft names a model that is not merged", MERGE_FIRST),
-    (re.compile(r"(^|\.)prompt_(encoder|embeddings?)\."), "is a learned prompt, which no engine reads", MERGE_FIRST),
     (
         re.compile(r"flat_param"),
-        "holds the parameters of many layers, flattened by FSDP",
-        "save a full state dict (StateDictType.FULL_STATE_DICT, or accelerate merge-weights)",
+        "holds the parameters of many layers, flattened by FSDP: save a full state dict (FULL_STATE_DICT, or accelerate"
+        " merge-weights)",
     ),
 )
 # Modules that training wraps around a model or its layers; they have no weights of their own.
@@ -331,16 +329,17 @@ class TensorInfo:
     offset: int | None
     stored: str = ""  # the tensor of the file that this one is, or is a part of, where that has another name
     start: int = 0  # bytes into that tensor
+    stride: int = 0  # not 0: it lies transposed, its columns as many bytes apart
 
     @property
     def name_in_file(self) -> str:
         return self.stored or self.name
 
-    def part(self, name: str, shape: tuple[int, ...], start: int) -> TensorInfo:
-        """Describe the part of this tensor that begins `start` bytes into it and is in one piece there."""
+    def part(self, name: str, shape: tuple[int, int], start: int, stride: int = 0) -> TensorInfo:
+        """Describe a matrix that begins `start` bytes into this tensor."""
         nbytes = math.prod(shape) * DTYPE_BITS[self.dtype] // 8
         offset = None if self.offset is None else self.offset + start
-        return TensorInfo(name, self.dtype, shape, nbytes, self.file, offset, self.name_in_file, self.start + start)
+        return TensorInfo(name, self.dtype, shape, nbytes, self.file, offset, self.name_in_file, start, stride)
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -430,11 +429,29 @@ class WeightsFile:
 
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
         """Let the disk start on bytes that will be read soon; returns at once."""
-        if info.offset is not None and hasattr(os, "posix_fadvise"):
+        if info.offset is not None and not info.stride and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, info.offset + offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes, row-major, from `offset` on.
+        """Fill `buffer` with the tensor's bytes, row-major, from `offset` on."""
+        if not info.stride:
+            self._read_stored(info, offset, buffer)
+            return
+        rows, columns = info.shape
+        itemsize = info.nbytes // (rows * columns)
+        first, last = offset // (columns * itemsize), -(-(offset + len(buffer)) // (columns * itemsize))
+        width = (last - first) * itemsize
+        lines = bytearray(columns * width)  # of each column, the part that is in these rows
+        for column in range(columns):
+            line = memoryview(lines)[column * width : (column + 1) * width]
+            self._read_stored(info, column * info.stride + first * itemsize, line)
+        words = torch.frombuffer(lines, dtype={2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize])
+        source = words.view(columns, -1).T.contiguous().view(-1).view(torch.uint8)
+        skip = offset - first * columns * itemsize
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source[skip : skip + len(buffer)])
+
+    def _read_stored(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on, as the bytes lie in the file.
 
         With `preadv` rather than through a memory map: as fast from the page cache, and a file that is truncated or
         fails while it is read is an error message, not a SIGBUS.
@@ -492,10 +509,10 @@ class PickleFile(WeightsFile):
                     return offset + address - start
         return None
 
-    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+    def _read_stored(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """A tensor that is not in one piece is read through the map, by rows (of the first dimension)."""
         if info.offset is not None:
-            super().read_into(info, offset, buffer)
+            super()._read_stored(info, offset, buffer)
             return
         if os.fstat(self.fd).st_size < self.state[0]:  # reading the map beyond the file's end would be a SIGBUS
             self.refuse_shortened()
@@ -778,15 +795,16 @@ def read_weight_map(index: Path) -> dict[str, str]:
 def remedy_for_missing_shard(index: Path, weight_map: dict[str, str]) -> str:
     """Copy it again; unless the weights lie beside it in other files, as after a save into an old folder."""
     others = sorted(path for path in index.parent.glob("*.safetensors") if path.name not in weight_map.values())
+    found: set[str] = set()
     for path in others:
         with contextlib.suppress(QuantizeError):
-            if weight_map.keys() <= read_tensor_infos(path).keys():
-                return (
-                    f"the index may be stale, since {path.name} beside it holds all {len(weight_map):,} tensors: remove"
-                    " the index if that is the model"
-                )
-    beside = f" ({quote_names(path.name for path in others)} beside it may be another model)" if others else ""
-    return f"copy or download it again{beside}"
+            found |= read_tensor_infos(path).keys()
+    if weight_map.keys() <= found:
+        return (
+            f"the index may be stale, since {quote_names(path.name for path in others)} beside it hold all"
+            f" {len(weight_map):,} tensors that it names: remove the index if they are the model"
+        )
+    return "copy or download it again"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -832,6 +850,8 @@ EXPERT_NAMINGS = (
     ),
     ExpertNaming("nemotron_h", ("", "up_proj", "down_proj"), whole=False),
     ExpertNaming("ernie4_5_moe", renames=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
+    # transposed; transformers has an nn.Linear for each expert as soon as anything is quantized
+    ExpertNaming("llama4 llama4_text", whole=False),
     ExpertNaming("lfm2_moe", MIXTRAL, whole=False),
     ExpertNaming("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole=False),
     ExpertNaming(
@@ -847,7 +867,7 @@ INTERLEAVED_EXPERTS = "gpt_oss openai_privacy_filter inkling_mm_model inkling_te
 # Their stacks are what the hub has, too. transformers 5.23.0 reads no other form: it would leave the experts random.
 STACKED_ON_THE_HUB = (
     "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
-    " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe llama4 llama4_text mistral4"
+    " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe mistral4"
     " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya"
 )
 # Here `save_pretrained` gives other names to much more than experts, so a state dict's names are no loader's.
@@ -894,9 +914,13 @@ def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
             else:
                 stacks[info.name] = ExpertStack(info, (), "in a layout that is not known", True)
     for module, layer in layers.items():
-        problem = why_not_separable(module, layer, checkpoint, naming)
+        problem, transposed = "", False
+        try:
+            transposed = are_transposed(module, layer, checkpoint, naming)
+        except ValueError as reason:
+            problem = str(reason)
         for role, info in layer.items():
-            weights = () if problem else expert_weights(info, module, role, naming)
+            weights = () if problem else expert_weights(info, module, role, naming, transposed)
             stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole)
     return stacks
 
@@ -915,52 +939,59 @@ def holds_experts(info: TensorInfo, config: dict) -> bool:
     )
 
 
-def why_not_separable(
+def are_transposed(
     module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: ExpertNaming | None
-) -> str:
-    """What keeps a layer's stacks from being read as one (out, in) matrix an expert and projection, or nothing.
+) -> bool:
+    """Whether a layer's stacks hold matrices (in, out). ValueError if they are not to be read, with the reason.
 
-    The shapes of gate_up_proj and down_proj tell alone whether they are (out, in): (2 I, H) and (H, I), or transposed,
-    (H, 2 I) and (I, H), which are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
+    The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
+    are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
     """
     config = checkpoint.config
     if types_among(config, INTERLEAVED_EXPERTS):
-        return "with gate and up rows that alternate"
+        raise ValueError("with gate and up rows that alternate")
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
     if name := next(filter(bias.match, checkpoint.tensors), None):
-        return f"that have biases ({name!r}), too"
+        raise ValueError(f"that have biases ({name!r}), too")
     gate_missing = naming and naming.projections[0] and not {"gate_up_proj", "gate_proj"} & layer.keys()
     if "down_proj" not in layer or len(layer) == 1 or gate_missing:
-        return "but not all projections of the layer's experts are there"
+        raise ValueError("but not all projections of the layer's experts are there")
     if len({info.shape[0] for info in layer.values()}) > 1:
-        return "and the layer's other stacks hold more or fewer"
+        raise ValueError("and the layer's other stacks hold more or fewer")
     shapes = {role: info.shape[1:] for role, info in layer.items()}
     down = shapes["down_proj"]
-    transposed = "as matrices that are transposed, (in, out)"
     if gate_up := shapes.get("gate_up_proj"):
-        if gate_up == (2 * down[1], down[0]):
-            return ""
-        return transposed if gate_up == (down[1], 2 * down[0]) else "of shapes that are not a gated pair's"
+        if gate_up not in ((2 * down[1], down[0]), (down[1], 2 * down[0])):
+            raise ValueError("of shapes that are not a gated pair's")
+        return gate_up != (2 * down[1], down[0])
     up = shapes.get("up_proj", ())
     if up != down[::-1] or shapes.get("gate_proj", up) != up:
-        return "of shapes that do not go together"
+        raise ValueError("of shapes that do not go together")
     hidden = config_values(config, "hidden_size", "moe_latent_size")
     widths = config_values(config, *EXPERT_WIDTHS)
     straight, turned = (up[0] in widths and up[1] in hidden), (up[0] in hidden and up[1] in widths)
     if straight == turned and not naming:
-        return f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether they are transposed"
-    return transposed if turned and not straight else ""
+        raise ValueError(f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed")
+    return turned and not straight
 
 
-def expert_weights(stack: TensorInfo, module: str, role: str, naming: ExpertNaming | None) -> tuple[TensorInfo, ...]:
-    """The 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it."""
-    experts, rows, columns = stack.shape
+def expert_weights(
+    stack: TensorInfo, module: str, role: str, naming: ExpertNaming | None, transposed: bool
+) -> tuple[TensorInfo, ...]:
+    """The 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
+    experts, out_features, in_features = stack.shape
+    if transposed:
+        out_features, in_features = in_features, out_features
     gate, up, down = (naming or EXPERT_NAMINGS[0]).projections
     names = {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
-    shape = rows // len(names), columns
-    weights = [f"{module}.{expert}.{name}.weight" for expert in range(experts) for name in names]
-    nbytes = stack.nbytes // len(weights)
-    return tuple(stack.part(name, shape, number * nbytes) for number, name in enumerate(weights))
+    shape = out_features // len(names), in_features
+    itemsize = DTYPE_BITS[stack.dtype] // 8
+    weights = []
+    for expert, (number, name) in itertools.product(range(experts), enumerate(names)):
+        start = expert * out_features * in_features + number * shape[0] * (1 if transposed else in_features)
+        stride = out_features * itemsize if transposed else 0
+        weights.append(stack.part(f"{module}.{expert}.{name}.weight", shape, start * itemsize, stride))
+    return tuple(weights)
 
 
 def separate_experts(
@@ -1594,6 +1625,7 @@ FORMATS = {
     row.name: row
     for row in (
         Format("int4", ".qweight", ".scales", describe_int4),
+        # fmt: off
         Format(
             "compressed-tensors",
             ".weight_packed",
@@ -1615,6 +1647,7 @@ FORMATS = {
             for_engines=True,
             constants=zeros_and_group_index,
         ),
+        # fmt: on
     )
 }
 
@@ -1745,7 +1778,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     stacks = find_expert_stacks(checkpoint)
     patterns = compile_patterns(options.exclude, checkpoint, stacks)
     whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
-    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], checkpoint, options)
+    refuse_stacks(stacks, whole, checkpoint, options)
     sources = separate_experts(checkpoint, stacks, whole)
     roles = find_roles(sources, checkpoint.config)
     tensors = []
@@ -1807,9 +1840,9 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
     """What is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
     for info in checkpoint.tensors.values():
         where = f"tensor {info.name_in_file!r} ({info.file.name})"
-        for pattern, meaning, remedy in UNMERGED_PATTERNS:
+        for pattern, meaning in UNMERGED_PATTERNS:
             if pattern.search(info.name):
-                raise QuantizeError(f"{where} {meaning}: {remedy}")
+                raise QuantizeError(f"{where} {meaning}")
         if info.nbytes == 0 and re.search(r"(weight|bias)$|\.experts\.", info.name):
             raise QuantizeError(
                 f"{where} has no elements, its shape is {info.shape}: a save under DeepSpeed ZeRO-3 that did not gather"
@@ -1846,23 +1879,30 @@ def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]
     return excluded and (stack.whole_in_vllm or not options.format.for_engines)
 
 
-def refuse_stacks(stacks: list[ExpertStack], checkpoint: Checkpoint, options: Options) -> None:
+def refuse_stacks(
+    stacks: dict[str, ExpertStack], whole: Collection[str], checkpoint: Checkpoint, options: Options
+) -> None:
     """Stacks of experts that cannot become one weight an expert: most of the model would stay in full precision, and
     engines would load it and leave its experts unfilled."""
-    for stack in stacks:
+    config, for_engines = checkpoint.config, options.format.for_engines
+    only_stacked = types_among(config, STACKED_ON_THE_HUB) if for_engines else []
+    renamed = types_among(config, RENAMED_ALL_OVER) if for_engines else []
+    for stack in stacks.values():
         info, problem = stack.info, stack.problem
-        if not problem and options.format.for_engines:
-            if known := types_among(checkpoint.config, STACKED_ON_THE_HUB):
-                problem = f"as loaders know {known[0]} alone: transformers would leave separate experts random"
-            elif known := types_among(checkpoint.config, RENAMED_ALL_OVER):
-                raise QuantizeError(
-                    f"tensor {info.name!r} ({info.file.name}) is named as in model.state_dict(), where {known[0]} has"
-                    " other names than loaders know: save it with model.save_pretrained()"
-                )
+        where = f"tensor {info.name!r} {info.shape} ({info.file.name}) holds all routed experts of a layer,"
+        if info.name in whole:
+            continue
+        if not problem and only_stacked:
+            problem = f"as loaders know {only_stacked[0]} alone: transformers would leave separate experts random"
+        elif not problem and renamed:
+            raise QuantizeError(
+                f"{where} named as in model.state_dict(), where {renamed[0]} has other names than loaders know: save it"
+                " with model.save_pretrained()"
+            )
         if problem:
             raise QuantizeError(
-                f"tensor {info.name!r} {info.shape} ({info.file.name}) holds all routed experts of a layer, {problem}:"
-                f" it cannot be quantized; --exclude '{exclude_for_stacks(info.name)}' keeps such tensors as they are"
+                f"{where} {problem}: it cannot be quantized; --exclude '{exclude_for_stacks(info.name)}' keeps such"
+                " tensors as they are"
             )
 
 
@@ -2043,7 +2083,8 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
             "engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves them"
             " random without an error): use --format compressed-tensors"
         )
-    if options.format.name == "compressed-tensors" and any(not tensor.quantized for tensor in experts):
+    kept = any(not tensor.quantized for tensor in experts) and not types_among(config, "llama4 llama4_text")
+    if options.format.name == "compressed-tensors" and kept:
         notes.append(
             "experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder random, with no"
             " more than a warning; vLLM reads them"

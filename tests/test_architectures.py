@@ -84,6 +84,16 @@ def ungated(module="model.layers.0.mixer.experts"):
     }
 
 
+def turned(experts):
+    """The same experts in stacks of transposed matrices."""
+
+    def transposed():
+        stacks, separate = experts()
+        return {name: stack.transpose(1, 2).contiguous() for name, stack in stacks.items()}, separate
+
+    return transposed
+
+
 SIZES = {"hidden_size": H, "moe_intermediate_size": INNER}
 FAMILIES = {
     "qwen3_moe": (gated, {"model_type": "qwen3_moe"}),
@@ -92,6 +102,8 @@ FAMILIES = {
     "nemotron_h": (ungated, {"model_type": "nemotron_h", **SIZES}),
     "nemotron_h without sizes": (ungated, {"model_type": "nemotron_h"}),
     "not gated, sizes in text_config": (ungated, {"model_type": "some", "text_config": SIZES}),
+    "transposed": (turned(gated), {"model_type": "llama4_text"}),
+    "transposed, not gated": (turned(ungated), {"model_type": "some", **SIZES}),
     "not gated, of a latent size": (
         ungated,
         {"model_type": "nemotron_h", "hidden_size": 2 * H, "moe_latent_size": H, "moe_intermediate_size": INNER},
@@ -175,6 +187,18 @@ def test_a_stack_in_a_pickle_that_is_not_in_one_piece_is_read_right(tmp_path):
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
+@pytest.mark.parametrize("saved", [save, save_pickle], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("options", [[], ["--exclude", r"experts\.\d+\."]], ids=["quantized", "kept"])
+def test_transposed_stacks_are_read_right_in_tiles_of_any_size(tmp_path, saved, options):
+    stacks, separate = turned(gated)()
+    constants = {"TILE_WEIGHTS": 1500, "JOB_WEIGHTS": 5000, "COPY_BYTES": 777, "VERIFY_WEIGHTS": 900}
+    source = saved(tmp_path / "in", BESIDE | stacks, model_type="llama4_text")
+    options = ["--format", "compressed-tensors", "--group_size", 64, *options]
+    quantize(source, tmp_path / "out", *options, "--verify", constants=constants)
+    quantize(save(tmp_path / "separate", BESIDE | separate, model_type="llama4_text"), tmp_path / "expected", *options)
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+
+
 def test_a_resumed_run_over_stacks_writes_the_bytes_of_an_uninterrupted_one(tmp_path):
     source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
     options = ["--format", "compressed-tensors", "--group_size", 64, "--shard_size_gb", 5e-5]
@@ -231,20 +255,14 @@ def test_an_exclude_that_splits_a_layers_stacks_is_refused_for_engines(tmp_path,
     assert_refused(run_cli(source, tmp_path / "out", *options), "all experts of", "all of them or none")
 
 
-def turned(stacks):
-    return {name: stack.transpose(1, 2) for name, stack in stacks.items()}
-
-
 GATED, UNGATED = gated()[0], ungated()[0]
 GRANITE = {
     f"model.layers.0.block_sparse_moe.{name}.weight": stack
     for name, stack in zip(("input_linear", "output_linear"), GATED.values())
 }
 UNREADABLE = {
-    "transposed": (turned(GATED), {"model_type": "llama4"}, "transposed"),
-    "transposed, not gated": (turned(UNGATED), {"model_type": "some", **SIZES}, "transposed"),
-    "undecided": (UNGATED, {"model_type": "some"}, "does not tell whether they are transposed"),
-    "interleaved": (turned(GATED), {"model_type": "gpt_oss"}, "alternate"),
+    "undecided": (UNGATED, {"model_type": "some"}, "does not tell whether transposed"),
+    "interleaved": (turned(gated)()[0], {"model_type": "gpt_oss"}, "alternate"),
     "with biases": (
         GATED | {f"{MOE}.experts.gate_up_proj_bias": random(E, 2 * INNER)},
         {"model_type": "some"},
@@ -560,7 +578,7 @@ def test_an_index_of_missing_shards_beside_whole_weights_may_be_stale(tmp_path, 
     result = run_cli(source, tmp_path / "out")
     assert_refused(result, "model-00001-of-00002.safetensors", "missing")
     assert ("may be stale" in result.stderr) == complete
-    if complete:  # the advice
+    if complete:  # follow the advice
         (source / "model.safetensors.index.json").unlink()
         quantize(source, tmp_path / "out")
 
