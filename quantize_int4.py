@@ -290,18 +290,13 @@ def check_signals() -> None:
         raise Interrupted(_signals_received[0])
 
 
-class naming:
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
     """Let an error of the system name the file, which calls on descriptors leave out."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: type | None, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def quote_names(names: Iterable[str], most: int = 3) -> str:
@@ -1027,10 +1022,11 @@ def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
     embeddings = [i for i in weights if roles.get(i.name) == "embeddings" and not re.search(r"pos|wpe|type", i.name)]
     words = {*config_values(config, "vocab_size", "padded_vocab_size"), *(info.shape[0] for info in embeddings)}
     widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(info.shape[1] for info in embeddings)}
-    experts: Counter[str] = Counter()
+    experts: dict[str, int] = {}  # how many, by where they are
     for info in tensors:
         if match := EXPERT_PATTERN.match(info.name):
-            experts[match[1].rpartition(".")[0]] = max(experts[match[1].rpartition(".")[0]], int(match[2]) + 1)
+            place = match[1].rpartition(".")[0]
+            experts[place] = max(experts.get(place, 0), int(match[2]) + 1)
         elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
             experts[match["place"].rstrip(".")] = info.shape[0]
     for info in weights:
@@ -1045,7 +1041,7 @@ def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
                 roles[info.name] = "heads" if HEAD_WORDS.search(last) else "embeddings"
         for depth in (1, 2):
             place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
-            if experts[parent] == info.shape[0] and ("rout" in place or not NOT_A_ROUTER.search(place)):
+            if experts.get(parent) == info.shape[0] and ("rout" in place or not NOT_A_ROUTER.search(place)):
                 roles[info.name] = "routers"
     return roles
 
@@ -1625,7 +1621,6 @@ FORMATS = {
     row.name: row
     for row in (
         Format("int4", ".qweight", ".scales", describe_int4),
-        # fmt: off
         Format(
             "compressed-tensors",
             ".weight_packed",
@@ -1647,7 +1642,6 @@ FORMATS = {
             for_engines=True,
             constants=zeros_and_group_index,
         ),
-        # fmt: on
     )
 }
 
@@ -1778,7 +1772,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     stacks = find_expert_stacks(checkpoint)
     patterns = compile_patterns(options.exclude, checkpoint, stacks)
     whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
-    refuse_stacks(stacks, whole, checkpoint, options)
+    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], checkpoint.config, options)
     sources = separate_experts(checkpoint, stacks, whole)
     roles = find_roles(sources, checkpoint.config)
     tensors = []
@@ -1879,38 +1873,26 @@ def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]
     return excluded and (stack.whole_in_vllm or not options.format.for_engines)
 
 
-def refuse_stacks(
-    stacks: dict[str, ExpertStack], whole: Collection[str], checkpoint: Checkpoint, options: Options
-) -> None:
+def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options) -> None:
     """Stacks of experts that cannot become one weight an expert: most of the model would stay in full precision, and
     engines would load it and leave its experts unfilled."""
-    config, for_engines = checkpoint.config, options.format.for_engines
-    only_stacked = types_among(config, STACKED_ON_THE_HUB) if for_engines else []
-    renamed = types_among(config, RENAMED_ALL_OVER) if for_engines else []
-    for stack in stacks.values():
-        info, problem = stack.info, stack.problem
-        where = f"tensor {info.name!r} {info.shape} ({info.file.name}) holds all routed experts of a layer,"
-        if info.name in whole:
-            continue
+    only_stacked = types_among(config, STACKED_ON_THE_HUB) if options.format.for_engines else []
+    renamed = types_among(config, RENAMED_ALL_OVER) if options.format.for_engines else []
+    for stack in stacks:
+        *parents, _ = stack.info.name.removesuffix(".weight").split(".")  # of one are the layer's other stacks, too
+        container = next((part for part in parents if "experts" in part), [stack.info.name, *parents][-1])
+        problem = stack.problem
+        remedy = f"it cannot be quantized; --exclude '\\b{container}\\.' keeps such tensors as they are"
         if not problem and only_stacked:
             problem = f"as loaders know {only_stacked[0]} alone: transformers would leave separate experts random"
         elif not problem and renamed:
-            raise QuantizeError(
-                f"{where} named as in model.state_dict(), where {renamed[0]} has other names than loaders know: save it"
-                " with model.save_pretrained()"
-            )
+            problem = f"named as in model.state_dict(), where {renamed[0]} has other names than loaders know"
+            remedy = "save it with model.save_pretrained()"
         if problem:
             raise QuantizeError(
-                f"{where} {problem}: it cannot be quantized; --exclude '{exclude_for_stacks(info.name)}' keeps such"
-                " tensors as they are"
+                f"tensor {stack.info.name!r} {stack.info.shape} ({stack.info.file.name}) holds all routed experts of a"
+                f" layer, {problem}: {remedy}"
             )
-
-
-def exclude_for_stacks(name: str) -> str:
-    """A pattern that matches a stack and its layer's other ones, in all layers."""
-    parts = name.removesuffix(".weight").split(".")
-    container = next((part for part in parts if "experts" in part), parts[-2] if len(parts) > 1 else parts[0])
-    return rf"\b{re.escape(container)}\."
 
 
 def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
