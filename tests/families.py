@@ -1,0 +1,383 @@
+"""Families of models, in tiny, and the ways in which a trained model of each is saved: what the proofs by family share.
+
+Each model is built by transformers and random in every parameter, no two alike. Sizes are such that vLLM's Marlin
+classes take them as they are: 256 columns, rows in multiples of 64.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from conftest import read_tensors
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)  # the models are so small that threads would do nothing but wait for each other
+
+VOCABULARY = 320  # not as wide as any layer
+TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 256, "max_position_embeddings": 512, **SPECIAL}
+UNTIED = {"tie_word_embeddings": False}
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+MIXED_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+VISION = {
+    "depth": 1,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "out_hidden_size": 256,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [],
+}
+VISION_TOKENS = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+
+
+def llama():
+    return transformers.LlamaConfig(**COMMON, **ATTENTION, **UNTIED, num_hidden_layers=2, intermediate_size=384)
+
+
+def gemma3():
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    return transformers.Gemma3TextConfig(**COMMON, **ATTENTION, **layers, intermediate_size=384)
+
+
+def t5():
+    return transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=256,
+        d_kv=64,
+        d_ff=384,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+
+
+def nemotron_h():
+    """Every kind of layer NemotronH has; the experts' width is no multiple of 128, as in Nemotron-3."""
+    return transformers.NemotronHConfig(
+        **COMMON,
+        **ATTENTION,
+        layers_block_type=["linear_attention", "moe", "linear_attention", "full_attention", "moe"],
+        mamba_num_heads=64,
+        mamba_head_dim=8,
+        ssm_state_size=16,
+        n_groups=2,
+        conv_kernel=4,
+        chunk_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        moe_intermediate_size=192,
+        moe_shared_expert_intermediate_size=384,
+        intermediate_size=192,
+        n_group=1,
+        topk_group=1,
+    )
+
+
+def qwen3_moe():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
+    return transformers.Qwen3MoeConfig(
+        **COMMON, **ATTENTION, **UNTIED, **experts, num_hidden_layers=2, intermediate_size=384, mlp_only_layers=[0]
+    )
+
+
+def mixtral():
+    return transformers.MixtralConfig(
+        **COMMON,
+        **ATTENTION,
+        **UNTIED,
+        num_hidden_layers=2,
+        intermediate_size=192,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
+def deepseek_v3():
+    return transformers.DeepseekV3Config(
+        **COMMON,
+        **UNTIED,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=64,
+        v_head_dim=64,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        intermediate_size=384,
+        moe_intermediate_size=192,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        topk_method="noaux_tc",  # only vLLM reads it, as it stands in the hub's config.json
+    )
+
+
+def glm4_moe():
+    return transformers.Glm4MoeConfig(
+        **COMMON,
+        **ATTENTION,
+        **UNTIED,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        intermediate_size=384,
+        moe_intermediate_size=192,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        use_qk_norm=True,
+    )
+
+
+def granite_moe_hybrid():
+    return transformers.GraniteMoeHybridConfig(
+        **COMMON,
+        **UNTIED,
+        num_hidden_layers=2,
+        layer_types=["mamba", "attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=192,
+        shared_intermediate_size=256,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        mamba_n_heads=16,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_expand=2,
+    )
+
+
+def llama4():
+    text = {
+        "num_hidden_layers": 2,
+        "intermediate_size": 192,
+        "intermediate_size_mlp": 384,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 64,
+    }
+    return transformers.Llama4TextConfig(**COMMON, **ATTENTION, **UNTIED, **text)
+
+
+def qwen3_vl_moe():
+    text = {"num_hidden_layers": 2, "intermediate_size": 384, "moe_intermediate_size": 192, "num_experts": 4}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}}
+    return transformers.Qwen3VLMoeConfig(
+        text_config={**COMMON, **ATTENTION, **text, **rope, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        vision_config={**VISION, "deepstack_visual_indexes": [0]},
+        **VISION_TOKENS,
+        **UNTIED,
+    )
+
+
+def qwen3_5():
+    """A dense language model with a vision tower. in_proj_a and in_proj_b have 48 rows, as 27B's: Marlin takes 64."""
+    heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 48}
+    text = {**COMMON, **ATTENTION, **MIXED_LAYERS, **heads, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text["intermediate_size"] = 512
+    return transformers.Qwen3_5Config(text_config=text, vision_config=VISION, **VISION_TOKENS, **UNTIED)
+
+
+def qwen3_5_moe():
+    experts = {"moe_intermediate_size": 192, "shared_expert_intermediate_size": 128, "num_experts": 4}
+    text = {**COMMON, **ATTENTION, **MIXED_LAYERS, **LINEAR_ATTENTION, **experts, "num_experts_per_tok": 2}
+    return transformers.Qwen3_5MoeConfig(text_config=text, vision_config=VISION, **VISION_TOKENS, **UNTIED)
+
+
+# --- ways to save -----------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(model, folder):
+    """As transformers saves it: in the hub's names, which are older than transformers' own."""
+    model.save_pretrained(folder)
+
+
+def save_config(model, folder):
+    """Only the config.json, as save_pretrained writes it."""
+    model.save_pretrained(folder)
+    for path in Path(folder).glob("*.safetensors*"):
+        path.unlink()
+
+
+def save_state_dict(model, folder):
+    """As model.state_dict() names it, which holds stacks of experts."""
+    save_config(model, folder)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+
+
+def save_pth(model, folder):
+    """The same in a pickle."""
+    save_config(model, folder)
+    torch.save(model.state_dict(), Path(folder) / "model.pth")
+
+
+def save_stacked(model, folder):
+    """In the hub's names, but gated experts as the stacks gate_up_proj and down_proj."""
+    save_pretrained(model, folder)
+    tensors = read_tensors(folder)
+    layers = defaultdict(lambda: defaultdict(dict))
+    for name in [name for name in tensors if ".experts." in name]:
+        place, expert, projection, _ = name.rsplit(".", 3)
+        layers[place][projection][int(expert)] = tensors.pop(name)
+    for place, projections in layers.items():
+        gate, up, down = (
+            torch.stack([weights[expert] for expert in range(len(weights))])
+            for weights in (projections[name] for name in ("gate_proj", "up_proj", "down_proj"))
+        )
+        tensors |= {f"{place}.gate_up_proj": torch.cat([gate, up], dim=1), f"{place}.down_proj": down}
+    shutil.rmtree(folder)
+    save_config(model, folder)
+    save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+
+
+def save_transposed(model, folder):
+    """In the hub's names, and with the stacks of experts transposed, (experts, in, out), as Qwen3-VL's are there."""
+    save_pretrained(model, folder)
+    tensors = {
+        name: tensor.mT.contiguous() if ".experts." in name and tensor.dim() == 3 else tensor
+        for name, tensor in read_tensors(folder).items()
+    }
+    shutil.rmtree(folder)
+    save_config(model, folder)
+    save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+
+
+SAVERS = {
+    "pretrained": save_pretrained,
+    "state_dict": save_state_dict,
+    "pth": save_pth,
+    "stacked": save_stacked,
+    "transposed": save_transposed,
+}
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model: how to build it, what to exclude, and how it may have been saved."""
+
+    config: Callable
+    model_class: str
+    excludes: dict[str, str] = field(default_factory=dict)  # by what they keep; "experts" where they must be kept
+    saved: tuple[str, ...] = ("pretrained",)
+    refused: str = ""  # what the refusal names, without the exclude of the experts
+
+
+QKV = r"layers\.1\.self_attn\.[qkv]_proj"
+LLM_QKV = r"language_model\.layers\.1\.self_attn\.[qkv]_proj"
+TOWER = r"visual\."
+
+FAMILIES = {
+    "llama": Family(llama, "LlamaForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
+    "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
+    "t5": Family(t5, "T5ForConditionalGeneration", {"attention": r"SelfAttention\.[qkv]\."}),
+    "nemotron_h": Family(
+        nemotron_h,
+        "NemotronHForCausalLM",
+        {"layers": r"mixer\.[qkv]_proj\.|layers\.0\.mixer\.in_proj\.|layers\.1\.mixer\.shared_experts\."},
+        ("pretrained", "state_dict", "pth"),
+    ),
+    "qwen3_moe": Family(qwen3_moe, "Qwen3MoeForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
+    "mixtral": Family(mixtral, "MixtralForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
+    "deepseek_v3": Family(
+        deepseek_v3,
+        "DeepseekV3ForCausalLM",
+        {"attention": r"layers\.1\.self_attn\.", "shared": r"shared_experts"},
+        ("pretrained", "state_dict"),
+    ),
+    "glm4_moe": Family(glm4_moe, "Glm4MoeForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
+    "granite": Family(
+        granite_moe_hybrid,
+        "GraniteMoeHybridForCausalLM",
+        {"experts": "block_sparse_moe"},
+        ("pretrained", "state_dict"),
+        "block_sparse_moe.input_linear.weight",
+    ),
+    "llama4": Family(
+        llama4, "Llama4ForCausalLM", {"experts": r"\.experts\."}, ("pretrained", "state_dict"), "experts.down_proj"
+    ),
+    "qwen3_vl_moe": Family(
+        qwen3_vl_moe,
+        "Qwen3VLMoeForConditionalGeneration",
+        {"experts": r"\.experts\."},
+        ("pretrained", "transposed"),
+        "experts.down_proj",
+    ),
+    "qwen3_5": Family(
+        qwen3_5,
+        "Qwen3_5ForConditionalGeneration",
+        {"linear_attn": "linear_attn", "attention": LLM_QKV, "tower": TOWER},
+    ),
+    "qwen3_5_moe": Family(
+        qwen3_5_moe,
+        "Qwen3_5MoeForConditionalGeneration",
+        {"linear_attn": "linear_attn", "attention": LLM_QKV, "tower": TOWER},
+        ("pretrained", "stacked", "state_dict"),
+    ),
+}
+
+
+def cases(without=()):
+    """Each family, way to save it and exclude, or "" for none, that comes out as a folder; less families, or ways."""
+    return [
+        (name, saved, excluded)
+        for name, family in FAMILIES.items()
+        for saved in family.saved
+        for excluded in (*([] if family.refused else [""]), *family.excludes)
+        if name not in without and (name, saved) not in without
+    ]
+
+
+@torch.no_grad()
+def build(name):
+    """A random model in which no two tensors are alike and some groups are all zero."""
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, family.model_class)._from_config(family.config(), dtype=torch.bfloat16)
+    for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values():
+        if tensor.is_floating_point():
+            tensor += 0.05 * torch.randn(tensor.shape)
+        if tensor.dim() > 1 and tensor.shape[-1] > 64:
+            tensor[..., 0, :64] = 0
+    return model
+
+
+def save(name, saved, folder):
+    """Write a family's model in one of the ways to save it."""
+    SAVERS[saved](build(name), folder)
+
+
+def load(name, folder):
+    """A family's model from a folder, with transformers, and what its loader reports."""
+    model_class = getattr(transformers, FAMILIES[name].model_class)
+    model, report = model_class.from_pretrained(folder, output_loading_info=True)
+    return model.eval(), report

@@ -1,0 +1,126 @@
+"""Proof by family: vLLM's own loader makes of a quantized folder, parameter for parameter, what it makes of its twin.
+
+The twin is the dense checkpoint of the dequantized weights. No name of any tensor is known here: whatever vLLM fuses,
+stacks or renames, it does to both, so the decoded parameters of a module must equal those of the same module of the
+twin. Before loading every parameter is filled with what no checkpoint holds, and nothing of that may be left.
+
+How vLLM is asked without a GPU, and what it needs to be installed: see test_vllm_loader.py.
+"""
+
+import os
+import re
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requirements-vllm.txt")
+
+import families
+import loader_helpers as helpers
+import test_vllm_loader as loader
+from conftest import quantize
+from families import FAMILIES
+from test_vllm_loader import vllm_process  # noqa: F401 - a fixture
+from vllm.model_executor.layers.attention import mla_attention
+from vllm.model_executor.models import registry
+
+OPTIONS = ["--format", "compressed-tensors", "--group_size", 64]
+# What vLLM loads neither from a quantized folder nor from a dense one, and what it says: see the test at the end.
+NOT_LOADED = {
+    ("t5", "pretrained"): "T5ForConditionalGeneration'] are not supported",
+    ("granite", "state_dict"): "block_sparse_moe.experts.down_proj",  # it knows the hub's input_linear, output_linear
+    ("qwen3_vl_moe", "pretrained"): "must match the size",  # it knows the hub's stacks, which are transposed
+}
+# Activations look up their kernels by name when they are made; more than test_vllm_loader.py needs.
+OPERATORS = torch.library.Library("_C", "FRAGMENT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def more_operators(vllm_process):  # noqa: F811
+    """The names of kernels that these families' activations look up."""
+    for name in ("gelu_and_mul", "gelu_tanh_and_mul", "gelu_new", "gelu_fast", "gelu_quick"):
+        if not hasattr(torch.ops._C, name):
+            OPERATORS.define(f"{name}(Tensor! out, Tensor input) -> ()")
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch):
+    """Replace what wants a GPU's kernels, or wants the platform to be a CPU in earnest, while a model is made."""
+    monkeypatch.setattr(mla_attention, "get_mla_prefill_backend", lambda config: lambda **sizes: None)
+    monkeypatch.setattr(loader.OrinPlatform, "check_and_update_config", lambda *_: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_torchvision():
+    """Let vLLM import models with vision towers, for whose images it wants torchvision, where that is not installed."""
+    if find_spec("torchvision"):
+        yield
+        return
+    names = [
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.v2",
+        "torchvision.transforms.v2.functional",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setitem(sys.modules, name, ModuleType(name))
+        for name in names[1:]:
+            parent, _, last = name.rpartition(".")
+            setattr(sys.modules[parent], last, sys.modules[name])
+        import_module("vllm.model_executor.models.qwen3_5")
+        import_module("vllm.model_executor.models.qwen3_vl_moe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda function: function())  # here they are imported
+        yield
+
+
+def dense_parameters(model):
+    """Every parameter of vLLM's model, decoded where it is packed, by its module's path and name."""
+    return {
+        f"{path}.{name}": weight
+        for path, parameters in loader.parameters_by_module(model).items()
+        for name, weight in loader.decode_parameters(model.get_submodule(path), parameters).items()
+    }
+
+
+def is_filled(tensor):
+    """Whether no element is what parameters are filled with before they are loaded."""
+    return not (tensor.isnan() if tensor.is_floating_point() else tensor == -1).any()
+
+
+def convert(name, saved, excluded, folder):
+    """A family's model, saved in one way, quantized without what one exclude keeps, and the dense twin of that."""
+    families.save(name, saved, folder / "source")
+    exclude = ["--exclude", FAMILIES[name].excludes[excluded]] if excluded else []
+    quantize(folder / "source", folder / "out", *OPTIONS, *exclude)
+    helpers.write_dense_twin(folder / "out", folder / "twin")
+    return folder / "out", folder / "twin"
+
+
+@pytest.mark.parametrize(("name", "saved", "excluded"), families.cases(NOT_LOADED))
+def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, excluded, tmp_path):
+    folder, twin = convert(name, saved, excluded, tmp_path)
+    expected = dense_parameters(loader.load_into_vllm(twin))
+    assert not [key for key, tensor in expected.items() if not is_filled(tensor)]
+    model = loader.load_into_vllm(folder)
+    assert any(key.endswith("_packed") for key, _ in model.named_parameters())
+    held = dense_parameters(model)
+    assert held.keys() == expected.keys(), sorted(held.keys() ^ expected.keys())
+    for key, tensor in expected.items():
+        assert held[key].dtype == tensor.dtype, key
+        assert torch.equal(held[key], tensor), key
+
+
+@pytest.mark.parametrize(("name", "saved"), NOT_LOADED)
+def test_what_vllm_does_not_load_it_does_not_load_dense_either(name, saved, tmp_path):
+    """And it says so; when this fails, the case is one for the test above."""
+    for folder in convert(name, saved, next(iter(FAMILIES[name].excludes)), tmp_path):
+        with pytest.raises((ValueError, KeyError, RuntimeError), match=re.escape(NOT_LOADED[name, saved])):
+            loader.load_into_vllm(folder)
