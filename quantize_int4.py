@@ -56,6 +56,7 @@ import os
 import pickle
 import queue
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -120,6 +121,7 @@ COMPILER_TIMEOUT_S = 10  # it takes 0.1
 GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
+TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
 START_AGAIN = "let whatever writes to it finish, then start again with --overwrite"
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -159,12 +161,16 @@ DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()} | {  # of al
 }
 
 # Names, by the convention of the architectures on the hub; `find_roles` knows other ones by their shape and place.
-EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed(?!_out)\w*|wte|wpe|shared)\.weight$")
+EMBEDDING_PATTERN = re.compile(
+    r"(^|\.)(\w*embed(?!_out)\w*(\.\d+)?|wte|wpe|\w+_bias)\.weight$|^(\w+\.)?shared\.weight$"
+)
 HEAD_PATTERN = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
 )
 ROUTER_PATTERN = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$")
 HEAD_WORDS = re.compile(r"head|output|logits|unembed|classifier|score")
+NO_WORDS = re.compile(r"pos|wpe|type|bias")  # in the name of an embedding of something else
+EXTRA_WORDS = 64  # rows that an embedding or head may have beyond vocab_size
 VOCABULARY_WORDS = re.compile(r"head|output_layer|logits|embed|vocab|wte")
 LAYER_PATTERN = re.compile(r"(.*?)\.?(\w+)\.(\d+)\.")  # wrappers, the layers' container, a layer's number
 # Parts of a multimodal model that are not its language model, and what joins them to it.
@@ -185,6 +191,13 @@ LAYER_KINDS = (  # for --verify's table; the first that matches
     ("head", HEAD_PATTERN),
 )
 
+# What config.json calls the number of layers: of a decoder, of an encoder, of layers that are shared, of others.
+LAYER_COUNTS = (
+    (r"decoder", ("decoder_layers", "num_decoder_layers")),
+    (r"encoder", ("encoder_layers", "num_encoder_layers")),
+    (r"", ("num_hidden_groups",)),
+    (r"", ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+)
 # Layers that engines hold as one, and so in one precision, as they do a layer's routed experts. (vLLM 0.29.0:
 # packed_modules_mapping of its models)
 FUSED_LAYERS = (
@@ -211,13 +224,15 @@ QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith
 # Marks of what is not a merged model: in a tensor's name, what it means and what to do.
 UNMERGED_PATTERNS = (
     (
+        # The spellings of peft, torchtune, kohya's scripts and AdapterHub; `low_rank_update` finds others.
         re.compile(
-            r"lora_|magnitude_vector|(^|\.)(lokr|loha|hada|oft|boft|vera|ia3|fourierft|hra)_|\.b?oft_[RSs]\b"
-            r"|(^|\.)(base_layer|modules_to_save|original_module|token_adapter|prompt_(encoder|embeddings?))\."
-            r"|^base_model\.model\."
+            r"(^|[._])(?i:lora)[._]?([AB]|up|down|left|right|embedding_[AB])(\.|$)|(^|\.)(lora_[ab]|adapter_?[AB])(\.|$)"
+            r"|magnitude_vector|(^|\.)(hada_[wt][12]|lokr_[wt][12]|b?oft_[RSrs]|vera_[AB]|ia3_l|trainable_tokens_)"
+            r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\.|adapters\.\w+\.adapter_)"
+            r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)"
         ),
-        "belongs to an adapter that is not merged: merge it into its base model first (peft: merge_and_unload), then"
-        " save that",
+        ADAPTER := "belongs to an adapter that is not merged: merge it into its base model first (peft:"
+        " merge_and_unload), then save that",
     ),
     (
         re.compile(r"flat_param"),
@@ -225,12 +240,15 @@ UNMERGED_PATTERNS = (
         " merge-weights)",
     ),
 )
+# In a 2-D tensor's name; some models' convolutions have such parts of their own.
+PART_PATTERN = re.compile(r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$")
 # Modules that training wraps around a model or its layers; they have no weights of their own.
 WRAPPER_PATTERN = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 CONV1D_MODELS = "gpt2 openai-gpt imagegpt decision_transformer"  # transformers 5.23.0, users of pytorch_utils
 
+PICKLE_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # of a model's state dict, in trainers' files
 QUANTIZER_PATTERN = re.compile(r"\.\w*quantizer(\.\d+)?\._\w+$")  # ModelOpt's tensors beside a model's own
 
 # Which files beside the weights are not the model's, by name. All others at the folder's top level are copied.
@@ -553,7 +571,7 @@ def load_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         if "mmap can only be used" in problem:
             problem = "it is not in torch.save's zip format of torch 1.6 and newer"
         raise QuantizeError(f"{path}: not a whole torch checkpoint ({problem}): copy or save it again") from None
-    wrapper = next((key for key in ("state_dict", "model") if _is_state_dict(content, key)), None)
+    wrapper = next((key for key in PICKLE_WRAPPERS if _is_state_dict(content, key)), None)
     beside = [key for key in content if key != wrapper] if wrapper else []
     notes = [f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}"] if beside else []
     tensors = content[wrapper] if wrapper else content
@@ -644,7 +662,6 @@ class Checkpoint:
             )
         if unlisted:
             self.notes.append(f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}")
-        self._drop_wrappers()
         config = config_folder / CONFIG_NAME
         self.has_config = config.exists()
         self.config = read_json(config) if self.has_config else {}
@@ -652,22 +669,23 @@ class Checkpoint:
             self.notes.append(
                 f"no {CONFIG_NAME} in {config_folder}, without which no loader knows the model: --config_dir"
             )
+        self._drop_wrappers()
 
     def _drop_wrappers(self) -> None:
         """Leave out of the names what training wrapped around the model: it holds nothing, and no loader knows it."""
+        averaged = all(name == "n_averaged" or name.startswith("module.") for name in self.tensors)
+        if averaged and self.tensors.pop("n_averaged", None):
+            self.notes.append("left out 'n_averaged', which counts an AveragedModel's steps")
         dropped = Counter(match[2] for name in self.tensors for match in WRAPPER_PATTERN.finditer(name))
         names = {name: WRAPPER_PATTERN.sub("", name) for name in self.tensors}
-        while prefix := common_wrapper(names.values()):
+        while prefix := common_wrapper(names.values(), self.config):
             dropped[prefix] += len(names)
             names = {name: short.removeprefix(f"{prefix}.") for name, short in names.items()}
         if not dropped:
             return
         if clash := next((name for name, count in Counter(names.values()).items() if count > 1), None):
             twins = [name for name, short in names.items() if short == clash]
-            raise QuantizeError(
-                f"{self.folder}: {quote_names(twins)} would both be {clash!r} without training's wrappers: leave one of"
-                " the two copies"
-            )
+            raise QuantizeError(TWO_COPIES.format(quote_names(twins)))
         self.tensors = {short: replace(self.tensors[name], name=short, stored=name) for name, short in names.items()}
         wrappers = ", ".join(f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items())
         self.notes.append(f"dropped from the tensors' names, as what training wrapped around the model: {wrappers}")
@@ -712,14 +730,19 @@ class Checkpoint:
             file.close()
 
 
-def common_wrapper(names: Collection[str]) -> str:
+def common_wrapper(names: Collection[str], config: dict) -> str:
     """What stands before every name though it is no part of the model: data parallelism's `module`, or whatever a whole
-    language model, body and head, was put into. Nothing if there is none."""
-    first = next(iter(names)).partition(".")[0]
-    if not all(name.startswith(f"{first}.") for name in names):
-        return ""
-    inside = {name.split(".")[1] for name in names}
-    return first if first == "module" or {"model", "lm_head"} <= inside else ""
+    language model, body and head, was put into. Nothing if there is none.
+
+    Where config.json has configs for a model's parts, such a prefix is one of these, as Qwen-Omni's `thinker`.
+    """
+    modules = [name.split(".")[:-1] for name in names]
+    shared = os.path.commonprefix(modules)  # noqa: RUF071 - of lists
+    if shared[:1] == ["module"]:
+        return "module"
+    inside = {module[len(shared)] if len(module) > len(shared) else "" for module in modules}
+    parts = any(isinstance(value, dict) and key.endswith("_config") for key, value in config.items())
+    return ".".join(shared) if inside == {"model", "lm_head"} and not parts else ""
 
 
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -740,9 +763,8 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             " several models. Merge them, or leave one"
         )
     found = safetensors or binaries or pickles
-    sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found if re.search(r"-of-\d+\.", name)}
-    sets |= {name: name for name in found if sets and name in ("model.safetensors", "pytorch_model.bin")}
-    if len(sets) > 1:
+    sets = dict.fromkeys(re.sub(r"\d+(?=-of-\d+\.)", "*", name) for name in found)
+    if len(sets) > 1 and re.search(r"-of-\d+\.|^(pytorch_)?model\.", "\n".join(found), re.MULTILINE):
         raise QuantizeError(
             f"input folder {folder} holds {quote_names(sets)}: two sets of weights and no index that says which counts:"
             " leave one"
@@ -757,7 +779,9 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                 )
     if not found:
         adapter = (folder / "adapter_config.json").exists()
-        hint = ": it holds a LoRA adapter, merge that into its base model first" if adapter else ""
+        others = [name for name in names if name.endswith((".ckpt", ".bin"))]
+        hint = f": if {others[0]!r} is the model's state dict, name it model.pth" if others else ""
+        hint = ": it holds a LoRA adapter, merge that into its base model first" if adapter else hint
         raise QuantizeError(f"input folder {folder}: no *.safetensors, pytorch_model*.bin or *.pth in it{hint}")
     return found, None
 
@@ -789,11 +813,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 def remedy_for_missing_shard(index: Path, weight_map: dict[str, str]) -> str:
     """Copy it again; unless the weights lie beside it in other files, as after a save into an old folder."""
-    others = sorted(path for path in index.parent.glob("*.safetensors") if path.name not in weight_map.values())
+    others = [path for path in sorted(index.parent.iterdir()) if path.name not in weight_map.values()]
+    others = [path for path in others if path.suffix == ".safetensors" or is_pickled_weights(path)]
     found: set[str] = set()
     for path in others:
         with contextlib.suppress(QuantizeError):
-            found |= read_tensor_infos(path).keys()
+            found |= (load_state_dict(path)[0] if is_pickled_weights(path) else read_tensor_infos(path)).keys()
     if weight_map.keys() <= found:
         return (
             f"the index may be stale, since {quote_names(path.name for path in others)} beside it hold all"
@@ -905,7 +930,9 @@ def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
             match = STACK_PATTERN.match(info.name) if len(info.shape) == 3 else None
             if match:
                 role = match["projection"] or STACK_ROLES[match["linear"]]
-                layers.setdefault(f"{match['place']}experts", {})[role] = info
+                twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
+                if twin is not info:
+                    raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, info.name])))
             else:
                 stacks[info.name] = ExpertStack(info, (), "in a layout that is not known", True)
     for module, layer in layers.items():
@@ -922,16 +949,14 @@ def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
 
 def holds_experts(info: TensorInfo, config: dict) -> bool:
     """Whether it is a 3-D stack of matrices, called experts or as many as config.json counts, or DBRX's 2-D kind."""
-    if info.dtype not in FLOAT_DTYPES:
+    if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", info.name):
         return False
     if len(info.shape) == 2:
         return bool(re.search(r"\.experts(\.[a-z]\w*)+$", info.name) and not re.search(r"(weight|bias)$", info.name))
-    named = re.search(r"(^|[._])(experts?|moe)[._]", info.name)
-    return (
-        len(info.shape) == 3
-        and min(info.shape[1:]) >= CODES_PER_WORD  # else a convolution
-        and bool(named or info.shape[0] in config_values(config, *EXPERT_COUNTS))
-    )
+    if len(info.shape) != 3 or min(info.shape[1:]) < CODES_PER_WORD:  # a convolution
+        return False
+    counted = info.shape[0] > 1 and info.shape[0] in config_values(config, *EXPERT_COUNTS)
+    return bool(re.search(r"(^|[._])(experts?|moe)[._]", info.name) or (counted and re.search(r"\.\d+\.", info.name)))
 
 
 def are_transposed(
@@ -1007,6 +1032,16 @@ def separate_experts(
     return tensors
 
 
+def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
+    """Whether a 2-D weight is called as embeddings, routers or heads are, and is none of these by another sign."""
+    numbered_with_bias = re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names  # linear layers in a row
+    if EMBEDDING_PATTERN.search(info.name) and not numbered_with_bias:
+        return "embeddings"
+    if ROUTER_PATTERN.search(info.name) and info.shape[0] < info.shape[1]:  # else a gate for each of many columns
+        return "routers"
+    return "heads" if HEAD_PATTERN.search(info.name) else None
+
+
 def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
     """Which weights are embeddings, heads and routers, by name: as these are called, or by their shape and place.
 
@@ -1014,14 +1049,12 @@ def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
     or joins a tower to the language model, where it may be so wide by chance. A router stands beside a layer's experts
     and has a row for each.
     """
+    names = {info.name for info in tensors}
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
-    patterns = {"embeddings": EMBEDDING_PATTERN, "heads": HEAD_PATTERN, "routers": ROUTER_PATTERN}
-    roles = {
-        info.name: role for info in weights for role, pattern in reversed(patterns.items()) if pattern.search(info.name)
-    }
-    embeddings = [i for i in weights if roles.get(i.name) == "embeddings" and not re.search(r"pos|wpe|type", i.name)]
-    words = {*config_values(config, "vocab_size", "padded_vocab_size"), *(info.shape[0] for info in embeddings)}
-    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(info.shape[1] for info in embeddings)}
+    roles = {info.name: role for info in weights if (role := role_by_name(info, names))}
+    tables = [i.shape for i in weights if roles.get(i.name) == "embeddings" and not NO_WORDS.search(i.name)]
+    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
+    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
     experts: dict[str, int] = {}  # how many, by where they are
     for info in tensors:
         if match := EXPERT_PATTERN.match(info.name):
@@ -1035,13 +1068,14 @@ def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
         module = info.name.removesuffix(".weight")
         parts = module.split(".")
         last = ".".join(parts[-2:])
-        if info.shape[0] in words and (not widths or info.shape[1] in widths):
+        rows, columns = info.shape
+        if any(count <= rows <= count + EXTRA_WORDS for count in words) and (not widths or columns in widths):
             in_layer = any(part.isdigit() for part in parts)
             if VOCABULARY_WORDS.search(last) if in_layer else not TOWER_WORDS.search(module):
                 roles[info.name] = "heads" if HEAD_WORDS.search(last) else "embeddings"
         for depth in (1, 2):
             place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
-            if experts.get(parent) == info.shape[0] and ("rout" in place or not NOT_A_ROUTER.search(place)):
+            if experts.get(parent) == rows < columns and ("rout" in place or not NOT_A_ROUTER.search(place)):
                 roles[info.name] = "routers"
     return roles
 
@@ -1561,13 +1595,13 @@ def patterns_of_kept_layers(plan: Plan) -> list[str]:
     transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
     """
     packed = [info.name.removesuffix(".weight") for info in plan.quantized]
-    packed_by_end: dict[str, list[str]] = {}
+    rivals: dict[str, list[str]] = {}  # by the last part of the name, in which a pattern's number stands for any
     for module in packed:
-        packed_by_end.setdefault(module.rpartition(".")[2], []).append(module)
+        rivals.setdefault(re.sub(r".*\.|\d+$", "", module), []).append(module)
     kept = dict.fromkeys(pair for tensor in plan.tensors for pair in kept_modules(tensor))
     return list(
         dict.fromkeys(
-            _pattern_of_module(module, end, packed_by_end.get(module.rpartition(".")[2], ()) if end == "$" else packed)
+            _pattern_of_module(module, end, rivals.get(re.sub(r".*\.|\d+$", "", module), ()) if end == "$" else packed)
             for module, end in kept
         )
     )
@@ -1576,9 +1610,9 @@ def patterns_of_kept_layers(plan: Plan) -> list[str]:
 def kept_modules(tensor: TensorPlan) -> Iterator[tuple[str, str]]:
     """Modules that engines look up for a tensor that is kept, and how a pattern for each has to end."""
     name = tensor.source.name
-    if tensor.quantized or name == "lm_head.weight":  # has an entry of its own
+    if tensor.quantized or name == "lm_head.weight" or len(tensor.source.shape) < 2:  # lm_head has an entry of its own
         return
-    if experts := re.match(r"((?:.*\.)?experts)\.", name):
+    if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name):
         # One entry for the layer's experts: vLLM asks for projections that a model need not have.
         yield experts[1], r"(\..*)?$"
     elif len(tensor.source.shape) == 3 and (stack := STACK_PATTERN.match(name)):
@@ -1832,16 +1866,38 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def refuse_unmerged(checkpoint: Checkpoint) -> None:
     """What is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
+    if info := low_rank_update(checkpoint.tensors):
+        raise QuantizeError(f"tensor {info.name_in_file!r} ({info.file.name}) {ADAPTER}")
     for info in checkpoint.tensors.values():
         where = f"tensor {info.name_in_file!r} ({info.file.name})"
         for pattern, meaning in UNMERGED_PATTERNS:
             if pattern.search(info.name):
                 raise QuantizeError(f"{where} {meaning}")
+        if PART_PATTERN.search(info.name) and len(info.shape) == 2:
+            raise QuantizeError(
+                f"{where} is what a weight is computed from, by pruning or another parametrization: make it permanent"
+                " first (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that"
+            )
         if info.nbytes == 0 and re.search(r"(weight|bias)$|\.experts\.", info.name):
             raise QuantizeError(
                 f"{where} has no elements, its shape is {info.shape}: a save under DeepSpeed ZeRO-3 that did not gather"
                 " the weights leaves such; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py"
             )
+
+
+def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """The first of two matrices (rank, in) and (out, rank) that lie inside the module of a weight (out, in)."""
+    inside: dict[str, list[TensorInfo]] = {}
+    for name, info in tensors.items():
+        for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
+            if name[: end.start()] + ".weight" in tensors.keys() - {name}:
+                inside.setdefault(name[: end.start()] + ".weight", []).append(info)
+    for name, parts in inside.items():
+        shape = tensors[name].shape
+        for down, up in itertools.permutations(parts, 2):
+            if (up.shape[0], down.shape[1]) == shape and down.shape[0] == up.shape[1] < min(shape):
+                return down
+    return None
 
 
 def compile_patterns(
@@ -1854,7 +1910,7 @@ def compile_patterns(
         if not any(is_named(pattern, info) for info in (*checkpoint.tensors.values(), *weights)):
             example = next(iter(checkpoint.tensors), "none")
             raise QuantizeError(
-                f"--exclude {pattern.pattern!r} matches none of the {len(checkpoint.tensors):,} tensors"
+                f"--exclude {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors"
                 f" (one is {example!r}): correct or drop it"
             )
     return patterns
@@ -1878,21 +1934,27 @@ def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options)
     engines would load it and leave its experts unfilled."""
     only_stacked = types_among(config, STACKED_ON_THE_HUB) if options.format.for_engines else []
     renamed = types_among(config, RENAMED_ALL_OVER) if options.format.for_engines else []
-    for stack in stacks:
-        *parents, _ = stack.info.name.removesuffix(".weight").split(".")  # of one are the layer's other stacks, too
-        container = next((part for part in parents if "experts" in part), [stack.info.name, *parents][-1])
+    refused = [stack for stack in stacks if stack.problem or only_stacked or renamed]
+    if not refused:
+        return
+    tails = {
+        r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")[-2:])
+        for name in (stack.info.name.removesuffix(".weight") for stack in refused)
+    }
+    pattern = rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
+    remedy = f"it cannot be quantized; --exclude {shlex.quote(pattern)} keeps such tensors as they are"
+    stack = next((stack for stack in refused if stack.problem), refused[0])
+    if stack.problem:
         problem = stack.problem
-        remedy = f"it cannot be quantized; --exclude '\\b{container}\\.' keeps such tensors as they are"
-        if not problem and only_stacked:
-            problem = f"as loaders know {only_stacked[0]} alone: transformers would leave separate experts random"
-        elif not problem and renamed:
-            problem = f"named as in model.state_dict(), where {renamed[0]} has other names than loaders know"
-            remedy = "save it with model.save_pretrained()"
-        if problem:
-            raise QuantizeError(
-                f"tensor {stack.info.name!r} {stack.info.shape} ({stack.info.file.name}) holds all routed experts of a"
-                f" layer, {problem}: {remedy}"
-            )
+    elif only_stacked:
+        problem = f"as loaders know {only_stacked[0]} alone: transformers would leave separate experts random"
+    else:
+        problem = f"named as in model.state_dict(), where {renamed[0]} has other names than loaders know"
+        remedy = "save it with model.save_pretrained()"
+    raise QuantizeError(
+        f"tensor {stack.info.name!r} {stack.info.shape} ({stack.info.file.name}) holds all routed experts of a layer,"
+        f" {problem}: {remedy}"
+    )
 
 
 def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
@@ -1992,43 +2054,80 @@ def fused_keys(name: str) -> Iterator[str]:
 
 def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
     """`X.weight` becomes `X.scales`: a checkpoint that has such a tensor of its own would lose one of the two."""
-    counts = Counter(output.name for tensor in tensors for output in tensor.outputs)
-    clash = next((name for name, count in counts.items() if count > 1), None)
-    if clash:
-        raise QuantizeError(f"the output would hold two tensors named {clash!r}: --exclude the weight it is made from")
+    makers: dict[str, TensorInfo] = {}
+    for info, output in ((tensor.source, output) for tensor in tensors for output in tensor.outputs):
+        twin = makers.setdefault(output.name, info)
+        if twin is not info and twin.name == info.name:
+            raise QuantizeError(TWO_COPIES.format(quote_names([twin.name_in_file, info.name_in_file])))
+        if twin is not info:
+            raise QuantizeError(
+                f"the output would hold two tensors named {output.name!r}: --exclude the weight it is made from"
+            )
 
 
 def what_is_missing(tensors: list[TensorInfo], roles: dict[str, str], config: dict, options: Options) -> Iterator[str]:
-    """What config.json says the model has and the checkpoint has not: loaders make up random numbers for it."""
-    expected = min(config_values(config, "num_hidden_layers", "n_layer"), default=0)
+    """What the model has, by config.json or its other layers, and the checkpoint has not: loaders make it up."""
+    yield from missing_layers(tensors, config)
+    yield from missing_projections(tensors, min(config_values(config, *EXPERT_COUNTS), default=0))
+    generates = re.compile(r"For(CausalLM|ConditionalGeneration)$|LMHeadModel$")
+    if not any(map(generates.search, config.get("architectures") or ())):
+        return
+    ties = config_values(config, "tie_word_embeddings")
+    tables = [name for name, role in roles.items() if role == "embeddings" and not NO_WORDS.search(name)]
+    for part, due, there in (
+        ("HEAD", "tie_word_embeddings false" if ties and not any(ties) else "", "heads" in roles.values()),
+        ("EMBEDDING", "a vocab_size" if config_values(config, "vocab_size") else "", bool(tables)),
+    ):
+        missing = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part.lower()}"
+        if due and not there and options.format.for_engines:
+            raise QuantizeError(
+                f"{missing}, which loaders would fill with random numbers: save the whole model, or mend {CONFIG_NAME}"
+            )
+        if due and not there:
+            yield f"THE {part} IS MISSING: {missing}"
+
+
+def missing_layers(tensors: list[TensorInfo], config: dict) -> Iterator[str]:
+    """The layers of the language model, or of both its encoder and decoder, that config.json counts."""
     containers: dict[str, set[int]] = {}
     for info in tensors:
         if match := LAYER_PATTERN.match(info.name):
             containers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
     towers = re.compile(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder")
     names = [name for name in containers if not towers.search(name)] or list(containers)
-    container = max(names, key=lambda name: len(containers[name]), default="layers")
-    missing = [f"{container}.{n}" for n in range(expected) if n not in containers.get(container, ())]
-    if missing:
-        yield (
-            f"LAYERS ARE MISSING: {CONFIG_NAME} says {expected:,}, of which {len(missing):,} are not in the checkpoint:"
-            f" {quote_names(missing)}. Loaders fill them with random numbers, unless the model shares its layers"
-        )
-    ties = config_values(config, "tie_word_embeddings")
-    generates = re.compile(r"For(CausalLM|ConditionalGeneration)$|LMHeadModel$")
-    if (
-        ties
-        and not any(ties)
-        and any(map(generates.search, config.get("architectures") or ()))
-        and ("heads" not in roles.values())
-    ):
-        missing_head = f"{CONFIG_NAME} says tie_word_embeddings false, but the checkpoint has no head (lm_head.weight)"
-        if options.format.for_engines:
-            raise QuantizeError(
-                f"{missing_head}, and loaders would fill it with random numbers: save the model whole, or set"
-                " tie_word_embeddings to true if it shares the embeddings"
+    largest = max(names, key=lambda name: len(containers[name]), default="layers")
+    for container in {largest, largest.replace("decoder", "encoder")} & {largest, *containers}:
+        counts = [config_values(config, *keys) for pattern, keys in LAYER_COUNTS if re.search(pattern, container)]
+        expected = min(next(filter(None, counts), [0]))
+        missing = [f"{container}.{n}" for n in range(expected) if n not in containers.get(container, ())]
+        if missing:
+            yield (
+                f"LAYERS ARE MISSING: {CONFIG_NAME} says {expected:,}, of which {len(missing):,} are not in the"
+                f" checkpoint: {quote_names(missing)}. Loaders fill them with random numbers, unless the model shares"
+                " its layers"
             )
-        yield f"THE HEAD IS MISSING: {missing_head}"
+
+
+def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str]:
+    """Experts of a layer that are not there, and weights that a few layers or experts lack beside their others."""
+    blocks: dict[tuple[str, str], dict[int, set[str]]] = {}  # by container and module: number -> its weights
+    for info in tensors:
+        if len(info.shape) == 2 and (match := re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)):
+            numbers = blocks.setdefault((match[1], match[3]), {})
+            numbers.setdefault(int(match[2]), set()).add(match[4])
+    gaps = []
+    for (container, module), numbers in blocks.items():
+        usual = set(Counter(map(frozenset, numbers.values())).most_common(1)[0][0])
+        if container.endswith("experts"):
+            gaps += [f"{container}.{n}" for n in range(max(*numbers, experts - 1) + 1) if n not in numbers]
+        lacking = [n for n, found in numbers.items() if found < usual]
+        if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):
+            gaps += [f"{container}.{n}.{module}{name}" for n in lacking for name in sorted(usual - numbers[n])]
+    if gaps:
+        yield (
+            f"WEIGHTS ARE MISSING: {len(gaps):,} that the others of their kind have are not in the checkpoint:"
+            f" {quote_names(gaps)}. Loaders fill them with random numbers"
+        )
 
 
 def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> list[str]:
@@ -2057,9 +2156,9 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
     if stacks:
         size = format_bytes(sum(info.nbytes for info in stacks))
         notes.append(
-            f"{len(stacks):,} 3-D weights ({size}) stay as they are, only 2-D ones are quantized: e.g. {stacks[0].name}"
+            f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
         )
-    experts = [tensor for tensor in tensors if EXPERT_PATTERN.match(tensor.source.name)]
+    experts = [t for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
     if options.format.name == "gptq" and any(tensor.quantized for tensor in experts):
         notes.append(
             "engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves them"
@@ -3093,12 +3192,16 @@ class Verification:
         """config.json's entries for layers that are kept match all of these, and no packed layer."""
         config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
         entries = config["dynamic" if self.format.name == "gptq" else "ignore"]
-        patterns = [re.compile(entry.removeprefix("re:").removeprefix("-:")) for entry in entries]
+        patterns = [re.compile(entry[3:] if entry[:3] == "re:" else rf"{re.escape(entry)}$") for entry in entries]
+        if self.format.name == "gptq":
+            patterns = [re.compile(entry.removeprefix("-:")) for entry in entries]
         for info in matrices:
             module, is_packed = info.name.removesuffix(".weight"), info.name not in self._shards
             if not info.name.endswith(".weight"):
                 continue
-            caught = next((pattern.pattern for pattern in patterns if pattern.match(module)), None)
+            # An engine asks for a layer's experts as one module, too.
+            asked = [module, match[1]] if (match := EXPERT_PATTERN.match(info.name)) and is_packed else [module]
+            caught = next((p.pattern for p in patterns if any(map(p.match, asked))), None)
             if caught and is_packed:
                 self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
             elif not caught and not is_packed and (module, self.format.name) != ("lm_head", "gptq"):  # has its own key

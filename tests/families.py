@@ -4,6 +4,7 @@ Each model is built by transformers and random in every parameter, no two alike.
 classes take them as they are: 256 columns, rows in multiples of 64.
 """
 
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -239,12 +240,10 @@ def save_pth(model, folder):
     torch.save(model.state_dict(), Path(folder) / "model.pth")
 
 
-def save_stacked(model, folder):
-    """In the hub's names, but gated experts as the stacks gate_up_proj and down_proj."""
-    save_pretrained(model, folder)
-    tensors = read_tensors(folder)
-    layers = defaultdict(lambda: defaultdict(dict))
-    for name in [name for name in tensors if ".experts." in name]:
+def stack_experts(tensors, transposed=False):
+    """Tensors with one weight an expert as those with the stacks gate_up_proj and down_proj of a layer's experts."""
+    tensors, layers = dict(tensors), defaultdict(lambda: defaultdict(dict))
+    for name in [name for name in tensors if re.search(r"\.experts\.\d+\.", name)]:
         place, expert, projection, _ = name.rsplit(".", 3)
         layers[place][projection][int(expert)] = tensors.pop(name)
     for place, projections in layers.items():
@@ -252,7 +251,22 @@ def save_stacked(model, folder):
             torch.stack([weights[expert] for expert in range(len(weights))])
             for weights in (projections[name] for name in ("gate_proj", "up_proj", "down_proj"))
         )
-        tensors |= {f"{place}.gate_up_proj": torch.cat([gate, up], dim=1), f"{place}.down_proj": down}
+        stacks = {f"{place}.gate_up_proj": torch.cat([gate, up], dim=1), f"{place}.down_proj": down}
+        tensors |= {name: stack.mT.contiguous() if transposed else stack for name, stack in stacks.items()}
+    return tensors
+
+
+def transpose_and_stack(tensors):
+    """The same in place, with transposed stacks."""
+    stacked = stack_experts(tensors, transposed=True)
+    tensors.clear()
+    tensors.update(stacked)
+
+
+def save_stacked(model, folder):
+    """In the hub's names, but gated experts as the stacks gate_up_proj and down_proj."""
+    save_pretrained(model, folder)
+    tensors = stack_experts(read_tensors(folder))
     shutil.rmtree(folder)
     save_config(model, folder)
     save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
@@ -298,7 +312,7 @@ TOWER = r"visual\."
 
 FAMILIES = {
     "llama": Family(llama, "LlamaForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
-    "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
+    "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
     "t5": Family(t5, "T5ForConditionalGeneration", {"attention": r"SelfAttention\.[qkv]\."}),
     "nemotron_h": Family(
         nemotron_h,
@@ -307,7 +321,7 @@ FAMILIES = {
         ("pretrained", "state_dict", "pth"),
     ),
     "qwen3_moe": Family(qwen3_moe, "Qwen3MoeForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
-    "mixtral": Family(mixtral, "MixtralForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
+    "mixtral": Family(mixtral, "MixtralForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
     "deepseek_v3": Family(
         deepseek_v3,
         "DeepseekV3ForCausalLM",
@@ -320,10 +334,10 @@ FAMILIES = {
         "GraniteMoeHybridForCausalLM",
         {"experts": "block_sparse_moe"},
         ("pretrained", "state_dict"),
-        "block_sparse_moe.input_linear.weight",
+        "block_sparse_moe.",
     ),
     "llama4": Family(
-        llama4, "Llama4ForCausalLM", {"experts": r"\.experts\."}, ("pretrained", "state_dict"), "experts.down_proj"
+        llama4, "Llama4ForCausalLM", {"attention": QKV, "experts": r"\.experts\."}, ("pretrained", "state_dict")
     ),
     "qwen3_vl_moe": Family(
         qwen3_vl_moe,

@@ -1,5 +1,5 @@
 """Starts the command in a fresh process, as a shell would, without paying for the import of torch every time: a server
-imports the script once and forks for each run."""
+imports the script and compiles its kernel once, and forks for each run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["quantize_int4"])
+CONTEXT.set_forkserver_preload(["quantize_int4", "compiled_kernel"])
 os.environ["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"  # where the server finds the script
 
 
@@ -69,6 +69,8 @@ def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> Non
     for name, value in setting.constants.items():
         assert hasattr(quantize_int4, name), name
         setattr(quantize_int4, name, value)
+    if setting.constants or setting.environment:  # which may be about the compiler
+        quantize_int4.compile_kernel.cache_clear()
     if setting.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (setting.largest_file, setting.largest_file))
     if setting.open_files is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -269,6 +270,13 @@ UNREADABLE = {
         "have biases",
     ),
     "w13": ({f"{MOE}.experts.w13_weight": random(E, 2 * INNER, H)}, {"model_type": "some"}, "not known"),
+    "beside the module": ({"model.layers.0.experts_gate_up": random(E, H, H)}, {"model_type": "some"}, "not known"),
+    "with a quote": ({"model.layers.0.it's_experts.w": random(E, H, H)}, {"model_type": "some"}, "not known"),
+    "in two layers": (
+        {f"model.layers.{n}.moe_w{n}": random(E, H, H) for n in (1, 12)},
+        {"model_type": "a"},
+        "not known",
+    ),
     "by number": ({f"{MOE}.bank": random(E, INNER, H)}, {"num_local_experts": E}, "not known"),
     "2-D": ({"transformer.blocks.0.ffn.experts.mlp.w1": random(E * INNER, H)}, {"model_type": "dbrx"}, "not known"),
     "alone": ({f"{MOE}.experts.gate_up_proj": random(E, 2 * INNER, H)}, {"model_type": "qwen3_moe"}, "not all"),
@@ -281,6 +289,11 @@ UNREADABLE = {
 }
 
 
+def advice_of(result):
+    """The options that a refusal names, as a shell reads them."""
+    return shlex.split(re.search(r"(--exclude .*) keeps", result.stderr)[1])
+
+
 @pytest.mark.parametrize("case", UNREADABLE)
 @pytest.mark.parametrize("form", ["int4", "compressed-tensors"])
 def test_a_stack_that_nothing_decides_is_refused_by_name_and_the_advice_helps(tmp_path, case, form):
@@ -289,8 +302,7 @@ def test_a_stack_that_nothing_decides_is_refused_by_name_and_the_advice_helps(tm
     options = ["--format", form, "--group_size", 64]
     result = run_cli(source, tmp_path / "out", *options)
     assert_refused(result, next(name for name in stacks if "bias" not in name).rpartition(".")[0], reason)
-    advice = re.search(r"--exclude '(.*?)' keeps", result.stderr)[1]
-    quantize(source, tmp_path / "out", *options, "--exclude", advice, "--verify")
+    quantize(source, tmp_path / "out", *options, *advice_of(result), "--verify")
     output = read_tensors(tmp_path / "out")
     assert all(torch.equal(output[name], stack) for name, stack in stacks.items())
 
@@ -302,7 +314,7 @@ def test_stacks_that_loaders_know_only_as_stacks_are_refused_for_engines_unless_
     options = ["--format", "compressed-tensors", "--group_size", 64]
     result = run_cli(source, tmp_path / "out", *options)
     assert_refused(result, f"'{min(stacks)}'", model_type)
-    quantize(source, tmp_path / "out", *options, "--exclude", re.search(r"--exclude '(.*?)' keeps", result.stderr)[1])
+    quantize(source, tmp_path / "out", *options, *advice_of(result))
     moe = next(iter(stacks)).rpartition(".layers.")[2].split(".")[1]
     assert is_kept(tmp_path / "out", f"model.layers.0.{moe}.experts")
     assert not is_kept(tmp_path / "out", "model.layers.0.self_attn.o_proj")
@@ -317,11 +329,43 @@ def test_a_state_dict_whose_other_names_loaders_do_not_know_is_refused_for_engin
     quantize(source, tmp_path / "out", "--group_size", 64)
 
 
-def test_convolutions_are_no_stacks_of_experts(tmp_path):
-    tensors = {"m.conv1d.weight": random(8, 1, 4), "m.audio.conv1.weight": random(8, 80, 3), **BESIDE}
-    plan = quantize(save(tmp_path / "in", tensors, num_experts=8), tmp_path / "out").stdout
+NO_STACKS = {
+    "m.conv1d.weight": random(8, 1, 4),
+    "m.audio.conv1.weight": random(8, 80, 3),
+    "m.moe_conv.weight": random(8, 80, 9),
+    "model.layers.0.relative_table": random(8, 16, 16),
+    "model.pos_embed": random(8, 16, 16),
+    "model.register": random(8, 16, 16),
+}
+
+
+def test_convolutions_and_tables_are_no_stacks_of_experts(tmp_path):
+    plan = quantize(save(tmp_path / "in", NO_STACKS | BESIDE, num_experts=8), tmp_path / "out").stdout
     assert "stacks of experts" not in plan
-    assert {"m.conv1d.weight", "m.audio.conv1.weight"} < read_tensors(tmp_path / "out").keys()
+    assert NO_STACKS.keys() < read_tensors(tmp_path / "out").keys()
+
+
+def test_a_single_expert_is_no_count_that_tells_a_stack(tmp_path):
+    tensors = BESIDE | {"model.layers.0.table_of_one": random(1, 16, 16)}
+    quantize(save(tmp_path / "in", tensors, num_experts=1), tmp_path / "out")
+
+
+SEPARATE = gated()[1]
+COPIES = {
+    "a stack and separate weights": (GATED | SEPARATE, f"{MOE}.experts.down_proj", f"{MOE}.experts.0.down_proj.weight"),
+    "a stack twice": (
+        GATED | {f"{MOE}.experts.down_proj.weight": GATED[f"{MOE}.experts.down_proj"].clone()},
+        f"{MOE}.experts.down_proj",
+        f"{MOE}.experts.down_proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_experts_that_are_there_twice_are_refused_by_both_names(tmp_path, case):
+    tensors, *names = COPIES[case]
+    result = run_cli(save(tmp_path / "in", BESIDE | tensors, model_type="qwen3_moe"), tmp_path / "out")
+    assert_refused(result, "two copies", "leave one", *(f"'{name}'" for name in names))
 
 
 # --- entries for what is kept ---------------------------------------------------------------------------------------
@@ -369,6 +413,53 @@ def test_a_split_of_what_vllm_fuses_in_linear_attention_is_refused(tmp_path, kep
     assert_refused(run_cli(save(tmp_path / "in", tensors), tmp_path / "out", *options), "engines fuse", kept)
 
 
+INSIDE_EXPERTS = {
+    "experts.0.up_proj.bias": random(INNER),
+    "experts.e_score_correction_bias": random(E),
+    "experts.0.norm.weight": random(H),
+    "experts.router.weight": random(E, H),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE_EXPERTS)
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_what_lies_inside_experts_and_is_kept_does_not_keep_the_experts(tmp_path, form, name):
+    tensors = SEPARATE | BESIDE | {f"{MOE}.{name}": INSIDE_EXPERTS[name]}
+    plan = quantize(save(tmp_path / "in", tensors), tmp_path / "out", "--format", form, "--group_size", 64, "--verify")
+    assert "experts are kept" not in plan.stdout
+    assert not is_kept(tmp_path / "out", f"{MOE}.experts")
+    assert not is_kept(tmp_path / "out", f"{MOE}.experts.0.up_proj")
+    assert is_kept(tmp_path / "out", f"{MOE}.experts.router") == ("router" in name)
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("place", ["model.mm_projector", "model.layers.0.mlp"])
+def test_of_linear_layers_in_a_row_the_entry_keeps_the_narrow_one_alone(tmp_path, form, place):
+    tensors = {f"{place}.0.weight": random(64, 48), f"{place}.2.weight": random(64, 128)} | PROJECTION
+    quantize(save(tmp_path / "in", tensors), tmp_path / "out", "--format", form, "--group_size", 64, "--verify")
+    assert is_kept(tmp_path / "out", f"{place}.0")
+    assert not is_kept(tmp_path / "out", f"{place}.2")
+
+
+def test_the_entry_lm_head_stands_for_no_module_inside_it(tmp_path):
+    tensors = PROJECTION | {"lm_head.dense.weight": random(64, 128), "lm_head.weight": random(96, 128)}
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--verify"]
+    quantize(save(tmp_path / "in", tensors), tmp_path / "out", *options)
+    assert "lm_head.dense.weight_packed" in read_tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize("entry", ["re:.*experts$", "re:.*experts.*", f"{MOE}.experts.1.up_proj"])
+def test_verify_finds_an_entry_that_keeps_packed_experts(tmp_path, entry):
+    source = save(tmp_path / "in", BESIDE | SEPARATE)
+    quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64)
+    config = read_config(tmp_path / "out")
+    config["quantization_config"]["ignore"].append(entry)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    result = run_cli(source, tmp_path / "out", "--verify")
+    assert_refused(result, "found")
+    assert re.search(rf"the entry .* keeps '{re.escape(MOE)}.experts.1.up_proj', which is packed", result.stdout)
+
+
 # --- roles ----------------------------------------------------------------------------------------------------------
 
 WORDS_COUNT = 512
@@ -382,7 +473,7 @@ def kept_of(folder, tensors, form, **config):
     return {name.removesuffix(".weight") for name in read_tensors(folder / "out") if name.endswith(".weight")}
 
 
-EMBEDDINGS = ["shared", "model.shared", "encoder.tok", "transformer.word_table", "model.tok_embeddings"]
+EMBEDDINGS = ["shared", "model.shared", "encoder.tok", "transformer.word_table", "model.embed_tokens.0"]
 HEADS = ["transformer.output_layer", "output", "language_model.output", "model.layers.9.shared_head.head", "lm_heads.0"]
 
 
@@ -392,6 +483,29 @@ def test_embeddings_and_heads_are_told_by_their_rows(tmp_path, name, config):
     weight = {f"{name}.weight": random(WORDS_COUNT, H)}
     assert kept_of(tmp_path / "engine", weight, "compressed-tensors", hidden_size=H, **config) == {name}
     assert kept_of(tmp_path / "int4", weight, "int4", hidden_size=H, **config) == ({name} - set(HEADS))
+
+
+@pytest.mark.parametrize("name", ["decoder.block.0.layer.0.SelfAttention.relative_attention_bias", "input_embeds.1"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_embeddings_of_other_things_than_words_are_kept(tmp_path, form, name):
+    assert kept_of(tmp_path, {f"{name}.weight": random(32, H)}, form) == {name}
+
+
+def test_an_embedding_with_a_few_rows_more_than_there_are_words_is_kept(tmp_path):
+    tensors = {"decoder.tok.weight": random(WORDS_COUNT + 2, H)}
+    assert kept_of(tmp_path, tensors, "int4", vocab_size=WORDS_COUNT, hidden_size=H) == {"decoder.tok"}
+
+
+LINEAR = {
+    "time_embed.0": {"time_embed.0.weight": random(64, H), "time_embed.0.bias": random(64)},
+    "model.layers.0.mlp.shared": {"model.layers.0.mlp.shared.weight": random(64, H)},
+    "model.layers.0.mlp.gate": {"model.layers.0.mlp.gate.weight": random(2 * H, H)},
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_layer_that_is_called_like_something_else_is_quantized(tmp_path, name):
+    assert kept_of(tmp_path, LINEAR[name], "compressed-tensors") == set()
 
 
 def test_a_head_is_told_by_the_rows_of_the_embedding_where_the_config_says_nothing(tmp_path):
@@ -434,6 +548,12 @@ def test_routers_of_every_spelling_are_kept_for_engines(tmp_path, form, name):
 NO_ROUTERS = ["self_attn.k_proj", "mlp.shared_experts.down_proj", "mlp.shared_expert.up_proj", "mlp.fc1_latent_proj"]
 
 
+def test_a_square_matrix_beside_as_many_experts_is_no_router(tmp_path):
+    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, 128) for e in range(128)}
+    tensors = experts | {"model.layers.0.mlp.mixer.weight": random(128, 128)}
+    assert kept_of(tmp_path, tensors, "compressed-tensors") == set()
+
+
 @pytest.mark.parametrize("name", NO_ROUTERS)
 def test_a_projection_with_as_many_rows_as_there_are_experts_is_quantized(tmp_path, name):
     experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, H) for e in range(8)}
@@ -463,6 +583,17 @@ UNMERGED = {
     "base_model.model.model.norm.weight": "merge",
     f"{LAYER}.hada_w1_a": "merge",
     f"{LAYER}.oft_R.default.weight": "merge",
+    f"{LAYER}.lora.down.weight": "merge",
+    f"{LAYER}.loraA.weight": "merge",
+    f"{LAYER}.lora_a.weight": "merge",
+    f"{LAYER}_lora.A.weight": "merge",
+    f"{LAYER}.adapter_A.weight": "merge",
+    f"{LAYER}.vblora_logits_A.default": "merge",
+    "model.layers.0.output.adapters.task.adapter_down.0.weight": "merge",
+    "prompt_encoder.default.embedding.weight": "merge",
+    f"{LAYER}.weight_orig": "prune.remove",
+    f"{LAYER}.weight_mask": "prune.remove",
+    f"{LAYER}.parametrizations.weight.original": "remove_parametrizations",
     "_fsdp_wrapped_module._flat_param": "FULL_STATE_DICT",
     "model.layers.0._fsdp_wrapped_module._flat_param": "FULL_STATE_DICT",
 }
@@ -477,13 +608,47 @@ def test_what_is_not_merged_is_refused_by_name_with_what_to_do(tmp_path, name, f
     assert not (tmp_path / "out").exists()
 
 
+def test_a_low_rank_update_is_refused_whatever_it_is_called(tmp_path):
+    update = {f"{LAYER}.first.weight": random(4, 128), f"{LAYER}.second.weight": random(64, 4)}
+    source = save(tmp_path / "in", {f"{LAYER}.weight": random(64, 128)} | update)
+    assert_refused(run_cli(source, tmp_path / "out"), f"'{LAYER}.first.weight'", "merge")
+
+
+OWN = [
+    "prompt_encoder.point_embed.weight",
+    "model.layers.0.att.w_lora_a.weight",
+    "model.layers.0.att.w_lora.lora.0.weight",
+    "model.layers.0.mlp.base_layer.w.weight",
+    "model.layers.0.self_attn.vera_gate.weight",
+]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_module_of_the_model_that_is_called_like_an_adapter_is_none(tmp_path, name):
+    quantize(save(tmp_path / "in", PROJECTION | {name: random(64, 128)}), tmp_path / "out")
+
+
+def test_a_parametrized_convolution_is_a_models_own(tmp_path):
+    tensors = PROJECTION | {"encoder.pos_conv.parametrizations.weight.original1": random(16, 8, 16)}
+    quantize(save(tmp_path / "in", tensors), tmp_path / "out", "--format", "compressed-tensors")
+
+
 @pytest.mark.parametrize("name", [f"{LAYER}.weight", "model.norm.weight", "model.layers.0.mlp.experts.up_proj"])
 def test_weights_of_no_elements_are_refused(tmp_path, name):
     tensors = {"model.layers.0.mlp.up_proj.weight": random(64, 128), name: torch.empty(0)}
     assert_refused(run_cli(save(tmp_path / "in", tensors), tmp_path / "out"), f"'{name}'", "no elements", "ZeRO-3")
 
 
-WRAPPED = ["_orig_mod.", "module.", "module._orig_mod.", "_forward_module.", "module.module.", "policy."]
+WRAPPED = [
+    "_orig_mod.",
+    "module.",
+    "module._orig_mod.",
+    "_forward_module.",
+    "module.module.",
+    "policy.",
+    "model.",
+    "a.b.",
+]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
@@ -492,9 +657,42 @@ def test_a_wrapper_of_training_before_every_name_is_dropped_with_a_note(tmp_path
     wrapped = {wrapper + name: tensor for name, tensor in tensors.items()}
     for saved, folder in ((save, "a"), (save_pickle, "b")):
         plan = quantize(saved(tmp_path / folder, wrapped), tmp_path / f"{folder}_out", "--verify").stdout
-        assert f"'{wrapper.split('.')[0]}.' (" in plan
+        dropped = next(line for line in plan.splitlines() if "training wrapped around the model" in line)
+        assert all(f"{part}." in dropped for part in wrapper.rstrip(".").split("."))
         quantize(save(tmp_path / f"{folder}_plain", tensors), tmp_path / f"{folder}_expected")
         assert_same_tensors(tmp_path / f"{folder}_out", tmp_path / f"{folder}_expected")
+
+
+@pytest.mark.parametrize("nested", [{"thinker_config": {}}, {"text_config": {}, "vision_config": {}}], ids=str)
+def test_a_prefix_is_the_models_own_where_config_json_has_configs_for_its_parts(tmp_path, nested):
+    tensors = {f"thinker.{LAYER}.weight": random(64, 128), "thinker.lm_head.weight": random(96, 128)}
+    quantize(save(tmp_path / "in", tensors, **nested), tmp_path / "out")
+    assert f"thinker.{LAYER}.qweight" in read_tensors(tmp_path / "out")
+
+
+def test_a_prefix_is_the_models_own_where_more_than_a_language_model_is_behind_it(tmp_path):
+    names = (f"thinker.{LAYER}", "thinker.lm_head", "thinker.visual.blocks.0.attn.proj")
+    quantize(save(tmp_path / "in", {f"{name}.weight": random(96, 128) for name in names}), tmp_path / "out")
+    assert f"thinker.{LAYER}.qweight" in read_tensors(tmp_path / "out")
+
+
+def test_an_averaged_model_loses_its_wrapper_and_its_counter_with_a_note(tmp_path):
+    tensors = {f"module.{LAYER}.weight": random(64, 128), "n_averaged": torch.tensor(7)}
+    assert "left out 'n_averaged'" in quantize(save(tmp_path / "in", tensors), tmp_path / "out").stdout
+    assert read_tensors(tmp_path / "out").keys() == {f"{LAYER}.qweight", f"{LAYER}.scales"}
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "module"])
+def test_a_state_dict_inside_a_trainers_checkpoint_is_read(tmp_path, key):
+    tensors = {f"{LAYER}.weight": random(64, 128)}
+    save_pickle(tmp_path / "in", {key: tensors, "epoch": 3})
+    assert f"only '{key}' is read; beside it are 'epoch'" in quantize(tmp_path / "in", tmp_path / "out").stdout
+
+
+def test_a_checkpoint_of_another_ending_is_named_with_what_to_do(tmp_path):
+    source = save_pickle(tmp_path / "in", {f"{LAYER}.weight": random(64, 128)})
+    (source / "model.pth").rename(source / "last.ckpt")
+    assert_refused(run_cli(source, tmp_path / "out"), "'last.ckpt'", "name it model.pth")
 
 
 def test_wrappers_of_single_layers_are_dropped_too(tmp_path):
@@ -540,6 +738,76 @@ def test_missing_layers_are_warned_of(tmp_path, numbers, missing, nested):
     assert not missing or missing in warnings[0]
 
 
+def warnings_of(tmp_path, tensors, **config):
+    source = save(tmp_path / "in", tensors, **config)
+    return [line for line in quantize(source, tmp_path / "out").stdout.splitlines() if line.startswith("WARNING:")]
+
+
+def stacked_layers(container, count):
+    return {f"{container}.{number}.fc1.weight": random(64, 128) for number in range(count)}
+
+
+UNEVEN = {
+    "bart": ("model.encoder.layers", "model.decoder.layers", {"num_hidden_layers": 4, "encoder_layers": 4}),
+    "t5": ("encoder.block", "decoder.block", {"num_layers": 4}),
+}
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+@pytest.mark.parametrize("counts", [(4, 2), (3, 2), (4, 1)])
+def test_the_layers_of_an_encoder_and_of_a_decoder_are_counted_apart(tmp_path, family, counts):
+    encoder, decoder, config = UNEVEN[family]
+    config |= {"decoder_layers": 2} if family == "bart" else {"num_decoder_layers": 2}
+    tensors = stacked_layers(encoder, counts[0]) | stacked_layers(decoder, counts[1])
+    warnings = warnings_of(tmp_path, tensors, **config)
+    assert len(warnings) == (counts != (4, 2))
+    assert not warnings or (f"'{encoder}.3'" if counts[0] == 3 else f"'{decoder}.1'") in warnings[0]
+
+
+@pytest.mark.parametrize("key", ["num_layers", "n_layers", "n_layer"])
+def test_layers_are_counted_whatever_the_config_calls_them(tmp_path, key):
+    assert "'h.2'" in warnings_of(tmp_path, stacked_layers("h", 2), **{key: 3})[0]
+
+
+def test_nothing_is_said_of_layers_that_a_model_shares(tmp_path):
+    tensors = stacked_layers("encoder.albert_layer_groups", 1)
+    assert not warnings_of(tmp_path, tensors, num_hidden_layers=12, num_hidden_groups=1)
+
+
+def whole_model():
+    tensors = {f"model.layers.{n}.self_attn.{p}_proj.weight": random(64, 128) for n in range(4) for p in "qkvo"}
+    return tensors | {
+        f"model.layers.{n}.mlp.experts.{e}.{p}_proj.weight": random(64, 128)
+        for n in range(1, 4)
+        for e in range(4)
+        for p in ("up", "down")
+    }
+
+
+LOST = {
+    "model.layers.2.self_attn.k_proj.weight": "'model.layers.2.self_attn.k_proj'",
+    "model.layers.3.mlp.experts.1.up_proj.weight": "'model.layers.3.mlp.experts.1.up_proj'",
+    "model.layers.1.mlp.experts.2.": "'model.layers.1.mlp.experts.2'",
+    "model.layers.1.mlp.experts.3.": "'model.layers.1.mlp.experts.3'",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_single_weights_and_experts_that_are_missing_are_warned_of(tmp_path, lost):
+    tensors = {name: tensor for name, tensor in whole_model().items() if not name.startswith(lost)}
+    warnings = warnings_of(tmp_path, tensors, num_experts=4)
+    assert len(warnings) == 1
+    assert (
+        f"WEIGHTS ARE MISSING: 1 that the others of their kind have are not in the checkpoint: {LOST[lost]}."
+        in (warnings[0])
+    )
+
+
+def test_nothing_is_said_of_layers_of_several_kinds(tmp_path):
+    tensors = whole_model() | {"model.layers.0.self_attn.relative_attention_bias.weight": random(32, 4)}
+    assert not warnings_of(tmp_path, tensors, num_experts=4)
+
+
 UNTIED = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
 
 
@@ -556,7 +824,10 @@ def test_a_missing_head_is_refused_for_engines_and_warned_of_in_int4(tmp_path):
         ({"lm_head.weight": random(96, 128)}, UNTIED),
         ({}, UNTIED | {"tie_word_embeddings": True}),
         ({}, UNTIED | {"architectures": ["LlamaModel"]}),
-        ({"output.weight": random(96, 128)}, UNTIED | {"vocab_size": 96}),
+        (
+            {"output.weight": random(96, 128), "model.tok_embeddings.weight": random(96, 128)},
+            UNTIED | {"vocab_size": 96},
+        ),
         ({}, UNTIED | {"text_config": {"tie_word_embeddings": True}}),
     ],
     ids=["head", "tied", "no head in this architecture", "head of another name", "tied in text_config"],
@@ -566,13 +837,22 @@ def test_nothing_is_said_of_a_head_that_is_there_or_not_due(tmp_path, tensors, c
     assert "WARNING" not in quantize(source, tmp_path / "out", "--format", "compressed-tensors").stdout
 
 
+def test_a_missing_embedding_is_refused_for_engines_and_warned_of_in_int4(tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 96}
+    source = save(tmp_path / "in", layers(0) | {"lm_head.weight": random(96, 128)}, **config)
+    result = run_cli(source, tmp_path / "out", "--format", "compressed-tensors")
+    assert_refused(result, "no embedding")
+    assert "THE EMBEDDING IS MISSING" in quantize(source, tmp_path / "out").stdout
+
+
 def write_index(folder, names, file):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
 
 
+@pytest.mark.parametrize("saved", [save, save_pickle], ids=["safetensors", "pickle"])
 @pytest.mark.parametrize("complete", [True, False])
-def test_an_index_of_missing_shards_beside_whole_weights_may_be_stale(tmp_path, complete):
-    source = save(tmp_path / "in", layers(0, 1))
+def test_an_index_of_missing_shards_beside_whole_weights_may_be_stale(tmp_path, complete, saved):
+    source = saved(tmp_path / "in", layers(0, 1))
     names = list(layers(0, 1) if complete else layers(0, 1, 2))
     write_index(source, names, "model-00001-of-00002.safetensors")
     result = run_cli(source, tmp_path / "out")
@@ -597,10 +877,11 @@ def test_consolidated_weights_alone_are_the_model(tmp_path):
     quantize(source, tmp_path / "out")
 
 
-def test_two_sets_of_weights_without_an_index_are_refused(tmp_path):
+@pytest.mark.parametrize("other", ["model-00001-of-00001.safetensors", "ema.safetensors"])
+def test_two_sets_of_weights_without_an_index_are_refused(tmp_path, other):
     source = save(tmp_path / "in", layers(0))
-    save_file(layers(1), source / "model-00001-of-00001.safetensors")
-    assert_refused(run_cli(source, tmp_path / "out"), "model.safetensors", "model-*-of-00001", "two sets")
+    save_file(layers(1), source / other)
+    assert_refused(run_cli(source, tmp_path / "out"), "model.safetensors", other.replace("00001-", "*-"), "two sets")
 
 
 # --- Conv1D, scales, the mark of int4 -------------------------------------------------------------------------------
