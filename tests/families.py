@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from conftest import read_tensors
+from loader_helpers import read_config
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)  # the models are so small that threads would do nothing but wait for each other
@@ -303,6 +304,7 @@ class Family:
     model_class: str
     excludes: dict[str, str] = field(default_factory=dict)  # by what they keep; "experts" where they must be kept
     saved: tuple[str, ...] = ("pretrained",)
+    decoded_at_once: bool = False  # with transformers, which else asks its layers for weights that are packed
     refused: str = ""  # what the refusal names, without the exclude of the experts
 
 
@@ -313,7 +315,7 @@ TOWER = r"visual\."
 FAMILIES = {
     "llama": Family(llama, "LlamaForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
     "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
-    "t5": Family(t5, "T5ForConditionalGeneration", {"attention": r"SelfAttention\.[qkv]\."}),
+    "t5": Family(t5, "T5ForConditionalGeneration", {"attention": r"SelfAttention\.[qkv]\."}, decoded_at_once=True),
     "nemotron_h": Family(
         nemotron_h,
         "NemotronHForCausalLM",
@@ -334,7 +336,7 @@ FAMILIES = {
         "GraniteMoeHybridForCausalLM",
         {"experts": "block_sparse_moe"},
         ("pretrained", "state_dict"),
-        "block_sparse_moe.",
+        refused="block_sparse_moe.",
     ),
     "llama4": Family(
         llama4, "Llama4ForCausalLM", {"attention": QKV, "experts": r"\.experts\."}, ("pretrained", "state_dict")
@@ -344,7 +346,7 @@ FAMILIES = {
         "Qwen3VLMoeForConditionalGeneration",
         {"experts": r"\.experts\."},
         ("pretrained", "transposed"),
-        "experts.down_proj",
+        refused="experts.down_proj",
     ),
     "qwen3_5": Family(
         qwen3_5,
@@ -393,5 +395,8 @@ def save(name, saved, folder):
 def load(name, folder):
     """A family's model from a folder, with transformers, and what its loader reports."""
     model_class = getattr(transformers, FAMILIES[name].model_class)
-    model, report = model_class.from_pretrained(folder, output_loading_info=True)
+    options = {}
+    if FAMILIES[name].decoded_at_once and "quantization_config" in read_config(folder):
+        options["quantization_config"] = transformers.CompressedTensorsConfig(run_compressed=False)
+    model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
     return model.eval(), report

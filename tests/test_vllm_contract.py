@@ -22,7 +22,7 @@ from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
 
 import quantize_int4 as q
 
-VLLM_VERSION = "0.29.0"  # every row below was read in it; paths are below vllm/model_executor/
+VLLM_VERSIONS = ("0.29.0", "0.33.0")  # every row below was read in the first; paths are below vllm/model_executor/
 NEMOTRON = "models/nemotron_h.py"
 MAMBA = "layers/mamba/mamba_mixer2.py"
 MARLIN = "layers/quantization/utils/marlin_utils.py"

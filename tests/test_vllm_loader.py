@@ -120,15 +120,22 @@ def pretend_orin():
         current_platform.__class__ = platform
 
 
+ACTIVATIONS = ("relu_squared", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "gelu_new", "gelu_fast")
+FP8_QUESTION = "cutlass_scaled_mm_supports_fp8"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def vllm_process(tmp_path_factory):
     """What any process that loads a model with vLLM sets up: process groups, here of one process."""
     # An activation looks up its CUDA kernel when it is made. It is never called here, so its name is enough, which
     # lasts as long as this object.
     operators = torch.library.Library("_C", "FRAGMENT")
-    for name in ("relu_squared", "silu_and_mul"):
+    for name in ACTIVATIONS:
         if not hasattr(torch.ops._C, name):
             operators.define(f"{name}(Tensor! out, Tensor input) -> ()")
+    if not hasattr(torch.ops._C, FP8_QUESTION):  # 0.33 asks it when it is made
+        operators.define(f"{FP8_QUESTION}(int capability) -> bool")
+        operators.impl(FP8_QUESTION, lambda capability: False, "CompositeExplicitAutograd")
     rendezvous = tmp_path_factory.mktemp("vllm") / "rendezvous"
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(
@@ -347,7 +354,7 @@ def nano(request, tmp_path_factory):
 
 def test_vllm_allocates_for_nemotron_3_nano_what_the_contract_says(nano):
     """The tables of test_vllm_contract.py, which runs without vLLM, are those of the vLLM that is installed here."""
-    assert vllm.__version__ == contract.VLLM_VERSION
+    assert vllm.__version__ in contract.VLLM_VERSIONS
     expected = {
         vllm_name(name): tensor
         for name, tensor in contract.expected_tensors(nano.group_size).items()

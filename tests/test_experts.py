@@ -1,0 +1,314 @@
+"""Stacks of routed experts become one weight an expert and projection, stay whole, or are refused."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli
+from reference import pack_words, reference_quantize
+from safetensors.torch import save_file
+from small_models import (
+    BESIDE,
+    FORMATS,
+    INNER,
+    MOE,
+    SEPARATE,
+    E,
+    H,
+    assert_same_tensors,
+    gated,
+    is_kept,
+    random,
+    save,
+    save_pickle,
+)
+
+# --- stacks of experts ----------------------------------------------------------------------------------------------
+
+
+def ungated(module="model.layers.0.mixer.experts"):
+    up, down = random(E, INNER, H), random(E, H, INNER)
+    stacks = {f"{module}.up_proj": up, f"{module}.down_proj": down}
+    return stacks, {
+        f"{module}.{expert}.{name}.weight": stack[expert].clone()
+        for name, stack in (("up_proj", up), ("down_proj", down))
+        for expert in range(E)
+    }
+
+
+def turned(experts):
+    """The same experts in stacks of transposed matrices."""
+
+    def transposed():
+        stacks, separate = experts()
+        return {name: stack.transpose(1, 2).contiguous() for name, stack in stacks.items()}, separate
+
+    return transposed
+
+
+SIZES = {"hidden_size": H, "moe_intermediate_size": INNER}
+FAMILIES = {
+    "qwen3_moe": (gated, {"model_type": "qwen3_moe"}),
+    "deepseek_v3": (gated, {"model_type": "deepseek_v3", "n_routed_experts": E}),
+    "in a text_config": (gated, {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text"}}),
+    "nemotron_h": (ungated, {"model_type": "nemotron_h", **SIZES}),
+    "nemotron_h without sizes": (ungated, {"model_type": "nemotron_h"}),
+    "not gated, sizes in text_config": (ungated, {"model_type": "some", "text_config": SIZES}),
+    "transposed": (turned(gated), {"model_type": "llama4_text"}),
+    "transposed, not gated": (turned(ungated), {"model_type": "some", **SIZES}),
+    "not gated, of a latent size": (
+        ungated,
+        {"model_type": "nemotron_h", "hidden_size": 2 * H, "moe_latent_size": H, "moe_intermediate_size": INNER},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("saved", [save, save_pickle], ids=["safetensors", "pickle"])
+def test_stacks_of_experts_give_what_separate_experts_give(tmp_path, family, form, saved):
+    experts, config = FAMILIES[family]
+    stacks, separate = experts()
+    options = ["--format", form, "--group_size", 64, "--verify"]
+    plan = quantize(saved(tmp_path / "stacked", BESIDE | stacks, **config), tmp_path / "out", *options).stdout
+    quantize(save(tmp_path / "separate", BESIDE | separate, **config), tmp_path / "expected", *options)
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+    assert re.search(rf"stacks of experts +2 +read as {len(separate)} weights", plan)
+
+
+def test_an_experts_weight_is_its_own_slice_of_the_stack_with_gate_rows_first(tmp_path):
+    stacks, _ = gated()
+    quantize(save(tmp_path / "in", BESIDE | stacks, model_type="qwen3_moe"), tmp_path / "out", "--group_size", 64)
+    output = read_tensors(tmp_path / "out")
+    for expert in range(E):
+        gate_up = stacks[f"{MOE}.experts.gate_up_proj"][expert]
+        slices = {"gate_proj": gate_up[:INNER], "up_proj": gate_up[INNER:]}
+        for name, weight in (slices | {"down_proj": stacks[f"{MOE}.experts.down_proj"][expert]}).items():
+            codes, scales = reference_quantize(weight, 64, torch.float16)
+            words = output[f"{MOE}.experts.{expert}.{name}.qweight"]
+            assert words.tolist() == torch.tensor([pack_words(row) for row in codes], dtype=torch.int32).tolist()
+            assert output[f"{MOE}.experts.{expert}.{name}.scales"].tolist() == scales
+
+
+@pytest.mark.parametrize("options", [["--scale", "mse"], ["--scale", "mse", "--importance"]], ids=["mse", "importance"])
+def test_stacked_experts_are_searched_and_weighed_as_separate_ones(tmp_path, options):
+    stacks, separate = gated()
+    if options[-1] == "--importance":
+        vectors = {name.removesuffix(".weight"): torch.rand(tensor.shape[1]) for name, tensor in separate.items()}
+        save_file(vectors, tmp_path / "importance.safetensors")
+        options = [*options, tmp_path / "importance.safetensors"]
+    for name, tensors in (("stacked", stacks), ("separate", separate)):
+        source = save(tmp_path / name, BESIDE | tensors, model_type="qwen3_moe")
+        quantize(source, tmp_path / f"{name}_out", "--group_size", 64, *options)
+    assert_same_tensors(tmp_path / "stacked_out", tmp_path / "separate_out")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "minimax", "minimax_m2"])
+def test_mixtrals_state_dict_gets_the_names_that_vllm_knows(tmp_path, model_type):
+    stacks, _ = gated()
+    quantize(save(tmp_path / "in", BESIDE | stacks, model_type=model_type), tmp_path / "out", "--format=int4")
+    names = {name.rpartition(".")[0] for name in read_tensors(tmp_path / "out")}
+    moe = "model.layers.0.block_sparse_moe"
+    assert {f"{moe}.experts.{e}.{w}" for e in range(E) for w in ("w1", "w2", "w3")} < names
+    assert f"{moe}.gate" in names
+
+
+def test_phimoes_router_is_renamed_with_its_experts(tmp_path):
+    stacks, _ = gated()
+    tensors = stacks | {f"{MOE}.router.weight": random(E, H)}
+    options = ["--format", "compressed-tensors", "--group_size", 64]
+    quantize(save(tmp_path / "in", tensors, model_type="phimoe"), tmp_path / "out", *options)
+    assert "model.layers.0.block_sparse_moe.gate.weight" in read_tensors(tmp_path / "out")
+
+
+def test_a_stack_in_a_pickle_that_is_not_in_one_piece_is_read_right(tmp_path):
+    stacks, separate = gated()
+    views = {name: stack.transpose(1, 2).contiguous().transpose(1, 2) for name, stack in stacks.items()}
+    assert not any(view.is_contiguous() for view in views.values())
+    constants = {"TILE_WEIGHTS": 2000, "JOB_WEIGHTS": 5000}
+    source = save_pickle(tmp_path / "in", BESIDE | views, model_type="qwen3_moe")
+    quantize(source, tmp_path / "out", "--group_size", 64, constants=constants)
+    quantize(save(tmp_path / "separate", BESIDE | separate), tmp_path / "expected", "--group_size", 64)
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("saved", [save, save_pickle], ids=["safetensors", "pickle"])
+@pytest.mark.parametrize("options", [[], ["--exclude", r"experts\.\d+\."]], ids=["quantized", "kept"])
+def test_transposed_stacks_are_read_right_in_tiles_of_any_size(tmp_path, saved, options):
+    stacks, separate = turned(gated)()
+    constants = {"TILE_WEIGHTS": 5500, "JOB_WEIGHTS": 15000, "COPY_BYTES": 7777, "VERIFY_WEIGHTS": 4900}
+    source = saved(tmp_path / "in", BESIDE | stacks, model_type="llama4_text")
+    options = ["--format", "compressed-tensors", "--group_size", 64, *options]
+    quantize(source, tmp_path / "out", *options, "--verify", constants=constants)
+    quantize(save(tmp_path / "separate", BESIDE | separate, model_type="llama4_text"), tmp_path / "expected", *options)
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+
+
+def test_a_resumed_run_over_stacks_writes_the_bytes_of_an_uninterrupted_one(tmp_path):
+    source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--shard_size_gb", 5e-5]
+    quantize(source, tmp_path / "whole", *options)
+    quantize(source, tmp_path / "out", *options)
+    for name in ("model.safetensors.index.json", "model-00002.safetensors", "model-00004.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert "finished by an earlier run" in quantize(source, tmp_path / "out", *options).stdout
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_verify_names_a_wrong_expert_of_a_stack(tmp_path):
+    source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
+    quantize(source, tmp_path / "out", "--group_size", 64)
+    tensors = read_tensors(tmp_path / "out")
+    one, other = (f"{MOE}.experts.{expert}.up_proj.qweight" for expert in (1, 2))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, tmp_path / "out" / "model-00001.safetensors")
+    assert_refused(run_cli(source, tmp_path / "out", "--verify"), f"'{MOE}.experts.1.up_proj.weight'")
+
+
+# --- stacks that stay, or are refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [r"\.experts\.", r"experts\.\d+\.", "mlp"])
+def test_excluded_stacks_stay_whole_where_engines_know_them_so(tmp_path, pattern):
+    stacks, _ = gated()
+    source = save(tmp_path / "in", BESIDE | stacks, model_type="qwen3_moe")
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", pattern, "--verify"]
+    quantize(source, tmp_path / "out", *options)
+    output = read_tensors(tmp_path / "out")
+    for name, stack in stacks.items():
+        assert torch.equal(output[name], stack)
+    for prefix in ("model", "model.language_model", "language_model.model"):
+        assert is_kept(tmp_path / "out", f"{prefix}.layers.0.mlp.experts")
+        assert is_kept(tmp_path / "out", f"{prefix}.layers.0.mlp.experts.0.gate_proj")
+        assert not is_kept(tmp_path / "out", f"{prefix}.layers.0.self_attn.o_proj")
+
+
+def test_excluded_stacks_that_vllm_does_not_know_are_kept_one_weight_an_expert(tmp_path):
+    stacks, separate = ungated()
+    source = save(tmp_path / "in", BESIDE | stacks, model_type="nemotron_h", **SIZES)
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", r"experts\.(up|down)_proj$"]
+    plan = quantize(source, tmp_path / "out", *options, "--verify").stdout
+    output = read_tensors(tmp_path / "out")
+    assert all(torch.equal(output[name], weight) for name, weight in separate.items())
+    assert "transformers (5.23) leaves kept experts" in plan
+
+
+@pytest.mark.parametrize("pattern", ["down_proj", r"experts\.2\."])
+def test_an_exclude_that_splits_a_layers_stacks_is_refused_for_engines(tmp_path, pattern):
+    source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", pattern]
+    assert_refused(run_cli(source, tmp_path / "out", *options), "all experts of", "all of them or none")
+
+
+GATED, UNGATED = gated()[0], ungated()[0]
+GRANITE = {
+    f"model.layers.0.block_sparse_moe.{name}.weight": stack
+    for name, stack in zip(("input_linear", "output_linear"), GATED.values())
+}
+UNREADABLE = {
+    "undecided": (UNGATED, {"model_type": "some"}, "does not tell whether transposed"),
+    "interleaved": (turned(gated)()[0], {"model_type": "gpt_oss"}, "alternate"),
+    "with biases": (
+        GATED | {f"{MOE}.experts.gate_up_proj_bias": random(E, 2 * INNER)},
+        {"model_type": "some"},
+        "have biases",
+    ),
+    "w13": ({f"{MOE}.experts.w13_weight": random(E, 2 * INNER, H)}, {"model_type": "some"}, "not known"),
+    "beside the module": ({"model.layers.0.experts_gate_up": random(E, H, H)}, {"model_type": "some"}, "not known"),
+    "with a quote": ({"model.layers.0.it's_experts.w": random(E, H, H)}, {"model_type": "some"}, "not known"),
+    "in two layers": (
+        {f"model.layers.{n}.moe_w{n}": random(E, H, H) for n in (1, 12)},
+        {"model_type": "a"},
+        "not known",
+    ),
+    "by number": ({f"{MOE}.bank": random(E, INNER, H)}, {"num_local_experts": E}, "not known"),
+    "2-D": ({"transformer.blocks.0.ffn.experts.mlp.w1": random(E * INNER, H)}, {"model_type": "dbrx"}, "not known"),
+    "alone": ({f"{MOE}.experts.gate_up_proj": random(E, 2 * INNER, H)}, {"model_type": "qwen3_moe"}, "not all"),
+    "without a gate": (
+        {f"{MOE}.experts.{name}_proj": UNGATED[f"model.layers.0.mixer.experts.{name}_proj"] for name in ("up", "down")},
+        {"model_type": "qwen3_moe", **SIZES},
+        "not all projections",
+    ),
+    "of other shapes": (GATED | {f"{MOE}.experts.down_proj": random(E, H, 96)}, {"model_type": "some"}, "gated pair"),
+}
+
+
+def advice_of(result):
+    """The options that a refusal names, as a shell reads them."""
+    return shlex.split(re.search(r"(--exclude .*) keeps", result.stderr)[1])
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize("form", ["int4", "compressed-tensors"])
+def test_a_stack_that_nothing_decides_is_refused_by_name_and_the_advice_helps(tmp_path, case, form):
+    stacks, config, reason = UNREADABLE[case]
+    source = save(tmp_path / "in", BESIDE | stacks, **config)
+    options = ["--format", form, "--group_size", 64]
+    result = run_cli(source, tmp_path / "out", *options)
+    assert_refused(result, next(name for name in stacks if "bias" not in name).rpartition(".")[0], reason)
+    quantize(source, tmp_path / "out", *options, *advice_of(result), "--verify")
+    output = read_tensors(tmp_path / "out")
+    assert all(torch.equal(output[name], stack) for name, stack in stacks.items())
+
+
+@pytest.mark.parametrize("model_type", ["granitemoehybrid", "gemma4_text", "qwen3_vl_moe"])
+def test_stacks_that_loaders_know_only_as_stacks_are_refused_for_engines_unless_they_are_kept(tmp_path, model_type):
+    stacks = GRANITE if model_type.startswith("granite") else GATED
+    source = save(tmp_path / "in", BESIDE | stacks, model_type=model_type)
+    options = ["--format", "compressed-tensors", "--group_size", 64]
+    result = run_cli(source, tmp_path / "out", *options)
+    assert_refused(result, f"'{min(stacks)}'", model_type)
+    quantize(source, tmp_path / "out", *options, *advice_of(result))
+    moe = next(iter(stacks)).rpartition(".layers.")[2].split(".")[1]
+    assert is_kept(tmp_path / "out", f"model.layers.0.{moe}.experts")
+    assert not is_kept(tmp_path / "out", "model.layers.0.self_attn.o_proj")
+    quantize(source, tmp_path / "int4", "--group_size", 64)
+    assert sum(name.endswith(".qweight") for name in read_tensors(tmp_path / "int4")) == 3 * E + 2
+
+
+def test_a_state_dict_whose_other_names_loaders_do_not_know_is_refused_for_engines(tmp_path):
+    source = save(tmp_path / "in", BESIDE | GATED, model_type="deepseek_v4")
+    options = ["--format", "compressed-tensors", "--group_size", 64]
+    assert_refused(run_cli(source, tmp_path / "out", *options), "model.state_dict()", "save_pretrained")
+    quantize(source, tmp_path / "out", "--group_size", 64)
+
+
+NO_STACKS = {
+    "m.conv1d.weight": random(8, 1, 4),
+    "m.audio.conv1.weight": random(8, 80, 3),
+    "m.moe_conv.weight": random(8, 80, 9),
+    "model.layers.0.relative_table": random(8, 16, 16),
+    "model.pos_embed": random(8, 16, 16),
+    "model.register": random(8, 16, 16),
+}
+
+
+def test_convolutions_and_tables_are_no_stacks_of_experts(tmp_path):
+    plan = quantize(save(tmp_path / "in", NO_STACKS | BESIDE, num_experts=8), tmp_path / "out").stdout
+    assert "stacks of experts" not in plan
+    assert NO_STACKS.keys() < read_tensors(tmp_path / "out").keys()
+
+
+def test_a_single_expert_is_no_count_that_tells_a_stack(tmp_path):
+    tensors = BESIDE | {"model.layers.0.table_of_one": random(1, 16, 16)}
+    quantize(save(tmp_path / "in", tensors, num_experts=1), tmp_path / "out")
+
+
+COPIES = {
+    "a stack and separate weights": (GATED | SEPARATE, f"{MOE}.experts.down_proj", f"{MOE}.experts.0.down_proj.weight"),
+    "a stack twice": (
+        GATED | {f"{MOE}.experts.down_proj.weight": GATED[f"{MOE}.experts.down_proj"].clone()},
+        f"{MOE}.experts.down_proj",
+        f"{MOE}.experts.down_proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_experts_that_are_there_twice_are_refused_by_both_names(tmp_path, case):
+    tensors, *names = COPIES[case]
+    result = run_cli(save(tmp_path / "in", BESIDE | tensors, model_type="qwen3_moe"), tmp_path / "out")
+    assert_refused(result, "two copies", "leave one", *(f"'{name}'" for name in names))
