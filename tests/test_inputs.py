@@ -300,7 +300,8 @@ def test_quantizer_tensors_in_safetensors_are_refused(tmp_path):
 
 
 def test_config_dir_provides_config_and_tokenizer(tmp_path, tiny):
-    folder = save_pickle(tmp_path / "in", {"m.x.weight": random_weight()}, "modelopt_model.0.pth")
+    tensors = {"m.x.weight": random_weight(), "backbone.embeddings.weight": torch.cat([random_weight()] * 4)}
+    folder = save_pickle(tmp_path / "in", tensors, "modelopt_model.0.pth")
     (folder / "config.json").write_text('{"model_type": "not this one"}')
     options = ["--config_dir", tiny, "--format", "compressed-tensors"]
     result = quantize(folder, tmp_path / "out", *options)
