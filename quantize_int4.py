@@ -821,7 +821,7 @@ def remedy_for_missing_shard(index: Path, weight_map: dict[str, str]) -> str:
             found |= (load_state_dict(path)[0] if is_pickled_weights(path) else read_tensor_infos(path)).keys()
     if weight_map.keys() <= found:
         return (
-            f"the index may be stale, since {quote_names(path.name for path in others)} beside it hold all"
+            f"the index may be stale, since {quote_names(path.name for path in others)} beside it have all"
             f" {len(weight_map):,} tensors that it names: remove the index if they are the model"
         )
     return "copy or download it again"
@@ -1890,8 +1890,9 @@ def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
     inside: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.items():
         for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
-            if name[: end.start()] + ".weight" in tensors.keys() - {name}:
-                inside.setdefault(name[: end.start()] + ".weight", []).append(info)
+            owner = f"{name[: end.start()]}.weight"
+            if owner in tensors and owner != name:
+                inside.setdefault(owner, []).append(info)
     for name, parts in inside.items():
         shape = tensors[name].shape
         for down, up in itertools.permutations(parts, 2):

@@ -94,7 +94,10 @@ def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
 
 def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
     folder = save_model(tmp_path / "in", {"attention.heads": torch.ones(4, 64, 128), **WEIGHT})
-    assert "only 2-D weights are quantized; 1 3-D one (131.1 kB) kept, e.g. attention.heads" in quantize(folder, tmp_path / "out").stdout
+    assert (
+        "only 2-D weights are quantized; 1 3-D one (131.1 kB) kept, e.g. attention.heads"
+        in quantize(folder, tmp_path / "out").stdout
+    )
 
 
 PROGRESS = re.compile(r"\d+/24 tensors +\d+\.\d% +\d\.\d/0\.8 GB +\d+\.\d\d GB/s +.* left +RAM .* used, .* available")
