@@ -169,6 +169,11 @@ def test_a_projection_with_as_many_rows_as_there_are_words_is_quantized(tmp_path
     assert kept == {"model.embed_tokens"}
 
 
+def test_a_weight_with_as_many_rows_as_there_are_positions_is_quantized(tmp_path):
+    tensors = {"model.embed_positions.weight": random(WORDS_COUNT, H), "model.aligner.weight": random(WORDS_COUNT, H)}
+    assert kept_of(tmp_path, tensors, "int4") == {"model.embed_positions"}
+
+
 def test_a_weight_of_another_width_than_the_embedding_is_no_head(tmp_path):
     tensors = {"model.aligner.weight": random(WORDS_COUNT, 128), "model.embed_tokens.weight": random(WORDS_COUNT, H)}
     assert kept_of(tmp_path, tensors, "compressed-tensors", vocab_size=WORDS_COUNT) == {"model.embed_tokens"}
