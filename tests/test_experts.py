@@ -293,7 +293,7 @@ def test_convolutions_and_tables_are_no_stacks_of_experts(tmp_path):
 
 
 def test_a_single_expert_is_no_count_that_tells_a_stack(tmp_path):
-    tensors = BESIDE | {"model.layers.0.table_of_one": random(1, 16, 16)}
+    tensors = BESIDE | {"model.layers.0.one_of_one": random(1, 16, 16)}
     quantize(save(tmp_path / "in", tensors, num_experts=1), tmp_path / "out")
 
 
