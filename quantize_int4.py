@@ -1085,6 +1085,27 @@ def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is stored: in codes of 4 or 8 bits, and a scale for each group of columns."""
+
+    bits: int
+    group_size: int  # columns
+
+    @property
+    def codes_per_word(self) -> int:
+        return 32 // self.bits
+
+    @property
+    def code_max(self) -> int:
+        """The largest code; the smallest is one further from zero."""
+        return (1 << (self.bits - 1)) - 1
+
+    def columns_of(self, columns: int) -> int:
+        """`columns` rounded up to whole groups."""
+        return -(-columns // self.group_size) * self.group_size
+
+
 class Workspace:
     """One worker's buffers, reused from tile to tile: fresh pages from the kernel cost more than the arithmetic. So are
     the tensors over them, since every call to torch hands the interpreter lock to another worker and back."""
@@ -1189,6 +1210,24 @@ def quantize_groups(
     if kernel and scale_dtype.itemsize == 2 and least >= torch.finfo(scale_dtype).smallest_normal:
         return kernel.round_and_pack(groups, divisors.reciprocal_(), with_offset, workspace), scales
     return pack_int4(divide_to_codes(groups, divisors, workspace), workspace, with_offset), scales
+
+
+def quantize_to_int8(
+    groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in 8 bits: scale = max|w| / 127, and words of four bytes, each a code plus 128, the first code's lowest.
+
+    groups:  (n, group_size), any float dtype
+    returns: words int32 (n, group_size // 4) and scales `scale_dtype` (n,), both in the workspace
+    """
+    scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
+    scales.copy_(max_abs(groups, workspace).div_(127))
+    if not torch.isfinite(scales).all():
+        raise NotQuantizable(scales)
+    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
+    torch.div(weights, divisors_of(scales)[:, None], out=weights).round_().clamp_(-128, 127).add_(128)
+    workspace.tensor("words", torch.uint8, *groups.shape).copy_(weights)
+    return workspace.tensor("words", torch.int32, groups.shape[0], groups.shape[1] // 4), scales
 
 
 def divisors_of(scales: torch.Tensor) -> torch.Tensor:
@@ -1439,11 +1478,6 @@ def compile_kernel() -> Kernel:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def whole_groups(columns: int, group_size: int) -> int:
-    """`columns` rounded up to a multiple of `group_size`."""
-    return -(-columns // group_size) * group_size
-
-
 @dataclass(frozen=True)
 class OutputTensor:
     """A tensor of the output as its shard's header describes it."""
@@ -1475,19 +1509,19 @@ class Format:
         lambda *_: []
     )  # of module, rows, columns, group_size
 
-    def outputs(self, info: TensorInfo, group_size: int, computed_in: str | None) -> tuple[OutputTensor, ...]:
+    def outputs(self, info: TensorInfo, packing: Packing, computed_in: str | None) -> tuple[OutputTensor, ...]:
         """What replaces a weight: words, scales, then tensors that follow from its shape.
 
         computed_in: `model_dtype`. Engines round scales to it when they load them, so codes must be made for these.
         """
         module, rows = info.name.removesuffix(".weight"), info.shape[0]
-        columns = whole_groups(info.shape[1], group_size)
+        columns = packing.columns_of(info.shape[1])
         scale_dtype = self.scale_dtype or computed_in or {"F64": "F32"}.get(info.dtype, info.dtype)
-        words, scales = (rows, columns // CODES_PER_WORD), (rows, columns // group_size)
+        words, scales = (rows, columns // packing.codes_per_word), (rows, columns // packing.group_size)
         return (
             OutputTensor(module + self.words_suffix, "I32", words[::-1] if self.transposed else words),
             OutputTensor(module + self.scales_suffix, scale_dtype, scales[::-1] if self.transposed else scales),
-            *self.constants(module, rows, columns, group_size),
+            *self.constants(module, rows, columns, packing.group_size),
         )
 
 
@@ -1545,29 +1579,47 @@ def describe_int4(plan: Plan) -> dict[str, dict]:
 
 
 def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
-    """config.json's `quantization_config`, by the compressed-tensors package (quant_config.py). `Linear` must be the
-    only target: with narrower ones vLLM refuses experts ("must have same quantization scheme")."""
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": plan.options.group_size,
-        "dynamic": False,
-        "actorder": None,
-    }
-    group = {
-        "targets": ["Linear"],
-        "format": "pack-quantized",
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
+    """config.json's `quantization_config`, by the compressed-tensors package (quant_config.py): a group of layers for
+    each packing, that with most weights first, for whatever is `Linear`, and by name what the others hold.
+
+    The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same quantization
+    scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
+    """
+    members: dict[Packing, list[TensorInfo]] = {}
+    for tensor in plan.tensors:
+        if tensor.packing:
+            members.setdefault(tensor.packing, []).append(tensor.source)
+    first, *others = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
+    targets = {first: ["Linear"]}
+    if others and any(EXPERT_PATTERN.match(info.name) for info in members[first]):
+        targets[first].append(r"re:(.*\.)?experts\.\d+\..*$")
+    for packing in others:
+        rivals = [info for other in members if other != packing for info in members[other]]
+        modules = [pair for info in members[packing] for pair in modules_of(info)]
+        targets[packing] = [f"re:{pattern}" for pattern in patterns_of_modules(modules, rivals)]
+    groups = {
+        f"group_{number}": {
+            "targets": targets[packing],
+            "format": "pack-quantized",
+            "weights": {
+                "num_bits": packing.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": packing.group_size,
+                "dynamic": False,
+                "actorder": None,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for number, packing in enumerate(targets)
     }
     description = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_kept_layers(plan))],
     }
     return {CONFIG_NAME: {"quantization_config": description}}
@@ -1589,36 +1641,40 @@ def describe_gptq(plan: Plan) -> dict[str, dict]:
 
 
 def patterns_of_kept_layers(plan: Plan) -> list[str]:
-    """Regular expressions for the modules that are kept, one for all layer numbers where all of them are.
+    """Regular expressions for the modules that are kept, of which engines know lm_head anyway."""
+    kept = [tensor.source for tensor in plan.tensors if not tensor.packing and tensor.source.name != "lm_head.weight"]
+    return patterns_of_modules([pair for info in kept for pair in modules_of(info)], plan.quantized)
+
+
+def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[TensorInfo]) -> list[str]:
+    """Regular expressions for modules, one for all layer numbers where that matches no weight of the others.
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
     transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
     """
-    packed = [info.name.removesuffix(".weight") for info in plan.quantized]
+    every = [info.name.removesuffix(".weight") for info in others]
     rivals: dict[str, list[str]] = {}  # by the last part of the name, in which a pattern's number stands for any
-    for module in packed:
+    for module in every:
         rivals.setdefault(re.sub(r".*\.|\d+$", "", module), []).append(module)
-    kept = dict.fromkeys(pair for tensor in plan.tensors for pair in kept_modules(tensor))
-    return list(
-        dict.fromkeys(
-            _pattern_of_module(module, end, rivals.get(re.sub(r".*\.|\d+$", "", module), ()) if end == "$" else packed)
-            for module, end in kept
-        )
+    patterns = (
+        _pattern_of_module(module, end, rivals.get(re.sub(r".*\.|\d+$", "", module), ()) if end == "$" else every)
+        for module, end in dict.fromkeys(modules)
     )
+    return list(dict.fromkeys(patterns))
 
 
-def kept_modules(tensor: TensorPlan) -> Iterator[tuple[str, str]]:
-    """Modules that engines look up for a tensor that is kept, and how a pattern for each has to end."""
-    name = tensor.source.name
-    if tensor.quantized or name == "lm_head.weight" or len(tensor.source.shape) < 2:  # lm_head has an entry of its own
+def modules_of(info: TensorInfo) -> Iterator[tuple[str, str]]:
+    """Modules that engines look up for a tensor, and how a pattern for each has to end."""
+    name = info.name
+    if len(info.shape) < 2:
         return
     if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name):
         # One entry for the layer's experts: vLLM asks for projections that a model need not have.
         yield experts[1], r"(\..*)?$"
-    elif len(tensor.source.shape) == 3 and (stack := STACK_PATTERN.match(name)):
+    elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(name)):
         yield f"{stack['place']}experts", r"(\..*)?$"
         yield name.removesuffix(".weight"), "$"
-    elif len(tensor.source.shape) == 2 and name.endswith(".weight"):
+    elif len(info.shape) == 2 and name.endswith(".weight"):
         yield name.removesuffix(".weight"), "$"
 
 
@@ -1646,8 +1702,8 @@ def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
         if not any(map(re.compile(candidate).match, packed)):
             return candidate
     raise QuantizeError(
-        f"every entry for {module!r}, which is kept, would keep {rivals[0]!r} too, which is quantized: change --exclude"
-        " so that both are kept or both quantized"
+        f"every pattern for {module!r} would match {rivals[0]!r} too, which is stored otherwise: change --exclude or"
+        " --int8 so that both are stored alike"
     )
 
 
@@ -1722,6 +1778,7 @@ class Options:
     shard_size: int  # bytes
     exclude: tuple[str, ...]
     quantize_embeddings: bool
+    int8: tuple[str, ...] = ()  # patterns of what is packed in 8 bits
     scale: str = "absmax"  # or "mse": least squared error
     importance: Importance | None = None
 
@@ -1740,11 +1797,12 @@ class TensorPlan:
 
     source: TensorInfo
     kept_because: str | None  # None: it is quantized
+    packing: Packing | None  # None: it is kept
     outputs: tuple[OutputTensor, ...]  # words, scales and constants, or the tensor itself
 
     @property
     def quantized(self) -> bool:
-        return self.kept_because is None
+        return self.packing is not None
 
 
 @dataclass(frozen=True)
@@ -1804,21 +1862,25 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
-    patterns = compile_patterns(options.exclude, checkpoint, stacks)
+    patterns = compile_patterns("--exclude", options.exclude, checkpoint, stacks)
+    wider = compile_patterns("--int8", options.int8, checkpoint, stacks)
     whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
     refuse_stacks([stack for name, stack in stacks.items() if name not in whole], checkpoint.config, options)
     sources = separate_experts(checkpoint, stacks, whole)
     roles = find_roles(sources, checkpoint.config)
+    reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
+    packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
     tensors = []
     for info in sources:
-        kept_because = reason_to_keep(info, options, patterns, roles.get(info.name))
+        packing = packings.get(info.name)
         outputs = (
-            (OutputTensor(info.name, info.dtype, info.shape),)
-            if kept_because
-            else options.format.outputs(info, options.group_size, model_dtype(checkpoint.config))
+            options.format.outputs(info, packing, model_dtype(checkpoint.config))
+            if packing
+            else (OutputTensor(info.name, info.dtype, info.shape),)
         )
-        tensors.append(TensorPlan(info, kept_because, outputs))
+        tensors.append(TensorPlan(info, reasons[info.name], packing, outputs))
     refuse_clashing_names(tensors)
+    refuse_useless_int8(wider, tensors)
     if not any(tensor.quantized for tensor in tensors):
         raise QuantizeError(
             f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
@@ -1902,23 +1964,23 @@ def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
 
 
 def compile_patterns(
-    sources: tuple[str, ...], checkpoint: Checkpoint, stacks: dict[str, ExpertStack]
+    option: str, sources: tuple[str, ...], checkpoint: Checkpoint, stacks: dict[str, ExpertStack]
 ) -> list[re.Pattern]:
-    """The patterns of --exclude, each of which must match a tensor's name in the file or that of an expert's weight."""
+    """An option's patterns, each of which must match a tensor's name in the file or that of an expert's weight."""
     patterns = [re.compile(source) for source in sources]
     weights = [weight for stack in stacks.values() for weight in stack.weights]
     for pattern in patterns:
         if not any(is_named(pattern, info) for info in (*checkpoint.tensors.values(), *weights)):
             example = next(iter(checkpoint.tensors), "none")
             raise QuantizeError(
-                f"--exclude {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors"
+                f"{option} {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors"
                 f" (one is {example!r}): correct or drop it"
             )
     return patterns
 
 
 def is_named(pattern: re.Pattern, info: TensorInfo) -> bool:
-    """Whether a pattern of --exclude means this tensor, by its name or that of the stack that it is read from."""
+    """Whether a pattern of an option means this tensor, by its name or that of the stack that it is read from."""
     return bool(pattern.search(info.name) or pattern.search(info.name_in_file))
 
 
@@ -1980,9 +2042,38 @@ def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern
     return None
 
 
+def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.Pattern]) -> dict[str, Packing]:
+    """Each weight's packing: 8 bits for what --int8 means, in groups of 128 where these fit, else what was asked for.
+
+    Engines hold routed experts as one, so 128 must fit all of them.
+    """
+    eights = {info.name: info for info in weights if any(is_named(pattern, info) for pattern in wider)}
+    experts = {name for name in eights if EXPERT_PATTERN.match(name)}
+    fit = all(eights[name].shape[1] % 128 == 0 for name in experts)
+    return {
+        info.name: Packing(4, options.group_size)
+        if info.name not in eights
+        else Packing(8, 128 if (fit if info.name in experts else info.shape[1] % 128 == 0) else options.group_size)
+        for info in weights
+    }
+
+
+def refuse_useless_int8(wider: list[re.Pattern], tensors: list[TensorPlan]) -> None:
+    """Whoever names layers for 8 bits expects that they are quantized."""
+    for pattern in wider:
+        named = [tensor for tensor in tensors if is_named(pattern, tensor.source)]
+        if not any(tensor.packing for tensor in named):
+            raise QuantizeError(
+                f"--int8 {shlex.quote(pattern.pattern)} matches only tensors that are kept, e.g."
+                f" {named[0].source.name!r} ({named[0].kept_because}): correct or drop it"
+            )
+
+
 def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, checkpoint: Checkpoint) -> None:
     """Whatever would make a folder that converts well and then does not load, or loads as noise."""
     form, group_size, config = options.format, options.group_size, checkpoint.config_folder / CONFIG_NAME
+    if options.int8 and form.name != "compressed-tensors":
+        raise QuantizeError(f"--int8: {form.name} was not tried with two widths, compressed-tensors is")
     if options.quantize_embeddings:
         raise QuantizeError(
             f"--quantize_embeddings: no engine reads embeddings packed as {form.name}; int4 can hold them"
@@ -1991,13 +2082,13 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
         raise QuantizeError(f"--group_size {group_size}: engines' kernels (Marlin) have 32, 64 and 128 for {form.name}")
     if not checkpoint.has_config:
         raise QuantizeError(f"{config} is missing: {form.name} describes the quantization in it, and engines need it")
-    weights = [tensor.source for tensor in tensors if tensor.quantized]
+    weights = [tensor.source for tensor in tensors if tensor.packing]
     if conv1d := find_conv1d(weights, checkpoint.config):
         raise QuantizeError(
             f"{len(conv1d):,} weights are GPT-2's Conv1D, which lie as (in, out), e.g. {conv1d[0].name!r}"
             f" {conv1d[0].shape}: engines read no packed weight so, and {form.name} cannot hold them; int4 can"
         )
-    ragged = [info for info in weights if info.shape[1] % group_size]
+    ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
     if ragged:
         fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
         remedy = f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them"
@@ -2031,12 +2122,15 @@ def refuse_split_layers(tensors: list[TensorPlan]) -> None:
             for key in fused_keys(tensor.source.name):
                 fused.setdefault(key, []).append(tensor)
     for key, parts in fused.items():
-        kept = [part for part in parts if not part.quantized]
-        if kept and len(kept) < len(parts):
-            packed = next(part for part in parts if part.quantized)
+        one, *others = {part.packing: part for part in reversed(parts)}.values()
+        if others:
+            fates = (
+                f"{part.source.name!r} "
+                + (f"gets {part.packing.bits} bits" if part.packing else f"is kept ({part.kept_because})")
+                for part in (one, others[0])
+            )
             raise QuantizeError(
-                f"engines fuse {key}: {kept[0].source.name!r} is kept ({kept[0].kept_because}) while"
-                f" {packed.source.name!r} is quantized: --exclude all of them or none"
+                f"engines fuse {key}: {' while '.join(fates)}: name all of them in --exclude or --int8, or none"
             )
 
 
@@ -2646,9 +2740,9 @@ def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
             yield Job(tensor, start, stop, start, stop - start)
 
 
-def plan_tiles(job: Job, group_size: int) -> Iterator[Tile]:
+def plan_tiles(job: Job) -> Iterator[Tile]:
     """Whole rows, as many as make a tile; a row longer than a tile is cut between groups."""
-    columns = job.tensor.source.shape[1]
+    columns, group_size = job.tensor.source.shape[1], job.tensor.packing.group_size
     width = min(columns, max(1, TILE_WEIGHTS // group_size) * group_size)
     height = max(1, TILE_WEIGHTS // columns)
     for row in range(job.start, job.stop, height):
@@ -2765,22 +2859,26 @@ class Conversion:
 
     def _quantize(self, job: Job, workspace: Workspace) -> bool:
         """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
-        form, group_size, info = self.options.format, self.options.group_size, job.tensor.source
+        form, packing, info = self.options.format, job.tensor.packing, job.tensor.source
         outputs = job.tensor.outputs[:2]  # words and scales
         staged = self._stage(job, workspace) if form.transposed else ()
-        for tile in plan_tiles(job, group_size):
+        for tile in plan_tiles(job):
             if self._stop.is_set():
                 return False
-            groups = self._read_groups(info, tile, workspace)  # source dtype (n, group_size)
+            groups = self._read_groups(job.tensor, tile, workspace)  # source dtype (n, group_size)
             dtype, search = FLOAT_DTYPES[outputs[1].dtype], self.options.scale == "mse"
             try:
-                words, scales = quantize_groups(
-                    groups, dtype, workspace, form.with_offset, search, self._importance(info, tile), self.kernel
+                words, scales = (
+                    quantize_to_int8(groups, dtype, workspace)
+                    if packing.bits == 8
+                    else quantize_groups(
+                        groups, dtype, workspace, form.with_offset, search, self._importance(info, tile), self.kernel
+                    )
                 )
             except NotQuantizable as error:
-                raise QuantizeError(describe_bad_value(info, tile, groups, error.scales)) from None
+                raise QuantizeError(describe_bad_value(job.tensor, tile, groups, error.scales)) from None
             for number, (role, groupwise, width) in enumerate(
-                (("words", words, CODES_PER_WORD), ("scales", scales, group_size))
+                (("words", words, packing.codes_per_word), ("scales", scales, packing.group_size))
             ):
                 block = groupwise.view(tile.rows, -1)  # (rows, columns // width)
                 column = tile.column // width
@@ -2816,12 +2914,13 @@ class Conversion:
             start = (number * rows + job.start) * itemsize
             self._write(output, start, lines[number * width : (number + 1) * width])
 
-    def _read_groups(self, info: TensorInfo, tile: Tile, workspace: Workspace) -> torch.Tensor:
+    def _read_groups(self, tensor: TensorPlan, tile: Tile, workspace: Workspace) -> torch.Tensor:
         """A tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
-        dtype, group_size = FLOAT_DTYPES[info.dtype], self.options.group_size
+        info, group_size = tensor.source, tensor.packing.group_size
+        dtype = FLOAT_DTYPES[info.dtype]
         raw = workspace.buffer("raw", tile.rows * tile.columns * dtype.itemsize)
         self.checkpoint.read_into(info, (tile.row * info.shape[1] + tile.column) * dtype.itemsize, raw)
-        padded_columns, role = whole_groups(tile.columns, group_size), "raw"
+        padded_columns, role = tensor.packing.columns_of(tile.columns), "raw"
         if padded_columns != tile.columns:
             role = "padded"
             padded = workspace.tensor(role, dtype, tile.rows, padded_columns)
@@ -2878,9 +2977,9 @@ class Conversion:
                 writer.finish()
 
 
-def describe_bad_value(info: TensorInfo, tile: Tile, groups: torch.Tensor, scales: torch.Tensor) -> str:
+def describe_bad_value(tensor: TensorPlan, tile: Tile, groups: torch.Tensor, scales: torch.Tensor) -> str:
     """Name the first weight of a tile that is not finite or too large for the scale's dtype."""
-    group_size = groups.shape[1]
+    info, group_size = tensor.source, groups.shape[1]
     bad_group = int((~torch.isfinite(scales)).nonzero()[0])
     weights = groups[bad_group].to(torch.float64)
     magnitudes = torch.where(torch.isnan(weights), torch.inf, weights.abs())
@@ -2889,7 +2988,7 @@ def describe_bad_value(info: TensorInfo, tile: Tile, groups: torch.Tensor, scale
     row = tile.row + bad_group // groups_per_row
     column = tile.column + bad_group % groups_per_row * group_size + position
     value = float(weights[position])
-    largest = torch.finfo(scales.dtype).max * CODE_MAX
+    largest = torch.finfo(scales.dtype).max * tensor.packing.code_max
     problem = (
         "is not finite"
         if not math.isfinite(value)
@@ -2953,13 +3052,16 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     if plan.stacks:
         weights = len(tensors) - len(checkpoint.tensors) + plan.stacks
         say_row("  of these stacks of experts", plan.stacks, "", f"read as {count_of(weights, 'weight')}")
-    quantized = [tensor for tensor in tensors if tensor.quantized]
-    packed = sum(output.nbytes for tensor in quantized for output in tensor.outputs)
-    before = sum(tensor.source.nbytes for tensor in quantized)
-    say_row("quantized to 4 bits", len(quantized), format_bytes(before), f"become {format_bytes(packed)}")
+    for packing in sorted({t.packing for t in tensors if t.packing}, key=lambda p: (p.bits, p.group_size)):
+        quantized = [tensor for tensor in tensors if tensor.packing == packing]
+        packed = sum(output.nbytes for tensor in quantized for output in tensor.outputs)
+        before = sum(tensor.source.nbytes for tensor in quantized)
+        groups = f", groups of {packing.group_size}" if packing.bits == 8 else ""
+        become = f"become {format_bytes(packed)}{groups}"
+        say_row(f"quantized to {packing.bits} bits", len(quantized), format_bytes(before), become)
     padded = [info for info in plan.quantized if info.shape[1] % options.group_size]
     if padded:
-        example = f"{padded[0].shape[1]:,} to {whole_groups(padded[0].shape[1], options.group_size):,}"
+        example = f"{padded[0].shape[1]:,} to {Packing(4, options.group_size).columns_of(padded[0].shape[1]):,}"
         say_row("  of these padded to whole groups", len(padded), "", f"e.g. {example} columns: {padded[0].name}")
     kept = [tensor for tensor in tensors if not tensor.quantized]
     say_row("kept as they are", len(kept), format_bytes(sum(tensor.source.nbytes for tensor in kept)))
@@ -3003,7 +3105,8 @@ def worker_bytes(plan: Plan) -> int:
     these, codes, words and scales, staged lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
     searched = (4, 4) if plan.options.scale == "mse" else ()
-    buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, 0.5, 0.1)]
+    words = 1 if plan.options.int8 else 0.5
+    buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, words, 0.1)]
     if plan.options.format.transposed:
         buffers += [TRANSPOSED_JOB_WEIGHTS * nbytes for nbytes in (0.5, 0.1)]
     return sum(map(whole_pages, buffers))
@@ -3095,6 +3198,11 @@ def read_layout(folder: Path) -> tuple[Format, int]:
     raise QuantizeError(f"{folder}: neither {CONFIG_NAME} nor {QUANTIZE_CONFIG_NAME} describes a quantization")
 
 
+def compile_targets(targets: list[str]) -> list[re.Pattern]:
+    """The names in an `ignore` or `targets` of compressed-tensors: whole ones, and what follows `re:`."""
+    return [re.compile(target[3:] if target[:3] == "re:" else rf"{re.escape(target)}$") for target in targets]
+
+
 class Mismatch(Exception):
     """A difference between output and source, in words."""
 
@@ -3114,6 +3222,7 @@ class Verification:
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
         self.bytes_done = self.tensors_done = 0
         self._lock = threading.Lock()
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._shards = self._open_shards()
         self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._shards.keys())
         self.tensors_total = len(self.sources)
@@ -3133,6 +3242,7 @@ class Verification:
                 if weight_map.get(name) != path.name:
                     self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
                 shards[name] = file
+                self._shapes[name] = tuple(file.get_slice(name).get_shape())
             metadata = file.metadata() or {}
             self.searched |= metadata.get(SCALE_KEY) == "mse"
             self._hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
@@ -3185,28 +3295,41 @@ class Verification:
                 self.problems.append(f"{QUANTIZE_CONFIG_NAME}: padded_weights are not those that need padding")
         elif (self.folder / CONFIG_NAME).exists():
             try:
-                self._check_kept_layers(matrices)
+                self._check_patterns(matrices)
             except (KeyError, TypeError, AttributeError, re.error) as error:
                 self.problems.append(f"{CONFIG_NAME}: quantization_config cannot be read ({error!r})")
 
-    def _check_kept_layers(self, matrices: list[TensorInfo]) -> None:
-        """config.json's entries for layers that are kept match all of these, and no packed layer."""
+    def _check_patterns(self, matrices: list[TensorInfo]) -> None:
+        """config.json's entries for layers that are kept match all of these and no packed layer, and a packed layer's
+        group of config.json has its width."""
         config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
-        entries = config["dynamic" if self.format.name == "gptq" else "ignore"]
-        patterns = [re.compile(entry[3:] if entry[:3] == "re:" else rf"{re.escape(entry)}$") for entry in entries]
         if self.format.name == "gptq":
-            patterns = [re.compile(entry.removeprefix("-:")) for entry in entries]
+            kept = [re.compile(entry.removeprefix("-:")) for entry in config["dynamic"]]
+        else:
+            kept = compile_targets(config["ignore"])
+        groups = [
+            (compile_targets(group["targets"]), Packing(group["weights"]["num_bits"], group["weights"]["group_size"]))
+            for group in config.get("config_groups", {}).values()
+        ]
         for info in matrices:
             module, is_packed = info.name.removesuffix(".weight"), info.name not in self._shards
             if not info.name.endswith(".weight"):
                 continue
             # An engine asks for a layer's experts as one module, too.
             asked = [module, match[1]] if (match := EXPERT_PATTERN.match(info.name)) and is_packed else [module]
-            caught = next((p.pattern for p in patterns if any(map(p.match, asked))), None)
+            caught = next((p.pattern for p in kept if any(map(p.match, asked))), None)
             if caught and is_packed:
                 self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
             elif not caught and not is_packed and (module, self.format.name) != ("lm_head", "gptq"):  # has its own key
                 self.problems.append(f"{CONFIG_NAME}: no entry keeps {module!r}, which is not packed")
+            if is_packed and groups:  # names count before the class, which the first group has
+                stated = next(
+                    (packing for targets, packing in groups if any(p.match(module) for p in targets)), groups[0][1]
+                )
+                if stated != self._packing(info):
+                    self.problems.append(
+                        f"{CONFIG_NAME}: {module!r} is {stated}, by its tensors' shapes {self._packing(info)}"
+                    )
 
     def _output_names(self, info: TensorInfo) -> list[str]:
         if info.name in self._shards or len(info.shape) != 2:
@@ -3214,7 +3337,15 @@ class Verification:
         return [output.name for output in self._outputs(info)]
 
     def _outputs(self, info: TensorInfo) -> tuple[OutputTensor, ...]:
-        return self.format.outputs(info, self.group_size, model_dtype(self.checkpoint.config))
+        return self.format.outputs(info, self._packing(info), model_dtype(self.checkpoint.config))
+
+    def _packing(self, info: TensorInfo) -> Packing:
+        """Of a packed weight: 8 bits, which only compressed-tensors has, by the shapes of its words and scales."""
+        module, columns = info.name.removesuffix(".weight"), info.shape[1]
+        words, scales = (self._shapes.get(module + suffix, ()) for suffix in (".weight_packed", ".weight_scale"))
+        if len(words) == len(scales) == 2 and words[1] * 4 == columns and scales[1]:
+            return Packing(8, columns // scales[1])
+        return Packing(4, self.group_size)
 
     def _compare(self, info: TensorInfo, names: list[str]) -> None:
         self.guard.check()
@@ -3250,7 +3381,7 @@ class Verification:
 
     def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> float:
         """The relative RMS error; raises at the first difference beyond what the scale allows."""
-        planned_outputs = self._outputs(info)
+        planned_outputs, packing = self._outputs(info), self._packing(info)
         for planned, found in zip(planned_outputs, outputs):
             if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
                 raise Mismatch(
@@ -3259,7 +3390,7 @@ class Verification:
             constant = {
                 "weight_shape": lambda: torch.tensor(info.shape),
                 "qzeros": lambda found=found: torch.full_like(found, 0x77777777),
-                "g_idx": lambda: torch.arange(info.shape[1], dtype=torch.int32) // self.group_size,
+                "g_idx": lambda: torch.arange(info.shape[1], dtype=torch.int32) // packing.group_size,
             }.get(planned.name.rpartition(".")[2])
             if constant and not torch.equal(found, constant()):
                 raise Mismatch(f"{planned.name} does not hold what its shape calls for")
@@ -3271,18 +3402,19 @@ class Verification:
             raw = bytearray((last - first) * columns * dtype.itemsize)
             self.checkpoint.read_into(info, first * columns * dtype.itemsize, memoryview(raw))
             weights = torch.frombuffer(raw, dtype=dtype).view(-1, columns).to(torch.float32)
-            codes, scales = self._decode(outputs, first, last, columns)
+            codes, scales = self._decode(outputs, first, last, columns, packing)
             difference = weights - codes * scales
             # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
             rounding = torch.finfo(outputs[1].dtype)
-            slack = CODE_MAX * (scales.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps / 2)
+            slack = packing.code_max * (scales.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps / 2)
             wrong = ~(difference.abs() <= scales.abs() * (0.5 + 1e-5) + slack)
-            if self.searched:
+            if self.searched and packing.bits == 4:
                 decoded = codes * scales
                 clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
                 wrong &= ~(clipped & (weights.abs() > decoded.abs()) & (weights * decoded > 0))
-            elif not torch.equal(self._absmax_scales(weights, outputs[1].dtype)[:, :columns], scales):
-                raise Mismatch(f"a scale in rows {first} to {last - 1} is not its group's largest weight / 7")
+            elif not torch.equal(absmax_scales(weights, outputs[1].dtype, packing)[:, :columns], scales):
+                largest = f"its group's largest weight / {packing.code_max}"
+                raise Mismatch(f"a scale in rows {first} to {last - 1} is not {largest}")
             if wrong.any():
                 row, column = (int(i) for i in wrong.nonzero()[0])
                 decoded = float(codes[row, column] * scales[row, column])
@@ -3294,14 +3426,8 @@ class Verification:
             squared_weight += float(weights.square().sum(dtype=torch.float64))
         return math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
 
-    def _absmax_scales(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What the scale of each weight has to be, float32 (rows, columns padded to whole groups)."""
-        padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % self.group_size))
-        scales = (padded.unflatten(1, (-1, self.group_size)).abs().amax(2) / CODE_MAX).to(dtype).to(torch.float32)
-        return scales.repeat_interleave(self.group_size, 1)
-
     def _decode(
-        self, outputs: list[torch.Tensor], first: int, last: int, columns: int
+        self, outputs: list[torch.Tensor], first: int, last: int, columns: int, packing: Packing
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and the scale of each, float32 (rows, columns): through the bytes, which hold the low nibble first."""
         words, scales = outputs[:2]
@@ -3309,11 +3435,20 @@ class Verification:
             words, scales = words[:, first:last].T, scales[:, first:last].T
         else:
             words, scales = words[first:last], scales[first:last]
-        octets = words.contiguous().view(torch.uint8)
-        nibbles = torch.stack((octets % 16, octets // 16), -1).flatten(1).to(torch.float32)
-        codes = nibbles - 8 if self.format.with_offset else nibbles - 16 * (nibbles > 7)
-        scales = scales.to(torch.float32).repeat_interleave(self.group_size, 1)
+        codes = words.contiguous().view(torch.uint8)
+        if packing.bits == 4:
+            codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
+        codes, half = codes.to(torch.float32), packing.code_max + 1
+        codes = codes - half if self.format.with_offset else codes - 2 * half * (codes >= half)
+        scales = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)
         return codes[:, :columns], scales[:, :columns]
+
+
+def absmax_scales(weights: torch.Tensor, dtype: torch.dtype, packing: Packing) -> torch.Tensor:
+    """What the scale of each weight has to be, float32 (rows, columns padded to whole groups)."""
+    padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % packing.group_size))
+    largest = padded.unflatten(1, (-1, packing.group_size)).abs().amax(2)
+    return (largest / packing.code_max).to(dtype).to(torch.float32).repeat_interleave(packing.group_size, 1)
 
 
 def print_verification(verification: Verification) -> None:
@@ -3409,6 +3544,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="safetensors of float32 vectors, for X.weight one named X with each column's mean square input; with"
         " --scale mse it weighs the columns' errors",
     )
+    add(
+        "--int8",
+        action="append",
+        default=[],
+        type=regex_argument,
+        metavar="REGEX",
+        help="pack what this matches anywhere in its name in 8 bits (compressed-tensors); may be given several times",
+    )
     add("--quantize_embeddings", action="store_true", help="quantize embeddings too (default: they are kept)")
     add(
         "--min_free_gb",
@@ -3494,6 +3637,7 @@ def make_options(args: argparse.Namespace, form: Format, group_size: int) -> Opt
         int(args.shard_size_gb * GB),
         tuple(args.exclude),
         args.quantize_embeddings,
+        tuple(args.int8),
         args.scale or "absmax",
         Importance(args.importance) if args.importance else None,
     )
