@@ -1002,8 +1002,7 @@ def expert_weights(
     experts, out_features, in_features = stack.shape
     if transposed:
         out_features, in_features = in_features, out_features
-    gate, up, down = (naming or EXPERT_NAMINGS[0]).projections
-    names = {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
+    names = projections_of(role, naming)
     shape = out_features // len(names), in_features
     itemsize = DTYPE_BITS[stack.dtype] // 8
     weights = []
@@ -1014,6 +1013,17 @@ def expert_weights(
     return tuple(weights)
 
 
+def projections_of(role: str, naming: ExpertNaming | None) -> tuple[str, ...]:
+    """What the weights of a stack are called, in their order."""
+    gate, up, down = (naming or EXPERT_NAMINGS[0]).projections
+    return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
+
+
+def renamed(name: str, naming: ExpertNaming | None) -> str:
+    """A tensor's name in a state dict, as `save_pretrained` has it."""
+    return functools.reduce(lambda name, rename: re.sub(*rename, name), naming.renames if naming else (), name)
+
+
 def separate_experts(
     checkpoint: Checkpoint, stacks: dict[str, ExpertStack], whole: Collection[str]
 ) -> list[TensorInfo]:
@@ -1021,13 +1031,12 @@ def separate_experts(
 
     Where a state dict is read so, other tensors, too, get the names that go with the weights'.
     """
-    naming = expert_naming(checkpoint.config)
-    renames = naming.renames if naming and stacks.keys() - set(whole) else ()
+    naming = expert_naming(checkpoint.config) if stacks.keys() - set(whole) else None
     tensors = []
     for info in checkpoint.tensors.values():
         weights = stacks[info.name].weights if info.name in stacks and info.name not in whole else (info,)
         for weight in weights:
-            name = functools.reduce(lambda name, rename: re.sub(*rename, name), renames, weight.name)
+            name = renamed(weight.name, naming)
             tensors.append(weight if name == weight.name else replace(weight, name=name, stored=weight.name_in_file))
     return tensors
 
@@ -1741,7 +1750,11 @@ FORMATS = {
 
 
 class Importance:
-    """Mean squares of each layer's input activations, from --importance: they weigh the error of a weight's columns."""
+    """Mean squares of each layer's input activations, from --importance: they weigh the error of a weight's columns.
+
+    They are named as a model's parameters, whose wrappers may differ from the checkpoint's, and where the model holds
+    its experts as a stack, one tensor (experts, columns) stands for all.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -1750,14 +1763,39 @@ class Importance:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise QuantizeError(f"{path}: not a safetensors file ({error})") from None
-        self._names = set(self._file.keys())
+        self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
+
+    def match(self, weights: list[TensorInfo], naming: ExpertNaming | None) -> None:
+        """Find the weights' vectors: by name, else by what follows the wrappers, where only one of each ends so."""
+        vectors: dict[str, tuple[str, int | None]] = {}
+        for name in self._file.keys():  # noqa: SIM118 - no dict
+            shape = self._file.get_slice(name).get_shape()
+            if len(shape) == 2 and (stack := STACK_PATTERN.match(name)) and stack["projection"]:
+                for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
+                    vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
+            else:
+                vectors[renamed(f"{name}.weight", naming)] = name, None
+        tails = Counter(map(name_without_wrappers, vectors)) + Counter(name_without_wrappers(w.name) for w in weights)
+        by_tail = {tail: vectors[name] for name in vectors if tails[tail := name_without_wrappers(name)] == 2}
+        for name in (weight.name for weight in weights):
+            if found := vectors.get(name) or by_tail.get(name_without_wrappers(name)):
+                self._found[name] = found
+        if len(self._found) * 2 < len(weights):
+            raise QuantizeError(
+                f"{self.path} names {len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized: its"
+                f" names are {quote_names(vectors)}, the checkpoint's {quote_names(w.name for w in weights)}: collect"
+                " them from this model"
+            )
+
+    def names(self, info: TensorInfo) -> bool:
+        return info.name in self._found
 
     def get(self, info: TensorInfo) -> torch.Tensor | None:
         """The float32 vector (columns,) of a weight; None if there is none or no data reached the layer."""
-        name = info.name.removesuffix(".weight")
-        if name not in self._names:
+        if info.name not in self._found:
             return None
-        vector = self._file.get_tensor(name)
+        name, row = self._found[info.name]
+        vector = self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row]
         columns = info.shape[1]
         if vector.dtype != torch.float32 or tuple(vector.shape) != (columns,):
             raise QuantizeError(
@@ -1767,6 +1805,12 @@ class Importance:
         if not (torch.isfinite(vector) & (vector >= 0)).all():
             raise QuantizeError(f"{self.path}: {name!r} holds a value that is negative or not finite")
         return vector if vector.any() else None
+
+
+def name_without_wrappers(name: str) -> str:
+    """A weight's name from its layers' container on, or its last part where it lies in no layer."""
+    match = LAYER_PATTERN.match(name)
+    return name[match.start(2) :] if match else ".".join(name.split(".")[-2:])
 
 
 @dataclass(frozen=True)
@@ -2229,13 +2273,14 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
     """What the owner of the checkpoint should know before the conversion rather than after the copy."""
     notes = []
     if options.importance:
-        weighted = sum(options.importance.get(tensor.source) is not None for tensor in tensors if tensor.quantized)
-        if not weighted:
-            raise QuantizeError(
-                f"{options.importance.path} names no weight that is quantized: its vectors must be named as the modules"
-            )
-        unweighted = sum(tensor.quantized for tensor in tensors) - weighted
-        notes.append(f"importance weighs {weighted:,} weights; {unweighted:,} have no data and are not weighed")
+        weights = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
+        options.importance.match(weights, expert_naming(config))
+        named = [info for info in weights if options.importance.names(info)]
+        weighed = sum(options.importance.get(info) is not None for info in named)
+        notes.append(
+            f"importance weighs {count_of(weighed, 'weight')}; {len(named) - weighed:,} are named but without data, and"
+            f" {len(weights) - len(named):,} are not named"
+        )
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
     if options.format.for_engines and separated and not expert_naming(config):
         notes.append(

@@ -303,6 +303,7 @@ class Family:
     config: Callable
     model_class: str
     excludes: dict[str, str] = field(default_factory=dict)  # by what they keep; "experts" where they must be kept
+    wide: dict[str, str] = field(default_factory=dict)  # patterns of --int8, by what they mean
     saved: tuple[str, ...] = ("pretrained",)
     decoded_at_once: bool = False  # with transformers, which else asks its layers for weights that are packed
     refused: str = ""  # what the refusal names, without the exclude of the experts
@@ -311,40 +312,52 @@ class Family:
 QKV = r"layers\.1\.self_attn\.[qkv]_proj"
 LLM_QKV = r"language_model\.layers\.1\.self_attn\.[qkv]_proj"
 TOWER = r"visual\."
+WIDE_ATTENTION = {"attention in 8 bits": r"self_attn"}
+WIDE_EXPERTS = {"experts in 8 bits": r"\.experts\."} | WIDE_ATTENTION
 
 FAMILIES = {
-    "llama": Family(llama, "LlamaForCausalLM", {"attention": QKV}, ("pretrained", "state_dict", "pth")),
-    "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
+    "llama": Family(llama, "LlamaForCausalLM", {"attention": QKV}, WIDE_ATTENTION, ("pretrained", "state_dict", "pth")),
+    "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")),
     "t5": Family(t5, "T5ForConditionalGeneration", {"attention": r"SelfAttention\.[qkv]\."}, decoded_at_once=True),
     "nemotron_h": Family(
         nemotron_h,
         "NemotronHForCausalLM",
         {"layers": r"mixer\.[qkv]_proj\.|layers\.0\.mixer\.in_proj\.|layers\.1\.mixer\.shared_experts\."},
+        {"all but experts in 8 bits": r"mixer\.(\w+_proj|shared_experts\.\w+)\.", "experts in 8 bits": r"\.experts\."},
         ("pretrained", "state_dict", "pth"),
     ),
-    "qwen3_moe": Family(qwen3_moe, "Qwen3MoeForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
-    "mixtral": Family(mixtral, "MixtralForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
+    "qwen3_moe": Family(
+        qwen3_moe, "Qwen3MoeForCausalLM", {"attention": QKV}, WIDE_EXPERTS, ("pretrained", "state_dict")
+    ),
+    "mixtral": Family(mixtral, "MixtralForCausalLM", {"attention": QKV}, WIDE_EXPERTS, ("pretrained", "state_dict")),
     "deepseek_v3": Family(
         deepseek_v3,
         "DeepseekV3ForCausalLM",
         {"attention": r"layers\.1\.self_attn\.", "shared": r"shared_experts"},
+        {"shared experts in 8 bits": "shared_experts"},
         ("pretrained", "state_dict"),
     ),
-    "glm4_moe": Family(glm4_moe, "Glm4MoeForCausalLM", {"attention": QKV}, ("pretrained", "state_dict")),
+    "glm4_moe": Family(glm4_moe, "Glm4MoeForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")),
     "granite": Family(
         granite_moe_hybrid,
         "GraniteMoeHybridForCausalLM",
         {"experts": "block_sparse_moe"},
+        {},
         ("pretrained", "state_dict"),
         refused="block_sparse_moe.",
     ),
     "llama4": Family(
-        llama4, "Llama4ForCausalLM", {"attention": QKV, "experts": r"\.experts\."}, ("pretrained", "state_dict")
+        llama4,
+        "Llama4ForCausalLM",
+        {"attention": QKV, "experts": r"\.experts\."},
+        WIDE_EXPERTS,
+        ("pretrained", "state_dict"),
     ),
     "qwen3_vl_moe": Family(
         qwen3_vl_moe,
         "Qwen3VLMoeForConditionalGeneration",
         {"experts": r"\.experts\."},
+        {},
         ("pretrained", "transposed"),
         refused="experts.down_proj",
     ),
@@ -352,23 +365,37 @@ FAMILIES = {
         qwen3_5,
         "Qwen3_5ForConditionalGeneration",
         {"linear_attn": "linear_attn", "attention": LLM_QKV, "tower": TOWER},
+        {"linear_attn and tower in 8 bits": r"linear_attn|visual\.", "one layer in 8 bits": r"language.*layers\.1\."},
     ),
     "qwen3_5_moe": Family(
         qwen3_5_moe,
         "Qwen3_5MoeForConditionalGeneration",
         {"linear_attn": "linear_attn", "attention": LLM_QKV, "tower": TOWER},
+        WIDE_EXPERTS,
         ("pretrained", "stacked", "state_dict"),
     ),
 }
 
 
+def options(name, layers):
+    """The options that say of some layers of a family that they are kept, or packed in 8 bits."""
+    family = FAMILIES[name]
+    if layers in family.wide:
+        return ["--int8", family.wide[layers]]
+    return ["--exclude", family.excludes[layers]] if layers else []
+
+
 def cases(without=()):
-    """Each family, way to save it and exclude, or "" for none, that comes out as a folder; less families, or ways."""
+    """Each family, way to save it and what `options` says of some layers, or "" for nothing; less families, or ways."""
     return [
         (name, saved, excluded)
         for name, family in FAMILIES.items()
         for saved in family.saved
-        for excluded in (*([] if family.refused else [""]), *family.excludes)
+        for excluded in (
+            *([] if family.refused else [""]),
+            *family.excludes,
+            *(family.wide if saved == "pretrained" else []),
+        )
         if name not in without and (name, saved) not in without
     ]
 

@@ -101,7 +101,9 @@ def unpack_words(words):
 
 def dequantize_compressed_tensors(packed, scales, shape):
     """Decode one weight, in the dtype of its scales: the product is rounded to it once."""
-    codes = unpack_words(packed).float() - 8
+    eight_bits = packed.shape[1] * 4 == shape[1]
+    octets = packed.contiguous().view(torch.uint8)  # a code in each, or two
+    codes = octets.float() - 128 if eight_bits else unpack_words(packed).float() - 8
     assert list(codes.shape) == shape.tolist()
     group_size = codes.shape[1] // scales.shape[1]
     return (codes * scales.float().repeat_interleave(group_size, dim=1)).to(scales.dtype)

@@ -26,11 +26,10 @@ OPTIONS = ["--format", "compressed-tensors", "--group_size", 64]
 LEFTOVERS = re.compile(r"\.weight_(scale|shape)$")
 
 
-def convert(name, saved, excluded, folder):
+def convert(name, saved, layers, folder):
     """A family's model, saved in one way, quantized without what one exclude keeps."""
     families.save(name, saved, folder / "source")
-    exclude = ["--exclude", FAMILIES[name].excludes[excluded]] if excluded else []
-    quantize(folder / "source", folder / "out", *OPTIONS, *exclude)
+    quantize(folder / "source", folder / "out", *OPTIONS, *families.options(name, layers))
     return folder / "out"
 
 
@@ -67,8 +66,8 @@ def logits_of(model):
 @pytest.fixture(scope="module", params=families.cases(), ids="-".join)
 def loaded(request, tmp_path_factory):
     """One family, saved in one way, quantized with one exclude or none, and loaded."""
-    name, saved, excluded = request.param
-    folder = convert(name, saved, excluded, tmp_path_factory.mktemp("family"))
+    name, saved, layers = request.param
+    folder = convert(name, saved, layers, tmp_path_factory.mktemp("family"))
     helpers.write_dense_twin(folder, folder.with_name("twin"))
     if name == "llama4":  # dense, transformers has stacks for its experts, and quantized an nn.Linear for each
         helpers.edit_tensors(folder.with_name("twin"), families.transpose_and_stack)

@@ -192,7 +192,7 @@ def stacked_layers(container, count):
 
 
 UNEVEN = {
-    "bart": ("model.encoder.layers", "model.decoder.layers", {"num_hidden_layers": 4, "encoder_layers": 4}),
+    "bart": ("model.encoder.layers", "model.decoder.layers", {"encoder_layers": 4}),
     "t5": ("encoder.block", "decoder.block", {"num_layers": 4}),
 }
 

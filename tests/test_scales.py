@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_refused, quantize, read_tensors, run_cli, save_model
-from safetensors.torch import save_file
+from conftest import quantize, read_tensors, save_model
 
 import quantize_int4 as q
 
@@ -106,57 +105,3 @@ def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
     quantize(folder, tmp_path / "cut", "--scale", "mse", "--group_size", 64, constants={"TILE_WEIGHTS": 3000})
     whole, cut = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-# --- importance files -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model(tmp_path):
-    weights = {f"layers.{i}.up.weight": torch.randn(8, 200).bfloat16() for i in range(3)}
-    return save_model(tmp_path / "in", weights)
-
-
-def importance_file(tmp_path, vectors):
-    save_file(vectors, tmp_path / "importance.safetensors")
-    return ["--scale", "mse", "--importance", tmp_path / "importance.safetensors"]
-
-
-def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(model, tmp_path):
-    vectors = {"layers.0.up": torch.rand(200) ** 8, "layers.1.up": torch.zeros(200)}  # an expert that saw no data
-    result = quantize(model, tmp_path / "out", *importance_file(tmp_path, vectors), "--verify")
-    assert "importance weighs 1 weights; 2 have no data" in result.stdout
-    quantize(model, tmp_path / "plain", "--scale", "mse")
-    out, plain = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
-    changed = {name for name in out if not torch.equal(out[name], plain[name])}
-    assert changed == {"layers.0.up.qweight", "layers.0.up.scales"}
-
-
-@pytest.mark.parametrize(
-    ("vectors", "words"),
-    [
-        ({"layers.0.up": torch.ones(199)}, "for each of its 200 columns"),
-        ({"layers.0.up": torch.ones(200).double()}, "for each of its 200 columns"),
-        ({"layers.0.up": torch.full((200,), float("nan"))}, "negative or not finite"),
-        ({"layers.0.up": -torch.ones(200)}, "negative or not finite"),
-        ({"layers.0.up.weight": torch.ones(200)}, "names no weight that is quantized"),
-    ],
-    ids=["length", "dtype", "nan", "negative", "no match"],
-)
-def test_a_bad_importance_file_is_refused(model, tmp_path, vectors, words):
-    result = run_cli(model, tmp_path / "out", *importance_file(tmp_path, vectors))
-    assert_refused(result, "importance.safetensors", words)
-    assert not (tmp_path / "out").exists()
-
-
-def test_importance_without_mse_is_a_usage_error(model, tmp_path):
-    options = importance_file(tmp_path, {"layers.0.up": torch.ones(200)})[2:]
-    assert_refused(run_cli(model, tmp_path / "out", *options), "--importance needs --scale mse", exit_code=2)
-
-
-@pytest.mark.parametrize("change", ["scale", "importance"])
-def test_another_scale_or_importance_makes_leftovers_foreign(model, tmp_path, change):
-    options = importance_file(tmp_path, {"layers.0.up": torch.rand(200)})
-    quantize(model, tmp_path / "out", *options)
-    options = [] if change == "scale" else importance_file(tmp_path, {"layers.0.up": torch.rand(200)})
-    assert_refused(run_cli(model, tmp_path / "out", *options), "--overwrite")

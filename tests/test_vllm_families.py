@@ -85,18 +85,17 @@ def is_filled(tensor):
     return not (tensor.isnan() if tensor.is_floating_point() else tensor == -1).any()
 
 
-def convert(name, saved, excluded, folder):
+def convert(name, saved, layers, folder):
     """A family's model, saved in one way, quantized without what one exclude keeps, and the dense twin of that."""
     families.save(name, saved, folder / "source")
-    exclude = ["--exclude", FAMILIES[name].excludes[excluded]] if excluded else []
-    quantize(folder / "source", folder / "out", *OPTIONS, *exclude)
+    quantize(folder / "source", folder / "out", *OPTIONS, *families.options(name, layers))
     helpers.write_dense_twin(folder / "out", folder / "twin")
     return folder / "out", folder / "twin"
 
 
-@pytest.mark.parametrize(("name", "saved", "excluded"), families.cases(NOT_LOADED))
-def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, excluded, tmp_path):
-    folder, twin = convert(name, saved, excluded, tmp_path)
+@pytest.mark.parametrize(("name", "saved", "layers"), families.cases(NOT_LOADED))
+def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, layers, tmp_path):
+    folder, twin = convert(name, saved, layers, tmp_path)
     expected = dense_parameters(loader.load_into_vllm(twin))
     assert not [key for key, tensor in expected.items() if not is_filled(tensor)]
     model = loader.load_into_vllm(folder)
