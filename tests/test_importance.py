@@ -107,7 +107,9 @@ def stacked_vectors(separate, place):
 def test_a_stack_of_vectors_weighs_the_experts_of_a_layer_each_by_its_own(tmp_path, tensors, place):
     source = save(tmp_path / "in", BESIDE | tensors, model_type="qwen3_moe")
     vectors = {name.removesuffix(".weight"): torch.rand(weight.shape[1]) ** 4 for name, weight in SEPARATE.items()}
-    vectors |= {name.replace("up_proj", "gate_proj"): vector for name, vector in vectors.items() if "up_proj" in name}
+    vectors |= {
+        name.replace("up_proj", "gate_proj"): vector.clone() for name, vector in vectors.items() if "up_proj" in name
+    }
     for folder, given in (("out", stacked_vectors(vectors, place)), ("expected", vectors)):
         options = importance_file(tmp_path, given)
         result = quantize(source, tmp_path / folder, "--group_size", 64, *options)
