@@ -1299,6 +1299,18 @@ def search_scales(
     return torch.where(squared_error(found) < squared_error(absmax_scales), found, absmax_scales)
 
 
+def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
+    """Weights, approximately: each code times its group's scale.
+
+    words:   int32 (rows, columns // codes_per_word)
+    scales:  any float dtype (rows, columns // group_size)
+    returns: float32 (rows, columns)
+    """
+    codes = unpack_int4(words, with_offset) if packing.bits == 4 else words.view(torch.uint8).to(torch.float32) - 128
+    groups = codes.view(*scales.shape, packing.group_size).to(torch.float32) * scales.to(torch.float32)[:, :, None]
+    return groups.view(codes.shape)
+
+
 def dequantize_int4(
     qweight: torch.Tensor, scales: torch.Tensor, group_size: int, columns: int | None = None
 ) -> torch.Tensor:
@@ -1309,15 +1321,13 @@ def dequantize_int4(
     columns: the weight's true number of columns where quantize_config.json lists it as padded; None keeps all
     returns: float32 (rows, columns)
     """
-    codes = unpack_int4(qweight)  # int8 (rows, padded)
-    rows, padded = codes.shape
+    rows, padded = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
     if padded != scales.shape[1] * group_size or rows != scales.shape[0]:
         raise ValueError(
             f"qweight {tuple(qweight.shape)} holds {rows} x {padded} weights, scales {tuple(scales.shape)}"
             f" those of {scales.shape[0]} x {scales.shape[1] * group_size}: group_size is not {group_size}?"
         )
-    groups = codes.view(rows, -1, group_size).to(torch.float32) * scales.to(torch.float32)[:, :, None]
-    return groups.view(rows, padded)[:, :columns]
+    return dequantize(qweight, scales, Packing(4, group_size), with_offset=False)[:, :columns]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1512,11 +1522,17 @@ class Format:
     scale_dtype: str | None = "F16"  # None: the weight's own
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
+    other_suffixes: tuple[str, ...] = ()  # of what else a weight becomes
     row_multiple: int = 1
     for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
     constants: Callable[[str, int, int, int], list[OutputTensor]] = (
         lambda *_: []
     )  # of module, rows, columns, group_size
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the names of all tensors that a weight becomes."""
+        return self.words_suffix, self.scales_suffix, *self.other_suffixes
 
     def outputs(self, info: TensorInfo, packing: Packing, computed_in: str | None) -> tuple[OutputTensor, ...]:
         """What replaces a weight: words, scales, then tensors that follow from its shape.
@@ -1728,6 +1744,7 @@ FORMATS = {
             scale_dtype=None,
             with_offset=True,
             for_engines=True,
+            other_suffixes=(".weight_shape",),
             constants=shape_tensor,
         ),
         Format(
@@ -1739,6 +1756,7 @@ FORMATS = {
             transposed=True,
             row_multiple=8,
             for_engines=True,
+            other_suffixes=(".qzeros", ".g_idx"),
             constants=zeros_and_group_index,
         ),
     )
@@ -1825,6 +1843,7 @@ class Options:
     int8: tuple[str, ...] = ()  # patterns of what is packed in 8 bits
     scale: str = "absmax"  # or "mse": least squared error
     importance: Importance | None = None
+    restore: bool = False  # the other way: from `format` to dense weights
 
 
 @dataclass(frozen=True)
@@ -1842,11 +1861,16 @@ class TensorPlan:
     source: TensorInfo
     kept_because: str | None  # None: it is quantized
     packing: Packing | None  # None: it is kept
-    outputs: tuple[OutputTensor, ...]  # words, scales and constants, or the tensor itself
+    outputs: tuple[OutputTensor, ...]  # words, scales and constants, or the tensor itself; or the weight restored
+    scales: TensorInfo | None = None  # of words that are restored, which are the source
 
     @property
     def quantized(self) -> bool:
         return self.packing is not None
+
+    @property
+    def bytes_read(self) -> int:
+        return self.source.nbytes + (self.scales.nbytes if self.scales else 0)
 
 
 @dataclass(frozen=True)
@@ -1884,6 +1908,9 @@ class Plan:
 
     def config_files(self) -> dict[str, bytes]:
         """The files that describe the quantization, by name."""
+        if self.options.restore:
+            config = {key: value for key, value in (self.model_config or {}).items() if key != "quantization_config"}
+            return {CONFIG_NAME: _json_bytes(config)} if config else {}
         files = self.options.format.describe(self)
         if self.model_config is None:
             files.pop(CONFIG_NAME, None)  # of int4; it would be a config without a model
@@ -1903,6 +1930,8 @@ def _json_bytes(value: dict) -> bytes:
 
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
+    if options.int8 and options.format.name != "compressed-tensors":
+        raise QuantizeError(f"--int8: {options.format.name} has no two widths here: use --format compressed-tensors")
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
@@ -1933,18 +1962,35 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         )
     if options.format.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
+    warnings = tuple(what_is_missing(sources, roles, checkpoint.config, options))
+    notes = notes_on_tensors(tensors, options, checkpoint.config)
+    return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
+
+
+def plan_files(
+    checkpoint: Checkpoint,
+    tensors: list[TensorPlan],
+    options: Options,
+    stacks: int = 0,
+    warnings: tuple[str, ...] = (),
+    notes: Iterable[str] = (),
+) -> Plan:
+    """Decide where each byte goes, and what becomes of the other files."""
     copied, left_out = plan_other_files(checkpoint)
+    if options.restore:
+        left_out += [f"{path.name} (of the quantization)" for path in copied if path.name == QUANTIZE_CONFIG_NAME]
+        copied = [path for path in copied if path.name != QUANTIZE_CONFIG_NAME]
     plan = Plan(
         options=options,
-        fingerprint=make_fingerprint(checkpoint, sources, options, copied),
+        fingerprint=make_fingerprint(checkpoint, [tensor.source for tensor in tensors], options, copied),
         tensors=tuple(tensors),
         shards=(),
         placements={},
         copied=tuple(copied),
         left_out=tuple(left_out),
-        stacks=len(stacks) - len(whole),
-        warnings=tuple(what_is_missing(sources, roles, checkpoint.config, options)),
-        notes=(*checkpoint.notes, *notes_on_tensors(tensors, options, checkpoint.config)),
+        stacks=stacks,
+        warnings=warnings,
+        notes=(*checkpoint.notes, *notes),
         model_config=checkpoint.config if checkpoint.has_config else None,
     )
     written = plan.config_files()  # takes the place of a copy
@@ -1953,6 +1999,46 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
     shards, placements = plan_shards(tensors, options, plan.fingerprint, hashes)
     return replace(plan, shards=shards, placements=placements)
+
+
+def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Decide what each weight of a folder that this program packed is decoded to: the dtype that config.json names, or
+    else that of most tensors that were kept."""
+    marks = [read_metadata(path) for path in checkpoint.files]
+    if not all(METADATA_KEY in found for found in marks) or not (checkpoint.folder / INDEX_NAME).exists():
+        raise QuantizeError(f"{checkpoint.folder} is no folder that this program finished: --restore reads no other")
+    form, infos = options.format, checkpoint.tensors
+    described = checkpoint.folder / QUANTIZE_CONFIG_NAME
+    padded = read_json(described).get("padded_weights", {}) if form.name == "int4" else {}
+    modules = [name.removesuffix(form.words_suffix) for name in infos if name.endswith(form.words_suffix)]
+    parts = {module + suffix for module in modules for suffix in form.suffixes}
+    kept = [info for name, info in infos.items() if name not in parts]
+    common = Counter(info.dtype for info in kept if info.dtype in FLOAT_DTYPES).most_common(1)
+    dtype = model_dtype(checkpoint.config) or (common[0][0] if common else "F32")
+    tensors = []
+    for module in modules:
+        words, scales = (as_rows(infos[module + suffix], form) for suffix in form.suffixes[:2])
+        rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
+        if form.name == "compressed-tensors":
+            true_shape = bytearray(16)
+            checkpoint.read_into(infos[f"{module}.weight_shape"], 0, memoryview(true_shape))
+            rows, columns = struct.unpack("<2q", true_shape)
+        packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
+        shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
+        outputs = (OutputTensor(f"{module}.weight", dtype, shape),)
+        tensors.append(TensorPlan(words, None, packing, outputs, scales))
+    tensors += [
+        TensorPlan(info, "not packed", None, (OutputTensor(info.name, info.dtype, info.shape),)) for info in kept
+    ]
+    return plan_files(checkpoint, tensors, options)
+
+
+def as_rows(info: TensorInfo, form: Format) -> TensorInfo:
+    """A weight's words or scales as (rows, columns), of a format that may hold them the other way."""
+    if not form.transposed:
+        return info
+    columns, rows = info.shape
+    return info.part(info.name, (rows, columns), 0, rows * DTYPE_BITS[info.dtype] // 8)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -2116,8 +2202,6 @@ def refuse_useless_int8(wider: list[re.Pattern], tensors: list[TensorPlan]) -> N
 def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, checkpoint: Checkpoint) -> None:
     """Whatever would make a folder that converts well and then does not load, or loads as noise."""
     form, group_size, config = options.format, options.group_size, checkpoint.config_folder / CONFIG_NAME
-    if options.int8 and form.name != "compressed-tensors":
-        raise QuantizeError(f"--int8: {form.name} was not tried with two widths, compressed-tensors is")
     if options.quantize_embeddings:
         raise QuantizeError(
             f"--quantize_embeddings: no engine reads embeddings packed as {form.name}; int4 can hold them"
@@ -2898,7 +2982,7 @@ class Conversion:
             if ahead:
                 self.checkpoint.read_ahead(ahead.tensor.source, ahead.offset, ahead.nbytes)
             self.guard.check()
-            convert = self._quantize if job.tensor.quantized else self._copy
+            convert = self._restore if job.tensor.scales else self._quantize if job.tensor.packing else self._copy
             if convert(job, workspace):
                 self._count(job)
 
@@ -2938,6 +3022,31 @@ class Conversion:
         for output in job.tensor.outputs[2:] if job.start == 0 else ():
             self._write(output, 0, memoryview(output.content()))
         return True
+
+    def _restore(self, job: Job, workspace: Workspace) -> bool:
+        """Decode the job's rows, as many at a time as make a tile; False if the run was stopped meanwhile."""
+        packing, (output,) = job.tensor.packing, job.tensor.outputs
+        step = max(1, TILE_WEIGHTS // output.shape[1])
+        for start in range(job.start, job.stop, step):
+            if self._stop.is_set():
+                return False
+            words, scales = (
+                self._read_rows(info, start, min(start + step, job.stop), workspace)
+                for info in (job.tensor.source, job.tensor.scales)
+            )
+            weights = dequantize(words, scales, packing, self.options.format.with_offset)[:, : output.shape[1]]
+            dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], *weights.shape).copy_(weights)
+            row_bytes = output.nbytes // output.shape[0]
+            self._write(output, start * row_bytes, workspace.bytes_of("dense", dense))
+        return True
+
+    def _read_rows(self, info: TensorInfo, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
+        """Rows of words or scales, as (rows, columns)."""
+        row_bytes = info.nbytes // info.shape[0]
+        raw = workspace.buffer(info.dtype, (stop - start) * row_bytes)
+        self.checkpoint.read_into(info, start * row_bytes, raw)
+        dtype = torch.int32 if info.dtype == "I32" else FLOAT_DTYPES[info.dtype]
+        return workspace.tensor(info.dtype, dtype, stop - start, info.shape[1])
 
     def _stage(self, job: Job, workspace: Workspace) -> list[torch.Tensor]:
         """Room for the job's part of transposed words and scales: (columns, rows of the job)."""
@@ -3088,11 +3197,12 @@ def say_row(label: str, count: object = "", size: str = "", note: str = "") -> N
 def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
     options = plan.options
     say(f"{checkpoint.folder} -> {output.folder}")
-    say(f"format {options.format.name}, group size {options.group_size}, {options.scale} scales, {threads} threads")
+    choice = "restored to dense weights" if options.restore else f"{options.scale} scales"
+    say(f"format {options.format.name}, group size {options.group_size}, {choice}, {threads} threads")
     say()
     say_row("Plan", "tensors", "size")
     tensors = plan.tensors
-    total_in = sum(tensor.source.nbytes for tensor in tensors)
+    total_in = sum(tensor.bytes_read for tensor in tensors)
     say_row("input", len(checkpoint.tensors), format_bytes(total_in), count_of(len(checkpoint.files), "file"))
     if plan.stacks:
         weights = len(tensors) - len(checkpoint.tensors) + plan.stacks
@@ -3100,11 +3210,12 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     for packing in sorted({t.packing for t in tensors if t.packing}, key=lambda p: (p.bits, p.group_size)):
         quantized = [tensor for tensor in tensors if tensor.packing == packing]
         packed = sum(output.nbytes for tensor in quantized for output in tensor.outputs)
-        before = sum(tensor.source.nbytes for tensor in quantized)
+        before = sum(tensor.bytes_read for tensor in quantized)
         groups = f", groups of {packing.group_size}" if packing.bits == 8 else ""
         become = f"become {format_bytes(packed)}{groups}"
-        say_row(f"quantized to {packing.bits} bits", len(quantized), format_bytes(before), become)
-    padded = [info for info in plan.quantized if info.shape[1] % options.group_size]
+        verb = "restored from" if options.restore else "quantized to"
+        say_row(f"{verb} {packing.bits} bits", len(quantized), format_bytes(before), become)
+    padded = [info for info in plan.quantized if info.shape[1] % options.group_size and not options.restore]
     if padded:
         example = f"{padded[0].shape[1]:,} to {Packing(4, options.group_size).columns_of(padded[0].shape[1]):,}"
         say_row("  of these padded to whole groups", len(padded), "", f"e.g. {example} columns: {padded[0].name}")
@@ -3210,13 +3321,14 @@ class Progress:
 
 def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> None:
     seconds = time.monotonic() - progress.started
-    before = sum(tensor.source.nbytes for tensor in plan.tensors)
+    before = sum(tensor.bytes_read for tensor in plan.tensors)
     quantized = sum(tensor.quantized for tensor in plan.tensors)
     rate = conversion.bytes_total / max(seconds, 1e-9)
+    smaller = f" ({before / max(plan.total_size, 1):.2f} times smaller)"
     say(
         f"Done in {format_seconds(seconds)} ({format_bytes(rate)}/s read): {format_bytes(before)} became"
-        f" {format_bytes(plan.total_size)} ({before / max(plan.total_size, 1):.2f} times smaller),"
-        f" {quantized:,} tensors quantized, {len(plan.tensors) - quantized:,} kept"
+        f" {format_bytes(plan.total_size)}{'' if plan.options.restore else smaller}, {quantized:,} tensors"
+        f" {'restored' if plan.options.restore else 'quantized'}, {len(plan.tensors) - quantized:,} kept"
     )
     say(f"Peak memory of this process: {format_bytes(progress.guard.own_peak)} (mapped files not counted)")
     say()
@@ -3262,6 +3374,7 @@ class Verification:
         self.format, self.group_size = read_layout(folder)
         self.problems: list[str] = []
         self.errors: dict[str, float] = {}  # relative RMS error of each quantized weight
+        self.wide: set[str] = set()  # those of 8 bits
         self.kept = 0
         self.searched = False  # scales of least squared error may clip the largest weights
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
@@ -3413,6 +3526,7 @@ class Verification:
                 self.kept += 1
             else:
                 self.errors[info.name] = error
+                self.wide |= {info.name} if self._packing(info).bits == 8 else set()
 
     def _compare_kept(self, info: TensorInfo, output: torch.Tensor) -> None:
         if tuple(output.shape) != info.shape or DTYPE_NAMES.get(output.dtype, info.dtype) != info.dtype:
@@ -3450,8 +3564,8 @@ class Verification:
             codes, scales = self._decode(outputs, first, last, columns, packing)
             difference = weights - codes * scales
             # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
-            rounding = torch.finfo(outputs[1].dtype)
-            slack = packing.code_max * (scales.abs() * rounding.eps / 2 + rounding.smallest_normal * rounding.eps / 2)
+            rounding, at_end = torch.finfo(outputs[1].dtype), codes.abs() >= packing.code_max
+            slack = packing.code_max * rounding.eps / 2 * (scales.abs() * at_end + rounding.smallest_normal)
             wrong = ~(difference.abs() <= scales.abs() * (0.5 + 1e-5) + slack)
             if self.searched and packing.bits == 4:
                 decoded = codes * scales
@@ -3501,6 +3615,7 @@ def print_verification(verification: Verification) -> None:
     kinds: dict[str, list[float]] = {}
     for name, error in verification.errors.items():
         kind = next((kind for kind, pattern in LAYER_KINDS if pattern.search(name)), "other")
+        kind += ", 8 bits" if name in verification.wide else ""
         kinds.setdefault(kind, []).append(error)
     say()
     say(f"{'Verified':<24}{'weights':>8}  relative RMS error: {'min':>7}{'median':>9}{'max':>9}")
@@ -3618,10 +3733,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="compare the output with the source, weight by weight; alone on a finished folder, else after writing",
     )
+    add(
+        "--restore",
+        action="store_true",
+        help="the other way: make a plain checkpoint of what a folder of any format decodes to",
+    )
     add("--overwrite", action="store_true", help="replace what an earlier run left in the output folder, nothing else")
     add("--debug", action="store_true", help="show a traceback with an error")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     args = parser.parse_args([with_underscores(argument) for argument in argv])
+    if args.restore and (args.verify or args.format or args.group_size or args.exclude or args.int8 or args.scale):
+        parser.error("--restore takes the layout from the folder, and only --shard_size_gb, --threads and the like")
     if args.importance and args.scale != "mse":
         parser.error("--importance needs --scale mse")
     return args
@@ -3707,7 +3829,10 @@ def refuse_other_options(args: argparse.Namespace, checkpoint: Checkpoint) -> No
 
 
 def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> None:
-    plan = plan_conversion(checkpoint, make_options(args, FORMATS[args.format or "int4"], args.group_size or 128))
+    if args.restore:
+        plan = plan_restoration(checkpoint, replace(make_options(args, *read_layout(args.input_dir)), restore=True))
+    else:
+        plan = plan_conversion(checkpoint, make_options(args, FORMATS[args.format or "int4"], args.group_size or 128))
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)

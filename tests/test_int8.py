@@ -1,0 +1,206 @@
+"""--int8: what it names is packed in 8 bits, alone or with 4-bit layers beside it, and what engines cannot hold is
+refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli
+from safetensors.torch import save_file
+from small_models import BESIDE, MOE, SEPARATE, E, gated, random, read_config, save
+
+ATTENTION = "model.layers.0.self_attn"
+MODEL = {f"{ATTENTION}.{p}_proj.weight": random(64, 256) for p in "qkvo"} | {
+    "model.layers.0.mlp.up_proj.weight": random(64, 192),
+    "model.layers.0.mlp.gate_proj.weight": random(64, 192),
+}
+ENGINE = ["--format", "compressed-tensors", "--group_size", 64]
+
+
+def reference_int8(weight, group_size, dtype):
+    """Codes and scales, one value at a time: scale = max|w| / 127 as its dtype holds it, half to even."""
+    groups = weight.double().unflatten(1, (-1, group_size))
+    scales = (groups.abs().amax(2).float() / 127).to(dtype)
+    codes = (groups.float() / scales.float().unsqueeze(2)).round().clamp(-128, 127)
+    return codes.flatten(1).to(torch.int64), scales
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("constants", [{}, {"TILE_WEIGHTS": 500, "JOB_WEIGHTS": 1500}], ids=["one tile", "many tiles"])
+def test_four_codes_plus_128_lie_in_a_word_the_first_in_the_lowest_byte(tmp_path, dtype, constants):
+    tensors = {name: weight.to(dtype) for name, weight in MODEL.items()}
+    source = save(tmp_path / "in", tensors)
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify", constants=constants)
+    output = read_tensors(tmp_path / "out")
+    for name in (name for name in MODEL if "self_attn" in name):
+        module = name.removesuffix(".weight")
+        codes, scales = reference_int8(tensors[name], 128, dtype)
+        words = (codes + 128).unflatten(1, (-1, 4)) * torch.tensor([1, 1 << 8, 1 << 16, 1 << 24])
+        stored = output[f"{module}.weight_packed"].to(torch.int64) % (1 << 32)
+        assert torch.equal(stored, words.sum(2))
+        assert torch.equal(output[f"{module}.weight_scale"], scales)
+        assert output[f"{module}.weight_shape"].tolist() == list(tensors[name].shape)
+
+
+def test_zeros_are_zeros_and_a_group_of_subnormals_too(tmp_path):
+    weight = random(64, 256)
+    weight[0], weight[1] = 0, 1e-40
+    source = save(tmp_path / "in", {f"{ATTENTION}.o_proj.weight": weight} | {"m.weight": random(64, 64)})
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "o_proj", "--verify")
+    assert (read_tensors(tmp_path / "out")[f"{ATTENTION}.o_proj.weight_packed"][0] == -0x7F7F7F80).all()
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(256, 128), (192, 64)])
+def test_groups_have_128_columns_where_that_fits_and_else_what_was_asked_for(tmp_path, columns, group_size):
+    tensors = MODEL | {f"{ATTENTION}.o_proj.weight": random(64, columns)}
+    quantize(save(tmp_path / "in", tensors), tmp_path / "out", *ENGINE, "--int8", "o_proj")
+    scales = read_tensors(tmp_path / "out")[f"{ATTENTION}.o_proj.weight_scale"]
+    assert scales.shape == (64, columns // group_size)
+
+
+def test_all_of_a_layers_experts_have_groups_of_one_size(tmp_path):
+    experts = {f"{MOE}.experts.{e}.up_proj.weight": random(64, 256) for e in range(E)}
+    experts |= {f"{MOE}.experts.{e}.down_proj.weight": random(256, 64) for e in range(E)}
+    quantize(save(tmp_path / "in", BESIDE | experts), tmp_path / "out", *ENGINE, "--int8", r"\.experts\.", "--verify")
+    scales = {name: tensor for name, tensor in read_tensors(tmp_path / "out").items() if name.endswith("weight_scale")}
+    assert scales[f"{MOE}.experts.0.up_proj.weight_scale"].shape == (64, 4)
+
+
+def groups_of(folder):
+    """Targets, bits and group size of config.json's groups, in their order."""
+    groups = read_config(folder)["quantization_config"]["config_groups"].values()
+    return [(g["targets"], g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups]
+
+
+def test_config_json_has_the_4_bit_group_first_and_names_what_has_8(tmp_path):
+    quantize(save(tmp_path / "in", BESIDE | SEPARATE | MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn")
+    four, eight = groups_of(tmp_path / "out")
+    assert four == (["Linear", r"re:(.*\.)?experts\.\d+\..*$"], 4, 64)
+    assert eight[1:] == (8, 128)
+    for wrapper in ("model.", "model.language_model.", "language_model.model."):
+        for projection in "qkvo":
+            name = f"{wrapper}layers.0.self_attn.{projection}_proj"
+            assert any(re.match(target[3:], name) for target in eight[0])
+        assert not any(re.match(target[3:], f"{wrapper}layers.0.mlp.up_proj") for target in eight[0])
+
+
+def test_a_folder_of_8_bits_alone_has_one_group(tmp_path):
+    source = save(tmp_path / "in", {name: weight for name, weight in MODEL.items() if "self_attn" in name})
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", ".", "--verify")
+    assert groups_of(tmp_path / "out") == [(["Linear"], 8, 128)]
+
+
+def test_stacked_experts_are_named_as_in_the_file_or_one_by_one(tmp_path):
+    source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
+    for pattern, folder in ((r"experts\.(gate_up|down)_proj", "a"), (r"experts\.\d+\.", "b")):
+        plan = quantize(source, tmp_path / folder, *ENGINE, "--int8", pattern, "--verify").stdout
+        assert re.search(rf"quantized to 8 bits +{3 * E} ", plan)
+    a, b = (read_tensors(tmp_path / folder) for folder in "ab")
+    assert all(torch.equal(a[name], tensor) for name, tensor in b.items())
+
+
+def test_searched_scales_are_for_4_bits_and_8_bits_keep_their_largest(tmp_path):
+    source = save(tmp_path / "in", MODEL)
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--scale", "mse", "--verify")
+    quantize(source, tmp_path / "plain", *ENGINE, "--int8", "self_attn")
+    out, plain = (read_tensors(tmp_path / folder) for folder in ("out", "plain"))
+    changed = {name for name in out if not torch.equal(out[name], plain[name])}
+    assert changed
+    assert all("mlp" in name for name in changed)
+
+
+def test_the_plan_and_verification_list_8_bit_weights_apart(tmp_path):
+    result = quantize(save(tmp_path / "in", MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify")
+    assert re.search(r"quantized to 4 bits +2 .*\nquantized to 8 bits +4 .*groups of 128", result.stdout)
+    assert re.search(r"attention, 8 bits +4 +0\.00", result.stdout)
+    assert re.search(r"other +2 +0\.1", result.stdout)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "nothing": (["--int8", "zzz"], "--int8 zzz matches none"),
+    "only kept": (["--int8", "embed_tokens"], "--int8 embed_tokens matches only tensors that are kept"),
+    "excluded": (["--int8", "o_proj", "--exclude", "o_proj"], "matches only tensors that are kept"),
+    "half of q, k, v": (["--int8", "q_proj"], "engines fuse"),
+    "8 bits and kept": (["--int8", "q_proj|k_proj", "--exclude", "v_proj"], "engines fuse"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_pattern_that_cannot_be_followed_is_refused(tmp_path, case):
+    options, words = REFUSED[case]
+    source = save(tmp_path / "in", MODEL | {"model.embed_tokens.weight": random(96, 256)})
+    assert_refused(run_cli(source, tmp_path / "out", *ENGINE, *options), words)
+
+
+def test_half_of_a_layers_experts_is_refused(tmp_path):
+    source = save(tmp_path / "in", BESIDE | SEPARATE)
+    result = run_cli(source, tmp_path / "out", *ENGINE, "--int8", r"experts\.\d+\.down_proj")
+    assert_refused(result, "all experts of", "gets 8 bits", "gets 4 bits")
+
+
+@pytest.mark.parametrize("form", ["int4", "gptq"])
+def test_formats_without_a_second_width_refuse_it(tmp_path, form):
+    result = run_cli(save(tmp_path / "in", MODEL), tmp_path / "out", "--format", form, "--int8", "o_proj")
+    assert_refused(result, f"--int8: {form}", "compressed-tensors")
+
+
+def test_a_value_that_is_not_finite_is_refused_by_its_place(tmp_path):
+    weight = random(64, 256)
+    weight[3, 200] = float("inf")
+    source = save(tmp_path / "in", MODEL | {f"{ATTENTION}.o_proj.weight": weight})
+    assert_refused(run_cli(source, tmp_path / "out", *ENGINE, "--int8", "o_proj"), "o_proj", "row 3, column 200")
+
+
+# --- resume, verify ---------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_writes_the_same_bytes_and_another_pattern_is_another_run(tmp_path):
+    source = save(tmp_path / "in", MODEL)
+    options = [*ENGINE, "--int8", "self_attn", "--shard_size_gb", 4e-5]
+    quantize(source, tmp_path / "whole", *options)
+    quantize(source, tmp_path / "out", *options)
+    for name in ("model.safetensors.index.json", "model-00002.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert_refused(run_cli(source, tmp_path / "out", *ENGINE, "--int8", "o_proj"), "--overwrite")
+    quantize(source, tmp_path / "out", *options)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def change_code(folder):
+    tensors = read_tensors(folder)
+    tensors[f"{ATTENTION}.o_proj.weight_packed"][5, 7] ^= 0x30000
+    save_file(tensors, folder / "model-00001.safetensors")
+
+
+def change_scale(folder):
+    tensors = read_tensors(folder)
+    tensors[f"{ATTENTION}.o_proj.weight_scale"][5, 1] *= 2
+    save_file(tensors, folder / "model-00001.safetensors")
+
+
+def change_targets(folder):
+    config = read_config(folder)
+    config["quantization_config"]["config_groups"]["group_1"]["targets"].append(r"re:.*up_proj$")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+CHANGES = {
+    change_code: "o_proj.weight': row 5, column 30",
+    change_scale: "not its group's largest weight / 127",
+    change_targets: "'model.layers.0.mlp.up_proj' is",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change):
+    source = save(tmp_path / "in", MODEL)
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn")
+    change(tmp_path / "out")
+    result = run_cli(source, tmp_path / "out", "--verify")
+    assert result.returncode == 1
+    assert CHANGES[change] in result.stdout
