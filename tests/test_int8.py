@@ -8,9 +8,11 @@ import re
 
 import pytest
 import torch
-from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli
+from checkpoints import write_sparse_checkpoint
+from conftest import ROOT, assert_refused, folder_bytes, quantize, read_tensors, run_cli
 from safetensors.torch import save_file
 from small_models import BESIDE, MOE, SEPARATE, E, gated, random, read_config, save
+from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
 
 ATTENTION = "model.layers.0.self_attn"
 MODEL = {f"{ATTENTION}.{p}_proj.weight": random(64, 256) for p in "qkvo"} | {
@@ -204,3 +206,30 @@ def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change):
     result = run_cli(source, tmp_path / "out", "--verify")
     assert result.returncode == 1
     assert CHANGES[change] in result.stdout
+
+
+# --- README's recipes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    """All 6,243 headers of Nemotron-3-Nano-30B over files that are one hole."""
+    folder = tmp_path_factory.mktemp("nano")
+    write_sparse_checkpoint(folder, nemotron_tensors(NANO_30B), shards=13)
+    write_other_files(folder, NANO_30B)
+    return folder
+
+
+RECIPES = re.findall(r"--format (\S+) --group_size (\d+) --int8 '(.*)'", (ROOT / "README.md").read_text())
+EXPECTED = [("5,968", "36", "18.00 GB"), ("5,888", "116", "18.55 GB")]
+
+
+@pytest.mark.parametrize(("recipe", "expected"), zip(RECIPES, EXPECTED, strict=True), ids=["attention", "not experts"])
+def test_a_recipe_of_the_readme_gives_the_size_it_names(nano, tmp_path, recipe, expected):
+    form, group_size, pattern = recipe
+    options = ["--format", form, "--group_size", group_size, "--int8", pattern, "--dry_run"]
+    plan = quantize(nano, tmp_path / "out", *options).stdout
+    four, eight, size = expected
+    assert re.search(rf"quantized to 4 bits +{four} .*\nquantized to 8 bits +{eight} ", plan)
+    assert re.search(rf"^output +18,251 +{size} ", plan, re.MULTILINE)
+    assert size.removesuffix(" GB") in (ROOT / "README.md").read_text()
