@@ -28,9 +28,12 @@ Formats of the output (--format); each weight `X.weight` of shape (rows, columns
 
 (* or the dtype of config.json where that is bfloat16 or float16; float32 for float64 weights)
 
-Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: scale =
-max|w| / 7 rounded to its dtype, c = clamp(round(w / scale), -8, 7). Where there is a C compiler (cc, or what CC names),
-a kernel compiled at the start does this for bf16 weights, in half the time that torch takes; the result is the same.
+Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: c =
+clamp(round(w / scale), -8, 7) with scale = max|w| / 7 rounded to its dtype, or, by default in formats for engines, the
+scale of least squared error (--scale mse). What --int8 names has 8 bits in compressed-tensors: scale = max|w| / 127, and
+weight_packed (rows, columns // 4) holds c + 128, the first code in the lowest byte. Where there is a C compiler (cc, or
+what CC names), a kernel compiled at the start does this for bf16 weights, in half the time that torch takes; the result
+is the same. --restore makes a plain checkpoint of what a quantized folder decodes to.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130 and 143 stopped by SIGHUP, SIGINT and
 SIGTERM. A run that was stopped, killed or out of memory or disk continues when the same command is given again.
@@ -2257,9 +2260,7 @@ def refuse_split_layers(tensors: list[TensorPlan]) -> None:
                 + (f"gets {part.packing.bits} bits" if part.packing else f"is kept ({part.kept_because})")
                 for part in (one, others[0])
             )
-            raise QuantizeError(
-                f"engines fuse {key}: {' while '.join(fates)}: name all of them in --exclude or --int8, or none"
-            )
+            raise QuantizeError(f"engines fuse {key}: {' while '.join(fates)}: --exclude or --int8 all of them or none")
 
 
 def fused_keys(name: str) -> Iterator[str]:
@@ -3695,7 +3696,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add(
         "--scale",
         choices=("absmax", "mse"),
-        help="absmax: from each group's largest weight (default); mse: of least squared error, slower and closer",
+        help="how scales are chosen: absmax, from each group's largest weight (default of int4); mse, of least squared"
+        " error (default of the other formats)",
     )
     add(
         "--importance",
@@ -3744,7 +3746,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args([with_underscores(argument) for argument in argv])
     if args.restore and (args.verify or args.format or args.group_size or args.exclude or args.int8 or args.scale):
         parser.error("--restore takes the layout from the folder, and only --shard_size_gb, --threads and the like")
-    if args.importance and args.scale != "mse":
+    if args.importance and default_scale(args.scale, FORMATS[args.format or "int4"]) != "mse":
         parser.error("--importance needs --scale mse")
     return args
 
@@ -3797,6 +3799,11 @@ def run(args: argparse.Namespace) -> None:
             verify(checkpoint, args.output_dir, progress, args.threads)
 
 
+def default_scale(asked: str | None, form: Format) -> str:
+    """The seed's rule for its own layout, the closer one for engines."""
+    return asked or ("mse" if form.for_engines else "absmax")
+
+
 def make_options(args: argparse.Namespace, form: Format, group_size: int) -> Options:
     return Options(
         form,
@@ -3805,7 +3812,7 @@ def make_options(args: argparse.Namespace, form: Format, group_size: int) -> Opt
         tuple(args.exclude),
         args.quantize_embeddings,
         tuple(args.int8),
-        args.scale or "absmax",
+        default_scale(args.scale, form),
         Importance(args.importance) if args.importance else None,
     )
 
@@ -3819,7 +3826,7 @@ def refuse_other_options(args: argparse.Namespace, checkpoint: Checkpoint) -> No
                 f"{args.output_dir} is finished with --{option} {found}, not {asked}: --overwrite converts it again"
             )
     options = make_options(args, form, group_size)
-    if args.scale or options != Options(form, group_size, 4 * GB, (), False):
+    if args.scale or options != Options(form, group_size, 4 * GB, (), False, scale=options.scale):
         plan = plan_conversion(checkpoint, options)
         if read_metadata(args.output_dir / plan.shards[0].name).get(METADATA_KEY) != plan.fingerprint:
             raise QuantizeError(

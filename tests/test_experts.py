@@ -241,6 +241,12 @@ def advice_of(result):
     return shlex.split(re.search(r"(--exclude .*) keeps", result.stderr)[1])
 
 
+def test_the_advice_for_many_layers_is_one_pattern(tmp_path):
+    stacks = {f"model.layers.{n}.moe_w": random(E, H, H) for n in (1, 12)}
+    result = run_cli(save(tmp_path / "in", BESIDE | stacks), tmp_path / "out")
+    assert advice_of(result) == ["--exclude", r"\b(\d+\.moe_w)(\.weight)?$"]
+
+
 @pytest.mark.parametrize("case", UNREADABLE)
 @pytest.mark.parametrize("form", ["int4", "compressed-tensors"])
 def test_a_stack_that_nothing_decides_is_refused_by_name_and_the_advice_helps(tmp_path, case, form):

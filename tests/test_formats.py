@@ -29,7 +29,13 @@ def reference_words(weight, group_size, scale_dtype):
 def test_golden_word_with_offset_by_hand(tmp_path):
     weight = torch.zeros(8, 32, dtype=torch.bfloat16)
     weight[0, :8] = torch.tensor([7, -7, 1, -1, 0, 3.5, 2.5, -2.5])  # codes 7 -7 1 -1 0 4 2 -2, as in test_quantization
-    quantize(save_model(tmp_path / "in", {"m.x.weight": weight}), tmp_path / "out", "--format=gptq", "--group_size=32")
+    quantize(
+        save_model(tmp_path / "in", {"m.x.weight": weight}),
+        tmp_path / "out",
+        "--format=gptq",
+        "--group_size=32",
+        "--scale=absmax",
+    )
     output = read_tensors(tmp_path / "out")
     assert output["m.x.qweight"][0, 0].item() & 0xFFFFFFFF == 0x6_A_C_8_7_9_1_F
     assert (output["m.x.qweight"][1:] == 0x88888888 - (1 << 32)).all()
@@ -40,7 +46,9 @@ def test_golden_word_with_offset_by_hand(tmp_path):
 def test_compressed_tensors_bits_equal_the_slow_reference(tmp_path, dtype, group_size):
     weight = torch.randn(5, 384, generator=SEEDED).to(dtype)
     folder = save_model(tmp_path / "in", {"m.x.weight": weight})
-    quantize(folder, tmp_path / "out", "--format", "compressed-tensors", "--group_size", group_size)
+    quantize(
+        folder, tmp_path / "out", "--format", "compressed-tensors", "--scale", "absmax", "--group_size", group_size
+    )
     output = read_tensors(tmp_path / "out")
     words, scales = reference_words(weight, group_size, dtype)  # the scale's dtype is the checkpoint's
     assert output.keys() == {"m.x.weight_packed", "m.x.weight_scale", "m.x.weight_shape"}
@@ -55,7 +63,7 @@ def test_compressed_tensors_bits_equal_the_slow_reference(tmp_path, dtype, group
 def test_gptq_bits_equal_the_slow_reference_in_one_job_and_in_many(tmp_path, constants):
     weight = torch.randn(24, 640, generator=SEEDED).bfloat16()
     folder = save_model(tmp_path / "in", {"m.x.weight": weight})
-    quantize(folder, tmp_path / "out", "--format", "gptq", "--group_size", 64, constants=constants)
+    quantize(folder, tmp_path / "out", "--format", "gptq", "--scale", "absmax", "--group_size", 64, constants=constants)
     output = read_tensors(tmp_path / "out")
     words, scales = reference_words(weight, 64, torch.float16)
     assert torch.equal(output["m.x.qweight"], words.T)
@@ -202,7 +210,7 @@ def test_group_sizes_that_marlin_lacks_are_refused(tiny, tmp_path, form, group_s
 def test_rows_that_gptq_cannot_hold_are_refused(tmp_path):
     folder = save_model(tmp_path / "in", {"m.x.weight": torch.ones(12, 128)})
     refuse(folder, tmp_path, "gptq", "'m.x.weight' with 12", "multiple of 8")
-    quantize(folder, tmp_path / "out", "--format", "compressed-tensors")
+    quantize(folder, tmp_path / "out", "--format", "compressed-tensors", "--scale", "absmax")
 
 
 @pytest.mark.parametrize("form", ENGINE_FORMATS)

@@ -175,7 +175,7 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
 def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason):
     compiled()
     folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
-    options = ["--format", format_name]
+    options = ["--format", format_name, "--scale", "absmax"]
     told = [
         quantize(folder, tmp_path / name, *options, environment={"CC": cc}).stdout
         for name, cc in (("without", compiler), ("with", "cc"))

@@ -105,3 +105,16 @@ def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
     quantize(folder, tmp_path / "cut", "--scale", "mse", "--group_size", 64, constants={"TILE_WEIGHTS": 3000})
     whole, cut = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+# --- the default ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "scale"), [("int4", "absmax"), ("compressed-tensors", "mse"), ("gptq", "mse")])
+def test_the_seeds_layout_has_absmax_scales_by_default_and_the_formats_for_engines_closer_ones(tmp_path, form, scale):
+    source = save_model(tmp_path / "in", {"layers.0.up.weight": torch.randn(8, 256).bfloat16()})
+    assert f" {scale} scales" in quantize(source, tmp_path / "out", "--format", form).stdout
+    quantize(source, tmp_path / "named", "--format", form, "--scale", scale)
+    out, named = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "named")
+    assert all(torch.equal(out[name], tensor) for name, tensor in named.items())
+    assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout

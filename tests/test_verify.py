@@ -23,7 +23,7 @@ EXPERT = "backbone.layers.1.mixer.experts.2.down_proj"
 def finished(request, tiny, tmp_path_factory):
     """A finished folder of each format."""
     folder = tmp_path_factory.mktemp("finished") / "out"
-    quantize(tiny, folder, "--format", request.param, "--group_size", 64)
+    quantize(tiny, folder, "--format", request.param, "--group_size", 64, "--scale", "absmax")
     return request.param, folder
 
 
@@ -179,7 +179,7 @@ def test_a_wrong_true_shape_is_found(tiny, tmp_path):
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 def test_an_entry_that_keeps_a_packed_layer_is_found(tiny, tmp_path, form):
-    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64)
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
 
     def change(config):
         config = config["quantization_config"]
@@ -209,7 +209,7 @@ def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
     ids=["none", "no pattern", "null"],
 )
 def test_wrong_entries_for_kept_layers_are_found(tiny, tmp_path, form, key, entries, problem):
-    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64)
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
     edit_json(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update({key: entries}))
     assert_found(tiny, tmp_path / "out", problem)
 
@@ -262,7 +262,7 @@ def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp
     ("form", "part"), [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")]
 )
 def test_wrong_constants_are_found(tiny, tmp_path, form, part):
-    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64)
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
     edit(tmp_path / "out", lambda tensors: tensors[f"{EXPERT}.{part}"].view(-1)[-1].add_(1))
     assert_found(tiny, tmp_path / "out", f"{EXPERT}.{part}")
 
