@@ -30,10 +30,10 @@ Formats of the output (--format); each weight `X.weight` of shape (rows, columns
 
 Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: c =
 clamp(round(w / scale), -8, 7) with scale = max|w| / 7 rounded to its dtype, or, by default in formats for engines, the
-scale of least squared error (--scale mse). What --int8 names has 8 bits in compressed-tensors: scale = max|w| / 127, and
-weight_packed (rows, columns // 4) holds c + 128, the first code in the lowest byte. Where there is a C compiler (cc, or
-what CC names), a kernel compiled at the start does this for bf16 weights, in half the time that torch takes; the result
-is the same. --restore makes a plain checkpoint of what a quantized folder decodes to.
+scale of least squared error (--scale mse). What --int8 names has 8 bits in compressed-tensors: scale = max|w| / 127,
+and weight_packed (rows, columns // 4) holds c + 128, the first code in the lowest byte. Where there is a C compiler
+(cc, or what CC names), a kernel compiled at the start does this for bf16 weights, in half the time that torch takes;
+the result is the same. --restore makes a plain checkpoint of what a quantized folder decodes to.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130 and 143 stopped by SIGHUP, SIGINT and
 SIGTERM. A run that was stopped, killed or out of memory or disk continues when the same command is given again.
