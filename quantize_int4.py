@@ -3656,93 +3656,53 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "--input_dir",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of the merged checkpoint: safetensors, or torch pickles",
+    folder, flag = {"type": Path, "metavar": "DIR"}, {"action": "store_true"}
+    regex = {"type": regex_argument, "metavar": "REGEX", "action": "append", "default": []}
+    gigabytes, count = {"metavar": "GB"}, {"metavar": "N"}
+    above_0 = number_argument(float, "a positive number of gigabytes", lambda n: 0 < n <= 1e9)
+    from_0 = number_argument(float, "a number of gigabytes", lambda n: 0 <= n <= 1e9)
+    eights = number_argument(int, "a positive multiple of 8", lambda n: n > 0 and n % CODES_PER_WORD == 0)
+    threads = number_argument(int, "a number of threads from 1 to 1024", lambda n: 1 <= n <= 1024)
+
+    def option(name: str, text: str, **settings) -> None:
+        parser.add_argument(f"--{name}", help=text, **settings)
+
+    option("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", required=True, **folder)
+    option("output_dir", "folder to write to; new or empty, or unfinished", required=True, **folder)
+    option("config_dir", "folder of config.json, tokenizer and so on, if not --input_dir", **folder)
+    formats = (
+        "int4: the layout below, for readers of your own (default); compressed-tensors: for vLLM and transformers;"
+        " gptq: for other engines, dense models only"
     )
-    add("--output_dir", required=True, type=Path, metavar="DIR", help="folder to write to; new or empty, or unfinished")
-    add("--config_dir", type=Path, metavar="DIR", help="folder of config.json, tokenizer and so on, if not --input_dir")
-    add(
-        "--format",
-        choices=FORMATS,
-        help="int4: the layout below, for readers of your own (default); compressed-tensors: for vLLM and transformers;"
-        " gptq: for other engines, dense models only",
+    option("format", formats, choices=FORMATS)
+    option("group_size", "columns that share a scale, a multiple of 8 (default: 128)", type=eights, **count)
+    largest = "largest size of an output file, in 10^9 bytes; a larger tensor gets a file to itself (default: 4.0)"
+    option("shard_size_gb", largest, type=above_0, default=4.0, **gigabytes)
+    option("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", **regex)
+    scales = (
+        "how scales are chosen: absmax, from each group's largest weight (default of int4); mse, of least squared error"
+        " (default of the other formats)"
     )
-    add(
-        "--group_size",
-        type=number_argument(int, "a positive multiple of 8", lambda n: n > 0 and n % CODES_PER_WORD == 0),
-        metavar="N",
-        help="columns that share a scale, a multiple of 8 (default: 128)",
+    option("scale", scales, choices=("absmax", "mse"))
+    squares = (
+        "safetensors of float32 vectors, for X.weight one named X with each column's mean square input; with"
+        " --scale mse it weighs the columns' errors"
     )
-    add(
-        "--shard_size_gb",
-        type=number_argument(float, "a positive number of gigabytes", lambda n: 0 < n <= 1e9),
-        default=4.0,
-        metavar="GB",
-        help="largest size of an output file, in 10^9 bytes; a larger tensor gets a file to itself (default: 4.0)",
+    option("importance", squares, type=Path, metavar="FILE")
+    option("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", **regex)
+    option("quantize_embeddings", "quantize embeddings too (default: they are kept)", **flag)
+    least = "stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)"
+    option("min_free_gb", least, type=from_0, default=10.0, **gigabytes)
+    cores = "worker threads (default: the cores this process may use, %(default)s here)"
+    option("threads", cores, type=threads, default=usable_cores(), **count)
+    option("dry_run", "print the plan and stop; nothing is written", **flag)
+    option(
+        "verify", "compare the output with the source, weight by weight: a finished folder, or after writing", **flag
     )
-    add(
-        "--exclude",
-        action="append",
-        default=[],
-        type=regex_argument,
-        metavar="REGEX",
-        help="keep tensors whose name this matches anywhere (Python re.search); may be given several times",
-    )
-    add(
-        "--scale",
-        choices=("absmax", "mse"),
-        help="how scales are chosen: absmax, from each group's largest weight (default of int4); mse, of least squared"
-        " error (default of the other formats)",
-    )
-    add(
-        "--importance",
-        type=Path,
-        metavar="FILE",
-        help="safetensors of float32 vectors, for X.weight one named X with each column's mean square input; with"
-        " --scale mse it weighs the columns' errors",
-    )
-    add(
-        "--int8",
-        action="append",
-        default=[],
-        type=regex_argument,
-        metavar="REGEX",
-        help="pack what this matches anywhere in its name in 8 bits (compressed-tensors); may be given several times",
-    )
-    add("--quantize_embeddings", action="store_true", help="quantize embeddings too (default: they are kept)")
-    add(
-        "--min_free_gb",
-        type=number_argument(float, "a number of gigabytes", lambda n: 0 <= n <= 1e9),
-        default=10.0,
-        metavar="GB",
-        help="stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)",
-    )
-    add(
-        "--threads",
-        type=number_argument(int, "a number of threads from 1 to 1024", lambda n: 1 <= n <= 1024),
-        default=usable_cores(),
-        metavar="N",
-        help="worker threads (default: the cores this process may use, %(default)s here)",
-    )
-    add("--dry_run", action="store_true", help="print the plan and stop; nothing is written")
-    add(
-        "--verify",
-        action="store_true",
-        help="compare the output with the source, weight by weight; alone on a finished folder, else after writing",
-    )
-    add(
-        "--restore",
-        action="store_true",
-        help="the other way: make a plain checkpoint of what a folder of any format decodes to",
-    )
-    add("--overwrite", action="store_true", help="replace what an earlier run left in the output folder, nothing else")
-    add("--debug", action="store_true", help="show a traceback with an error")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
+    option("restore", "the other way: make a plain checkpoint of what a folder of any format decodes to", **flag)
+    option("overwrite", "replace what an earlier run left in the output folder, nothing else", **flag)
+    option("debug", "show a traceback with an error", **flag)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     args = parser.parse_args([with_underscores(argument) for argument in argv])
     if args.restore and (args.verify or args.format or args.group_size or args.exclude or args.int8 or args.scale):
         parser.error("--restore takes the layout from the folder, and only --shard_size_gb, --threads and the like")
