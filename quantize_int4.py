@@ -1965,6 +1965,9 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         )
     if options.format.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
+    if options.importance:
+        weights = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
+        options.importance.match(weights, expert_naming(checkpoint.config))
     warnings = tuple(what_is_missing(sources, roles, checkpoint.config, options))
     notes = notes_on_tensors(tensors, options, checkpoint.config)
     return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
@@ -2359,7 +2362,6 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
     notes = []
     if options.importance:
         weights = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
-        options.importance.match(weights, expert_naming(config))
         named = [info for info in weights if options.importance.names(info)]
         weighed = sum(options.importance.get(info) is not None for info in named)
         notes.append(
