@@ -213,6 +213,10 @@ def test_layers_are_counted_whatever_the_config_calls_them(tmp_path, key):
     assert "'h.2'" in warnings_of(tmp_path, stacked_layers("h", 2), **{key: 3})[0]
 
 
+def test_nothing_is_said_of_an_encoder_that_a_decoder_does_without(tmp_path):
+    assert not warnings_of(tmp_path, stacked_layers("model.decoder.layers", 2), num_hidden_layers=2)
+
+
 def test_nothing_is_said_of_layers_that_a_model_shares(tmp_path):
     tensors = stacked_layers("encoder.albert_layer_groups", 1)
     assert not warnings_of(tmp_path, tensors, num_hidden_layers=12, num_hidden_groups=1)
@@ -247,8 +251,10 @@ def test_single_weights_and_experts_that_are_missing_are_warned_of(tmp_path, los
     )
 
 
-def test_nothing_is_said_of_layers_of_several_kinds(tmp_path):
-    tensors = whole_model() | {"model.layers.0.self_attn.relative_attention_bias.weight": random(32, 4)}
+@pytest.mark.parametrize("count", [2, 4])
+def test_nothing_is_said_of_layers_of_several_kinds(tmp_path, count):
+    tensors = {name: tensor for name, tensor in whole_model().items() if int(name.split(".")[2]) < count}
+    tensors |= {"model.layers.0.self_attn.relative_attention_bias.weight": random(32, 4)}
     assert not warnings_of(tmp_path, tensors, num_experts=4)
 
 
