@@ -50,7 +50,7 @@ from quantize_int4 import dequantize_int4  # noqa: E402
 IMPORTANCE = "IMPORTANCE"  # stands for the file
 WEIGHED = ["--scale", "mse", "--importance", IMPORTANCE]
 ROWS = {
-    "absmax": [],
+    "absmax": ["--scale", "absmax"],
     "mse": ["--scale", "mse"],
     "mse with importance": WEIGHED,
     "... and attention in 8 bits": [*WEIGHED, "--int8", r"self_attn\."],
