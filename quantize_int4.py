@@ -105,7 +105,7 @@ CODES_PER_WORD = 8  # 4-bit codes in an int32
 # grid of 70 from 6.8 to 13.7 gains no more than 0.16 % of the relative RMS error.
 SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
 SEARCH_LANES = 8  # of a sum of errors; group sizes are multiples of it
-KERNEL_SEARCH_GROUP = 1024  # the largest group whose sums fit the kernel's 32 bits
+SEARCH_GROUP = 1024  # the largest group for which the sums of the search fit 32 bits
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Each of a tile's ten or so calls (to the kernel, to torch, to the system) hands the
@@ -1209,7 +1209,7 @@ def quantize_groups(
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
     and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
     """
-    if groups.dtype != torch.bfloat16 or (search and groups.shape[1] > KERNEL_SEARCH_GROUP):
+    if groups.dtype != torch.bfloat16 or (search and groups.shape[1] > SEARCH_GROUP):
         kernel = None
     scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
     largest = kernel.max_abs(groups, workspace) if kernel else max_abs(groups, workspace)
@@ -1301,8 +1301,8 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
         workspace.tensor(f"search {role}", torch.int32, *weights.shape)
         for role in ("parts", "weighed", "codes", "products")
     )
-    by_row = (-1, *shares.shape)
-    shares = shares.to(torch.int32)
+    by_row, shares = (-1, *shares.shape), shares.to(torch.int32)
+    sum_dtype = torch.int32 if weights.shape[1] <= SEARCH_GROUP else torch.int64  # which takes eight times as long
     lowest, highest = torch.aminmax(weights, dim=-1)
     largest = torch.where(-lowest > highest, lowest, highest)
     factors = torch.where(largest.abs() > 1e-30, largest.reciprocal() * -(1 << 14), 0)  # beyond, it might be infinite
@@ -1312,9 +1312,9 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
     for step in search_multipliers().tolist():
         torch.mul(parts, step, out=codes).bitwise_right_shift_(16)
         codes.add_(1 << 8).bitwise_right_shift_(9).clamp_(CODE_MIN, CODE_MAX)
-        products_sum = torch.mul(weighed, codes, out=products).sum(-1).to(torch.float32)
+        products_sum = torch.mul(weighed, codes, out=products).sum(-1, dtype=sum_dtype).to(torch.float32)
         codes.mul_(codes).view(by_row).mul_(shares)
-        scales = products_sum / codes.sum(-1).to(torch.float32)
+        scales = products_sum / codes.sum(-1, dtype=sum_dtype).to(torch.float32)
         gain = products_sum * scales  # NaN for an all-zero group, and so never better
         better = gain > best_gain
         best_gain, best_scales = torch.where(better, gain, best_gain), torch.where(better, scales, best_scales)
@@ -1408,6 +1408,7 @@ typedef __UINT8_TYPE__ uint8;
 typedef __UINT16_TYPE__ uint16;
 typedef __UINT32_TYPE__ uint32;
 typedef __INT16_TYPE__ int16;
+typedef __INT32_TYPE__ int32;
 typedef union { uint32 bits; float value; } word;
 
 static inline float widen(uint16 weight) {
@@ -1415,9 +1416,12 @@ static inline float widen(uint16 weight) {
     return wide.value;
 }
 
-static inline float clamp(float quotient) {
-    quotient = quotient > 7 ? 7 : quotient;
-    return quotient < -8 ? -8 : quotient;
+/* Of a code to which 1.5 * 2^23 was added; `zero` has the bits of code 0. On integers it is a third of the time. */
+static inline int32 clamp(float sum, int32 zero) {
+    word rounded = {.value = sum};
+    int32 bits = rounded.bits;
+    bits = bits > zero + 7 ? zero + 7 : bits;
+    return (bits < zero - 8 ? zero - 8 : bits) - zero;
 }
 
 void max_abs(const uint16 *restrict weights, float *restrict largest, long groups, long group_size) {
@@ -1432,9 +1436,8 @@ void max_abs(const uint16 *restrict weights, float *restrict largest, long group
 }
 
 static inline uint32 code(uint32 weight, float reciprocal) {
-    word sum = {weight};
-    sum.value = clamp(sum.value * reciprocal) + 192.0f + 12582912.0f;  /* 1.5 * 2^23; both end in four zero bits */
-    return sum.bits & 15;
+    word wide = {weight};
+    return clamp(wide.value * reciprocal + 192.0f + 12582912.0f, 0x4B4000C0) & 15;
 }
 
 void round_and_pack(const uint32 *restrict pairs, const float *restrict reciprocals, uint8 *restrict packed,
@@ -1478,10 +1481,8 @@ void find_scales(const uint16 *restrict weights, const int16 *restrict shares, l
                 squares += (int16)(code * code) * share[i];
             }
             float scale = (float)products / (float)squares, gain = (float)products * scale;
-            if (gain > best_gain) {
-                best_gain = gain;
-                best_scale = scale;
-            }
+            best_scale = gain > best_gain ? scale : best_scale;
+            best_gain = gain > best_gain ? gain : best_gain;
         }
         found[group] = best_scale * -largest;
     }
@@ -1494,8 +1495,8 @@ void squared_errors(const uint16 *restrict weights, const float *restrict diviso
         const float *counts = importance + group % rows * group_size;
         float divisor = divisors[group], lanes[8] = {0};
         for (long i = 0; i < group_size; i++) {
-            float code = clamp(widen(weights[i]) / divisor) + 12582912.0f - 12582912.0f;
-            float error = code * divisor - widen(weights[i]);
+            float weight = widen(weights[i]);
+            float error = clamp(weight / divisor + 12582912.0f, 0x4B400000) * divisor - weight;
             terms[i] = error * error * counts[i];
         }
         for (long i = 0; i < group_size; i += 8)
@@ -1563,7 +1564,7 @@ class Kernel:
         return words
 
     def find_scales(self, groups: torch.Tensor, shares: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """As the function of this name, for bf16 and groups of no more than KERNEL_SEARCH_GROUP."""
+        """As the function of this name, for bf16 and groups of no more than SEARCH_GROUP."""
         steps, shares = search_multipliers(), shares.to(torch.int16)
         found = torch.empty(len(groups))
         pointers = groups.data_ptr(), shares.data_ptr(), len(shares), steps.data_ptr(), len(steps), found.data_ptr()
@@ -1573,29 +1574,36 @@ class Kernel:
     def squared_errors(
         self, groups: torch.Tensor, divisors: torch.Tensor, importance: torch.Tensor, workspace: Workspace
     ) -> torch.Tensor:
-        """As the function of this name, for bf16 and groups of no more than KERNEL_SEARCH_GROUP."""
+        """As the function of this name, for bf16 and groups of no more than SEARCH_GROUP."""
         errors, importance = torch.empty(len(groups)), importance.contiguous()
         pointers = groups.data_ptr(), divisors.data_ptr(), importance.data_ptr(), len(importance), errors.data_ptr()
         self._squared_errors(*pointers, *groups.shape)
         return errors
 
     def works(self) -> bool:
-        """Try it before the compiler is relied upon: the largest at each place of a group, and half-way cases at each
-        mantissa that a float16 scale can have. Groups of 264 are more than two rounds of the longest loop, which takes
-        128 weights with AVX-512, and not whole rounds, so that the rest is tried, too."""
+        """Try it before the compiler is relied upon: the largest at each place of a group, and half-way cases, some of
+        them beyond the codes, at each mantissa that a float16 scale can have. Groups of 264 are more than two rounds of
+        the longest loop, which takes 128 weights with AVX-512, and not whole rounds, so that the rest is tried, too."""
         workspace, size = Workspace(), 264
         largest = self.max_abs(torch.eye(size).neg().bfloat16(), workspace)
         scales = 1 + torch.arange(1024) / 1024
-        halves = torch.arange(-7, 7.5, 0.5).repeat(10)[:size]
+        scales[::2].neg_()
+        halves = torch.arange(-8.5, 8.5, 0.5).repeat(10)[:size]
         groups = (scales[:, None] * halves).bfloat16()
         expected = pack_int4(divide_to_codes(groups, scales, workspace), workspace, with_offset=True).clone()
         words = self.round_and_pack(groups, scales.reciprocal(), True, workspace)
-        importance = (torch.arange(2 * size) * 0.618 % 1).view(2, -1)
-        searched = [
-            search_scales(some, scales, importance, workspace, kernel).clone()
-            for some in (groups, torch.eye(1024, size).bfloat16()) for kernel in (self, None)
+        weights, importance = groups.to(torch.float32), torch.arange(2.0 * size).view(2, size) * 0.618 % 1
+        shares = (importance * (1 << 14)).round_()
+        pairs = [
+            (largest, torch.ones(size)),
+            (words, expected),
+            (self.find_scales(groups, shares, workspace), find_scales(weights, shares, workspace)),
+            (
+                self.squared_errors(groups, scales, importance, workspace),
+                squared_errors(weights, scales, importance, workspace),
+            ),
         ]
-        return torch.equal(largest, torch.ones(size)) and torch.equal(words, expected)
+        return all(itertools.starmap(torch.equal, pairs))
 
 
 @functools.cache
@@ -3393,10 +3401,10 @@ def count_of(count: int, noun: str) -> str:
 
 
 def worker_bytes(plan: Plan) -> int:
-    """What one worker's buffers come to: raw weights, padded ones and magnitudes, float32 weights, a search's two of
-    these, codes, words and scales, staged lines."""
+    """What one worker's buffers come to: raw weights, padded ones and magnitudes, float32 weights, a search's four of
+    this size, codes, words and scales, staged lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
-    searched = (4, 4) if plan.options.scale == "mse" else ()
+    searched = (4, 4, 4, 4) if plan.options.scale == "mse" else ()
     words = 1 if plan.options.int8 else 0.5
     buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, words, 0.1)]
     if plan.options.format.transposed:
@@ -3984,7 +3992,7 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
 
 def kernel_for(plan: Plan) -> Kernel | None:
     """The compiled kernel if the plan has work for it. It is never needed, and so the user is only told."""
-    if plan.options.scale != "absmax" or all(info.dtype != "BF16" for info in plan.quantized):
+    if all(info.dtype != "BF16" for info in plan.quantized):
         return None
     try:
         return compile_kernel()
