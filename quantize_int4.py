@@ -3998,7 +3998,7 @@ def kernel_for(plan: Plan) -> Kernel | None:
         return compile_kernel()
     except NoKernel as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
-        say(f"Note:      rounding with torch, which takes twice the processor's time: {printable(str(reason))}")
+        say(f"Note:      rounding with torch, which takes several times the processor's time: {printable(str(reason))}")
         return None
 
 

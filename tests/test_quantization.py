@@ -68,26 +68,34 @@ def test_division_is_true_division_not_by_a_reciprocal():
 def test_the_kernel_has_the_codes_of_the_division_at_every_significand(scale_dtype):
     bits = {torch.bfloat16: 7, torch.float16: 10}[scale_dtype]
     scales = 1 + torch.arange(2**bits) / 2**bits  # one binade: all others are alike
+    scales = torch.cat([scales, -scales])
     significands = 1 + torch.arange(2**7) / 2**7
     weights = torch.cat([significands * 2.0**power for power in range(-3, 4)])  # 1 / 8 to 16
     weights = torch.cat([weights, -weights])
     half_way = 0
     for some in scales.split(128):
         quotients = weights / some[:, None]
-        within = quotients.abs() < 7.5
-        groups = torch.where(within, weights, 0).bfloat16()
-        assert torch.equal(groups.float(), torch.where(within, weights, 0))  # the dtype has them all
+        groups = weights.bfloat16().repeat(len(some), 1)
+        assert torch.equal(groups[0].float(), weights)  # the dtype has them all
         codes = q.unpack_int4(compiled().round_and_pack(groups, 1 / some, False, q.Workspace()))
-        assert torch.equal(codes, torch.where(within, quotients.double().round(), 0).to(torch.int8))
-        half_way += int((within & (quotients.abs() % 1 == 0.5)).sum())
-    assert half_way > 300
+        assert torch.equal(codes, quotients.double().round().clamp(-8, 7).to(torch.int8))
+        half_way += int((quotients.abs() % 1 == 0.5).sum())
+    assert half_way > 600
+
+
+@pytest.mark.parametrize("weight", [2.0**100, -(2.0**100), 2.0**30, -(2.0**30)])
+def test_the_kernel_clamps_a_code_however_large_the_quotient(weight):
+    words = compiled().round_and_pack(torch.full((1, 8), weight).bfloat16(), torch.ones(1), False, q.Workspace())
+    assert q.unpack_int4(words).tolist() == [[7 if weight > 0 else -8] * 8]
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("+ 192.0f", ""),  # half-way cases are then off by the reciprocal's error
+        ("+ 192.0f + 12582912.0f, 0x4B4000C0", "+ 12582912.0f, 0x4B400000"),  # off by the reciprocal's error
         ("reciprocal +", "(reciprocal * 1.001f) +"),
+        ("zero + 7 : bits", "zero + 6 : bits"),
+        ("zero - 8 : bits", "zero - 7 : bits"),
         ("0x7FFF", "0xFFFF"),
         ("= (low", "= i >= 128 ? 0 : (low"),  # where the longest vectors end
         ("= (low", "= half >= 64 && i < half / 64 * 64 ? 0 : (low"),  # in whole vectors only
@@ -95,6 +103,20 @@ def test_the_kernel_has_the_codes_of_the_division_at_every_significand(scale_dty
         ("^ offset", ""),
         ("most = magnitude > most", "most = i < 256 && magnitude > most"),
         ("most = magnitude > most", "most = group_size < 128 && magnitude > most"),
+        ("-widen(lowest) > widen(highest)", "0"),
+        ("1 / largest * -16384", "1 / largest * -16383.9f"),
+        ("(parts[i] * share[i] + 8192)", "(parts[i] * share[i])"),
+        ("(code + 256)", "(code + 255)"),
+        ("products += weighed", "products += i >= 256 ? 0 : weighed"),
+        ("squares += (int16)", "squares += i < 256 && (int16)"),
+        ("group % rows * group_size;\n        uint16", "0;\n        uint16"),
+        ("group % rows * group_size;\n        float", "0;\n        float"),
+        ("gain > best_gain ? gain", "gain > 0 ? gain"),
+        ("weight / divisor", "weight * (1.0001f / divisor)"),
+        ("* divisor - weight;", "* divisor * 1.0000001f - weight;"),
+        ("terms[i] = error * error", "terms[i] = i >= 256 ? 0 : error * error"),
+        ("lanes[lane] += terms[i + lane]", "lanes[lane ^ (i >> 3 & 1)] += terms[i + lane]"),
+        ("half = 4; half; half /= 2", "half = 1; half < 8; half *= 2"),
     ],
 )
 def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
@@ -126,8 +148,10 @@ def test_the_kernel_works_where_its_codes_are_the_divisions_and_nowhere_else(dty
         outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), search=search, kernel=some)
         results.append([tensor.clone() for tensor in outputs])
     assert all(map(torch.equal, *results))
-    bf16 = dtype == torch.bfloat16 and not search
+    bf16 = dtype == torch.bfloat16
     assert kernel.calls["max_abs"] == bf16
+    assert kernel.calls["find_scales"] == (bf16 and search)
+    assert kernel.calls["squared_errors"] == (bf16 and search)
     assert kernel.calls["round_and_pack"] == (bf16 and scale_dtype != torch.float32)
 
 
@@ -139,8 +163,12 @@ def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_pat
     arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
     assert q.main([*arguments, str(tmp_path / "out")]) == 0
     assert kernel.calls == {"max_abs": 1, "round_and_pack": 1}
-    monkeypatch.setattr(q, "compile_kernel", lambda: pytest.fail("compiled without need"))
+    kernel.calls.clear()
     assert q.main([*arguments, str(tmp_path / "mse"), "--scale", "mse"]) == 0
+    assert kernel.calls == {"max_abs": 1, "find_scales": 1, "squared_errors": 1, "round_and_pack": 1}
+    monkeypatch.setattr(q, "compile_kernel", lambda: pytest.fail("compiled without need"))
+    folder = save_model(tmp_path / "half", {"m.weight": torch.randn(72, 256, generator=SEEDED).half()})
+    assert q.main(["--input_dir", str(folder), *arguments[2:], str(tmp_path / "half_out")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -163,6 +191,7 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
 @pytest.mark.parametrize("format_name", q.FORMATS)
 @pytest.mark.parametrize(
     ("compiler", "reason"),
@@ -172,16 +201,19 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
         ("true", "kernel.so"),
     ],
 )
-def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason):
+def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason, scale):
     compiled()
     folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
-    options = ["--format", format_name, "--scale", "absmax"]
+    options = ["--format", format_name, "--scale", scale]
     told = [
         quantize(folder, tmp_path / name, *options, environment={"CC": cc}).stdout
         for name, cc in (("without", compiler), ("with", "cc"))
     ]
     assert folder_bytes(tmp_path / "without") == folder_bytes(tmp_path / "with")
-    assert [text.count("rounding with torch, which takes twice the processor's time") for text in told] == [1, 0]
+    assert [text.count("rounding with torch, which takes several times the processor's time") for text in told] == [
+        1,
+        0,
+    ]
     assert reason in told[0]
 
 

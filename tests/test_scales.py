@@ -53,6 +53,73 @@ def test_mse_is_never_worse_than_absmax_on_any_group(kind, scale_dtype):
     assert mse[5] == 0
 
 
+@pytest.fixture
+def kernel() -> q.Kernel:
+    try:
+        return q.compile_kernel()
+    except q.NoKernel as reason:
+        pytest.skip(str(reason))
+
+
+KINDS = {
+    "gaussian": lambda noise: noise,
+    "heavy tails": lambda noise: noise**5,
+    "of one sign": lambda noise: noise.square(),
+    "two values": torch.sign,
+    "all magnitudes": lambda noise: noise * 2.0 ** torch.arange(-140, 110).repeat(2)[: len(noise), None],
+    "one weight": lambda noise: noise * torch.nn.functional.one_hot(torch.tensor(7), noise.shape[1]),
+    "not finite": lambda noise: torch.where(noise > 2, torch.inf, torch.where(noise < -2, torch.nan, noise)),
+}
+IMPORTANCE = {
+    "none": lambda noise: None,
+    "smooth": lambda noise: noise.square(),
+    "steep": lambda noise: noise.mul(9).exp() * torch.tensor([[1], [0], [1e-20], [1e20]]),
+    "padded": lambda noise: noise.square() * (torch.arange(noise.numel()).view_as(noise) < noise.numel() - 5),
+}
+
+
+@pytest.mark.parametrize("group_size", [8, 24, 32, 64, 128, 264, q.SEARCH_GROUP, q.SEARCH_GROUP + 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel, kind, group_size):
+    noise = GAUSSIAN[: 400 * group_size].view(400, group_size)
+    weights = KINDS[kind](noise).bfloat16()
+    weights[5] = 0
+    for name, make in IMPORTANCE.items():
+        importance = make(noise[100:104])
+        for scale_dtype in (torch.float16, torch.bfloat16):
+            results = []
+            for some in (kernel, None):
+                try:
+                    output = q.quantize_groups(weights, scale_dtype, q.Workspace(), False, True, importance, some)
+                except q.NotQuantizable as error:
+                    output = error.scales.nan_to_num(), torch.isfinite(error.scales)
+                results.append([tensor.clone() for tensor in output])
+            assert all(map(torch.equal, *results)), (name, scale_dtype)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("group_size", [32, 264])
+def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size, weighed):
+    groups = GAUSSIAN[: 2000 * group_size].view(-1, group_size).bfloat16()
+    importance = GAUSSIAN[: 2 * group_size].view(2, -1).square() if weighed else None
+    _, scales = q.quantize_groups(groups, torch.float16, q.Workspace(), False, True, importance, kernel)
+    weights, counts = groups.double(), torch.ones(1, 1) if importance is None else importance.double().repeat(1000, 1)
+    largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
+
+    steps = torch.tensor(q.SEARCH_STEPS).double()[:, None, None]
+    codes = torch.round(weights * -steps / largest).clamp(-8, 7)
+    sums = (weights * codes * counts).sum(2)
+    candidates = sums / (codes * codes * counts).sum(2)  # (steps, groups)
+    best = candidates.gather(0, (sums * candidates).argmax(0, keepdim=True))[0]
+
+    def error(scales):
+        scales = scales.double()[:, None]
+        return (((weights / scales).round().clamp(-8, 7) * scales - weights).square() * counts).sum()
+
+    assert error(scales) < 1.0005 * error(best)
+    assert error(scales) < 0.9 * error(weights.abs().amax(1) / 7)
+
+
 def test_mse_uses_scales_of_both_signs():
     _, scales = errors(GAUSSIAN[: 1 << 16], 64, search=True)
     assert 0.2 < (scales < 0).float().mean() < 0.8
