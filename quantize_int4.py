@@ -32,8 +32,8 @@ Eight codes a word along the columns, element 0 in the lowest bits; weight = c *
 clamp(round(w / scale), -8, 7) with scale = max|w| / 7 rounded to its dtype, or, by default in formats for engines, the
 scale of least squared error (--scale mse). What --int8 names has 8 bits in compressed-tensors: scale = max|w| / 127,
 and weight_packed (rows, columns // 4) holds c + 128, the first code in the lowest byte. Where there is a C compiler
-(cc, or what CC names), a kernel compiled at the start does this for bf16 weights, in half the time that torch takes;
-the result is the same. --restore makes a plain checkpoint of what a quantized folder decodes to.
+(cc, or what CC names), a kernel compiled at the start does this for bf16 weights, in half of torch's time or
+less; the result is the same. --restore makes a plain checkpoint of what a quantized folder decodes to.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130 and 143 stopped by SIGHUP, SIGINT and
 SIGTERM. A run that was stopped, killed or out of memory or disk continues when the same command is given again.
@@ -109,7 +109,7 @@ SEARCH_GROUP = 1024  # the largest group for which the sums of the search fit 32
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Each of a tile's ten or so calls (to the kernel, to torch, to the system) hands the
-# interpreter lock to another worker and so tiles must not be small; its buffers (3 to 20 bytes a weight) should still
+# interpreter lock to another worker and so tiles must not be small; its buffers (3 to 28 bytes a weight) should still
 # fit the last-level cache. At this size a worker holds the lock for 0.1 ns a weight, a tenth of its time.
 # (python tests/benchmark.py --only tile18 tile19 tile20)
 TILE_WEIGHTS = 1 << 20
@@ -122,7 +122,7 @@ HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
-COMPILER_TIMEOUT_S = 10  # it takes 0.1
+COMPILER_TIMEOUT_S = 10  # it takes 0.3
 GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
@@ -1400,7 +1400,7 @@ def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernel: what `quantize_groups` does to bf16 weights, in C. The same bytes in half the processor's time.
+# Kernel: what `quantize_groups` does to bf16 weights, in C. The same bytes in half the processor's time or less.
 # ---------------------------------------------------------------------------------------------------------------------
 
 KERNEL_SOURCE = r"""
@@ -1453,7 +1453,7 @@ void round_and_pack(const uint32 *restrict pairs, const float *restrict reciproc
 
 void find_scales(const uint16 *restrict weights, const int16 *restrict shares, long rows, const int16 *restrict steps,
                  long count, float *restrict found, long groups, long group_size) {
-    int16 parts[1024], weighed[1024];
+    int16 parts[SEARCH_GROUP], weighed[SEARCH_GROUP];
     for (long group = 0; group < groups; group++, weights += group_size) {
         const int16 *share = shares + group % rows * group_size;
         uint16 lowest = 0;  /* as integers without sign, negative weights are the largest */
@@ -1490,7 +1490,7 @@ void find_scales(const uint16 *restrict weights, const int16 *restrict shares, l
 
 void squared_errors(const uint16 *restrict weights, const float *restrict divisors, const float *restrict importance,
                     long rows, float *restrict errors, long groups, long group_size) {
-    float terms[1024];
+    float terms[SEARCH_GROUP];
     for (long group = 0; group < groups; group++, weights += group_size) {
         const float *counts = importance + group % rows * group_size;
         float divisor = divisors[group], lanes[8] = {0};
@@ -1512,7 +1512,8 @@ void squared_errors(const uint16 *restrict weights, const float *restrict diviso
 # Of the processor what torch uses, as it or ATEN_CPU_CAPABILITY says. Nothing is linked, so that no C library's files
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
-    *("-x", "c", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-shared", "-fPIC", "-nostdlib"),
+    *("-x", "c", "-O3", "-shared", "-fPIC", "-nostdlib"),
+    *("-ffp-contract=off", "-fno-trapping-math", f"-DSEARCH_GROUP={SEARCH_GROUP}"),
     *{
         "AVX2": ("-mavx2", "-mfma"),
         "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
@@ -1608,7 +1609,7 @@ class Kernel:
 
 @functools.cache
 def compile_kernel() -> Kernel:
-    """By the system's C compiler, or the one that CC names; takes 0.1 s. NoKernel if that fails."""
+    """By the system's C compiler, or the one that CC names; takes 0.3 s. NoKernel if that fails."""
     compiler = os.environ.get("CC", "").split() or ["cc"]
     if not shutil.which(compiler[0]):
         raise NoKernel(f"there is no C compiler {compiler[0]!r}")
@@ -3998,7 +3999,7 @@ def kernel_for(plan: Plan) -> Kernel | None:
         return compile_kernel()
     except NoKernel as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
-        say(f"Note:      rounding with torch, which takes several times the processor's time: {printable(str(reason))}")
+        say(f"Note:      rounding with torch, which takes twice the processor's time or more: {printable(str(reason))}")
         return None
 
 

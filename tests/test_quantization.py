@@ -185,7 +185,7 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     temporary.mkdir()
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2 if script == "sleep 30" else 10)
     with pytest.raises(q.NoKernel, match=reason):
         q.compile_kernel.__wrapped__()
     assert not list(temporary.iterdir())
@@ -210,7 +210,7 @@ def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path
         for name, cc in (("without", compiler), ("with", "cc"))
     ]
     assert folder_bytes(tmp_path / "without") == folder_bytes(tmp_path / "with")
-    assert [text.count("rounding with torch, which takes several times the processor's time") for text in told] == [
+    assert [text.count("rounding with torch, which takes twice the processor's time or more") for text in told] == [
         1,
         0,
     ]
