@@ -33,7 +33,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,13 +223,15 @@ class Comparison:
         self.reference = [predict(model, batch) for batch in held_out]
         self.base = 0.0
         header = f"{'perplexity':>12}{'s.e.':>8}{'increase':>10}{'KL, nat':>10}{'s.e.':>8}{'same top-1':>12}"
-        print(f"{'':<56}{header}")
-        self.print_row("bf16", model)
+        print(f"{'':<56}{header}", flush=True)
+        self._print_row("bf16", self.reference)
 
     def print_row(self, name: str, model: transformers.PreTrainedModel) -> None:
+        self._print_row(name, (predict(model, batch) for batch in self.held_out))
+
+    def _print_row(self, name: str, predictions: Iterable[torch.Tensor]) -> None:
         losses, divergences, agreements = [], [], []
-        for batch, expected in zip(self.held_out, self.reference):
-            predicted = predict(model, batch)
+        for batch, expected, predicted in zip(self.held_out, self.reference, predictions):
             losses.append(-predicted[:, :-1].gather(-1, batch[:, 1:, None]))
             divergences.append((expected.exp() * (expected - predicted)).sum(dim=-1))
             agreements.append((expected.argmax(dim=-1) == predicted.argmax(dim=-1)).float())
