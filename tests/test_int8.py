@@ -198,10 +198,11 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change):
+def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change, scale):
     source = save(tmp_path / "in", MODEL)
-    quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn")
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--scale", scale)
     change(tmp_path / "out")
     result = run_cli(source, tmp_path / "out", "--verify")
     assert result.returncode == 1
