@@ -4,10 +4,10 @@
     python tests/quality.py [--model small] [--minutes 4] [--group_size 128]
     python tests/quality.py --model smollm2 [--group_size 64]
 
-Each row quantizes the model, decodes it and compares it with the bf16 model on held-out text: perplexity, the
-Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same. Standard errors take
-tokens as independent. --importance comes from README.md's own snippet on a part of the training text. Rows that the
-program refuses are named with its reason. Needs tests/requirements.txt.
+Each row quantizes the model, restores it to dense weights and compares it with the bf16 model on held-out text:
+perplexity, the Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same.
+Standard errors take tokens as independent. --importance comes from README.md's own snippet on a part of the training
+text. Rows that the program refuses are named with its reason. Needs tests/requirements.txt.
 
 small: a byte-level Llama, trained from scratch for some minutes on the sources of the Python standard library's
 top-level modules, nine in ten; the tenth are held out. In format int4.
@@ -26,7 +26,6 @@ import copy
 import importlib.util
 import inspect
 import itertools
-import json
 import math
 import subprocess
 import sys
@@ -40,12 +39,10 @@ from pathlib import Path
 import torch
 import transformers
 from recipe import collect
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from quantize_int4 import dequantize_int4  # noqa: E402
 
 IMPORTANCE = "IMPORTANCE"  # stands for the file
 WEIGHED = ["--scale", "mse", "--importance", IMPORTANCE]
@@ -181,24 +178,12 @@ def quantize(source: Path, target: Path, *options: object) -> str:
     return result.stderr.strip().splitlines()[-1] if result.returncode else ""
 
 
-def decode_int4(model: transformers.PreTrainedModel, folder: Path) -> transformers.PreTrainedModel:
-    config = json.loads((folder / "quantize_config.json").read_text())
-    tensors = load_file(folder / "model-00001.safetensors")
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    state = {name: tensor.float() for name, tensor in tensors.items() if not name.endswith((".qweight", ".scales"))}
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
-        packed = (tensors[name], tensors[f"{module}.scales"], config["group_size"])
-        state[f"{module}.weight"] = dequantize_int4(*packed, columns=shapes[f"{module}.weight"][1])
-    assert set(state) == set(shapes)
-    quantized = copy.deepcopy(model)
-    quantized.load_state_dict(state, strict=False)  # a tied head has no tensor of its own
-    return quantized
-
-
-def decode_compressed_tensors(folder: Path) -> transformers.PreTrainedModel:
-    dense = transformers.CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=dense).float().eval()
+def decode(folder: Path) -> transformers.PreTrainedModel:
+    """The model of the restored weights, in float32."""
+    restored = folder.with_name(f"{folder.name}_restored")
+    refusal = quantize(folder, restored, "--restore")
+    assert not refusal, refusal
+    return AutoModelForCausalLM.from_pretrained(restored, dtype=torch.bfloat16).float().eval()
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -261,9 +246,7 @@ def compare(subject: Subject, group_sizes: list[int], scratch: Path) -> None:
             if refusal := quantize(source, target, "--format", output_format, "--group_size", group_size, *options):
                 print(f"{name:<56}  not run: {refusal}", flush=True)
                 continue
-            decode = output_format == "int4"
-            quantized = decode_int4(subject.model, target) if decode else decode_compressed_tensors(target)
-            comparison.print_row(name, quantized)
+            comparison.print_row(name, decode(target))
 
 
 def main() -> None:

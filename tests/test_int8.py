@@ -117,6 +117,7 @@ def test_searched_scales_are_for_4_bits_and_8_bits_keep_their_largest(tmp_path):
 def test_the_plan_and_verification_list_8_bit_weights_apart(tmp_path):
     result = quantize(save(tmp_path / "in", MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify")
     assert re.search(r"quantized to 4 bits +2 .*\nquantized to 8 bits +4 .*groups of 128", result.stdout)
+    assert "Note:      two widths: " in result.stdout
     assert re.search(r"attention, 8 bits +4 +0\.00", result.stdout)
     assert re.search(r"other +2 +0\.1", result.stdout)
 
