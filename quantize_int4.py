@@ -2532,8 +2532,8 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
         )
     if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
         notes.append(
-            "two widths: with run_compressed=False or dequantize=True, transformers (5.23) decodes all layers as if they"
-            " had one; load the folder without these, or --restore it to dense weights"
+            "two widths: with run_compressed=False or dequantize=True, transformers (5.23) decodes all layers as if"
+            " they had one; load the folder without these, or --restore it to dense weights"
         )
     experts = [t for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
     if options.format.name == "gptq" and any(tensor.quantized for tensor in experts):
