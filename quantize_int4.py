@@ -3177,8 +3177,8 @@ class Conversion:
         return True
 
     def _restore(self, job: Job, workspace: Workspace) -> bool:
-        """Decode the job's rows, a quarter of a tile at a time, of which torch makes several temporary tensors; False if
-        the run was stopped meanwhile."""
+        """Decode the job's rows by quarters of a tile, of which torch makes several temporary tensors; False if the run
+        was stopped meanwhile."""
         packing, (output,) = job.tensor.packing, job.tensor.outputs
         step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
         for start in range(job.start, job.stop, step):
