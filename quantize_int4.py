@@ -2079,7 +2079,9 @@ def _json_bytes(value: dict) -> bytes:
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
     if options.int8 and options.format.name != "compressed-tensors":
-        raise QuantizeError(f"--int8: {options.format.name} has no two widths here: use --format compressed-tensors")
+        # gptq's `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
+        reason = "not all of gptq's readers know two widths" if options.format.for_engines else "int4 has 4 bits alone"
+        raise QuantizeError(f"--int8: {reason}: use --format compressed-tensors")
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
