@@ -1827,10 +1827,11 @@ def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[Ten
     """
     every = [info.name.removesuffix(".weight") for info in others]
     rivals: dict[str, list[str]] = {}  # by the last part of the name, in which a pattern's number stands for any
+    last_part = functools.partial(re.sub, r".*\.|\d+$", "")
     for module in every:
-        rivals.setdefault(re.sub(r".*\.|\d+$", "", module), []).append(module)
+        rivals.setdefault(last_part(module), []).append(module)
     patterns = (
-        _pattern_of_module(module, end, rivals.get(re.sub(r".*\.|\d+$", "", module), ()) if end == "$" else every)
+        _pattern_of_module(module, end, rivals.get(last_part(module), ()) if end == "$" else every)
         for module, end in dict.fromkeys(modules)
     )
     return list(dict.fromkeys(patterns))
@@ -1931,8 +1932,11 @@ class Importance:
             raise QuantizeError(f"{path}: not a safetensors file ({error})") from None
         self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
 
-    def match(self, weights: list[TensorInfo], naming: ExpertNaming | None) -> None:
-        """Find the weights' vectors: by name, else by what follows the wrappers, where only one of each ends so."""
+    def match(self, weights: list[TensorInfo], naming: ExpertNaming | None) -> str:
+        """Find the weights' vectors: by name, else by what follows the wrappers, where only one of each ends so.
+
+        Returns how many were found, in words for the plan.
+        """
         vectors: dict[str, tuple[str, int | None]] = {}
         for name in self._file.keys():  # noqa: SIM118 - no dict
             shape = self._file.get_slice(name).get_shape()
@@ -1952,9 +1956,11 @@ class Importance:
                 f" names are {quote_names(vectors)}, the checkpoint's {quote_names(w.name for w in weights)}: collect"
                 " them from this model"
             )
-
-    def names(self, info: TensorInfo) -> bool:
-        return info.name in self._found
+        weighed = sum(self.get(info) is not None for info in weights)
+        return (
+            f"importance weighs {count_of(weighed, 'weight')}; {len(self._found) - weighed:,} are named but without"
+            f" data, and {len(weights) - len(self._found):,} are not named"
+        )
 
     def get(self, info: TensorInfo) -> torch.Tensor | None:
         """The float32 vector (columns,) of a weight; None if there is none or no data reached the layer."""
@@ -2095,13 +2101,11 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
     tensors = []
     for info in sources:
-        packing = packings.get(info.name)
-        outputs = (
-            options.format.outputs(info, packing, model_dtype(checkpoint.config))
-            if packing
-            else (OutputTensor(info.name, info.dtype, info.shape),)
-        )
-        tensors.append(TensorPlan(info, reasons[info.name], packing, outputs))
+        if packing := packings.get(info.name):
+            outputs = options.format.outputs(info, packing, model_dtype(checkpoint.config))
+            tensors.append(TensorPlan(info, None, packing, outputs))
+        else:
+            tensors.append(keep(info, reasons[info.name]))
     refuse_clashing_names(tensors)
     refuse_useless_int8(wider, tensors)
     if not any(tensor.quantized for tensor in tensors):
@@ -2112,12 +2116,17 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         )
     if options.format.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
-    if options.importance:
-        weights = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
-        options.importance.match(weights, expert_naming(checkpoint.config))
     warnings = tuple(what_is_missing(sources, roles, checkpoint.config, options))
     notes = notes_on_tensors(tensors, options, checkpoint.config)
+    if options.importance:
+        weights = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
+        notes.insert(0, options.importance.match(weights, expert_naming(checkpoint.config)))
     return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
+
+
+def keep(info: TensorInfo, reason: str) -> TensorPlan:
+    """Plan to write a tensor as it is."""
+    return TensorPlan(info, reason, None, (OutputTensor(info.name, info.dtype, info.shape),))
 
 
 def plan_files(
@@ -2180,9 +2189,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
         outputs = (OutputTensor(f"{module}.weight", dtype, shape),)
         tensors.append(TensorPlan(words, None, packing, outputs, scales))
-    tensors += [
-        TensorPlan(info, "not packed", None, (OutputTensor(info.name, info.dtype, info.shape),)) for info in kept
-    ]
+    tensors += [keep(info, "not packed") for info in kept]
     return plan_files(checkpoint, tensors, options)
 
 
@@ -2507,14 +2514,6 @@ def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str
 def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> list[str]:
     """What the owner of the checkpoint should know before the conversion rather than after the copy."""
     notes = []
-    if options.importance:
-        weights = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
-        named = [info for info in weights if options.importance.names(info)]
-        weighed = sum(options.importance.get(info) is not None for info in named)
-        notes.append(
-            f"importance weighs {count_of(weighed, 'weight')}; {len(named) - weighed:,} are named but without data, and"
-            f" {len(weights) - len(named):,} are not named"
-        )
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
     if options.format.for_engines and separated and not expert_naming(config):
         notes.append(
@@ -3371,10 +3370,12 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
         become = f"become {format_bytes(packed)}{groups}"
         verb = "restored from" if options.restore else "quantized to"
         say_row(f"{verb} {packing.bits} bits", len(quantized), format_bytes(before), become)
-    padded = [info for info in plan.quantized if info.shape[1] % options.group_size and not options.restore]
+    packed = () if options.restore else [tensor for tensor in tensors if tensor.packing]
+    padded = [t for t in packed if t.source.shape[1] % t.packing.group_size]
     if padded:
-        example = f"{padded[0].shape[1]:,} to {Packing(4, options.group_size).columns_of(padded[0].shape[1]):,}"
-        say_row("  of these padded to whole groups", len(padded), "", f"e.g. {example} columns: {padded[0].name}")
+        columns = padded[0].source.shape[1]
+        example = f"e.g. {columns:,} to {padded[0].packing.columns_of(columns):,} columns: {padded[0].source.name}"
+        say_row("  of these padded to whole groups", len(padded), "", example)
     kept = [tensor for tensor in tensors if not tensor.quantized]
     say_row("kept as they are", len(kept), format_bytes(sum(tensor.source.nbytes for tensor in kept)))
     for reason, count in Counter(tensor.kept_because for tensor in kept).most_common():
@@ -3530,13 +3531,11 @@ class Verification:
         self.format, self.group_size = read_layout(folder)
         self.problems: list[str] = []
         self.errors: dict[str, float] = {}  # relative RMS error of each quantized weight
-        self.wide: set[str] = set()  # those of 8 bits
         self.kept = 0
         self.searched = False  # scales of least squared error may clip the largest weights
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
         self.bytes_done = self.tensors_done = 0
         self._lock = threading.Lock()
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self._shards = self._open_shards()
         self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._shards.keys())
         self.tensors_total = len(self.sources)
@@ -3556,7 +3555,6 @@ class Verification:
                 if weight_map.get(name) != path.name:
                     self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
                 shards[name] = file
-                self._shapes[name] = tuple(file.get_slice(name).get_shape())
             metadata = file.metadata() or {}
             self.searched |= metadata.get(SCALE_KEY) == "mse"
             self._hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
@@ -3640,9 +3638,9 @@ class Verification:
                 stated = next(
                     (packing for targets, packing in groups if any(p.match(module) for p in targets)), groups[0][1]
                 )
-                if stated != self._packing(info):
+                if stated != self.packing_of(info):
                     self.problems.append(
-                        f"{CONFIG_NAME}: {module!r} is {stated}, by its tensors' shapes {self._packing(info)}"
+                        f"{CONFIG_NAME}: {module!r} is {stated}, by its tensors' shapes {self.packing_of(info)}"
                     )
 
     def _output_names(self, info: TensorInfo) -> list[str]:
@@ -3651,12 +3649,15 @@ class Verification:
         return [output.name for output in self._outputs(info)]
 
     def _outputs(self, info: TensorInfo) -> tuple[OutputTensor, ...]:
-        return self.format.outputs(info, self._packing(info), model_dtype(self.checkpoint.config))
+        return self.format.outputs(info, self.packing_of(info), model_dtype(self.checkpoint.config))
 
-    def _packing(self, info: TensorInfo) -> Packing:
+    def packing_of(self, info: TensorInfo) -> Packing:
         """Of a packed weight: 8 bits, which only compressed-tensors has, by the shapes of its words and scales."""
         module, columns = info.name.removesuffix(".weight"), info.shape[1]
-        words, scales = (self._shapes.get(module + suffix, ()) for suffix in (".weight_packed", ".weight_scale"))
+        names = module + ".weight_packed", module + ".weight_scale"
+        if not self._shards.keys() >= {*names}:
+            return Packing(4, self.group_size)
+        words, scales = (self._shards[name].get_slice(name).get_shape() for name in names)
         if len(words) == len(scales) == 2 and words[1] * 4 == columns and scales[1]:
             return Packing(8, columns // scales[1])
         return Packing(4, self.group_size)
@@ -3682,7 +3683,6 @@ class Verification:
                 self.kept += 1
             else:
                 self.errors[info.name] = error
-                self.wide |= {info.name} if self._packing(info).bits == 8 else set()
 
     def _compare_kept(self, info: TensorInfo, output: torch.Tensor) -> None:
         if tuple(output.shape) != info.shape or DTYPE_NAMES.get(output.dtype, info.dtype) != info.dtype:
@@ -3696,7 +3696,7 @@ class Verification:
 
     def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> float:
         """The relative RMS error; raises at the first difference beyond what the scale allows."""
-        planned_outputs, packing = self._outputs(info), self._packing(info)
+        planned_outputs, packing = self._outputs(info), self.packing_of(info)
         for planned, found in zip(planned_outputs, outputs):
             if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
                 raise Mismatch(
@@ -3769,10 +3769,11 @@ def absmax_scales(weights: torch.Tensor, dtype: torch.dtype, packing: Packing) -
 def print_verification(verification: Verification) -> None:
     """Errors by kind of layer, and the worst weights by name."""
     kinds: dict[str, list[float]] = {}
-    for name, error in verification.errors.items():
-        kind = next((kind for kind, pattern in LAYER_KINDS if pattern.search(name)), "other")
-        kind += ", 8 bits" if name in verification.wide else ""
-        kinds.setdefault(kind, []).append(error)
+    for info in verification.sources:
+        if info.name in verification.errors:
+            kind = next((kind for kind, pattern in LAYER_KINDS if pattern.search(info.name)), "other")
+            kind += ", 8 bits" if verification.packing_of(info).bits == 8 else ""
+            kinds.setdefault(kind, []).append(verification.errors[info.name])
     say()
     say(f"{'Verified':<24}{'weights':>8}  relative RMS error: {'min':>7}{'median':>9}{'max':>9}")
     for kind in sorted(kinds):
