@@ -97,15 +97,20 @@ __version__ = "1.0.0"
 # ---------------------------------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
-FORMAT_VERSION = 4  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+FORMAT_VERSION = 5  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
 # Of `search_scales`. Placed for least error on Gaussian, Laplace and Student-t (5) weights in groups of 32 to 128; a
 # grid of 70 from 6.8 to 13.7 gains no more than 0.16 % of the relative RMS error.
 SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
-SEARCH_LANES = 8  # of a sum of errors; group sizes are multiples of it
+SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
 SEARCH_GROUP = 1024  # the largest group for which the sums of the search fit 32 bits
+MAX_RANK = 64  # of a factor of second moments
+# Of error feedback. What few tokens say of columns' correlation is believed by four fifths; the best is flat between a
+# half and nine tenths. The damping is a part of the mean second moment, as in GPTQ.
+FACTOR_SHARE, DAMPING = 0.8, 0.01
+MAX_CHANGE = 2  # scales by which feedback may move a weight: one in 10,000 would go further, and --verify has a bound
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Each of a tile's ten or so calls (to the kernel, to torch, to the system) hands the
@@ -134,7 +139,8 @@ CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
 FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
-SCALE_KEY = "quantize_int4_scale"  # there too: how scales were chosen, which --verify must know
+RULE_KEY = "quantize_int4_scale"  # there too: how scales and codes were chosen, which --verify must know
+FEEDBACK = "with error feedback"  # of such a rule
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
 
@@ -1178,6 +1184,14 @@ def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
     return torch.amax(bits, -1).view(groups.dtype).to(torch.float32)
 
 
+def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
+    """Sums along the last dimension, a multiple of SUM_LANES, in one order on every machine: by lanes, then folded."""
+    lanes = functools.reduce(torch.add, terms.unflatten(-1, (-1, SUM_LANES)).unbind(-2))
+    while lanes.shape[-1] > 1:
+        lanes = torch.add(*lanes.chunk(2, -1))
+    return lanes[..., 0]
+
+
 class NotQuantizable(Exception):
     """A tile holds weights for which there is no finite scale."""
 
@@ -1193,6 +1207,7 @@ def quantize_groups(
     with_offset: bool = False,
     search: bool = False,
     importance: torch.Tensor | None = None,
+    feedback: Feedback | None = None,
     kernel: Kernel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 4-bit codes, packed, and scales of groups of weights.
@@ -1202,6 +1217,7 @@ def quantize_groups(
     search:      choose each scale for least squared error (`search_scales`) rather than by the largest weight
     importance:  for the search, float32 (k, group_size) with n a multiple of k: how much each column's error counts,
                  for k groups that make up a row
+    feedback:    for the search, what each column's error changes in those after it
     kernel:      does the work on bf16 weights; the result is the same
     returns:     words int32 (n, group_size // 8) and scales `scale_dtype` (n,), both in the workspace
 
@@ -1209,9 +1225,17 @@ def quantize_groups(
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
     and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
     """
-    if groups.dtype != torch.bfloat16 or (search and groups.shape[1] > SEARCH_GROUP):
-        kernel = None
     scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
+    if search and groups.shape[1] > SEARCH_GROUP:
+        kernel = None
+    if feedback:
+        quantize = kernel.quantize_with_feedback if kernel else quantize_with_feedback
+        words = quantize(groups, scales, importance, feedback, with_offset, workspace)
+        if not torch.isfinite(scales).all():
+            raise NotQuantizable(scales)
+        return words, scales
+    if groups.dtype != torch.bfloat16:
+        kernel = None
     largest = kernel.max_abs(groups, workspace) if kernel else max_abs(groups, workspace)
     scales.copy_(largest.div_(CODE_MAX))
     if search:
@@ -1273,7 +1297,7 @@ def search_scales(
     """
     if importance is None:
         importance = torch.ones(1, groups.shape[1])
-    shares = (importance / divisors_of(importance.amax(-1))[:, None]).mul_(1 << 14).round_()
+    shares = shares_of(importance)
     if kernel:
         weights, find, errors = groups, kernel.find_scales, kernel.squared_errors
     else:
@@ -1286,6 +1310,11 @@ def search_scales(
     return torch.where(found_errors < absmax_errors, found, absmax_scales)
 
 
+def shares_of(importance: torch.Tensor) -> torch.Tensor:
+    """Each column's part of its group's importance, 2^14 for the largest; float32 (k, group_size), as that."""
+    return (importance / divisors_of(importance.amax(-1))[:, None]).mul_(1 << 14).round_()
+
+
 def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspace) -> torch.Tensor:
     """The best of the scales that SEARCH_STEPS lead to, float32 (n,); 0 if there is none.
 
@@ -1295,7 +1324,7 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
     make_qx_quants.) Weights are taken as parts of the largest, 2^14 for it, so that all sums are of integers: these are
     the same in whatever order a machine adds.
 
-    weights: float32 (n, group_size); shares: each column's part of the group's importance, 2^14 for the largest
+    weights: float32 (n, group_size); shares: `shares_of` the importance
     """
     parts, weighed, codes, products = (
         workspace.tensor(f"search {role}", torch.int32, *weights.shape)
@@ -1329,14 +1358,78 @@ def search_multipliers() -> torch.Tensor:
 def squared_errors(
     weights: torch.Tensor, divisors: torch.Tensor, importance: torch.Tensor, workspace: Workspace
 ) -> torch.Tensor:
-    """Each group's squared error, weighed, float32 (n,). In one order of its sums: by lanes, which are then folded."""
+    """Each group's squared error, weighed, float32 (n,)."""
     errors = workspace.tensor("search codes", torch.float32, *weights.shape)
     round_to_codes(weights, divisors, errors).mul_(divisors[:, None]).sub_(weights)
     errors.mul_(errors).view(-1, *importance.shape).mul_(importance)
-    lanes = functools.reduce(torch.add, errors.view(len(errors), -1, SEARCH_LANES).unbind(1))
-    while lanes.shape[1] > 1:
-        lanes = torch.add(*lanes.chunk(2, 1))
-    return lanes[:, 0]
+    return sum_in_lanes(errors)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How a column's rounding error changes what the columns after it are rounded from, so that the errors of a row's
+    products cancel out. For inputs of second moments H = diag(d) + V V^T: once the columns before j are rounded, and c
+    is the sum of v_k (w_k - q_k) over these, the error to be expected is least with w_j + u_j c for column j, where
+    u_j = (I + sum of v_k v_k^T / d_k over k >= j)^-1 v_j / d_j. (GPTQ by Frantar and others, 2023, for such an H)
+    """
+
+    factor: torch.Tensor  # V, float32 (columns, rank), the rank a multiple of SUM_LANES
+    spread: torch.Tensor  # U, likewise
+
+    @classmethod
+    def of(cls, mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel | None) -> Feedback:
+        """From the second moments diag(mean_squares - row sums of factor^2) + factor factor^T."""
+        factor = torch.nn.functional.pad(factor, (0, -factor.shape[1] % SUM_LANES)).mul_(math.sqrt(FACTOR_SHARE))
+        rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
+        rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
+        return cls(factor, (kernel.spread_of if kernel else spread_of)(factor, rest))
+
+
+def spread_of(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """U of `Feedback` by V and d (columns,): from the last column to the first, each of which updates the inverse."""
+    spread, rank = torch.empty_like(factor), factor.shape[1]
+    inverse = torch.eye(rank, dtype=torch.float64)
+    for column in range(len(factor) - 1, -1, -1):
+        direction = factor[column].to(torch.float64)
+        turned = sum_in_lanes(inverse * direction)
+        divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
+        spread[column] = turned / divisor
+        inverse -= torch.outer(turned, turned) * (1 / divisor)
+    return spread
+
+
+def quantize_with_feedback(
+    groups: torch.Tensor,
+    scales: torch.Tensor,
+    importance: torch.Tensor,
+    feedback: Feedback,
+    with_offset: bool,
+    workspace: Workspace,
+) -> torch.Tensor:
+    """Words as from `pack_int4`, int32 (n, group_size // 8), of whole rows; fills in the scales (n,).
+
+    A group's scale is searched for its weights as the errors of the groups before change them. Then column by column is
+    rounded as those before change it, by MAX_CHANGE scales at most.
+    """
+    groups_per_row, group_size = importance.shape
+    weights = groups.view(-1, groups_per_row, group_size).to(torch.float32)
+    codes = workspace.tensor("codes", torch.int16, *weights.shape)
+    carried = torch.zeros(len(weights), feedback.factor.shape[1])  # c of each row
+    for group in range(groups_per_row):
+        factor, spread = (part.unflatten(0, importance.shape)[group] for part in (feedback.factor, feedback.spread))
+        changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(weights[:, group].T, spread)], 1)
+        absmax = (changed.abs().amax(1) / CODE_MAX).to(scales.dtype)
+        found = search_scales(changed, absmax, importance[group : group + 1], workspace, None)
+        scales.view(-1, groups_per_row)[:, group] = found
+        divisors, steps = divisors_of(found), found.to(torch.float32)
+        most = divisors.abs() * MAX_CHANGE
+        for i in range(group_size):
+            weight = weights[:, group, i]
+            change = sum_in_lanes(carried * spread[i]).clamp_(-most, most)
+            code = ((weight + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
+            carried += (weight - code * steps)[:, None] * factor[i]
+            codes[:, group, i] = code
+    return pack_int4(codes.view(groups.shape), workspace, with_offset)
 
 
 def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
@@ -1451,63 +1544,225 @@ void round_and_pack(const uint32 *restrict pairs, const float *restrict reciproc
         }
 }
 
+"""
+# What the search and error feedback need besides; only compiled for these, since it takes the compiler three times as
+# long. A group's weights are floats here: those of a bf16 checkpoint, as errors before them changed them.
+SEARCH_KERNEL_SOURCE = r"""
+static float find_scale(const float *restrict weights, const int16 *restrict share, const int16 *restrict steps,
+                        long count, long group_size) {
+    int16 parts[SEARCH_GROUP], weighed[SEARCH_GROUP];
+    uint32 lowest = 0;  /* as integers without sign, negative weights are the largest */
+    int32 highest = 0;
+    for (long i = 0; i < group_size; i++) {
+        word weight = {.value = weights[i]};
+        lowest = weight.bits > lowest ? weight.bits : lowest;
+        highest = (int32)weight.bits > highest ? (int32)weight.bits : highest;
+    }
+    word low = {lowest}, high = {highest};
+    float largest = -low.value > high.value ? low.value : high.value;
+    float factor = largest > 1e-30f || largest < -1e-30f ? 1 / largest * -16384 : 0;
+    float best_gain = 0, best_scale = 0;
+    for (long i = 0; i < group_size; i++) {
+        word sum = {.value = weights[i] * factor + 12582912.0f};
+        parts[i] = sum.bits;
+        weighed[i] = (parts[i] * share[i] + 8192) >> 14;
+    }
+    for (long step = 0; step < count; step++) {
+        int products = 0, squares = 0;
+        for (long i = 0; i < group_size; i++) {
+            int16 code = parts[i] * steps[step] >> 16;
+            code = (int16)(code + 256) >> 9;
+            code = code > 7 ? 7 : code;
+            code = code < -8 ? -8 : code;
+            products += weighed[i] * code;
+            squares += (int16)(code * code) * share[i];
+        }
+        float scale = (float)products / (float)squares, gain = (float)products * scale;
+        best_scale = gain > best_gain ? scale : best_scale;
+        best_gain = gain > best_gain ? gain : best_gain;
+    }
+    return best_scale * -largest;
+}
+
+static float squared_error(const float *restrict weights, float divisor, const float *restrict counts,
+                           long group_size) {
+    float terms[SEARCH_GROUP], lanes[8] = {0};
+    for (long i = 0; i < group_size; i++) {
+        float error = clamp(weights[i] / divisor + 12582912.0f, 0x4B400000) * divisor - weights[i];
+        terms[i] = error * error * counts[i];
+    }
+    for (long i = 0; i < group_size; i += 8)
+        for (long lane = 0; lane < 8; lane++)
+            lanes[lane] += terms[i + lane];
+    for (long half = 4; half; half /= 2)
+        for (long lane = 0; lane < half; lane++)
+            lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+static void widen_group(const uint16 *restrict weights, float *restrict wide, long group_size) {
+    for (long i = 0; i < group_size; i++)
+        wide[i] = widen(weights[i]);
+}
+
+/* A multiple of 8 that the compiler sees as one, which spares it code for the rest. */
+#define WHOLE(size) ((size) & ~7L)
+
 void find_scales(const uint16 *restrict weights, const int16 *restrict shares, long rows, const int16 *restrict steps,
                  long count, float *restrict found, long groups, long group_size) {
-    group_size &= ~7;  /* it is a multiple of 8, which spares the compiler code for the rest */
-    int16 parts[SEARCH_GROUP], weighed[SEARCH_GROUP];
+    float wide[SEARCH_GROUP];
     for (long group = 0; group < groups; group++, weights += group_size) {
-        const int16 *share = shares + group % rows * group_size;
-        uint16 lowest = 0;  /* as integers without sign, negative weights are the largest */
-        int16 highest = 0;
-        for (long i = 0; i < group_size; i++) {
-            lowest = weights[i] > lowest ? weights[i] : lowest;
-            highest = (int16)weights[i] > highest ? (int16)weights[i] : highest;
-        }
-        float largest = -widen(lowest) > widen(highest) ? widen(lowest) : widen(highest);
-        float factor = largest > 1e-30f || largest < -1e-30f ? 1 / largest * -16384 : 0;
-        float best_gain = 0, best_scale = 0;
-        for (long i = 0; i < group_size; i++) {
-            word sum = {.value = widen(weights[i]) * factor + 12582912.0f};
-            parts[i] = sum.bits;
-            weighed[i] = (parts[i] * share[i] + 8192) >> 14;
-        }
-        for (long step = 0; step < count; step++) {
-            int products = 0, squares = 0;
-            for (long i = 0; i < group_size; i++) {
-                int16 code = parts[i] * steps[step] >> 16;
-                code = (int16)(code + 256) >> 9;
-                code = code > 7 ? 7 : code;
-                code = code < -8 ? -8 : code;
-                products += weighed[i] * code;
-                squares += (int16)(code * code) * share[i];
-            }
-            float scale = (float)products / (float)squares, gain = (float)products * scale;
-            best_scale = gain > best_gain ? scale : best_scale;
-            best_gain = gain > best_gain ? gain : best_gain;
-        }
-        found[group] = best_scale * -largest;
+        widen_group(weights, wide, WHOLE(group_size));
+        found[group] = find_scale(wide, shares + group % rows * group_size, steps, count, WHOLE(group_size));
     }
 }
 
 void squared_errors(const uint16 *restrict weights, const float *restrict divisors, const float *restrict importance,
                     long rows, float *restrict errors, long groups, long group_size) {
-    group_size &= ~7;
-    float terms[SEARCH_GROUP];
+    float wide[SEARCH_GROUP];
     for (long group = 0; group < groups; group++, weights += group_size) {
+        widen_group(weights, wide, WHOLE(group_size));
         const float *counts = importance + group % rows * group_size;
-        float divisor = divisors[group], lanes[8] = {0};
-        for (long i = 0; i < group_size; i++) {
-            float weight = widen(weights[i]);
-            float error = clamp(weight / divisor + 12582912.0f, 0x4B400000) * divisor - weight;
-            terms[i] = error * error * counts[i];
+        errors[group] = squared_error(wide, divisors[group], counts, WHOLE(group_size));
+    }
+}
+
+/* A scale as its dtype stores it, which drops some of a float's bits: none for float32, 13 for float16, 16 for bf16. */
+static float round_scale(float scale, int dropped) {
+    word all = {.value = scale}, magnitude = {all.bits & 0x7FFFFFFF};
+    if (!dropped || magnitude.bits >= 0x7F800000)
+        return scale;
+    if (dropped == 13 && magnitude.bits < 0x38800000)
+        magnitude.value = magnitude.value + 0.5f - 0.5f;  /* subnormal: a multiple of 2^-24 */
+    else {
+        magnitude.bits += (1 << (dropped - 1)) - 1 + (magnitude.bits >> dropped & 1);
+        magnitude.bits &= -(1 << dropped);
+    }
+    if (dropped == 13 && magnitude.bits >= 0x47800000)
+        magnitude.bits = 0x7F800000;
+    magnitude.bits |= all.bits & 0x80000000;
+    return magnitude.value;
+}
+
+static float choose_scale(const float *weights, const int16 *share, const float *counts, const int16 *steps, long count,
+                          int dropped, long group_size) {
+    int32 most = 0;
+    for (long i = 0; i < group_size; i++) {
+        word weight = {.value = weights[i]};
+        int32 magnitude = weight.bits & 0x7FFFFFFF;
+        most = magnitude > most ? magnitude : most;
+    }
+    word largest = {most};
+    float absmax = round_scale(largest.value / 7, dropped);
+    float found = round_scale(find_scale(weights, share, steps, count, group_size), dropped);
+    float found_error = squared_error(weights, found ? found : 1, counts, group_size);
+    return found_error < squared_error(weights, absmax ? absmax : 1, counts, group_size) ? found : absmax;
+}
+
+/* Eight doubles or floats at once are what the compiler makes of these on any processor. */
+typedef double doubles __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(32)));
+typedef int32 ints __attribute__((vector_size(32)));
+
+#define FOLD(lanes) ((lanes[0] + lanes[4] + (lanes[2] + lanes[6])) + (lanes[1] + lanes[5] + (lanes[3] + lanes[7])))
+
+void spread_of(const float *restrict factor, const float *restrict rest, float *restrict spread, long columns,
+               long rank) {
+    doubles inverse[64][8], turned[8];
+    for (long k = 0; k < rank; k++)
+        for (long i = 0; i < rank; i++)
+            inverse[k][i / 8][i % 8] = k == i;
+    for (long column = columns - 1; column >= 0; column--) {
+        const float *direction = factor + column * rank;
+        for (long i = 0; i < rank / 8; i++) {
+            doubles lanes[8] = {0};
+            for (long k = 0; k < rank; k += 8)
+                for (long lane = 0; lane < 8; lane++)
+                    lanes[lane] += inverse[k + lane][i] * direction[k + lane];
+            turned[i] = FOLD(lanes);
         }
-        for (long i = 0; i < group_size; i += 8)
+        doubles lanes = {0};
+        for (long i = 0; i < rank / 8; i++)
             for (long lane = 0; lane < 8; lane++)
-                lanes[lane] += terms[i + lane];
-        for (long half = 4; half; half /= 2)
-            for (long lane = 0; lane < half; lane++)
-                lanes[lane] += lanes[lane + half];
-        errors[group] = lanes[0];
+                lanes[lane] += turned[i][lane] * direction[i * 8 + lane];
+        double divisor = rest[column] + FOLD(lanes), reciprocal = 1 / divisor;
+        for (long k = 0; k < rank; k++) {
+            spread[column * rank + k] = turned[k / 8][k % 8] / divisor;
+            for (long i = 0; i < rank / 8; i++)
+                inverse[k][i] -= turned[k / 8][k % 8] * turned[i] * reciprocal;
+        }
+    }
+}
+
+/* One column of eight rows: what the errors that they carry add to it. */
+static inline floats carried_to(const floats *carried, const float *spread, long rank) {
+    floats lanes[8] = {0};
+    for (long k = 0; k < rank; k += 8)
+        for (long lane = 0; lane < 8; lane++)
+            lanes[lane] += spread[k + lane] * carried[k + lane];
+    return FOLD(lanes);
+}
+
+#define CHOOSE(condition, one, other) (((one) & (condition)) | ((other) & ~(condition)))
+
+static inline floats bound(floats change, floats most) {
+    ints bits = CHOOSE(change > most, (ints)most, (ints)change);
+    return (floats)CHOOSE((floats)bits < -most, (ints)-most, bits);
+}
+
+static inline floats round_to_codes(floats quotients) {
+    ints bits = (ints)(quotients + 12582912.0f), most = {0}, least = {0};
+    most += 0x4B400007;
+    least += 0x4B3FFFF8;
+    bits = CHOOSE(bits > most, most, bits);
+    return (floats)CHOOSE(bits < least, least, bits) - 12582912.0f;
+}
+
+/* One group of eight rows, or of `height`, whose weights are `columns` apart. */
+static void round_group(const float *restrict weights, const float *restrict counts, const int16 *restrict share,
+                        const float *restrict factor, const float *restrict spread, long rank,
+                        const int16 *restrict steps, long count, int dropped, uint8 offset, floats *restrict carried,
+                        uint8 *restrict packed, float *restrict scales, long height, long columns, long group_size) {
+    floats block[SEARCH_GROUP], divisors = {0}, sizes = {0}, most = {0};
+    float lines[8][SEARCH_GROUP];
+    for (long i = 0; i < group_size; i++) {
+        for (long row = 0; row < 8; row++)
+            block[i][row] = row < height ? weights[row * columns + i] : 0;
+        floats changed = block[i] + carried_to(carried, spread + i * rank, rank);
+        for (long row = 0; row < 8; row++)
+            lines[row][i] = changed[row];
+    }
+    for (long row = 0; row < height; row++) {
+        sizes[row] = choose_scale(lines[row], share, counts, steps, count, dropped, group_size);
+        divisors[row] = sizes[row] ? sizes[row] : 1;
+        most[row] = MAX_CHANGE * (divisors[row] < 0 ? -divisors[row] : divisors[row]);
+        scales[row * (columns / group_size)] = sizes[row];
+    }
+    for (long i = 0; i < group_size; i++) {
+        floats weight = block[i], change = bound(carried_to(carried, spread + i * rank, rank), most);
+        block[i] = round_to_codes((weight + change) / divisors);
+        floats error = weight - block[i] * sizes;
+        for (long k = 0; k < rank; k++)
+            carried[k] += error * factor[i * rank + k];
+    }
+    for (long row = 0; row < height; row++)
+        for (long i = 0; i < group_size; i += 2)
+            packed[(row * columns + i) / 2] =
+                (((int32)block[i][row] & 15) | ((int32)block[i + 1][row] & 15) << 4) ^ offset;
+}
+
+void quantize_with_feedback(const float *restrict weights, const float *restrict importance,
+                            const int16 *restrict shares, const float *restrict factor, const float *restrict spread,
+                            long rank, const int16 *restrict steps, long count, int dropped, uint8 offset,
+                            uint8 *restrict packed, float *restrict scales, long rows, long columns, long group_size) {
+    for (long row = 0; row < rows; row += 8) {
+        floats carried[64] = {0};
+        for (long column = 0; column < columns; column += group_size) {
+            long first = row * columns + column;
+            round_group(weights + first, importance + column, shares + column, factor + column * rank,
+                        spread + column * rank, rank, steps, count, dropped, offset, carried, packed + first / 2,
+                        scales + first / group_size, rows - row < 8 ? rows - row : 8, columns, WHOLE(group_size));
+        }
     }
 }
 """
@@ -1515,12 +1770,25 @@ void squared_errors(const uint16 *restrict weights, const float *restrict diviso
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
     *("-x", "c", "-O3", "-shared", "-fPIC", "-nostdlib"),
-    *("-ffp-contract=off", "-fno-trapping-math", f"-DSEARCH_GROUP={SEARCH_GROUP}"),
+    *("-ffp-contract=off", "-fno-trapping-math", f"-DSEARCH_GROUP={SEARCH_GROUP}", f"-DMAX_CHANGE={MAX_CHANGE}"),
     *{
         "AVX2": ("-mavx2", "-mfma"),
         "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     }.get(torch.backends.cpu.get_cpu_capability(), ()),
 )
+
+
+KERNEL_FUNCTIONS = {  # the types of their arguments: a pointer, a long, an int, a uint8
+    "max_abs": "ppll",
+    "round_and_pack": "pppull",
+}
+SEARCH_KERNEL_FUNCTIONS = {
+    "find_scales": "pplplpll",
+    "squared_errors": "ppplpll",
+    "spread_of": "pppll",
+    "quantize_with_feedback": "ppppplpliupplll",
+}
+ARGUMENT_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "u": ctypes.c_uint8}
 
 
 class NoKernel(Exception):
@@ -1530,17 +1798,13 @@ class NoKernel(Exception):
 class Kernel:
     """The compiled functions. Their tensors must be contiguous, as those of a workspace are."""
 
-    def __init__(self, library: Path):
+    def __init__(self, library: Path, search: bool):
         functions = ctypes.CDLL(str(library))  # calls release the interpreter lock
-        self._max_abs, self._round_and_pack = functions.max_abs, functions.round_and_pack
-        pointer, count = ctypes.c_void_p, ctypes.c_long
-        self._max_abs.argtypes = (pointer, pointer, count, count)
-        self._round_and_pack.argtypes = (pointer, pointer, pointer, ctypes.c_uint8, count, count)
-        self._find_scales, self._squared_errors = functions.find_scales, functions.squared_errors
-        self._find_scales.argtypes = (pointer, pointer, count, pointer, count, pointer, count, count)
-        self._squared_errors.argtypes = (pointer, pointer, pointer, count, pointer, count, count)
-        for function in (self._max_abs, self._round_and_pack, self._find_scales, self._squared_errors):
-            function.restype = None
+        self.search = search  # whether it has the functions for it
+        for name, types in (KERNEL_FUNCTIONS | (SEARCH_KERNEL_FUNCTIONS if search else {})).items():
+            function = getattr(functions, name)
+            function.argtypes, function.restype = [ARGUMENT_TYPES[letter] for letter in types], None
+            setattr(self, f"_{name}", function)
 
     def max_abs(self, groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         """As the function of this name, for bf16."""
@@ -1583,6 +1847,38 @@ class Kernel:
         self._squared_errors(*pointers, *groups.shape)
         return errors
 
+    def spread_of(self, factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        """As the function of this name."""
+        spread = torch.empty_like(factor)
+        self._spread_of(factor.data_ptr(), rest.data_ptr(), spread.data_ptr(), *factor.shape)
+        return spread
+
+    def quantize_with_feedback(
+        self,
+        groups: torch.Tensor,
+        scales: torch.Tensor,
+        importance: torch.Tensor,
+        feedback: Feedback,
+        with_offset: bool,
+        workspace: Workspace,
+    ) -> torch.Tensor:
+        """As the function of this name, for groups of no more than SEARCH_GROUP."""
+        (n, group_size), columns = groups.shape, importance.numel()
+        steps, shares = search_multipliers(), shares_of(importance).to(torch.int16)
+        words = workspace.tensor("words", torch.int32, n, group_size // CODES_PER_WORD)
+        found = workspace.tensor("found", torch.float32, n)
+        dropped = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[scales.dtype]  # bits of a float
+        weights = workspace.tensor("weights", torch.float32, n, group_size).copy_(groups)
+        inputs = weights, importance, shares, feedback.factor, feedback.spread
+        self._quantize_with_feedback(
+            *(tensor.data_ptr() for tensor in inputs),
+            feedback.factor.shape[1],
+            *(steps.data_ptr(), len(steps), dropped, OFFSET_BITS & 0xFF if with_offset else 0),
+            *(words.data_ptr(), found.data_ptr(), n * group_size // columns, columns, group_size),
+        )
+        scales.copy_(found)
+        return words
+
     def works(self) -> bool:
         """Try it before the compiler is relied upon: the largest at each place of a group, and half-way cases, some of
         them beyond the codes, at each mantissa that a float16 scale can have. Groups of 264 are more than two rounds of
@@ -1595,24 +1891,42 @@ class Kernel:
         groups = (scales[:, None] * halves).bfloat16()
         expected = pack_int4(divide_to_codes(groups, scales, workspace), workspace, with_offset=True).clone()
         words = self.round_and_pack(groups, scales.reciprocal(), True, workspace)
-        groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5).bfloat16()
-        weights, importance = groups.to(torch.float32), torch.arange(2.0 * size).view(2, size) * 0.618 % 1
-        shares = (importance * (1 << 14)).round_()
+        return torch.equal(largest, torch.ones(size)) and torch.equal(words, expected) and self._search_works()
+
+    def _search_works(self) -> bool:
+        """Random weights, and as many rows as are not whole rounds of the loop over eight."""
+        if not self.search:
+            return True
+        workspace, rows, size = Workspace(), 20, 264
+        groups = torch.randn(rows * 4, size, generator=torch.Generator().manual_seed(0)).mul_(5).bfloat16()
+        weights, importance = groups.to(torch.float32), torch.arange(4.0 * size).view(4, size) * 0.618 % 1
+        divisors, shares = 1 + torch.arange(rows * 4) / 1024, shares_of(importance)
+        factor = (torch.arange(4.0 * size * 16) * 0.414 % 1 / 8).view(-1, 16)
+        feedback = [Feedback.of(importance.flatten(), factor, kernel) for kernel in (self, None)]
         pairs = [
-            (largest, torch.ones(size)),
-            (words, expected),
             (self.find_scales(groups, shares, workspace), find_scales(weights, shares, workspace)),
             (
-                self.squared_errors(groups, scales, importance, workspace),
-                squared_errors(weights, scales, importance, workspace),
+                self.squared_errors(groups, divisors, importance, workspace),
+                squared_errors(weights, divisors, importance, workspace),
             ),
+            (feedback[0].spread, feedback[1].spread),
         ]
+        for dtype in (torch.float16, torch.bfloat16):
+            results = []
+            for function in (self.quantize_with_feedback, quantize_with_feedback):
+                scales = torch.empty(rows * 4, dtype=dtype)
+                results.append((function(groups, scales, importance, feedback[0], True, workspace).clone(), scales))
+            pairs += zip(*results)
         return all(itertools.starmap(torch.equal, pairs))
 
 
 @functools.cache
-def compile_kernel() -> Kernel:
-    """By the system's C compiler, or the one that CC names; takes 0.2 s. NoKernel if that fails."""
+def compile_kernel(search: bool) -> Kernel:
+    """Compile the kernel, with or without what --scale mse needs, by the system's C compiler or the one that CC names.
+
+    Takes 0.1 s, or 0.5 s for mse. NoKernel if it fails.
+    """
+    source = KERNEL_SOURCE + (SEARCH_KERNEL_SOURCE if search else "")
     compiler = os.environ.get("CC", "").split() or ["cc"]
     if not shutil.which(compiler[0]):
         raise NoKernel(f"there is no C compiler {compiler[0]!r}")
@@ -1621,13 +1935,13 @@ def compile_kernel() -> Kernel:
             library = Path(folder) / "kernel.so"  # once loaded, the file is not needed
             subprocess.run(
                 [*compiler, *KERNEL_FLAGS, "-o", str(library), "-"],
-                input=KERNEL_SOURCE.encode(),
+                input=source.encode(),
                 env=os.environ | {"TMPDIR": folder},  # for the compiler's own files
                 capture_output=True,
                 check=True,
                 timeout=COMPILER_TIMEOUT_S,
             )
-            kernel = Kernel(library)
+            kernel = Kernel(library, search)
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.decode(errors="replace").split())
         raise NoKernel(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
@@ -1917,10 +2231,11 @@ FORMATS = {
 
 
 class Importance:
-    """Mean squares of each layer's input activations, from --importance: they weigh the error of a weight's columns.
+    """Statistics of each layer's input activations, from --importance: mean squares (columns,), which weigh the error
+    of a weight's columns, and a factor (columns, rank), which tells how the columns go together, if there is one.
 
-    They are named as a model's parameters, whose wrappers may differ from the checkpoint's, and where the model holds
-    its experts as a stack, one tensor (experts, columns) stands for all.
+    They are named as a model's parameters, X and X.factor, whose wrappers may differ from the checkpoint's, and where
+    the model holds its experts as a stack, one tensor (experts, columns) or (experts, columns, rank) stands for all.
     """
 
     def __init__(self, path: Path):
@@ -1930,15 +2245,24 @@ class Importance:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise QuantizeError(f"{path}: not a safetensors file ({error})") from None
+        names = self._file.keys()
+        self._factors = {name for name in names if name.endswith(".factor")}
+        self._names = [name for name in names if name not in self._factors]
+        if alone := sorted(self._factors - {f"{name}.factor" for name in self._names}):
+            raise QuantizeError(f"{path}: {alone[0]!r} has no {alone[0].removesuffix('.factor')!r} beside it")
         self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
 
-    def match(self, weights: list[TensorInfo], naming: ExpertNaming | None) -> str:
+    @property
+    def has_factors(self) -> bool:
+        return bool(self._factors)
+
+    def match(self, weights: list[TensorInfo], naming: ExpertNaming | None) -> None:
         """Find the weights' vectors: by name, else by what follows the wrappers, where only one of each ends so.
 
-        Returns how many were found, in words for the plan.
+        Raises if more than half of them have none.
         """
         vectors: dict[str, tuple[str, int | None]] = {}
-        for name in self._file.keys():  # noqa: SIM118 - no dict
+        for name in self._names:
             shape = self._file.get_slice(name).get_shape()
             if len(shape) == 2 and (stack := STACK_PATTERN.match(name)) and stack["projection"]:
                 for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
@@ -1956,19 +2280,30 @@ class Importance:
                 f" names are {quote_names(vectors)}, the checkpoint's {quote_names(w.name for w in weights)}: collect"
                 " them from this model"
             )
-        weighed = sum(self.get(info) is not None for info in weights)
+
+    def describe(self, weights: list[TensorInfo]) -> str:
+        """How many of these have what, in words for the plan."""
+        named = [weight for weight in weights if weight.name in self._found]
+        statistics = list(filter(None, map(self.get, named)))
+        ranks = sorted({factor.shape[1] for _, factor in statistics if factor is not None})
+        factors = sum(factor is not None for _, factor in statistics)
+        rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
+        feedback = f", {factors:,} of them with error feedback of {rank}" if factors else ""
         return (
-            f"importance weighs {count_of(weighed, 'weight')}; {len(self._found) - weighed:,} are named but without"
-            f" data, and {len(weights) - len(self._found):,} are not named"
+            f"importance weighs {count_of(len(statistics), 'weight')}{feedback};"
+            f" {len(named) - len(statistics):,} are named but without data,"
+            f" and {len(weights) - len(named):,} are not named"
         )
 
-    def get(self, info: TensorInfo) -> torch.Tensor | None:
-        """The float32 vector (columns,) of a weight; None if there is none or no data reached the layer."""
+    def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """A weight's mean squares, float32 (columns,), and its factor, float32 (columns, rank), or None if it has none.
+
+        None if the file does not name the weight, or if no data reached the layer.
+        """
         if info.name not in self._found:
             return None
         name, row = self._found[info.name]
-        vector = self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row]
-        columns = info.shape[1]
+        vector, columns = self._read(name, row), info.shape[1]
         if vector.dtype != torch.float32 or tuple(vector.shape) != (columns,):
             raise QuantizeError(
                 f"{self.path}: {name!r} is {vector.dtype} {tuple(vector.shape)}; {info.name!r} needs a float32"
@@ -1976,7 +2311,35 @@ class Importance:
             )
         if not (torch.isfinite(vector) & (vector >= 0)).all():
             raise QuantizeError(f"{self.path}: {name!r} holds a value that is negative or not finite")
-        return vector if vector.any() else None
+        if not vector.any():
+            return None
+        name = f"{name}.factor"
+        return vector, self._check_factor(name, self._read(name, row), vector) if name in self._factors else None
+
+    def _read(self, name: str, row: int | None) -> torch.Tensor:
+        """A tensor of the file, or a row of one: none of the file's other bytes."""
+        return self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row]
+
+    def _check_factor(self, name: str, factor: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
+        columns, shape = len(mean_squares), tuple(factor.shape)
+        dtypes = (torch.float32, torch.float16)
+        if factor.dtype not in dtypes or shape[:-1] != (columns,) or not 0 < shape[-1] <= MAX_RANK:
+            raise QuantizeError(
+                f"{self.path}: {name!r} is {factor.dtype} {shape}: a factor is float32 or float16 (columns, rank), here"
+                f" ({columns:,}, 1 to {MAX_RANK})"
+            )
+        rounding, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
+        if not torch.isfinite(factor).all():
+            raise QuantizeError(f"{self.path}: {name!r} holds a value that is not finite")
+        sums = (factor.abs() * (1 - rounding.eps) - rounding.eps * rounding.tiny).clamp_(min=0).square_().sum(1)
+        beyond = sums > mean_squares * (1 + 1e-4) + mean_squares.max() * 1e-6
+        if beyond.any():
+            column = int(beyond.nonzero()[0])
+            raise QuantizeError(
+                f"{self.path}: {name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more"
+                f" than the column's mean square, {float(mean_squares[column]):.6g}: collect both from the same inputs"
+            )
+        return factor
 
 
 def name_without_wrappers(name: str) -> str:
@@ -1998,6 +2361,11 @@ class Options:
     scale: str = "absmax"  # or "mse": least squared error
     importance: Importance | None = None
     restore: bool = False  # the other way: from `format` to dense weights
+
+    @property
+    def rule(self) -> str:
+        """How scales and codes are chosen, in words."""
+        return f"{self.scale} {FEEDBACK}" if self.importance and self.importance.has_factors else self.scale
 
 
 @dataclass(frozen=True)
@@ -2119,8 +2487,9 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     warnings = tuple(what_is_missing(sources, roles, checkpoint.config, options))
     notes = notes_on_tensors(tensors, options, checkpoint.config)
     if options.importance:
-        weights = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
-        notes.insert(0, options.importance.match(weights, expert_naming(checkpoint.config)))
+        packed = [tensor for tensor in tensors if tensor.packing]
+        options.importance.match([tensor.source for tensor in packed], expert_naming(checkpoint.config))
+        notes.insert(0, options.importance.describe([t.source for t in packed if t.packing.bits == 4]))
     return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
 
 
@@ -2602,7 +2971,7 @@ def plan_shards(
 ) -> tuple[tuple[ShardPlan, ...], dict[str, Placement]]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
     shard_size = options.shard_size
-    metadata = {"format": "pt", METADATA_KEY: fingerprint, SCALE_KEY: options.scale, FILES_KEY: json.dumps(hashes)}
+    metadata = {"format": "pt", METADATA_KEY: fingerprint, RULE_KEY: options.rule, FILES_KEY: json.dumps(hashes)}
     empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
     contents: list[list[OutputTensor]] = []
     used = shard_size
@@ -3023,10 +3392,10 @@ def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
             yield Job(tensor, start, stop, start, stop - start)
 
 
-def plan_tiles(job: Job) -> Iterator[Tile]:
-    """Whole rows, as many as make a tile; a row longer than a tile is cut between groups."""
+def plan_tiles(job: Job, whole_rows: bool) -> Iterator[Tile]:
+    """Whole rows, as many as make a tile; a row longer than a tile is cut between groups, unless `whole_rows`."""
     columns, group_size = job.tensor.source.shape[1], job.tensor.packing.group_size
-    width = min(columns, max(1, TILE_WEIGHTS // group_size) * group_size)
+    width = columns if whole_rows else min(columns, max(1, TILE_WEIGHTS // group_size) * group_size)
     height = max(1, TILE_WEIGHTS // columns)
     for row in range(job.start, job.stop, height):
         for column in range(0, columns, width):
@@ -3142,20 +3511,23 @@ class Conversion:
 
     def _quantize(self, job: Job, workspace: Workspace) -> bool:
         """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
-        form, packing, info = self.options.format, job.tensor.packing, job.tensor.source
+        form, packing, search = self.options.format, job.tensor.packing, self.options.scale == "mse"
         outputs = job.tensor.outputs[:2]  # words and scales
         staged = self._stage(job, workspace) if form.transposed else ()
-        for tile in plan_tiles(job):
+        importance, feedback = self._statistics(job.tensor)
+        for tile in plan_tiles(job, whole_rows=feedback is not None):
             if self._stop.is_set():
                 return False
             groups = self._read_groups(job.tensor, tile, workspace)  # source dtype (n, group_size)
-            dtype, search = FLOAT_DTYPES[outputs[1].dtype], self.options.scale == "mse"
+            dtype, first = FLOAT_DTYPES[outputs[1].dtype], tile.column // packing.group_size
+            groups_per_row = packing.columns_of(tile.columns) // packing.group_size
+            weighed = None if importance is None else importance[first : first + groups_per_row]
             try:
                 words, scales = (
                     quantize_to_int8(groups, dtype, workspace)
                     if packing.bits == 8
                     else quantize_groups(
-                        groups, dtype, workspace, form.with_offset, search, self._importance(info, tile), self.kernel
+                        groups, dtype, workspace, form.with_offset, search, weighed, feedback, self.kernel
                     )
                 )
             except NotQuantizable as error:
@@ -3237,14 +3609,20 @@ class Conversion:
             padded[:, tile.columns :].zero_()
         return workspace.tensor(role, dtype, tile.rows * padded_columns // group_size, group_size)
 
-    def _importance(self, info: TensorInfo, tile: Tile) -> torch.Tensor | None:
-        """What the tile's columns count, as (groups of a row, group_size), padded with zeros."""
-        vector = self.options.importance and self.options.importance.get(info)
-        if vector is None:
-            return None
-        vector = vector[tile.column : tile.column + tile.columns]
-        padding = -len(vector) % self.options.group_size
-        return torch.nn.functional.pad(vector, (0, padding)).view(-1, self.options.group_size)
+    def _statistics(self, tensor: TensorPlan) -> tuple[torch.Tensor | None, Feedback | None]:
+        """What the weight's columns count, float32 (groups of a row, group_size), and how their errors are passed on;
+        columns padded with zeros."""
+        found = tensor.packing.bits == 4 and self.options.importance and self.options.importance.get(tensor.source)
+        if not found:
+            return None, None
+        mean_squares, factor = found
+        padding = tensor.packing.columns_of(len(mean_squares)) - len(mean_squares)
+        mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
+        importance = mean_squares.view(-1, tensor.packing.group_size)
+        if factor is None:
+            return importance, None
+        factor = torch.nn.functional.pad(factor, (0, 0, 0, padding))
+        return importance, Feedback.of(mean_squares, factor, self.kernel)
 
     def _copy(self, job: Job, workspace: Workspace) -> bool:
         """Copy the job's bytes as they are; False if the run was stopped meanwhile."""
@@ -3352,7 +3730,7 @@ def say_row(label: str, count: object = "", size: str = "", note: str = "") -> N
 def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
     options = plan.options
     say(f"{checkpoint.folder} -> {output.folder}")
-    choice = "restored to dense weights" if options.restore else f"{options.scale} scales"
+    choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
     say(f"format {options.format.name}, group size {options.group_size}, {choice}, {threads} threads")
     say()
     say_row("Plan", "tensors", "size")
@@ -3524,15 +3902,16 @@ class Mismatch(Exception):
 class Verification:
     """Compares a finished folder with its source. Its decoding shares nothing with the packing."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, guard: MemoryGuard):
+    def __init__(self, checkpoint: Checkpoint, folder: Path, guard: MemoryGuard, importance: Importance | None):
         self.checkpoint = checkpoint
         self.folder = folder
+        self.importance = importance
         self.guard = guard
         self.format, self.group_size = read_layout(folder)
         self.problems: list[str] = []
-        self.errors: dict[str, float] = {}  # relative RMS error of each quantized weight
+        self.errors: dict[str, WeightErrors] = {}  # of each quantized weight
         self.kept = 0
-        self.searched = False  # scales of least squared error may clip the largest weights
+        self.rule = "absmax"  # by which scales and codes were chosen
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
         self.bytes_done = self.tensors_done = 0
         self._lock = threading.Lock()
@@ -3556,13 +3935,16 @@ class Verification:
                     self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
                 shards[name] = file
             metadata = file.metadata() or {}
-            self.searched |= metadata.get(SCALE_KEY) == "mse"
+            self.rule = metadata.get(RULE_KEY, self.rule)
             self._hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
         self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in shards]
         return shards
 
     def run(self, threads: int, progress: Progress) -> None:
         """Compare every tensor; problems are collected, not raised."""
+        if self.importance:
+            packed = [info for info in self.sources if len(self._output_names(info)) > 1]
+            self.importance.match(packed, expert_naming(self.checkpoint.config))
         expected = set()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             tasks = []
@@ -3694,10 +4076,31 @@ class Verification:
             if not torch.equal(found[start : start + len(source)], torch.frombuffer(source, dtype=torch.uint8)):
                 raise Mismatch("kept, but its bytes differ from the source's")
 
-    def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> float:
-        """The relative RMS error; raises at the first difference beyond what the scale allows."""
-        planned_outputs, packing = self._outputs(info), self.packing_of(info)
-        for planned, found in zip(planned_outputs, outputs):
+    def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> WeightErrors:
+        """Measure the errors of a weight; raises at the first difference beyond what the scale allows."""
+        packing = self.packing_of(info)
+        self._compare_layout(info, packing, outputs)
+        rows, columns = info.shape
+        dtype = FLOAT_DTYPES[info.dtype]
+        statistics = self.importance.get(info) if self.importance else None
+        moments = SecondMoments(*statistics) if statistics else None
+        squares = torch.zeros(2, 2, dtype=torch.float64)  # of error and weight, as they are and of the outputs
+        for first in range(0, rows, step := max(1, VERIFY_WEIGHTS // columns)):
+            last = min(first + step, rows)
+            raw = bytearray((last - first) * columns * dtype.itemsize)
+            self.checkpoint.read_into(info, first * columns * dtype.itemsize, memoryview(raw))
+            weights = torch.frombuffer(raw, dtype=dtype).view(-1, columns).to(torch.float32)
+            codes, scales = self._decode(outputs, first, last, columns, packing)
+            self._compare_codes(weights, codes, scales, outputs[1].dtype, packing, moments, first)
+            for number, values in enumerate((weights - codes * scales, weights)):
+                squares[0, number] += values.square().sum(dtype=torch.float64)
+                squares[1, number] += moments.output_energy(values) if moments else math.nan
+        relative = (squares[:, 0] / squares[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        return WeightErrors(*relative.tolist())
+
+    def _compare_layout(self, info: TensorInfo, packing: Packing, outputs: list[torch.Tensor]) -> None:
+        """Shapes and dtypes, and what follows from them alone."""
+        for planned, found in zip(self._outputs(info), outputs):
             if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
                 raise Mismatch(
                     f"{planned.name} is {found.dtype} {tuple(found.shape)}, not {planned.dtype} {planned.shape}"
@@ -3709,37 +4112,48 @@ class Verification:
             }.get(planned.name.rpartition(".")[2])
             if constant and not torch.equal(found, constant()):
                 raise Mismatch(f"{planned.name} does not hold what its shape calls for")
-        rows, columns = info.shape
-        dtype = FLOAT_DTYPES[info.dtype]
-        squared_error = squared_weight = 0.0
-        for first in range(0, rows, step := max(1, VERIFY_WEIGHTS // columns)):
-            last = min(first + step, rows)
-            raw = bytearray((last - first) * columns * dtype.itemsize)
-            self.checkpoint.read_into(info, first * columns * dtype.itemsize, memoryview(raw))
-            weights = torch.frombuffer(raw, dtype=dtype).view(-1, columns).to(torch.float32)
-            codes, scales = self._decode(outputs, first, last, columns, packing)
-            difference = weights - codes * scales
-            # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
-            rounding, at_end = torch.finfo(outputs[1].dtype), codes.abs() >= packing.code_max
-            slack = packing.code_max * rounding.eps / 2 * (scales.abs() * at_end + rounding.smallest_normal)
-            wrong = ~(difference.abs() <= scales.abs() * (0.5 + 1e-5) + slack)
-            if self.searched and packing.bits == 4:
-                decoded = codes * scales
-                clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
-                wrong &= ~(clipped & (weights.abs() > decoded.abs()) & (weights * decoded > 0))
-            elif not torch.equal(absmax_scales(weights, outputs[1].dtype, packing)[:, :columns], scales):
-                largest = f"its group's largest weight / {packing.code_max}"
-                raise Mismatch(f"a scale in rows {first} to {last - 1} is not {largest}")
-            if wrong.any():
-                row, column = (int(i) for i in wrong.nonzero()[0])
-                decoded = float(codes[row, column] * scales[row, column])
-                raise Mismatch(
-                    f"row {first + row}, column {column} decodes to {decoded:.6g}, the source has"
-                    f" {float(weights[row, column]):.6g}, too far for a scale of {float(scales[row, column]):.6g}"
-                )
-            squared_error += float(difference.square().sum(dtype=torch.float64))
-            squared_weight += float(weights.square().sum(dtype=torch.float64))
-        return math.sqrt(squared_error / squared_weight) if squared_weight else 0.0
+
+    def _compare_codes(
+        self,
+        weights: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        scale_dtype: torch.dtype,
+        packing: Packing,
+        moments: SecondMoments | None,
+        first: int,
+    ) -> None:
+        """Every code is the nearest one, and absmax scales are what they have to be. All float32 (rows, columns).
+
+        With error feedback the nearest one to the weight as the errors before it changed it, where the statistics are
+        at hand, else one within MAX_CHANGE scales more.
+        """
+        rounding, at_end = torch.finfo(scale_dtype), codes.abs() >= packing.code_max
+        searched, feedback = packing.bits == 4 and self.rule != "absmax", packing.bits == 4 and FEEDBACK in self.rule
+        decoded, steps, aims = codes * scales, torch.full_like(scales, 0.5 + 1e-5), weights
+        if feedback and self.importance is None:
+            steps += MAX_CHANGE
+        elif feedback and moments and moments.factor is not None:
+            changes = moments.expected_changes(weights - decoded, packing)
+            most = scales.abs() * MAX_CHANGE
+            aims, steps = weights + changes.clamp(-most, most), steps + 0.01  # the quantizer adds up in float32
+        # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
+        slack = packing.code_max * rounding.eps / 2 * (scales.abs() * at_end + rounding.smallest_normal)
+        wrong = ~((aims - decoded).abs() <= scales.abs() * steps + slack)
+        if searched:
+            clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
+            wrong &= ~(clipped & (aims.abs() > decoded.abs()) & (aims * decoded > 0))
+        elif not torch.equal(absmax_scales(weights, scale_dtype, packing)[:, : scales.shape[1]], scales):
+            raise Mismatch(
+                f"a scale in rows {first} to {first + len(weights) - 1} is not its group's largest weight"
+                f" / {packing.code_max}"
+            )
+        if wrong.any():
+            row, column = (int(i) for i in wrong.nonzero()[0])
+            raise Mismatch(
+                f"row {first + row}, column {column} decodes to {float(decoded[row, column]):.6g}, the source has"
+                f" {float(weights[row, column]):.6g}, too far for a scale of {float(scales[row, column]):.6g}"
+            )
 
     def _decode(
         self, outputs: list[torch.Tensor], first: int, last: int, columns: int, packing: Packing
@@ -3766,23 +4180,83 @@ def absmax_scales(weights: torch.Tensor, dtype: torch.dtype, packing: Packing) -
     return (largest / packing.code_max).to(dtype).to(torch.float32).repeat_interleave(packing.group_size, 1)
 
 
+@dataclass(frozen=True)
+class WeightErrors:
+    """Relative errors of a weight: the root of the squares' ratio."""
+
+    rms: float  # of the weight itself
+    output: float  # of its products with inputs of the statistics: sqrt(tr(E H E^T) / tr(W H W^T)); NaN without these
+
+
+class SecondMoments:
+    """H = diag(mean_squares - row sums of factor^2) + factor factor^T of a weight's inputs, in float64, by formulas
+    that share nothing with those of the quantizer."""
+
+    def __init__(self, mean_squares: torch.Tensor, factor: torch.Tensor | None):
+        self.mean_squares = mean_squares.to(torch.float64)
+        self.factor = None if factor is None else factor.to(torch.float64)
+
+    def output_energy(self, rows: torch.Tensor) -> float:
+        """The trace of R H R^T for rows R, float32 (rows, columns)."""
+        rows, rest = rows.to(torch.float64), self.mean_squares
+        if self.factor is None:
+            return float((rows.square() @ rest).sum())
+        rest = (rest - self.factor.square().sum(1)).clamp_min(0)
+        return float((rows.square() @ rest).sum() + (rows @ self.factor).square().sum())
+
+    def expected_changes(self, errors: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Say what the errors of a row's columns before it add to each column, float32 (rows, columns) as the errors.
+
+        By groups: with all later columns free, a group's own second moments are H_g = diag(d) + V P V^T, where P =
+        (I + V_later^T diag(1 / d) V_later)^-1. These are split into U D U^T, U unit upper triangular.
+        """
+        padding = packing.columns_of(errors.shape[1]) - errors.shape[1]
+        errors = torch.nn.functional.pad(errors.to(torch.float64), (0, padding))
+        factor = torch.nn.functional.pad(self.factor, (0, 0, 0, padding)) * math.sqrt(FACTOR_SHARE)
+        mean_squares = torch.nn.functional.pad(self.mean_squares, (0, padding))
+        rest = (mean_squares - factor.square().sum(1)).clamp_min(0) + mean_squares.mean() * DAMPING
+        groups = list(zip(*(tensor.split(packing.group_size) for tensor in (factor, rest))))
+        inverses, later = [], torch.eye(factor.shape[1], dtype=torch.float64)
+        for v, d in reversed(groups):
+            inverses.append(torch.linalg.inv(later))
+            later = later + v.T @ (v / d[:, None])
+        carried = errors.new_zeros(len(errors), factor.shape[1])
+        changes = []
+        for (v, d), inverse, error in zip(groups, reversed(inverses), errors.split(packing.group_size, 1)):
+            own = torch.diag(d) + v @ inverse @ v.T
+            upper = torch.linalg.cholesky(own.flip(0, 1)).flip(0, 1)
+            upper = upper / upper.diagonal()
+            shift = carried @ torch.linalg.solve(own, v @ inverse).T
+            changes.append(shift + (error + shift) @ upper.triu(1))
+            carried = carried + error @ v
+        return torch.cat(changes, 1)[:, : errors.shape[1] - padding].to(torch.float32)
+
+
 def print_verification(verification: Verification) -> None:
     """Errors by kind of layer, and the worst weights by name."""
-    kinds: dict[str, list[float]] = {}
+    kinds: dict[str, list[WeightErrors]] = {}
     for info in verification.sources:
         if info.name in verification.errors:
             kind = next((kind for kind, pattern in LAYER_KINDS if pattern.search(info.name)), "other")
             kind += ", 8 bits" if verification.packing_of(info).bits == 8 else ""
             kinds.setdefault(kind, []).append(verification.errors[info.name])
     say()
-    say(f"{'Verified':<24}{'weights':>8}  relative RMS error: {'min':>7}{'median':>9}{'max':>9}")
+    say(f"{'Verified':<24}{'weights':>8}   relative RMS error{'   and of outputs' if verification.importance else ''}")
+    say(f"{'':<32}{'min':>8}{'median':>8}{'max':>8}{f'{chr(32):>3}median     max' if verification.importance else ''}")
     for kind in sorted(kinds):
-        errors = kinds[kind]
-        low, middle, high = min(errors), statistics.median(errors), max(errors)
-        say(f"  {kind:<22}{len(errors):>8,}{'':<22}{low:>7.4f}{middle:>9.4f}{high:>9.4f}")
+        errors = [error.rms for error in kinds[kind]]
+        cells = [min(errors), statistics.median(errors), max(errors)]
+        outputs = [error.output for error in kinds[kind] if not math.isnan(error.output)]
+        cells += [statistics.median(outputs), max(outputs)] if outputs else []
+        say(f"  {kind:<22}{len(kinds[kind]):>8,}" + "".join(f"{cell:>8.4f}" for cell in cells))
     say(f"  {'kept, bit for bit':<22}{verification.kept:>8,}")
-    for name, error in sorted(verification.errors.items(), key=lambda item: -item[1])[:5]:
-        say(f"  worst: {error:.4f}  {name}")
+    for name, error in sorted(verification.errors.items(), key=lambda item: -item[1].rms)[:5]:
+        say(f"  worst: {error.rms:.4f}  {name}")
+    if FEEDBACK in verification.rule and verification.importance is None:
+        say(
+            f"  Note: codes {FEEDBACK} are checked to be within {MAX_CHANGE + 0.5} scales of their weights; with the"
+            " --importance they were made with, each is checked exactly."
+        )
     for problem in verification.problems[:20]:
         say(f"  WRONG: {problem}")
     if verification.problems:
@@ -3912,7 +4386,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             plan_and_convert(args, checkpoint, progress)
         if args.verify and not args.dry_run:
-            verify(checkpoint, args.output_dir, progress, args.threads)
+            verify(checkpoint, args, progress)
 
 
 def default_scale(asked: str | None, form: Format) -> str:
@@ -3967,12 +4441,13 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
             convert(checkpoint, plan, output, progress, args.threads)
 
 
-def verify(checkpoint: Checkpoint, folder: Path, progress: Progress, threads: int) -> None:
+def verify(checkpoint: Checkpoint, args: argparse.Namespace, progress: Progress) -> None:
     """Compare a finished folder with its source."""
     progress.restart()
-    verification = Verification(checkpoint, folder, progress.guard)
+    importance = Importance(args.importance) if args.importance else None
+    verification = Verification(checkpoint, args.output_dir, progress.guard, importance)
     try:
-        verification.run(threads, progress)
+        verification.run(args.threads, progress)
     finally:
         progress.clear()
     checkpoint.check_unchanged()
@@ -4008,7 +4483,7 @@ def kernel_for(plan: Plan) -> Kernel | None:
     if all(info.dtype != "BF16" for info in plan.quantized):
         return None
     try:
-        return compile_kernel()
+        return compile_kernel(plan.options.scale == "mse")
     except NoKernel as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
         say(f"Note:      rounding with torch, which takes twice the processor's time or more: {printable(str(reason))}")

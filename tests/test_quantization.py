@@ -26,7 +26,7 @@ def kernel(request) -> q.Kernel | None:
 
 def compiled() -> q.Kernel:
     try:
-        return q.compile_kernel()
+        return q.compile_kernel(True)
     except q.NoKernel as reason:
         pytest.skip(str(reason))
 
