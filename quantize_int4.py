@@ -107,6 +107,7 @@ SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
 SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
 SEARCH_GROUP = 1024  # the largest group for which the sums of the search fit 32 bits
 MAX_RANK = 64  # of a factor of second moments
+MAX_FACTOR = 1 << 22  # numbers in it; a worker holds five times as many
 # Of error feedback. What few tokens say of columns' correlation is believed by four fifths; the best is flat between a
 # half and nine tenths. The damping is a part of the mean second moment, as in GPTQ.
 FACTOR_SHARE, DAMPING = 0.8, 0.01
@@ -1894,14 +1895,19 @@ class Kernel:
         return torch.equal(largest, torch.ones(size)) and torch.equal(words, expected) and self._search_works()
 
     def _search_works(self) -> bool:
-        """Random weights, and as many rows as are not whole rounds of the loop over eight."""
+        """Try the search on random weights. With feedback, on as many rows as are not whole rounds of the loop over
+        eight, on absmax scales that are half-way cases (in the groups that count nothing), and on a weak column behind
+        strong ones, in which changes are bounded."""
         if not self.search:
             return True
         workspace, rows, size = Workspace(), 20, 264
         groups = torch.randn(rows * 4, size, generator=torch.Generator().manual_seed(0)).mul_(5).bfloat16()
         weights, importance = groups.to(torch.float32), torch.arange(4.0 * size).view(4, size) * 0.618 % 1
+        importance[0], importance[3, -8:-1], importance[3, -1] = 0, 40, 0.1
         divisors, shares = 1 + torch.arange(rows * 4) / 1024, shares_of(importance)
-        factor = (torch.arange(4.0 * size * 16) * 0.414 % 1 / 8).view(-1, 16)
+        factor = (torch.arange(4.0 * size * 16) * 0.414 % 1).view(-1, 16)
+        factor[-8:] = 1
+        factor *= importance.view(-1, 1).sqrt() / 4
         feedback = [Feedback.of(importance.flatten(), factor, kernel) for kernel in (self, None)]
         pairs = [
             (self.find_scales(groups, shares, workspace), find_scales(weights, shares, workspace)),
@@ -1912,10 +1918,11 @@ class Kernel:
             (feedback[0].spread, feedback[1].spread),
         ]
         for dtype in (torch.float16, torch.bfloat16):
+            weights[::4, 7] = 7 * 64 * (1 + torch.finfo(dtype).eps * (0.5 + torch.arange(rows)))
             results = []
             for function in (self.quantize_with_feedback, quantize_with_feedback):
                 scales = torch.empty(rows * 4, dtype=dtype)
-                results.append((function(groups, scales, importance, feedback[0], True, workspace).clone(), scales))
+                results.append((function(weights, scales, importance, feedback[0], True, workspace).clone(), scales))
             pairs += zip(*results)
         return all(itertools.starmap(torch.equal, pairs))
 
@@ -2251,6 +2258,7 @@ class Importance:
         if alone := sorted(self._factors - {f"{name}.factor" for name in self._names}):
             raise QuantizeError(f"{path}: {alone[0]!r} has no {alone[0].removesuffix('.factor')!r} beside it")
         self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
+        self.largest_factor = 0  # numbers in it
 
     @property
     def has_factors(self) -> bool:
@@ -2287,6 +2295,7 @@ class Importance:
         statistics = list(filter(None, map(self.get, named)))
         ranks = sorted({factor.shape[1] for _, factor in statistics if factor is not None})
         factors = sum(factor is not None for _, factor in statistics)
+        self.largest_factor = max((factor.numel() for _, factor in statistics if factor is not None), default=0)
         rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
         feedback = f", {factors:,} of them with error feedback of {rank}" if factors else ""
         return (
@@ -2327,6 +2336,11 @@ class Importance:
             raise QuantizeError(
                 f"{self.path}: {name!r} is {factor.dtype} {shape}: a factor is float32 or float16 (columns, rank), here"
                 f" ({columns:,}, 1 to {MAX_RANK})"
+            )
+        if factor.numel() > MAX_FACTOR:
+            raise QuantizeError(
+                f"{self.path}: {name!r} holds {factor.numel():,} numbers, at most {MAX_FACTOR:,} are held in memory:"
+                f" collect it with a rank of {MAX_FACTOR // columns}"
             )
         rounding, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
         if not torch.isfinite(factor).all():
@@ -3798,6 +3812,8 @@ def worker_bytes(plan: Plan) -> int:
     searched = (4, 4, 4, 4) if plan.options.scale == "mse" else ()
     words = 1 if plan.options.int8 else 0.5
     buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, words, 0.1)]
+    if plan.options.importance:
+        buffers += [plan.options.importance.largest_factor * nbytes for nbytes in (4, 4, 4, 4, 4)]
     if plan.options.format.transposed:
         buffers += [TRANSPOSED_JOB_WEIGHTS * nbytes for nbytes in (0.5, 0.1)]
     return sum(map(whole_pages, buffers))
@@ -4480,13 +4496,15 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
 
 def kernel_for(plan: Plan) -> Kernel | None:
     """The compiled kernel if the plan has work for it. It is never needed, and so the user is only told."""
-    if all(info.dtype != "BF16" for info in plan.quantized):
+    if all(info.dtype != "BF16" for info in plan.quantized) and FEEDBACK not in plan.options.rule:
         return None
     try:
         return compile_kernel(plan.options.scale == "mse")
     except NoKernel as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
-        say(f"Note:      rounding with torch, which takes twice the processor's time or more: {printable(str(reason))}")
+        times = "thirty times" if FEEDBACK in plan.options.rule else "twice"
+        text = f"rounding with torch, which takes {times} the processor's time or more: {reason}"
+        say(f"Note:      {printable(text)}")
         return None
 
 

@@ -103,28 +103,63 @@ def test_the_kernel_clamps_a_code_however_large_the_quotient(weight):
         ("^ offset", ""),
         ("most = magnitude > most", "most = i < 256 && magnitude > most"),
         ("most = magnitude > most", "most = group_size < 128 && magnitude > most"),
-        ("-widen(lowest) > widen(highest)", "0"),
+    ],
+)
+def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
+    assert_found_out(monkeypatch, "KERNEL_SOURCE", right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("-low.value > high.value", "0"),
         ("1 / largest * -16384", "1 / largest * -16383.9f"),
         ("(parts[i] * share[i] + 8192)", "(parts[i] * share[i])"),
         ("(code + 256)", "(code + 255)"),
         ("products += weighed", "products += i >= 256 ? 0 : weighed"),
         ("squares += (int16)", "squares += i < 256 && (int16)"),
-        ("group % rows * group_size;\n        uint16", "0;\n        uint16"),
-        ("group % rows * group_size;\n        float", "0;\n        float"),
+        ("shares + group % rows * group_size", "shares"),
+        ("importance + group % rows * group_size", "importance"),
         ("gain > best_gain ? gain", "gain > 0 ? gain"),
-        ("weight / divisor", "weight * (1.0001f / divisor)"),
-        ("* divisor - weight;", "* divisor * 1.0000001f - weight;"),
+        ("weights[i] / divisor", "weights[i] * (1.0001f / divisor)"),
+        ("* divisor - weights[i];", "* divisor * 1.0000001f - weights[i];"),
         ("terms[i] = error * error", "terms[i] = i >= 256 ? 0 : error * error"),
         ("lanes[lane] += terms[i + lane]", "lanes[lane ^ (i >> 3 & 1)] += terms[i + lane]"),
         ("half = 4; half; half /= 2", "half = 1; half < 8; half *= 2"),
+        ("(1 << (dropped - 1)) - 1 +", "(1 << (dropped - 1)) +"),
+        ("magnitude.bits |= all.bits & 0x80000000", ""),
+        ("largest.value / 7", "largest.value / 8"),
+        ("< squared_error(weights, absmax", "> squared_error(weights, absmax"),
+        ("= k == i", "= 1"),
+        ("lanes[lane] += inverse[k + lane][i]", "lanes[lane] += inverse[k][i]"),
+        ("rest[column] + FOLD(lanes)", "FOLD(lanes)"),
+        ("inverse[k][i] -=", "inverse[k][i] +="),
+        ("lanes[lane] += spread[k + lane]", "lanes[lane] += spread[k]"),
+        ("change > most, (ints)most", "change > 9 * most, (ints)most"),
+        ("(floats)bits < -most", "(floats)bits < -9 * most"),
+        ("bits > most, most, bits", "bits > most + 1, most, bits"),
+        ("bits < least, least, bits", "bits < least - 1, least, bits"),
+        ("row < height ?", "row < 7 ?"),
+        ("block[i] + carried_to(carried", "block[i] + 0 * carried_to(carried"),
+        ("(weight + change) / divisors", "weight / divisors"),
+        ("weight - block[i] * sizes", "weight - block[i] * divisors * 1.001f"),
+        ("carried[k] += error", "carried[k] -= error"),
+        ("& 15) << 4)", "& 15) << 3)"),
+        ("rows - row < 8 ? rows - row : 8", "8 < rows - row ? 8 : 3"),
+        ("floats carried[64] = {0};\n        for", "static floats carried[64];\n        for"),
     ],
 )
-def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
+def test_a_kernel_that_searches_otherwise_is_found_out(monkeypatch, right, wrong):
+    assert_found_out(monkeypatch, "SEARCH_KERNEL_SOURCE", right, wrong)
+
+
+def assert_found_out(monkeypatch, part, right, wrong):
     compiled()
-    assert q.KERNEL_SOURCE.count(right) == 1
-    monkeypatch.setattr(q, "KERNEL_SOURCE", q.KERNEL_SOURCE.replace(right, wrong))
+    source = getattr(q, part)
+    assert source.count(right) == 1
+    monkeypatch.setattr(q, part, source.replace(right, wrong))
     with pytest.raises(q.NoKernel, match="rounds otherwise"):
-        q.compile_kernel.__wrapped__()
+        q.compile_kernel.__wrapped__(True)
 
 
 class CountingKernel:
@@ -157,7 +192,7 @@ def test_the_kernel_works_where_its_codes_are_the_divisions_and_nowhere_else(dty
 
 def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_path, monkeypatch):
     kernel = CountingKernel()
-    monkeypatch.setattr(q, "compile_kernel", lambda: kernel)
+    monkeypatch.setattr(q, "compile_kernel", lambda search: kernel)
     monkeypatch.setattr(q, "stop_on_signals", lambda: None)  # they are pytest's here
     folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
     arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
@@ -166,7 +201,7 @@ def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_pat
     kernel.calls.clear()
     assert q.main([*arguments, str(tmp_path / "mse"), "--scale", "mse"]) == 0
     assert kernel.calls == {"max_abs": 1, "find_scales": 1, "squared_errors": 1, "round_and_pack": 1}
-    monkeypatch.setattr(q, "compile_kernel", lambda: pytest.fail("compiled without need"))
+    monkeypatch.setattr(q, "compile_kernel", lambda search: pytest.fail("compiled without need"))
     folder = save_model(tmp_path / "half", {"m.weight": torch.randn(72, 256, generator=SEEDED).half()})
     assert q.main(["--input_dir", str(folder), *arguments[2:], str(tmp_path / "half_out")]) == 0
 
@@ -187,7 +222,7 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2 if script == "sleep 30" else 10)
     with pytest.raises(q.NoKernel, match=reason):
-        q.compile_kernel.__wrapped__()
+        q.compile_kernel.__wrapped__(False)
     assert not list(temporary.iterdir())
 
 

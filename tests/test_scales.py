@@ -90,7 +90,9 @@ def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel,
             results = []
             for some in (kernel, None):
                 try:
-                    output = q.quantize_groups(weights, scale_dtype, q.Workspace(), False, True, importance, some)
+                    output = q.quantize_groups(
+                        weights, scale_dtype, q.Workspace(), False, True, importance, kernel=some
+                    )
                 except q.NotQuantizable as error:
                     output = error.scales.nan_to_num(), torch.isfinite(error.scales)
                 results.append([tensor.clone() for tensor in output])
@@ -102,7 +104,7 @@ def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel,
 def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size, weighed):
     groups = GAUSSIAN[: 2000 * group_size].view(-1, group_size).bfloat16()
     importance = GAUSSIAN[: 2 * group_size].view(2, -1).square() if weighed else None
-    _, scales = q.quantize_groups(groups, torch.float16, q.Workspace(), False, True, importance, kernel)
+    _, scales = q.quantize_groups(groups, torch.float16, q.Workspace(), False, True, importance, kernel=kernel)
     weights, counts = groups.double(), torch.ones(1, 1) if importance is None else importance.double().repeat(1000, 1)
     largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
 
@@ -180,7 +182,7 @@ def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
 @pytest.mark.parametrize(("form", "scale"), [("int4", "absmax"), ("compressed-tensors", "mse"), ("gptq", "mse")])
 def test_the_seeds_layout_has_absmax_scales_by_default_and_the_formats_for_engines_closer_ones(tmp_path, form, scale):
     source = save_model(tmp_path / "in", {"layers.0.up.weight": torch.randn(8, 256).bfloat16()})
-    assert f" {scale} scales" in quantize(source, tmp_path / "out", "--format", form).stdout
+    assert f"scales {scale}, " in quantize(source, tmp_path / "out", "--format", form).stdout
     quantize(source, tmp_path / "named", "--format", form, "--scale", scale)
     out, named = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "named")
     assert all(torch.equal(out[name], tensor) for name, tensor in named.items())

@@ -245,7 +245,7 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
 
     quantize(tiny, tmp_path / "out")
     with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
-        verification = q.Verification(checkpoint, tmp_path / "out", Guard())
+        verification = q.Verification(checkpoint, tmp_path / "out", Guard(), None)
         with pytest.raises(q.MemoryGuardError):
             verification.run(1, q.Progress(verification.guard))
     assert verification.tensors_done == 3

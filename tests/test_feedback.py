@@ -1,0 +1,342 @@
+"""Error feedback: GPTQ's codes from a file of statistics, in every format, by the kernel and by torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli, save_model
+from safetensors.torch import load_file, save_file
+from small_models import BESIDE, MOE, SEPARATE, E, H, assert_same_tensors, gated, save
+
+import quantize_int4 as q
+
+NAME = "layers.0.up"
+ROWS, COLUMNS, GROUP_SIZE = 40, 384, 64
+
+
+def seeded(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_inputs(columns, tokens=400, directions=24, seed=1):
+    """Inputs (tokens, columns) that lie mostly in a few directions, as activations do, some columns far larger."""
+    inputs = seeded(tokens, directions, seed=seed) @ seeded(directions, columns, seed=seed + 1) / directions**0.5
+    return (inputs + 0.5 * seeded(tokens, columns, seed=seed + 2)) * (seeded(columns, seed=seed + 3) / 2).exp()
+
+
+def statistics_of(inputs, rank):
+    """Mean squares (columns,) and the factor (columns, rank) of the largest eigenvalues."""
+    moments = inputs.T.double() @ inputs.double() / len(inputs)
+    values, vectors = torch.linalg.eigh(moments)
+    return moments.diag().float(), (vectors[:, -rank:] * values[-rank:].sqrt()).float().contiguous()
+
+
+def tensors_of(name, inputs, rank):
+    mean_squares, factor = statistics_of(inputs, rank)
+    return {name: mean_squares, f"{name}.factor": factor}
+
+
+def options_for(tmp_path, tensors, *more):
+    save_file(tensors, tmp_path / "statistics.safetensors")
+    return ["--scale", "mse", "--importance", tmp_path / "statistics.safetensors", *more]
+
+
+def decode(folder, source, tmp_path, name=NAME):
+    """A weight of a folder of any format, by --restore."""
+    quantize(folder, tmp_path / f"{folder.name}_restored", "--restore")
+    return read_tensors(tmp_path / f"{folder.name}_restored")[f"{name}.weight"]
+
+
+def output_error(inputs, weight, decoded):
+    difference = decoded.double() - weight.double()
+    return float((inputs.double() @ difference.T).norm() / (inputs.double() @ weight.double().T).norm())
+
+
+@pytest.fixture
+def model(tmp_path):
+    weights = {f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).bfloat16(), "layers.0.norm.weight": torch.ones(8)}
+    return save_model(tmp_path / "in", weights)
+
+
+# --- the same codes as GPTQ's -----------------------------------------------------------------------------------------
+
+
+def dense_gptq(weights, scales, moments, codes):
+    """The textbook recursion in float64 on the whole matrix of second moments: how far each code is from the quotient
+    that it was rounded from. Errors are passed on as the given codes made them, so that a tie costs one code alone."""
+    factor = torch.linalg.cholesky(torch.linalg.inv(moments), upper=True)
+    current, distances = weights.clone(), torch.empty_like(weights)
+    for column in range(weights.shape[1]):
+        quotients = current[:, column] / scales[:, column]
+        distances[:, column] = (quotients.clamp(-8, 7) - codes[:, column]).abs()
+        errors = (current[:, column] - codes[:, column] * scales[:, column]) / factor[column, column]
+        current[:, column:] -= errors[:, None] * factor[column, column:]
+    return distances, current
+
+
+@pytest.mark.parametrize("rank", [1, 8, 24, 64])
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "torch"])
+def test_every_code_is_that_of_dense_gptq_but_for_ties(kernel, rank):
+    weights = (seeded(ROWS, COLUMNS) * 0.02).bfloat16()
+    mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
+    kernel = q.compile_kernel(True) if kernel else None
+    feedback = q.Feedback.of(mean_squares, factor.clone(), kernel)
+    importance = mean_squares.view(-1, GROUP_SIZE)
+    words, scales = q.quantize_groups(
+        weights.view(-1, GROUP_SIZE), torch.float16, q.Workspace(), False, True, importance, feedback, kernel
+    )
+    codes = q.unpack_int4(words).view(ROWS, COLUMNS).double()
+    scales = scales.double().view(ROWS, -1).repeat_interleave(GROUP_SIZE, 1)
+
+    shrunk = factor.double() * math.sqrt(0.8)
+    rest = (mean_squares.double() - shrunk.square().sum(1)).clamp_min(0) + 0.01 * mean_squares.double().mean()
+    distances, _ = dense_gptq(weights.double(), scales, torch.diag(rest) + shrunk @ shrunk.T, codes)
+    assert (distances > 0.5 + 1e-3).sum() == 0
+    nearest = (weights.double() / scales).round().clamp(-8, 7)
+    assert (nearest != codes).float().mean() > 0.01  # feedback did something
+
+
+def test_changes_are_bounded_by_two_scales():
+    mean_squares, factor = torch.full((64,), 0.1), torch.full((64, 8), 0.1 / 8**0.5)
+    mean_squares[-9:-1], factor[-9:-1] = 40, (40 / 8) ** 0.5  # strong columns before a weak one
+    weights = seeded(400, 64).bfloat16()
+    feedback = q.Feedback.of(mean_squares, factor.clone(), None)
+    words, scales = q.quantize_groups(
+        weights, torch.float16, q.Workspace(), False, True, mean_squares.view(1, 64), feedback
+    )
+    codes, scales = q.unpack_int4(words), scales.float()[:, None]
+    steps = ((weights.float() - codes * scales) / scales).abs()[codes.abs() < 7]
+    assert 2 < steps.max() <= 2.5 + 1e-3
+
+
+@pytest.mark.parametrize("form", q.FORMATS)
+def test_a_factor_of_zeros_has_the_bytes_of_importance_alone(model, tmp_path, form):
+    vector = seeded(COLUMNS).square()
+    for folder, more in (("plain", {}), ("zeros", {f"{NAME}.factor": torch.zeros(COLUMNS, 5)})):
+        quantize(model, tmp_path / folder, "--format", form, *options_for(tmp_path, {NAME: vector} | more))
+    assert_same_tensors(tmp_path / "plain", tmp_path / "zeros")
+
+
+# --- every format, and both ways to calculate -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, COLUMNS - 8], ids=["whole groups", "padded"])
+@pytest.mark.parametrize("form", q.FORMATS)
+def test_every_format_has_less_output_error_verifies_and_says_so(tmp_path, form, columns):
+    if columns != COLUMNS and form != "int4":
+        pytest.skip("formats for engines have whole groups")
+    weight = (seeded(ROWS, columns) * 0.02).bfloat16()
+    model = save_model(tmp_path / "in", {f"{NAME}.weight": weight})
+    inputs = correlated_inputs(columns)
+    tensors = tensors_of(NAME, inputs, 24)
+    errors = {}
+    for folder, given in (("plain", {NAME: tensors[NAME]}), ("feedback", tensors)):
+        options = options_for(tmp_path, given, "--format", form, "--group_size", GROUP_SIZE)
+        result = quantize(model, tmp_path / folder, *options, "--verify")
+        assert "holds what it should" in result.stdout
+        assert ("with error feedback" in result.stdout) == (folder == "feedback")
+        errors[folder] = output_error(inputs, weight, decode(tmp_path / folder, model, tmp_path))
+        printed = next(line.split() for line in result.stdout.splitlines() if line.startswith("  other"))
+        assert float(printed[-1]) == pytest.approx(errors[folder], rel=0.2)  # of diag + low rank instead of all
+    assert errors["feedback"] < 0.6 * errors["plain"]
+    assert "1 of them with error feedback of rank 24" in result.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", q.FORMATS)
+@pytest.mark.parametrize("constants", [{}, {"TILE_WEIGHTS": 1000, "JOB_WEIGHTS": 3000}], ids=["whole", "cut"])
+def test_the_kernel_and_torch_write_the_same_bytes_however_a_weight_is_cut(tmp_path, form, dtype, constants):
+    model = save_model(tmp_path / "in", {f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).to(dtype)})
+    tensors = tensors_of(NAME, correlated_inputs(COLUMNS), 20)
+    options = options_for(tmp_path, tensors, "--format", form, "--group_size", 32)
+    quantize(model, tmp_path / "kernel", *options)
+    told = quantize(model, tmp_path / "torch", *options, environment={"CC": "false"}, constants=constants).stdout
+    assert "rounding with torch, which takes thirty times" in told
+    assert folder_bytes(tmp_path / "kernel") == folder_bytes(tmp_path / "torch")
+
+
+KINDS = {
+    "gaussian": lambda noise: noise,
+    "heavy tails": lambda noise: noise**5,
+    "all magnitudes": lambda noise: noise * 2.0 ** torch.arange(-140, 110).repeat(2)[: len(noise), None],
+    "one weight": lambda noise: noise * torch.nn.functional.one_hot(torch.tensor(7), noise.shape[1]),
+    "not finite": lambda noise: torch.where(noise > 3, torch.inf, torch.where(noise < -3, torch.nan, noise)),
+}
+
+
+@pytest.mark.parametrize("group_size", [8, 32, 128, 264])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
+    weights = KINDS[kind](seeded(36, group_size * 3)).bfloat16()
+    weights[5] = 0
+    mean_squares, factor = statistics_of(correlated_inputs(group_size * 3), 11)
+    kernel = q.compile_kernel(True)
+    feedback = q.Feedback.of(mean_squares, factor, None)
+    for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
+        results = []
+        for some in (kernel, None):
+            arguments = weights.view(-1, group_size), scale_dtype, q.Workspace(), False, True
+            try:
+                output = q.quantize_groups(*arguments, mean_squares.view(3, -1), feedback, some)
+            except q.NotQuantizable as error:
+                output = (torch.isfinite(error.scales),)
+            results.append([tensor.clone() for tensor in output])
+        assert all(map(torch.equal, *results)), scale_dtype
+
+
+@pytest.mark.parametrize("rank", [1, 8, 33, 64])
+def test_the_kernel_and_torch_find_the_same_spread(rank):
+    mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
+    spreads = [q.Feedback.of(mean_squares, factor.clone(), kernel).spread for kernel in (q.compile_kernel(True), None)]
+    assert torch.equal(*spreads)
+    assert spreads[0].abs().max() > 0
+
+
+def test_a_weight_in_8_bits_is_rounded_without_feedback(model, tmp_path):
+    options = ["--format", "compressed-tensors", "--int8", "up"]
+    quantize(model, tmp_path / "plain", *options)
+    quantize(model, tmp_path / "out", *options, *options_for(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 8)))
+    assert_same_tensors(tmp_path / "plain", tmp_path / "out")
+
+
+def test_a_bad_weight_is_named_by_its_place(tmp_path):
+    weight = seeded(ROWS, COLUMNS)
+    weight[17, 200] = math.nan
+    model = save_model(tmp_path / "in", {f"{NAME}.weight": weight.bfloat16()})
+    options = options_for(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 8))
+    assert_refused(run_cli(model, tmp_path / "out", *options), f"'{NAME}.weight'", "row 17, column 200: nan")
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_factor_in_float16_does_as_well(model, tmp_path):
+    inputs = correlated_inputs(COLUMNS)
+    tensors = tensors_of(NAME, inputs, 24)
+    tensors[f"{NAME}.factor"] = tensors[f"{NAME}.factor"].half()
+    quantize(model, tmp_path / "out", *options_for(tmp_path, tensors, "--group_size", 64), "--verify")
+    weight = read_tensors(model)[f"{NAME}.weight"]
+    assert output_error(inputs, weight, decode(tmp_path / "out", model, tmp_path)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": torch.zeros(COLUMNS - 1, 8)}, "(384, 1 to 64)"),
+        ({"factor": torch.zeros(COLUMNS)}, "(384, 1 to 64)"),
+        ({"factor": torch.zeros(COLUMNS, 65)}, "(384, 1 to 64)"),
+        ({"factor": torch.zeros(COLUMNS, 0)}, "(384, 1 to 64)"),
+        ({"factor": torch.zeros(COLUMNS, 8).double()}, "float32 or float16"),
+        ({"factor": torch.full((COLUMNS, 8), math.nan)}, "not finite"),
+        ({"factor": torch.ones(COLUMNS, 8)}, "column 0 that add up to 8, more than the column's mean square, 1"),
+        ({"other.factor": torch.ones(COLUMNS, 8)}, "'other.factor' has no 'other' beside it"),
+    ],
+    ids=["columns", "no rank", "high rank", "rank 0", "dtype", "nan", "too large", "alone"],
+)
+def test_a_bad_factor_is_refused_before_anything_is_written(model, tmp_path, change, words):
+    tensors = {NAME: torch.ones(COLUMNS)}
+    tensors |= {name if "." in name else f"{NAME}.{name}": tensor for name, tensor in change.items()}
+    assert_refused(run_cli(model, tmp_path / "out", *options_for(tmp_path, tensors)), "statistics.safetensors", words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_factor_that_would_take_much_memory_is_refused_with_the_rank_that_fits(model, tmp_path):
+    options = options_for(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 24))
+    result = run_cli(model, tmp_path / "out", *options, constants={"MAX_FACTOR": 9000})
+    assert_refused(result, "holds 9,216 numbers, at most 9,000", "with a rank of 23")
+
+
+def test_a_layer_without_data_is_neither_weighed_nor_fed_back(tmp_path):
+    weights = {f"layers.{n}.up.weight": seeded(ROWS, COLUMNS, seed=n).bfloat16() for n in range(2)}
+    model = save_model(tmp_path / "in", weights)
+    tensors = tensors_of("layers.0.up", correlated_inputs(COLUMNS), 8)
+    tensors |= {"layers.1.up": torch.zeros(COLUMNS), "layers.1.up.factor": torch.zeros(COLUMNS, 8)}
+    result = quantize(model, tmp_path / "out", *options_for(tmp_path, tensors), "--verify")
+    assert "weighs 1 weight, 1 of them with error feedback of rank 8; 1 are named but without data" in result.stdout
+    quantize(model, tmp_path / "plain", "--scale", "mse")
+    out, plain = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "plain")
+    changed = {name for name in out if not torch.equal(out[name], plain[name])}
+    assert changed == {"layers.0.up.qweight", "layers.0.up.scales"}
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "separate"])
+def test_a_stack_of_factors_gives_each_expert_its_own(tmp_path, stacked):
+    source = save(tmp_path / "in", BESIDE | (gated()[0] if stacked else SEPARATE), model_type="qwen3_moe")
+    place, tensors = f"{MOE}.experts", {}
+    for expert in range(E):
+        for number, (names, columns) in enumerate(((("gate_proj", "up_proj"), H), (("down_proj",), 128))):
+            statistics = tensors_of("x", correlated_inputs(columns, seed=10 * expert + number), 8)
+            for name in names:
+                tensors |= {f"{place}.{expert}.{name}{key[1:]}": tensor.clone() for key, tensor in statistics.items()}
+    stacks = {
+        f"{place}.{stack}{end}": torch.stack([tensors[f"{place}.{e}.{name}{end}"] for e in range(E)])
+        for stack, name in (("gate_up_proj", "up_proj"), ("down_proj", "down_proj"))
+        for end in ("", ".factor")
+    }
+    for folder, given in (("out", stacks), ("expected", tensors)):
+        options = options_for(tmp_path, given, "--group_size", 64)
+        result = quantize(source, tmp_path / folder, *options, "--verify")
+        assert f"weighs {3 * E} weights, {3 * E} of them with error feedback of rank 8" in result.stdout
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+
+
+# --- --verify ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(model, tmp_path):
+    """A folder that was made with feedback, and its options."""
+    options = options_for(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 24), "--group_size", GROUP_SIZE)
+    quantize(model, tmp_path / "out", *options)
+    return tmp_path / "out", options
+
+
+def move_a_code(folder, by):
+    """Move the first code of the middle of the range."""
+    shard = folder / "model-00001.safetensors"
+    with q.safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(shard)
+    words = tensors[f"{NAME}.qweight"]
+    codes = q.unpack_int4(words).to(torch.int16)
+    row, column = (int(i) for i in (codes == 0).nonzero()[0])
+    codes[row, column] += by
+    words.copy_(q.pack_int4(codes, q.Workspace()))
+    save_file(tensors, shard, metadata=metadata)
+    return row, column
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_verify_with_the_statistics_finds_a_code_that_is_one_off(model, finished, by):
+    folder, options = finished
+    assert "holds what it should" in quantize(model, folder, *options, "--verify").stdout
+    row, column = move_a_code(folder, by)
+    # What the fingerprint of the options leads to is another test's: here the folder is looked at as it is.
+    importance = q.Importance(options[3])
+    with torch.inference_mode():
+        checkpoint = q.Checkpoint.open(model)
+        verification = q.Verification(checkpoint, folder, q.MemoryGuard(0), importance)
+        verification.run(1, q.Progress(q.MemoryGuard(0)))
+    assert any(f"row {row}, column {column} decodes" in problem for problem in verification.problems)
+
+
+def test_verify_without_the_statistics_says_what_it_checks_and_finds_a_code_that_is_far_off(model, finished):
+    folder, _ = finished
+    result = quantize(model, folder, "--verify")
+    assert "checked to be within 2.5 scales of their weights; with the --importance they were made" in result.stdout
+    row, column = move_a_code(folder, 4)
+    assert_refused(run_cli(model, folder, "--verify"), f"row {row}, column {column} decodes")
+
+
+def test_output_errors_are_printed_by_kind_where_statistics_are_given(model, finished):
+    folder, options = finished
+    lines = quantize(model, folder, *options, "--verify").stdout.splitlines()
+    title = next(number for number, line in enumerate(lines) if line.startswith("Verified"))
+    assert "of outputs" in lines[title]
+    assert lines[title + 1].split() == ["min", "median", "max", "median", "max"]
+    cells = [float(cell) for cell in lines[title + 2].split()[2:]]
+    assert len(cells) == 5
+    assert 0 < cells[4] < cells[0]
+    assert "of outputs" not in quantize(model, folder, "--verify").stdout
