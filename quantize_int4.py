@@ -107,7 +107,7 @@ SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
 SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
 SEARCH_GROUP = 1024  # the largest group for which the sums of the search fit 32 bits
 MAX_RANK = 64  # of a factor of second moments
-MAX_FACTOR = 1 << 22  # numbers in it; a worker holds five times as many
+MAX_FACTOR = 1 << 21  # numbers in it; a worker holds eight times as many
 # Of error feedback. What few tokens say of columns' correlation is believed by four fifths; the best is flat between a
 # half and nine tenths. The damping is a part of the mean second moment, as in GPTQ.
 FACTOR_SHARE, DAMPING = 0.8, 0.01
@@ -2299,16 +2299,17 @@ class Importance:
     def describe(self, weights: list[TensorInfo]) -> str:
         """How many of these have what, in words for the plan."""
         named = [weight for weight in weights if weight.name in self._found]
-        statistics = list(filter(None, map(self.get, named)))
-        ranks = sorted({factor.shape[1] for _, factor in statistics if factor is not None})
-        factors = sum(factor is not None for _, factor in statistics)
-        self.largest_factor = max((factor.numel() for _, factor in statistics if factor is not None), default=0)
-        rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
-        feedback = f", {factors:,} of them with error feedback of {rank}" if factors else ""
+        weighed, ranks = 0, []
+        for _, factor in filter(None, map(self.get, named)):
+            weighed += 1
+            if factor is not None:
+                ranks.append(factor.shape[1])
+                self.largest_factor = max(self.largest_factor, factor.numel())
+        rank = f"rank {min(ranks)}" + (f" to {max(ranks)}" if min(ranks) < max(ranks) else "") if ranks else ""
+        feedback = f", {len(ranks):,} of them with error feedback of {rank}" if ranks else ""
         return (
-            f"importance weighs {count_of(len(statistics), 'weight')}{feedback};"
-            f" {len(named) - len(statistics):,} are named but without data,"
-            f" and {len(weights) - len(named):,} are not named"
+            f"importance weighs {count_of(weighed, 'weight')}{feedback}; {len(named) - weighed:,} are named but without"
+            f" data, and {len(weights) - len(named):,} are not named"
         )
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -3820,7 +3821,7 @@ def worker_bytes(plan: Plan) -> int:
     words = 1 if plan.options.int8 else 0.5
     buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, words, 0.1)]
     if plan.options.importance:
-        buffers += [plan.options.importance.largest_factor * nbytes for nbytes in (4, 4, 4, 4, 4)]
+        buffers += [plan.options.importance.largest_factor * 4] * 8
     if plan.options.format.transposed:
         buffers += [TRANSPOSED_JOB_WEIGHTS * nbytes for nbytes in (0.5, 0.1)]
     return sum(map(whole_pages, buffers))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import write_sparse_checkpoint
 from conftest import SCRIPT, assert_refused, command, run_cli
+from safetensors.torch import save_file
 
 import quantize_int4 as q
 
@@ -59,6 +60,19 @@ def test_memory_stays_within_its_limit_in_every_format(tmp_path, form, threads, 
     (tmp_path / "in" / "config.json").write_text("{}")
     options = ["--format", form, "--threads", threads, "--scale", "mse" if threads == 2 else "absmax"]
     assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options)) < limit * GB
+
+
+def test_memory_stays_within_its_limit_with_the_largest_factor_and_as_the_plan_says(tmp_path):
+    names = [f"m.{number}.up_proj" for number in range(12)]
+    write_sparse_checkpoint(tmp_path / "in", {f"{n}.weight": (torch.bfloat16, (256, 32768)) for n in names}, shards=1)
+    vectors = {name: torch.ones(32768) for name in names}
+    factors = {f"{name}.factor": torch.full((32768, 64), 0.1) for name in names}  # 0.2 GB in all
+    save_file(vectors | factors, tmp_path / "statistics.safetensors")
+    options = ["--threads", 2, "--scale", "mse", "--importance", tmp_path / "statistics.safetensors"]
+    plan = run_cli(tmp_path / "in", tmp_path / "out", *options, "--dry_run").stdout
+    planned = float(re.search(r"about (\S+) MB at the peak", plan)[1]) * 1e6
+    peak = peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options))
+    assert peak < min(planned, 0.5 * GB)
 
 
 def test_a_large_file_beside_the_weights_is_not_held(tiny, tmp_path):
