@@ -30,10 +30,12 @@ Formats of the output (--format); each weight `X.weight` of shape (rows, columns
 
 Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: c =
 clamp(round(w / scale), -8, 7) with scale = max|w| / 7 rounded to its dtype, or, by default in formats for engines, the
-scale of least squared error (--scale mse). What --int8 names has 8 bits in compressed-tensors: scale = max|w| / 127,
-and weight_packed (rows, columns // 4) holds c + 128, the first code in the lowest byte. Where there is a C compiler
-(cc, or what CC names), a kernel compiled at the start does this for bf16 weights, in half of torch's time or
-less; the result is the same. --restore makes a plain checkpoint of what a quantized folder decodes to.
+scale of least squared error (--scale mse). To this --importance adds what the layers' inputs are like: it weighs the
+columns' errors, and lets columns make up for the errors of those before them, as GPTQ does. What --int8 names has 8
+bits in compressed-tensors: scale = max|w| / 127, and weight_packed (rows, columns // 4) holds c + 128, the first code
+in the lowest byte. Where there is a C compiler (cc, or what CC names), a kernel compiled at the start does this for
+bf16 weights, in half of torch's time or less; the result is the same. --restore makes a plain checkpoint of what a
+quantized folder decodes to.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130 and 143 stopped by SIGHUP, SIGINT and
 SIGTERM. A run that was stopped, killed or out of memory or disk continues when the same command is given again.
@@ -4338,11 +4340,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         " (default of the other formats)"
     )
     option("scale", scales, choices=("absmax", "mse"))
-    squares = (
-        "safetensors of float32 vectors, for X.weight one named X with each column's mean square input; with"
-        " --scale mse it weighs the columns' errors"
+    inputs = (
+        "safetensors: for X.weight, X with each column's mean square input, float32, which weighs the columns' errors,"
+        " and X.factor (columns, up to 64) of the inputs' second moments, for error feedback; needs --scale mse"
     )
-    option("importance", squares, type=Path, metavar="FILE")
+    option("importance", inputs, type=Path, metavar="FILE")
     option("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", **regex)
     option("quantize_embeddings", "quantize embeddings too (default: they are kept)", **flag)
     least = "stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)"

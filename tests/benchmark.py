@@ -8,6 +8,7 @@ Contenders, each a process of its own, in turn, several rounds, on the same bf16
     floor      read the input, write as many bytes as our output has, with the same threads
     ours       quantize_int4.py, int4
     mse        quantize_int4.py --scale mse
+    feedback   quantize_int4.py --scale mse --importance FILE, with factors of rank 32
     llama      llama.cpp's llama_model_quantize, Q4_0 (groups of 32), on a GGUF of the same weights
     llmc       llm-compressor's model_free_ptq, W4A16
     obvious    load all, round(w / s), eight shifts into int32, save_file
@@ -41,6 +42,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,7 @@ SHAPES = {"up_proj": (1856, 2688), "down_proj": (2688, 1856)}  # Nemotron-3-Nano
 GROUP_SIZE = 64  # divides both
 PACKED_RATIO = (4 + 16 / GROUP_SIZE) / 16  # bytes of output a byte of input
 GGUF_NAME = "model.gguf"
+STATISTICS_NAME, RANK = "statistics.safetensors", 32
 
 
 def write_input(folder: Path, gigabytes: float) -> int:
@@ -98,13 +101,33 @@ def write_gguf(source: Path, path: Path) -> None:
     writer.close()
 
 
-def run_ours(source: Path, target: Path, threads: int, scale: str = "absmax", tile: int | None = None) -> None:
+def write_statistics(source: Path) -> None:
+    """What --importance takes, for each weight: random numbers, since the time does not depend on them."""
+    tensors = {}
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no dict
+                module, columns = name.removesuffix(".weight"), weights.get_slice(name).get_shape()[1]
+                factor = torch.randn(columns, RANK, generator=torch.Generator().manual_seed(len(tensors)))
+                tensors |= {module: factor.square().sum(1) * 1.5, f"{module}.factor": factor.half()}
+    save_file(tensors, source.parent / STATISTICS_NAME)
+
+
+def run_ours(source: Path, target: Path, threads: int, *more: str, tile: int | None = None) -> None:
     import quantize_int4
 
     quantize_int4.TILE_WEIGHTS = tile or quantize_int4.TILE_WEIGHTS
-    options = [f"--group_size={GROUP_SIZE}", "--min_free_gb=0", f"--threads={threads}", f"--scale={scale}"]
+    options = [f"--group_size={GROUP_SIZE}", "--min_free_gb=0", f"--threads={threads}", *more]
     code = quantize_int4.main([f"--input_dir={source}", f"--output_dir={target}", *options])
     assert code == 0, code
+
+
+def run_feedback(source: Path, target: Path, threads: int) -> None:
+    run_ours(source, target, threads, "--scale=mse", f"--importance={source.parent / STATISTICS_NAME}")
+
+
+def run_mse(source: Path, target: Path, threads: int) -> None:
+    run_ours(source, target, threads, "--scale=mse")
 
 
 def run_floor(source: Path, target: Path, threads: int) -> None:
@@ -187,7 +210,8 @@ class Contender:
 CONTENDERS = {
     "floor": Contender(run_floor),
     "ours": Contender(run_ours),
-    "mse": Contender(partial(run_ours, scale="mse")),
+    "mse": Contender(run_mse),
+    "feedback": Contender(run_feedback),
     "llama": Contender(run_llama, ("llama_cpp", "gguf")),
     "llmc": Contender(run_llm_compressor, ("llmcompressor",)),
     "obvious": Contender(run_obvious),
@@ -255,6 +279,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         source, target = Path(scratch) / "in", Path(scratch) / "out"
         weights = write_input(source, args.gb)
+        if "feedback" in names:
+            write_statistics(source)
         if "llama" in names:
             write_gguf(source, Path(scratch) / GGUF_NAME)
         results = {name: [] for name in names}
