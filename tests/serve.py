@@ -15,7 +15,7 @@ there, or not whole, it is made first, from this Python (3.11 or newer), as by h
 Models: nemotron_h, a tiny random one of Mamba, attention and MLP layers; and smollm2, as in quality.py, which needs the
 packages that it names. NemotronH's experts are missing since vLLM's CPU has no kernel for them, dense or quantized: it
 stops with `is_act_and_mul=False is supported only for CUDA, XPU and ROCm for now`. Formats: compressed-tensors, served
-in bfloat16, and gptq, in float16, since bfloat16 would round its scales.
+in bfloat16, and gptq, in float16, since bfloat16 would round its scales. There is no kernel for --int8, either.
 
 Each folder is served, and so is its dense twin, which `quantize_int4.py --restore` makes. A server listens on 127.0.0.1
 only and gets a bounded number of requests, each for 32 greedy tokens. A place agrees if its token is also the likeliest
