@@ -3,42 +3,54 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.8.0", "safetensors>=0.7.0", "psutil>=5.9.0"]
 # ///
-"""Quantize a merged bf16 checkpoint to INT4, weight only, on the CPU, in constant memory.
+"""Quantize a merged bf16 checkpoint to INT4, on the CPU, in constant memory.
 
-    python quantize_int4.py --input_dir merged_model --output_dir merged_model_int4
+    python quantize_int4.py --input_dir merged_model --output_dir merged_int4
 
-Works on the checkpoint's tensors alone: no model code is imported, so any architecture will do. Every 2-D
-floating-point `*.weight` of at least one group of columns is quantized, but for embeddings, what --exclude names and,
-in formats for engines, heads and expert routers; 3-D stacks of routed experts are read as one weight an expert and
-projection. All else is kept bit for bit. The plan is made from the headers and printed before the first weight is read
+Works on the checkpoint's tensors alone: no model code is imported, so any
+architecture will do. Every 2-D floating-point `*.weight` of at least one group
+of columns is quantized, but for embeddings, what --exclude names and, in
+formats for engines, heads and expert routers; 3-D stacks of routed experts are
+read as one weight an expert and projection. All else is kept bit for bit. The
+plan is made from the headers and printed before the first weight is read
 (--dry_run stops there).
 
-Formats of the output (--format); each weight `X.weight` of shape (rows, columns) is replaced by these tensors:
+Formats of the output (--format): each weight `X.weight` of shape (rows,
+columns) is replaced by these tensors:
 
-    int4                 X.qweight        int32    (rows, padded // 8)           code c as 4-bit two's complement
-                         X.scales         float16  (rows, padded // group_size)
-                         `padded` is `columns` rounded up to whole groups; quantize_config.json lists where they differ
-    compressed-tensors   X.weight_packed  int32    (rows, columns // 8)          code c as c + 8
-    (vLLM, transformers) X.weight_scale   X's own* (rows, columns // group_size)
-                         X.weight_shape   int64    (2,)                          rows, columns
-    gptq                 X.qweight        int32    (columns // 8, rows)          code c as c + 8
-    (GPTQ v1 readers)    X.scales         float16  (columns // group_size, rows)
-                         X.qzeros         int32    (columns // group_size, rows // 8)  every 4-bit zero point 8, as 7
-                         X.g_idx          int32    (columns,)                    column // group_size
+  int4                X.qweight        int32    (rows, padded // 8)
+                      X.scales         float16  (rows, padded // group_size)
+  compressed-tensors  X.weight_packed  int32    (rows, columns // 8)
+                      X.weight_scale   *        (rows, columns // group_size)
+                      X.weight_shape   int64    (2,): rows, columns
+  gptq (v1)           X.qweight        int32    (columns // 8, rows)
+                      X.scales         float16  (columns // group_size, rows)
+                      X.qzeros         int32    (columns // group_size,
+                                                rows // 8): 7 in each nibble
+                      X.g_idx          int32    (columns,): group of each
 
-(* or the dtype of config.json where that is bfloat16 or float16; float32 for float64 weights)
+(padded: columns rounded up to whole groups; quantize_config.json lists where
+they differ. *: the weight's own dtype, or that of config.json where it is
+bfloat16 or float16; float32 for float64 weights.)
 
-Eight codes a word along the columns, element 0 in the lowest bits; weight = c * scale. Group-wise symmetric: c =
-clamp(round(w / scale), -8, 7) with scale = max|w| / 7 rounded to its dtype, or, by default in formats for engines, the
-scale of least squared error (--scale mse). To this --importance adds what the layers' inputs are like: it weighs the
-columns' errors, and lets columns make up for the errors of those before them, as GPTQ does. What --int8 names has 8
-bits in compressed-tensors: scale = max|w| / 127, and weight_packed (rows, columns // 4) holds c + 128, the first code
-in the lowest byte. Where there is a C compiler (cc, or what CC names), a kernel compiled at the start does this for
-bf16 weights, in half of torch's time or less; the result is the same. --restore makes a plain checkpoint of what a
-quantized folder decodes to.
+Eight codes a word along the columns, element 0 in the lowest bits, as 4-bit
+two's complement in int4 and as code + 8 in the others; weight = code * scale.
+Group-wise symmetric: code = clamp(round(weight / scale), -8, 7) with scale =
+max|weight| / 7 rounded to its dtype, or, by default in formats for engines,
+the scale of least squared error (--scale mse). To this --importance adds what
+the layers' inputs are like: it weighs the columns' errors, and lets columns
+make up for the errors of those before them, as GPTQ does. What --int8 names
+has 8 bits in compressed-tensors: scale = max|weight| / 127, and weight_packed
+(rows, columns // 4) holds code + 128, the first code in the lowest byte.
 
-Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130 and 143 stopped by SIGHUP, SIGINT and
-SIGTERM. A run that was stopped, killed or out of memory or disk continues when the same command is given again.
+Where there is a C compiler (cc, or what CC names), a kernel compiled at the
+start does the arithmetic of bf16 weights in half of torch's time or less; the
+result is the same. --restore makes a plain checkpoint of what a quantized
+folder decodes to.
+
+Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130
+and 143 stopped by SIGHUP, SIGINT and SIGTERM. A run that was stopped, killed
+or out of memory or disk continues when the same command is given again.
 """
 
 from __future__ import annotations
@@ -47,12 +59,14 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
+import difflib
 import errno
 import fcntl
 import filecmp
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -69,6 +83,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -78,21 +93,184 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, shows no traceback
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
-try:
-    import psutil
-    import torch
-    from safetensors import SafetensorError, safe_open
-except ImportError as missing:
-    if __name__ != "__main__":
-        raise
-    packages = "torch psutil safetensors" if missing.name == "torch" else "psutil safetensors"
-    sys.exit(f"error: {missing}: quantize_int4.py needs torch, safetensors and psutil: pip install {packages}")
+from typing import ClassVar, TextIO
 
 __version__ = "1.0.0"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be asked for. Before the imports of torch and others, which take seconds.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ERROR = "error: "  # before every message of one
+BOLD_RED, GREEN = "31;1", "32"  # ECMA-48, select graphic rendition
+CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
+SEE_HELP = " (see quantize_int4.py --help)"
+
+
+def paint(text: str, colour: str, stream: TextIO | None) -> str:
+    """Colour a text for a terminal that shows colours; any other stream gets it as it is."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain or stream is None or not stream.isatty() else f"\033[{colour}m{text}\033[m"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Suggest what was meant by a word that is not known, in words for the end of an error; nothing if unclear."""
+    meant = difflib.get_close_matches(word, list(known), 1)
+    return f": did you mean {meant[0]}?" if meant else ""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Say in one line, as with all errors, what is wrong and what was meant."""
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown and unknown[1].startswith("-"):
+            known = [name for action in self._actions for name in action.option_strings]
+            message += nearest(with_underscores(unknown[1].partition("=")[0]), known)
+        elif unknown:
+            message += ": quote a value with a space or a *, and give --exclude or --int8 once for each pattern"
+        self.exit(2, f"{paint(ERROR, BOLD_RED, sys.stderr)}{message}{SEE_HELP}\n")
+
+
+def make_parser() -> Parser:
+    """The options, each with its default and its check."""
+    summary, description = __doc__.split("\n\n", 1)
+    parser = Parser(
+        prog="quantize_int4.py",
+        usage="%(prog)s --input_dir DIR --output_dir DIR [option ...]",
+        description=summary,
+        epilog=f"{description}\nThe two folders may stand alone, without their options' names. Every option\n"
+        "may be written with hyphens: --input-dir.",
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1),
+        allow_abbrev=False,
+    )
+    folder, flag = {"type": Path, "metavar": "DIR"}, {"action": "store_true"}
+    regex = {"type": regex_argument, "metavar": "REGEX", "action": "append", "default": []}
+    gigabytes, count = {"metavar": "GB"}, {"metavar": "N"}
+    above_0 = number_argument(float, "a positive number of gigabytes", lambda n: 0 < n <= 1e9)
+    from_0 = number_argument(float, "a number of gigabytes", lambda n: 0 <= n <= 1e9)
+    eights = number_argument(int, "a positive multiple of 8", lambda n: n > 0 and n % 8 == 0)
+    threads = number_argument(int, "a number of threads from 1 to 1024", lambda n: 1 <= n <= 1024)
+
+    def option(name: str, text: str, **settings) -> None:
+        parser.add_argument(f"--{name}", help=text, **settings)
+
+    parser.add_argument("folders", nargs="*", type=Path, help=argparse.SUPPRESS)
+    option("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", **folder)
+    option("output_dir", "folder to write to; new or empty, or unfinished", **folder)
+    option("config_dir", "folder of config.json, tokenizer and so on, if not --input_dir", **folder)
+    formats = (
+        "int4: the layout below, for readers of your own (default); compressed-tensors: for vLLM and transformers;"
+        " gptq: for other engines, dense models only"
+    )
+    option("format", formats, metavar="NAME")
+    groups = (
+        "columns that share a scale, a multiple of 8 (default: 128; in formats for engines the largest of 128, 64 and"
+        " 32 that divides all)"
+    )
+    option("group_size", groups, type=eights, **count)
+    largest = "largest size of an output file, in 10^9 bytes; a larger tensor gets a file to itself (default: 4.0)"
+    option("shard_size_gb", largest, type=above_0, default=4.0, **gigabytes)
+    option("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", **regex)
+    scales = (
+        "how scales are chosen: absmax, from each group's largest weight (default of int4); mse, of least squared error"
+        " (default of the other formats)"
+    )
+    option("scale", scales, choices=("absmax", "mse"))
+    inputs = (
+        "safetensors: for X.weight, X with each column's mean square input, float32, which weighs the columns' errors,"
+        " and X.factor (columns, up to 64) of the inputs' second moments, for error feedback; needs --scale mse"
+    )
+    option("importance", inputs, type=Path, metavar="FILE")
+    option("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", **regex)
+    option("quantize_embeddings", "quantize embeddings too (default: they are kept)", **flag)
+    least = "stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)"
+    option("min_free_gb", least, type=from_0, default=10.0, **gigabytes)
+    option("threads", "worker threads (default: the cores that this process may use)", type=threads, **count)
+    option("dry_run", "print the plan and stop; nothing is written", **flag)
+    option("list", "with --dry_run: print every tensor and its fate instead of the plan, separated by tabs", **flag)
+    checks = "compare the output with the source, weight by weight: a finished folder, or after writing"
+    option("verify", checks, **flag)
+    option("restore", "the other way: make a plain checkpoint of what a folder of any format decodes to", **flag)
+    option("overwrite", "replace what an earlier run left in the output folder, nothing else", **flag)
+    option("debug", "show a traceback with an error", **flag)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Read the options; exits with a usage error if they make no sense together."""
+    parser = make_parser()
+    args = parser.parse_args([with_underscores(argument) for argument in argv])
+    for name in ("input_dir", "output_dir"):
+        if getattr(args, name) is None and args.folders:
+            setattr(args, name, args.folders.pop(0))
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is missing")
+    if args.folders:
+        parser.error(f"unrecognized arguments: {' '.join(map(str, args.folders))}")
+    if args.restore and (args.verify or args.format or args.group_size or args.exclude or args.int8 or args.scale):
+        parser.error("--restore takes the layout from the folder, and only --shard_size_gb, --threads and the like")
+    if args.list and not args.dry_run:
+        parser.error("--list needs --dry_run")
+    return args
+
+
+def with_underscores(argument: str) -> str:
+    """--input-dir=a-b -> --input_dir=a-b"""
+    option, equals, value = argument.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
+
+
+def number_argument(kind: type, rule: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type: a number that `accept` accepts, as `rule` says in words."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if accept(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+
+    return parse
+
+
+def regex_argument(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
+    return text
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; for a pipe COLUMNS, or 80."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if terminal or os.environ.get("COLUMNS") else 80
+
+
+def show_on_terminal(text: str) -> None:
+    """Print without a new line, if there is a terminal to see it."""
+    with contextlib.suppress(OSError):
+        if sys.stdout is not None and sys.stdout.isatty():
+            print(text, end="", flush=True)
+
+
+ARGUMENTS = parse_args(sys.argv[1:]) if __name__ == "__main__" else None
+if ARGUMENTS:
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports shows no traceback
+    if missing := [name for name in ("torch", "safetensors", "psutil") if not importlib.util.find_spec(name)]:
+        cpu = "; of torch the build for CPUs is enough, see pytorch.org/get-started" if "torch" in missing else ""
+        sys.exit(
+            f"{paint(ERROR, BOLD_RED, sys.stderr)}missing: {', '.join(missing)}: pip install {' '.join(missing)}{cpu}"
+        )
+    show_on_terminal("loading torch ...")
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+
+if ARGUMENTS:
+    show_on_terminal(CLEAR_LINE)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts and constants
@@ -133,14 +311,14 @@ MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long
 COMPILER_TIMEOUT_S = 10  # it takes 0.2
 GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
-CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
-START_AGAIN = "let whatever writes to it finish, then start again with --overwrite"
+START_AGAIN = "let whatever writes to it finish, then give the same command again"
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
+FACTS_KEY = "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
 FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
 RULE_KEY = "quantize_int4_scale"  # there too: how scales and codes were chosen, which --verify must know
 FEEDBACK = "with error feedback"  # of such a rule
@@ -197,12 +375,12 @@ STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
     r"(?P<place>(?:.*\.)?)(?:experts\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?"
     r"|(?P<linear>input_linear|output_linear)\.weight)$"
 )
-LAYER_KINDS = (  # for --verify's table; the first that matches
+LAYER_KINDS = (  # for the tables; the first that matches
     ("experts", re.compile(r"\.experts\.\d+\.")),
     ("shared experts", re.compile(r"\.shared_experts?\.")),
     ("attention", re.compile(r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\.")),
-    ("mamba", re.compile(r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm")),
-    ("head", HEAD_PATTERN),
+    ("Mamba", re.compile(r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm")),
+    ("MLP", re.compile(r"mlp|ffn|feed_forward|(gate|up|down)_proj|fc\d|dense_(h_to|4h)|\.(w[123]|wi|wo)(_\d)?\.")),
 )
 
 # What config.json calls the number of layers: of a decoder, of an encoder, of layers that are shared, of others.
@@ -227,6 +405,7 @@ FUSED_LAYERS = (
     ("fc1", "fc3"),
     ("gate_proj", "dense_h_to_4h"),
 )
+DEFAULT_GROUP_SIZE = 128
 MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
 
 # Marks of a checkpoint that is quantized already: formats in use on the hub.
@@ -292,11 +471,20 @@ class MemoryGuardError(QuantizeError):
     exit_code = 3
 
 
+class UsageError(QuantizeError):
+    """Options that make no sense together, or for this input."""
+
+    exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(message + SEE_HELP)
+
+
 class Interrupted(QuantizeError):
     """A signal asked the run to stop."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command continues")
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
 
 
@@ -708,9 +896,10 @@ class Checkpoint:
     def open(cls, folder: Path, config_folder: Path | None = None) -> Checkpoint:
         for path in filter(None, (folder, config_folder)):
             if not path.is_dir():
-                raise QuantizeError(
-                    f"folder {path}: {'is a file, give its folder' if path.exists() else 'no such folder'}"
-                )
+                hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path))
+                there = "no such folder; if it is a model of the hub: hf download {0} --local-dir {1}, then give {1}"
+                problem = there.format(path, path.name) if hub else "no such folder"
+                raise QuantizeError(f"folder {path}: {'is a file, give its folder' if path.exists() else problem}")
         names, weight_map = find_weights(folder)
         with contextlib.ExitStack() as opened:
             files = []
@@ -1063,6 +1252,13 @@ def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
     if ROUTER_PATTERN.search(info.name) and info.shape[0] < info.shape[1]:  # else a gate for each of many columns
         return "routers"
     return "heads" if HEAD_PATTERN.search(info.name) else None
+
+
+def kind_of(name: str, role: str | None) -> str:
+    """What the tables call a weight's layer."""
+    return {"heads": "head"}.get(role, role) or next(
+        (kind for kind, pattern in LAYER_KINDS if pattern.search(name)), "other"
+    )
 
 
 def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
@@ -2003,6 +2199,7 @@ class Format:
     other_suffixes: tuple[str, ...] = ()  # of what else a weight becomes
     row_multiple: int = 1
     for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
+    next_steps: tuple[tuple[str, str], ...] = ()  # what to do with a finished folder {name}
     constants: Callable[[str, int, int, int], list[OutputTensor]] = (
         lambda *_: []
     )  # of module, rows, columns, group_size
@@ -2211,10 +2408,20 @@ def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     )
 
 
+LOAD_STEP = "transformers.AutoModelForCausalLM.from_pretrained('{name}', dtype='auto')"
 FORMATS = {
     row.name: row
     for row in (
-        Format("int4", ".qweight", ".scales", describe_int4),
+        Format(
+            "int4",
+            ".qweight",
+            ".scales",
+            describe_int4,
+            next_steps=(
+                ("Serve", "no engine loads int4; --format compressed-tensors makes what vLLM and transformers load"),
+                ("Read", "dequantize_int4 of quantize_int4.py, by the layout in {name}/quantize_config.json"),
+            ),
+        ),
         Format(
             "compressed-tensors",
             ".weight_packed",
@@ -2225,6 +2432,7 @@ FORMATS = {
             for_engines=True,
             other_suffixes=(".weight_shape",),
             constants=shape_tensor,
+            next_steps=(("Serve", "vllm serve {name} --max-model-len 8192"), ("Load", LOAD_STEP)),
         ),
         Format(
             "gptq",
@@ -2237,6 +2445,7 @@ FORMATS = {
             for_engines=True,
             other_suffixes=(".qzeros", ".g_idx"),
             constants=zeros_and_group_index,
+            next_steps=(("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"), ("Load", LOAD_STEP)),
         ),
     )
 }
@@ -2314,6 +2523,9 @@ class Importance:
             f" data, and {len(weights) - len(named):,} are not named"
         )
 
+    def has_factor(self, info: TensorInfo) -> bool:
+        return info.name in self._found and f"{self._found[info.name][0]}.factor" in self._factors
+
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """A weight's mean squares, float32 (columns,), and its factor, float32 (columns, rank), or None if it has none.
 
@@ -2377,7 +2589,7 @@ class Options:
     """What the user asked for, as far as it decides the output's bytes."""
 
     format: Format
-    group_size: int
+    group_size: int | None  # None until `plan_conversion` has chosen one
     shard_size: int  # bytes
     exclude: tuple[str, ...]
     quantize_embeddings: bool
@@ -2409,6 +2621,7 @@ class TensorPlan:
     packing: Packing | None  # None: it is kept
     outputs: tuple[OutputTensor, ...]  # words, scales and constants, or the tensor itself; or the weight restored
     scales: TensorInfo | None = None  # of words that are restored, which are the source
+    kind: str = ""  # of a layer, for the tables
 
     @property
     def quantized(self) -> bool:
@@ -2433,6 +2646,7 @@ class ShardPlan:
 class Plan:
     options: Options
     fingerprint: str  # of sources and options: two runs with the same one write the same bytes
+    facts: dict  # what of these a user can change: see `describe_facts`
     tensors: tuple[TensorPlan, ...]
     shards: tuple[ShardPlan, ...]
     placements: dict[str, Placement]  # by output tensor
@@ -2489,13 +2703,18 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     refuse_stacks([stack for name, stack in stacks.items() if name not in whole], checkpoint.config, options)
     sources = separate_experts(checkpoint, stacks, whole)
     roles = find_roles(sources, checkpoint.config)
-    reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
-    packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
+    asked = options.group_size
+    for size in [asked] if asked else MARLIN_GROUP_SIZES if options.format.for_engines else [DEFAULT_GROUP_SIZE]:
+        options = replace(options, group_size=size)
+        reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
+        packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
+        if not any(info.shape[1] % packings[info.name].group_size for info in sources if info.name in packings):
+            break
     tensors = []
     for info in sources:
         if packing := packings.get(info.name):
             outputs = options.format.outputs(info, packing, model_dtype(checkpoint.config))
-            tensors.append(TensorPlan(info, None, packing, outputs))
+            tensors.append(TensorPlan(info, None, packing, outputs, kind=kind_of(info.name, roles.get(info.name))))
         else:
             tensors.append(keep(info, reasons[info.name]))
     refuse_clashing_names(tensors)
@@ -2510,6 +2729,8 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
     warnings = tuple(what_is_missing(sources, roles, checkpoint.config, options))
     notes = notes_on_tensors(tensors, options, checkpoint.config)
+    if not asked and options.format.for_engines:
+        notes.insert(0, f"groups of {options.group_size}: the largest of 128, 64 and 32 that divides all columns")
     if options.importance:
         packed = [tensor for tensor in tensors if tensor.packing]
         options.importance.match([tensor.source for tensor in packed], expert_naming(checkpoint.config))
@@ -2537,7 +2758,8 @@ def plan_files(
         copied = [path for path in copied if path.name != QUANTIZE_CONFIG_NAME]
     plan = Plan(
         options=options,
-        fingerprint=make_fingerprint(checkpoint, [tensor.source for tensor in tensors], options, copied),
+        fingerprint="",
+        facts=describe_facts(checkpoint, options),
         tensors=tuple(tensors),
         shards=(),
         placements={},
@@ -2552,8 +2774,9 @@ def plan_files(
     plan = replace(plan, copied=tuple(path for path in copied if path.name not in written))
     hashes = {path.name: hash_file(path) for path in plan.copied}
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
-    shards, placements = plan_shards(tensors, options, plan.fingerprint, hashes)
-    return replace(plan, shards=shards, placements=placements)
+    fingerprint = make_fingerprint(plan.facts, [tensor.source for tensor in tensors], hashes)
+    shards, placements = plan_shards(tensors, options, fingerprint, plan.facts, hashes)
+    return replace(plan, fingerprint=fingerprint, shards=shards, placements=placements)
 
 
 def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -2581,7 +2804,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
         outputs = (OutputTensor(f"{module}.weight", dtype, shape),)
-        tensors.append(TensorPlan(words, None, packing, outputs, scales))
+        tensors.append(TensorPlan(words, None, packing, outputs, scales, kind_of(f"{module}.weight", None)))
     tensors += [keep(info, "not packed") for info in kept]
     return plan_files(checkpoint, tensors, options)
 
@@ -2654,12 +2877,20 @@ def compile_patterns(
     weights = [weight for stack in stacks.values() for weight in stack.weights]
     for pattern in patterns:
         if not any(is_named(pattern, info) for info in (*checkpoint.tensors.values(), *weights)):
-            example = next(iter(checkpoint.tensors), "none")
+            names = [info.name for info in (*checkpoint.tensors.values(), *weights)]
+            hint = hint_for_pattern(pattern.pattern, names) or f" (one is {names[0]!r}): correct or drop it"
             raise QuantizeError(
-                f"{option} {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors"
-                f" (one is {example!r}): correct or drop it"
+                f"{option} {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors{hint}"
             )
     return patterns
+
+
+def hint_for_pattern(pattern: str, names: list[str]) -> str:
+    """Say what was meant by a pattern that matches nothing, where that is plain."""
+    parts = [part for part in re.split(r"[,\s]+", pattern) if part]
+    if len(parts) > 1 and all(any(re.search(re.escape(part), name) for name in names) for part in parts):
+        return f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
+    return nearest(pattern, sorted({part for name in names for part in name.split(".")}))
 
 
 def is_named(pattern: re.Pattern, info: TensorInfo) -> bool:
@@ -2683,11 +2914,7 @@ def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options)
     refused = [stack for stack in stacks if stack.problem or only_stacked or renamed]
     if not refused:
         return
-    tails = {
-        r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")[-2:])
-        for name in (stack.info.name.removesuffix(".weight") for stack in refused)
-    }
-    pattern = rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
+    pattern = pattern_of([stack.info for stack in refused])
     remedy = f"it cannot be quantized; --exclude {shlex.quote(pattern)} keeps such tensors as they are"
     stack = next((stack for stack in refused if stack.problem), refused[0])
     if stack.problem:
@@ -2703,13 +2930,23 @@ def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options)
     )
 
 
+def pattern_of(infos: Iterable[TensorInfo]) -> str:
+    """A pattern for --exclude that means tensors of these names, in any layer."""
+    modules = (info.name.removesuffix(".weight") for info in infos)
+    tails = {
+        r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")[-2:])
+        for module in modules
+    }
+    return rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
+
+
 def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
     """Why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
     for pattern in patterns:
         if is_named(pattern, info):
             return f"--exclude {pattern.pattern}"
     if len(info.shape) < 2:
-        return "vectors and scalars (norms, biases)"
+        return "vectors and scalars (norms)"
     if len(info.shape) > 2:
         return f"{len(info.shape)}-D (not a linear layer)"
     if not info.name.endswith(".weight"):
@@ -2721,7 +2958,7 @@ def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern
     if info.shape[0] == 0 or info.shape[1] < options.group_size:
         return f"narrow: under {options.group_size} columns"
     if options.format.for_engines and role in ("heads", "routers"):
-        return f"{'expert routers' if role == 'routers' else role} (engines want them whole)"
+        return f"{role} (engines want them whole)"
     return None
 
 
@@ -2907,6 +3144,16 @@ def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str
 def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> list[str]:
     """What the owner of the checkpoint should know before the conversion rather than after the copy."""
     notes = []
+    if not options.format.for_engines:
+        notes.append(
+            f"no engine loads {options.format.name}: it is for readers of your own. --format compressed-tensors makes"
+            " what vLLM and transformers load"
+        )
+    if delicate := [tensor.source for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
+        notes.append(
+            f"{' and '.join(sorted({t.kind for t in tensors if t.packing} & {'head', 'routers'}))} in 4 bits, too,"
+            f" costs quality and saves little: --exclude {shlex.quote(pattern_of(delicate))} keeps them"
+        )
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
     if options.format.for_engines and separated and not expert_naming(config):
         notes.append(
@@ -2974,28 +3221,52 @@ def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
     return copied, left_out
 
 
-def make_fingerprint(checkpoint: Checkpoint, sources: list[TensorInfo], options: Options, copied: list[Path]) -> str:
-    """Hash of all that decides the output: format version, options, and the sources' names, sizes and times."""
-    facts = {
-        "version": FORMAT_VERSION,
-        "options": {
-            **vars(options),
-            "format": options.format.name,
-            "importance": options.importance and (options.importance.path.name, *options.importance.state),
-        },
-        "sources": [(file.path.name, *file.state) for file in checkpoint.files.values()],
-        "copied": [(path.name, *_file_state(path.stat())) for path in copied],
-        "tensors": [(info.name, info.dtype, info.shape) for info in sources],
+def describe_facts(checkpoint: Checkpoint, options: Options) -> dict:
+    """What decides the output and the user can change: the options by their names, and the files of weights with size
+    and time."""
+    values = vars(options) | {
+        "format": options.format.name,
+        "shard_size_gb": options.shard_size / GB,
+        "importance": options.importance and hash_file(options.importance.path),
     }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    del values["shard_size"]
+    return {
+        "version": FORMAT_VERSION,
+        "options": json.loads(json.dumps(values)),
+        "sources": {file.path.name: list(file.state) for file in checkpoint.files.values()},
+    }
+
+
+def make_fingerprint(facts: dict, sources: list[TensorInfo], hashes: dict[str, str]) -> str:
+    """Hash all that decides the output, but for the times of the weights' files: these call for a comparison."""
+    sizes = {name: size for name, (size, _) in facts["sources"].items()}
+    tensors = [(info.name, info.dtype, info.shape) for info in sources]
+    return hashlib.sha256(json.dumps([facts | {"sources": sizes}, hashes, tensors]).encode()).hexdigest()
+
+
+def what_differs(earlier: dict, facts: dict) -> str:
+    """Say what is not as it was for the run that left a shard with such facts."""
+    if earlier.get("version") != facts["version"]:
+        return "it was made by another version of this program"
+    was, now = earlier["options"], facts["options"]
+    changed = [f"--{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+    if changed:
+        return ", ".join(changed).replace(" was None", " was not given").replace(" is None", " is not given")
+    was, now = earlier["sources"], facts["sources"]
+    if others := sorted(was.keys() ^ now.keys()):
+        return f"the weights were in other files ({quote_names(others)})"
+    if others := sorted(name for name in now if was[name][0] != now[name][0]):
+        return f"{quote_names(others)} had another size"
+    return f"tensors, {CONFIG_NAME} or another file that is copied changed"
 
 
 def plan_shards(
-    tensors: list[TensorPlan], options: Options, fingerprint: str, hashes: dict[str, str]
+    tensors: list[TensorPlan], options: Options, fingerprint: str, facts: dict, hashes: dict[str, str]
 ) -> tuple[tuple[ShardPlan, ...], dict[str, Placement]]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
     shard_size = options.shard_size
-    metadata = {"format": "pt", METADATA_KEY: fingerprint, RULE_KEY: options.rule, FILES_KEY: json.dumps(hashes)}
+    metadata = {"format": "pt", METADATA_KEY: fingerprint, RULE_KEY: options.rule}
+    metadata |= {FACTS_KEY: json.dumps(facts), FILES_KEY: json.dumps(hashes)}
     empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
     contents: list[list[OutputTensor]] = []
     used = shard_size
@@ -3078,7 +3349,7 @@ class MemoryGuard:
             raise MemoryGuardError(
                 f"stopped: {format_bytes(available)} of memory available, --min_free_gb asks for"
                 f" {format_bytes(self.min_free)}: stop other programs or containers, raise the container's --memory, or"
-                " lower --min_free_gb; the same command then continues"
+                " lower --min_free_gb"
             )
 
 
@@ -3160,8 +3431,9 @@ def sync_file(path: Path) -> None:
 class ShardWriter:
     """One output shard: tensors in any order and by any thread, under a temporary name until all are in."""
 
-    def __init__(self, folder: Path, shard: ShardPlan, fingerprint: str, jobs: int, finished: bool):
+    def __init__(self, folder: Path, shard: ShardPlan, fingerprint: str, jobs: int, finished: bool, compare: bool):
         self.final = folder / shard.name
+        self.compare = compare  # with what an earlier run wrote, instead of writing
         self.temporary = unfinished_path(self.final, fingerprint)
         self.shard = shard
         self.jobs_left = jobs
@@ -3170,7 +3442,15 @@ class ShardWriter:
         self._lock = threading.Lock()
 
     def write(self, buffer: memoryview, offset: int) -> None:
-        if not self.finished:  # a resumed run may share a tensor between a finished shard and an unfinished one
+        """Write bytes to their place. A resumed run may share a tensor between a finished and an unfinished shard."""
+        if self.compare:
+            with naming(self.final), open(self.final, "rb") as file:
+                if os.pread(file.fileno(), len(buffer), offset) != buffer:
+                    raise QuantizeError(
+                        f"the source files changed since {self.final.name} was made from them: --overwrite starts"
+                        " afresh"
+                    )
+        elif not self.finished:
             with naming(self.temporary):
                 write_at(self._open(), buffer, offset)
 
@@ -3217,13 +3497,15 @@ class OutputFolder:
         self.plan = plan
         self.written = {**plan.config_files(), INDEX_NAME: plan.index()}  # the index last
         self.overwrite = overwrite
+        self.compare: set[str] = set()  # shards that are final, but were made when the sources had other times
         # Names of shards and other files that are final and as planned, and leftovers of earlier runs.
         self.finished, self.remove = self._survey(overwrite)
         self._lock_fd: int | None = None
 
     @property
     def complete(self) -> bool:
-        return not self.remove and INDEX_NAME in self.finished and len(self.finished) == len(self.planned_names())
+        everything = INDEX_NAME in self.finished and len(self.finished) == len(self.planned_names())
+        return everything and not self.remove and not self.compare
 
     def planned_names(self) -> set[str]:
         return {*(shard.name for shard in self.plan.shards), *(path.name for path in self.plan.copied), *self.written}
@@ -3233,14 +3515,21 @@ class OutputFolder:
         files are refused, and so are an earlier run's unless `overwrite`."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise QuantizeError(
+                f"output folder {self.folder}: Permission denied: {existing} is not writable for this user, choose"
+                " another or change its owner"
+            )
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        metadata = {path: read_metadata(path) for path in entries if SHARD_PATTERN.fullmatch(path.name)}
-        fingerprints = {path: found[METADATA_KEY] for path, found in metadata.items() if METADATA_KEY in found}
+        metadata = {path: read_metadata(path) for path in entries if SHARD_PATTERN.match(path.name)}
+        shards = {path: found for path, found in metadata.items() if SHARD_PATTERN.fullmatch(path.name)}
+        fingerprints = {path: found[METADATA_KEY] for path, found in shards.items() if METADATA_KEY in found}
         own_files = {item for path in fingerprints for item in json.loads(metadata[path].get(FILES_KEY, "{}")).items()}
         finished, remove, stale, foreign = set(), [], [], []
         for path in entries:
             unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
-            if path.is_file() and self._is_finished(path):
+            if path.is_file() and self._is_finished(path, metadata.get(path, {})):
                 finished.add(path.name)
             elif unfinished and self.plan.fingerprint.startswith(unfinished[1]):
                 remove.append(path)
@@ -3256,9 +3545,11 @@ class OutputFolder:
                 " program or changed since: choose a new or empty folder, or move it away"
             )
         if stale and not overwrite:
+            facts = [json.loads(metadata[path][FACTS_KEY]) for path in stale if FACTS_KEY in metadata.get(path, {})]
+            differs = what_differs(facts[0], self.plan.facts) if facts else "by other options or from other files"
             raise QuantizeError(
-                f"output folder {self.folder} holds {quote_names(path.name for path in stale)} of an earlier run with"
-                " other options or source files: --overwrite starts afresh, or choose another folder"
+                f"output folder {self.folder} holds {quote_names(path.name for path in stale)} of another run:"
+                f" {differs}: --overwrite starts afresh, or choose another folder"
             )
         if overwrite:
             return set(), [*remove, *stale, *(self.folder / name for name in finished)]
@@ -3270,11 +3561,17 @@ class OutputFolder:
             return bool(own_files)
         return path.name in dict(own_files) and path.is_file() and (path.name, hash_file(path)) in own_files
 
-    def _is_finished(self, path: Path) -> bool:
+    def _is_finished(self, path: Path, metadata: dict[str, str]) -> bool:
         shard = next((shard for shard in self.plan.shards if shard.name == path.name), None)
         if shard:
             with open(path, "rb") as file:
-                return path.stat().st_size == shard.size and file.read(len(shard.header)) == shard.header
+                header = file.read(len(shard.header))
+            if path.stat().st_size == shard.size and header == shard.header:
+                return True
+            same = metadata.get(METADATA_KEY) == self.plan.fingerprint and path.stat().st_size == shard.size
+            if same and metadata.get(FACTS_KEY) != json.dumps(self.plan.facts):
+                self.compare.add(path.name)
+            return path.name in self.compare
         if path.name in self.written:
             return path.read_bytes() == self.written[path.name]
         source = next((source for source in self.plan.copied if source.name == path.name), None)
@@ -3437,8 +3734,8 @@ class Conversion:
         self.options = plan.options
         self.placements = plan.placements
         self.guard = guard
-        self.bytes_done = self.tensors_done = 0
-        self.tensors_total = self.bytes_total = 0
+        self.meter = Meter("restoring" if plan.options.restore else "quantizing")
+        self.half_way: MemoryReading | None = None
         self._unsynced = 0  # bytes of input since a sync was last asked for
         self._jobs: list[Job] = []
         self._jobs_left: Counter[str] = Counter()  # by tensor
@@ -3448,25 +3745,40 @@ class Conversion:
         jobs_by_shard: Counter[int] = Counter()
         for tensor in plan.tensors:
             shards = self._shards_of(tensor)
-            if all(plan.shards[shard].name in output.finished for shard in shards):
+            if all(plan.shards[shard].name in output.finished - output.compare for shard in shards):
                 continue
             jobs = list(plan_jobs(tensor, plan.options.format.transposed))
             self._jobs += jobs
             self._jobs_left[tensor.source.name] = len(jobs)
             jobs_by_shard.update({shard: len(jobs) for shard in shards})
-            self.tensors_total += 1
-            self.tensors_done += not jobs  # a tensor of no elements is in the header already
-            self.bytes_total += tensor.source.nbytes
+            self.meter.tensors_total += 1
+            self.meter.tensors_done += not jobs  # a tensor of no elements is in the header already
+            self.meter.expect(self._kind_of_work(tensor), tensor.source.nbytes)
         self._next_job = iter(self._jobs)
         self._next_ahead = iter(self._jobs)
         self.writers = [
-            ShardWriter(output.folder, shard, plan.fingerprint, jobs_by_shard[number], shard.name in output.finished)
+            ShardWriter(
+                output.folder,
+                shard,
+                plan.fingerprint,
+                jobs_by_shard[number],
+                finished=shard.name in output.finished,
+                compare=shard.name in output.compare,
+            )
             for number, shard in enumerate(plan.shards)
         ]
         self._to_sync: queue.SimpleQueue[ShardWriter | None] = queue.SimpleQueue()
         for writer in self.writers:
             if not writer.jobs_left:
                 self._to_sync.put(writer)
+
+    def _kind_of_work(self, tensor: TensorPlan) -> str:
+        """One of Meter.COSTS."""
+        if tensor.scales or not tensor.packing:
+            return "restored" if tensor.scales else "kept"
+        importance = self.options.importance
+        feedback = importance is not None and importance.has_factor(tensor.source)
+        return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else self.options.scale
 
     def _shards_of(self, tensor: TensorPlan) -> set[int]:
         return {self.placements[output.name].shard for output in tensor.outputs}
@@ -3497,7 +3809,7 @@ class Conversion:
         while thread.is_alive():
             thread.join(timeout=0.1)
             check_signals()
-            progress.show(self)
+            progress.show(self.meter)
             self._raise_fault()
 
     def _raise_fault(self) -> None:
@@ -3530,8 +3842,9 @@ class Conversion:
                 self.checkpoint.read_ahead(ahead.tensor.source, ahead.offset, ahead.nbytes)
             self.guard.check()
             convert = self._restore if job.tensor.scales else self._quantize if job.tensor.packing else self._copy
+            started = time.monotonic()
             if convert(job, workspace):
-                self._count(job)
+                self._count(job, time.monotonic() - started)
 
     def _quantize(self, job: Job, workspace: Workspace) -> bool:
         """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
@@ -3662,13 +3975,16 @@ class Conversion:
         placement = self.placements[output.name]
         self.writers[placement.shard].write(buffer, placement.offset + offset)
 
-    def _count(self, job: Job) -> None:
+    def _count(self, job: Job, seconds: float) -> None:
         """Book a finished job; its shard goes to the finisher, if that was the last one or a sync is due."""
         name = job.tensor.source.name
         with self._lock:
-            self.bytes_done += job.nbytes
+            before = self.meter.bytes_done
+            self.meter.book(self._kind_of_work(job.tensor), job.nbytes, seconds)
+            if before * 2 < self.meter.bytes_total <= self.meter.bytes_done * 2:
+                self.half_way = self.guard.read()
             self._jobs_left[name] -= 1
-            self.tensors_done += self._jobs_left[name] == 0
+            self.meter.tensors_done += self._jobs_left[name] == 0
             self._unsynced += job.nbytes
             sync = self._unsynced >= SYNC_BYTES
             if sync:
@@ -3721,98 +4037,136 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def say(text: str = "", before: str = "", end: str = "\n") -> None:
+def say(text: str = "", before: str = "", end: str = "\n", colour: str = "") -> None:
     """Print a line; a reader that went away (`| head`), a closed terminal or a full log must not end a long run."""
+    text = paint(printable(text), colour, sys.stdout) if colour else printable(text)
     try:
-        print(before + printable(text), end=end, flush=True)
+        print(before + text, end=end, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
 
 
+def shorten(text: str, room: int) -> str:
+    """Leave out the middle of what is longer than `room`: the end of a name tells most."""
+    room = max(room - 3, 2)
+    return text if len(text) <= room + 3 else f"{text[: room // 3]}...{text[room // 3 - room :]}"
+
+
+def say_paragraph(label: str, text: str) -> None:
+    """Print a text in lines as long as the terminal, behind a label; words that are longer lose their middle."""
+    width = terminal_width() - 1
+    words = " ".join(shorten(word, width - 11) for word in printable(text).split())
+    lines = textwrap.wrap(f"{label:<11}{words}", width, subsequent_indent=" " * 11, break_on_hyphens=False)
+    for line in lines:
+        say(line)
+
+
 def format_bytes(nbytes: float) -> str:
-    """Decimal units, three significant digits or so: 63.16 GB, 17.1 MB, 812 bytes."""
+    """Decimal units, three significant digits: 63.2 GB, 17.1 MB, 812 bytes."""
     for unit, size in (("TB", 1000 * GB), ("GB", GB), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.{2 if unit in ('GB', 'TB') else 1}f} {unit}"
-    return f"{nbytes:.0f} bytes"
+        if nbytes >= 0.9995 * size:
+            return f"{three_digits(nbytes / size)} {unit}"
+    return count_of(round(nbytes), "byte")
+
+
+def three_digits(number: float) -> str:
+    """1.52, 63.2, 812, 0.0967"""
+    digits = 2 - math.floor(math.log10(abs(number) * 1.0005)) if number else 2
+    return f"{number:,.{max(digits, 0)}f}"
 
 
 def format_seconds(seconds: float) -> str:
-    """7.3 s, 3:05, 1:02:03"""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
+    """7.32 s, 3:05, 1:02:03"""
+    if seconds < 59.95:
+        return f"{three_digits(seconds)} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def count_of(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def say_row(label: str, count: object = "", size: str = "", note: str = "") -> None:
+    """Print a row of the plan's table."""
     count = f"{count:,}" if isinstance(count, int) else count
-    say(f"{label:<44}{count:>8}{size:>14}  {note}".rstrip())
+    say(f"{shorten(label, 35):<35}{count:>8}{size:>10}  {shorten(note, terminal_width() - 56)}".rstrip())
+
+
+def say_group(label: str, tensors: list[TensorPlan], note: str, kinds: Callable[[TensorPlan], str]) -> None:
+    """Print a row for some tensors, and under it one for each kind of them."""
+    say_row(label, len(tensors), format_bytes(sum(tensor.bytes_read for tensor in tensors)), note)
+    members: dict[str, list[TensorPlan]] = {}
+    for tensor in tensors:
+        members.setdefault(kinds(tensor), []).append(tensor)
+    for kind, group in sorted(members.items(), key=lambda item: -sum(tensor.bytes_read for tensor in item[1])):
+        names = group[0].source.name.removesuffix(".weight") if len(group) == 1 else ""
+        say_row(f"  {kind}", len(group), format_bytes(sum(tensor.bytes_read for tensor in group)), names)
 
 
 def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
-    options = plan.options
-    say(f"{checkpoint.folder} -> {output.folder}")
+    """Say what a run will do, and what the user should know before it."""
+    options, tensors = plan.options, plan.tensors
+    say_paragraph("From:", str(checkpoint.folder))
+    say_paragraph("To:", str(output.folder))
     choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
-    say(f"format {options.format.name}, group size {options.group_size}, {choice}, {threads} threads")
+    threads_used = count_of(threads, "thread")
+    say_paragraph("How:", f"format {options.format.name}, groups of {options.group_size}, {choice}, {threads_used}")
     say()
     say_row("Plan", "tensors", "size")
-    tensors = plan.tensors
-    total_in = sum(tensor.bytes_read for tensor in tensors)
-    say_row("input", len(checkpoint.tensors), format_bytes(total_in), count_of(len(checkpoint.files), "file"))
+    total_in = format_bytes(sum(tensor.bytes_read for tensor in tensors))
+    say_row("input", len(checkpoint.tensors), total_in, count_of(len(checkpoint.files), "file"))
     if plan.stacks:
         weights = len(tensors) - len(checkpoint.tensors) + plan.stacks
         say_row("  of these stacks of experts", plan.stacks, "", f"read as {count_of(weights, 'weight')}")
     for packing in sorted({t.packing for t in tensors if t.packing}, key=lambda p: (p.bits, p.group_size)):
-        quantized = [tensor for tensor in tensors if tensor.packing == packing]
-        packed = sum(output.nbytes for tensor in quantized for output in tensor.outputs)
-        before = sum(tensor.bytes_read for tensor in quantized)
-        groups = f", groups of {packing.group_size}" if packing.bits == 8 else ""
-        become = f"become {format_bytes(packed)}{groups}"
+        group = [tensor for tensor in tensors if tensor.packing == packing]
+        packed = format_bytes(sum(output.nbytes for tensor in group for output in tensor.outputs))
         verb = "restored from" if options.restore else "quantized to"
-        say_row(f"{verb} {packing.bits} bits", len(quantized), format_bytes(before), become)
-    packed = () if options.restore else [tensor for tensor in tensors if tensor.packing]
-    padded = [t for t in packed if t.source.shape[1] % t.packing.group_size]
+        say_group(f"{verb} {packing.bits} bits", group, f"become {packed}", lambda tensor: tensor.kind)
+    padded = [t for t in tensors if t.packing and not options.restore and t.source.shape[1] % t.packing.group_size]
     if padded:
         columns = padded[0].source.shape[1]
-        example = f"e.g. {columns:,} to {padded[0].packing.columns_of(columns):,} columns: {padded[0].source.name}"
+        example = f"e.g. {columns:,} to {padded[0].packing.columns_of(columns):,}"
         say_row("  of these padded to whole groups", len(padded), "", example)
-    kept = [tensor for tensor in tensors if not tensor.quantized]
-    say_row("kept as they are", len(kept), format_bytes(sum(tensor.source.nbytes for tensor in kept)))
-    for reason, count in Counter(tensor.kept_because for tensor in kept).most_common():
-        group = [tensor.source for tensor in kept if tensor.kept_because == reason]
-        size = format_bytes(sum(info.nbytes for info in group))
-        say_row(f"  {reason}", count, size, "" if count > 2 else ", ".join(info.name for info in group))
-    outputs = sum(len(tensor.outputs) for tensor in tensors)
-    limit = f"{count_of(len(plan.shards), 'shard')} of at most {format_bytes(options.shard_size)}"
-    say_row("output", outputs, format_bytes(plan.total_size), limit)
+    say_group("kept as they are", [t for t in tensors if not t.packing], "", lambda tensor: tensor.kept_because)
+    limit = f"{count_of(len(plan.shards), 'shard')}, up to {format_bytes(options.shard_size)}"
+    say_row("output", sum(len(tensor.outputs) for tensor in tensors), format_bytes(plan.total_size), limit)
     say()
     for warning in plan.warnings:
-        say(f"WARNING:   {warning}")
+        say_paragraph("WARNING:", warning)
     for note in plan.notes:
-        say(f"Note:      {note}")
-    say(f"Copied:    {', '.join(path.name for path in plan.copied) or 'no other files'}")
+        say_paragraph("Note:", note)
+    say_paragraph("Copied:", ", ".join(path.name for path in plan.copied) or "no other files")
+    say_paragraph("Written:", ", ".join(sorted(output.written)))
     if plan.left_out:
-        say(f"Left out:  {', '.join(plan.left_out)}")
-    finished = sum(shard.name in output.finished for shard in plan.shards)
-    if finished:
-        say(f"Resuming:  {finished} of {count_of(len(plan.shards), 'shard')} finished by an earlier run")
+        say_paragraph("Left out:", ", ".join(plan.left_out))
+    if finished := sum(shard.name in output.finished for shard in plan.shards):
+        shards = count_of(len(plan.shards), "shard")
+        say_paragraph("Resuming:", f"{finished:,} of {shards} finished by an earlier run")
+    if output.compare:
+        say_paragraph("Comparing:", f"{count_of(len(output.compare), 'shard')} with source files of another time")
     if output.remove:
-        say(f"Removing:  {quote_names(path.name for path in output.remove)} of an earlier run")
+        say_paragraph("Removing:", f"{quote_names(path.name for path in output.remove)} of an earlier run")
     needed, free = output.bytes_to_write(), output.free_disk()
     shortage = ": not enough" if needed > free else ""
-    say(f"Disk:      {format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
-    reading = guard.read()
-    peak = guard.own() + threads * worker_bytes(plan)
-    say(
-        f"Memory:    about {format_bytes(peak)} at the peak; {format_bytes(reading.available)} available, stops below"
-        f" {format_bytes(guard.min_free)}"
+    say_paragraph("Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
+    available, peak = guard.read().available, guard.own() + threads * worker_bytes(plan)
+    say_paragraph(
+        "Memory:",
+        f"about {format_bytes(peak)} at the peak; {format_bytes(available)} available, stops below"
+        f" {format_bytes(guard.min_free)}",
     )
 
 
-def count_of(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def print_list(plan: Plan) -> None:
+    """Print a line for each tensor, separated by tabs: its name, dtype, shape, what becomes of it and why."""
+    for tensor in plan.tensors:
+        info, packing = tensor.source, tensor.packing
+        fate = f"{packing.bits} bits, groups of {packing.group_size}" if packing else "kept"
+        cells = info.name, info.dtype, "x".join(map(str, info.shape)), fate, tensor.kept_because or tensor.kind
+        say(before="\t".join(map(printable, cells)))
 
 
 def worker_bytes(plan: Plan) -> int:
@@ -3829,6 +4183,50 @@ def worker_bytes(plan: Plan) -> int:
     return sum(map(whole_pages, buffers))
 
 
+class Meter:
+    """How much of a task is done, and how long the rest takes. Its kinds of work differ in seconds a byte, which are
+    measured as it goes; one that has not begun is taken to cost as much more than the others as it does here."""
+
+    COSTS: ClassVar = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}
+
+    def __init__(self, task: str):
+        self.task = task
+        self.tensors_done = self.tensors_total = 0
+        self._expected, self._done, self._seconds = Counter(), Counter(), Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def bytes_total(self) -> int:
+        return self._expected.total()
+
+    @property
+    def bytes_done(self) -> int:
+        return self._done.total()
+
+    def expect(self, kind: str, nbytes: int) -> None:
+        self._expected[kind] += nbytes
+
+    def book(self, kind: str, nbytes: int, seconds: float) -> None:
+        """Add some bytes that were worked on for so many seconds, in one thread."""
+        with self._lock:
+            self._done[kind] += nbytes
+            self._seconds[kind] += seconds
+
+    def share_done(self) -> float:
+        """The part of all work that is done, from 0 to 1, by the time that it takes."""
+        spent, guess = self._seconds.total(), sum(self._done[kind] * self.COSTS[kind] for kind in self._done)
+        if not spent or not guess:
+            return 0.0
+        known = {kind: self._seconds[kind] / self._done[kind] for kind in self._done if self._done[kind]}
+        costs = (known.get(kind, self.COSTS[kind] * spent / guess) * n for kind, n in self._expected.items())
+        return min(1.0, spent / sum(costs))
+
+    def seconds_left(self, elapsed: float) -> float | None:
+        """None before it means something."""
+        share = self.share_done()
+        return None if elapsed < 2 or share < 0.02 else elapsed / share * (1 - share)
+
+
 class Progress:
     """One updating line on a terminal, else a line every ten seconds."""
 
@@ -3840,7 +4238,7 @@ class Progress:
         self.restart()
 
     def restart(self) -> None:
-        """Count time and bytes from here."""
+        """Count time from here."""
         self.started = time.monotonic()
         self._next = self.started + (0 if self.terminal else PROGRESS_INTERVAL_S[False])
 
@@ -3848,30 +4246,36 @@ class Progress:
         """Note the memory at a stage, for the table at the end."""
         self.stages.append((stage, self.guard.read()))
 
-    def show(self, work: Conversion | Verification) -> None:
-        done, total = work.bytes_done, work.bytes_total
-        if done * 2 >= total > 0 and len(self.stages) == 2:
-            self.mark(f"Mid-quantization ({work.tensors_done:,}/{work.tensors_total:,})")
+    def show(self, meter: Meter) -> None:
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + PROGRESS_INTERVAL_S[self.terminal]
-        rate = done / max(now - self.started, 1e-9)
-        left = format_seconds((total - done) / rate) if rate else "?"
-        reading = self.guard.read()
-        line = (
-            f"{work.tensors_done:,}/{work.tensors_total:,} tensors  {done / max(total, 1):6.1%}"
-            f"  {done / GB:.1f}/{total / GB:.1f} GB  {rate / GB:.2f} GB/s  {left} left"
-            f"  RAM {reading.used / GB:.1f} GB used, {reading.available / GB:.1f} GB available"
-        )
-        if done == total and isinstance(work, Conversion):
-            line = f"all {work.tensors_total:,} tensors done, waiting for the disk"
-        if self.terminal:
-            width = shutil.get_terminal_size().columns - 1
-            say(line[:width], before=CLEAR_LINE, end="")
-        else:
-            say(line)
+        room = terminal_width() - 1
+        line = shorten(self._describe(meter, now - self.started, room), room)
+        say(line, before=CLEAR_LINE if self.terminal else "", end="" if self.terminal else "\n")
         self._shown = True
+
+    def _describe(self, meter: Meter, elapsed: float, room: int) -> str:
+        """What fits the line, the first first."""
+        done, total = meter.bytes_done, meter.bytes_total
+        if done == total:
+            return f"{meter.task}: {count_of(meter.tensors_total, 'tensor')} done, waiting for the disk"
+        left, reading = meter.seconds_left(elapsed), self.guard.read()
+        parts = [
+            f"{meter.task}  {meter.share_done():.0%}",
+            f"about {format_estimate(left)} left" if left is not None else "",
+            f"{three_digits(done / GB)}/{three_digits(total / GB)} GB",
+            f"{three_digits(done / max(elapsed, 1e-9) / GB)} GB/s",
+            f"{meter.tensors_done:,}/{count_of(meter.tensors_total, 'tensor')}",
+            f"RAM {format_bytes(reading.used)} used, {format_bytes(reading.available)} available",
+        ]
+        line = ""
+        for part in filter(None, parts):
+            if len(line) + len(part) + 2 > room:
+                break
+            line += f"  {part}" if line else part
+        return line
 
     def clear(self) -> None:
         """Leave the updating line, so that what follows starts on a fresh one."""
@@ -3880,22 +4284,43 @@ class Progress:
             self._shown = False
 
 
+def format_estimate(seconds: float) -> str:
+    """40 s, 3 min, 2 h: as exact as an estimate is."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{round(seconds / size):,} {unit}"
+    return f"{math.ceil(seconds / 5) * 5} s"
+
+
 def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> None:
+    """Say what was done, and what it took."""
     seconds = time.monotonic() - progress.started
     before = sum(tensor.bytes_read for tensor in plan.tensors)
     quantized = sum(tensor.quantized for tensor in plan.tensors)
-    rate = conversion.bytes_total / max(seconds, 1e-9)
-    smaller = f" ({before / max(plan.total_size, 1):.2f} times smaller)"
-    say(
-        f"Done in {format_seconds(seconds)} ({format_bytes(rate)}/s read): {format_bytes(before)} became"
-        f" {format_bytes(plan.total_size)}{'' if plan.options.restore else smaller}, {quantized:,} tensors"
-        f" {'restored' if plan.options.restore else 'quantized'}, {len(plan.tensors) - quantized:,} kept"
-    )
-    say(f"Peak memory of this process: {format_bytes(progress.guard.own_peak)} (mapped files not counted)")
+    rate = format_bytes(conversion.meter.bytes_total / max(seconds, 1e-9))
+    smaller = "" if plan.options.restore else f" ({three_digits(before / max(plan.total_size, 1))} times smaller)"
+    verb = "restored" if plan.options.restore else "quantized"
+    say(f"Done in {format_seconds(seconds)}, {rate}/s", colour=GREEN)
+    say(f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller}")
+    say(f"{count_of(quantized, 'tensor')} {verb}, {len(plan.tensors) - quantized:,} kept")
+    say(f"{format_bytes(progress.guard.own_peak)} of memory at the peak of this process (mapped files not counted)")
     say()
-    say(f"{'Stage':<36}{'RAM used':>12}{'Available':>12}")
+    say(f"{'Stage (of all programs, without page cache)':<48}{'RAM used':>12}{'Available':>12}")
     for stage, reading in progress.stages:
-        say(f"{stage:<36}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
+        say(f"{shorten(stage, 47):<48}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
+
+
+def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
+    """Say what can be done with the finished folder."""
+    name, form = shlex.quote(folder.resolve().name), plan.options.format
+    steps = list(form.next_steps) if not plan.options.restore else [("Evaluate", LOAD_STEP)]
+    steps.append(("Copy" if verified or plan.options.restore else "Check", "rsync -a --partial {name} HOST:"))
+    if steps[-1][0] == "Check":
+        steps[-1] = ("Check", "the same command with --verify; then copy it: rsync -a --partial {name} HOST:")
+    say()
+    say_paragraph("Next, in", f"{folder.resolve().parent}:")
+    for label, text in steps:
+        say_paragraph(f"  {label}:", text.replace("{name}", name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3939,12 +4364,16 @@ class Verification:
         self.kept = 0
         self.rule = "absmax"  # by which scales and codes were chosen
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
-        self.bytes_done = self.tensors_done = 0
+        self.facts: dict = {}  # of the run that made the folder
         self._lock = threading.Lock()
         self._shards = self._open_shards()
+        self._refuse_another_source()
         self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._shards.keys())
-        self.tensors_total = len(self.sources)
-        self.bytes_total = sum(info.nbytes for info in self.sources)
+        self.roles = find_roles(self.sources, checkpoint.config)
+        self.meter = Meter("verifying")
+        self.meter.tensors_total = len(self.sources)
+        for info in self.sources:
+            self.meter.expect(self._kind_of_work(info), info.nbytes)
 
     def _open_shards(self) -> dict[str, safe_open]:
         """The open shard of each tensor; the index and the shards must agree both ways."""
@@ -3963,8 +4392,29 @@ class Verification:
             metadata = file.metadata() or {}
             self.rule = metadata.get(RULE_KEY, self.rule)
             self._hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
+            self.facts = json.loads(metadata.get(FACTS_KEY, "{}"))
         self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in shards]
         return shards
+
+    def _refuse_another_source(self) -> None:
+        """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""
+        was = {name: size for name, (size, _) in self.facts.get("sources", {}).items()}
+        now = {file.path.name: file.state[0] for file in self.checkpoint.files.values()}
+        if was and was != now:
+            others = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+            raise QuantizeError(
+                f"{self.folder} was not made from {self.checkpoint.folder}: {quote_names(others)} had other names or"
+                " sizes: give the checkpoint that it was made from"
+            )
+
+    @property
+    def source_is_newer(self) -> bool:
+        """Whether a file of the source has another time than when the folder was made from it."""
+        was = self.facts.get("sources", {})
+        return any(was.get(file.path.name, file.state)[1] != file.state[1] for file in self.checkpoint.files.values())
+
+    def _kind_of_work(self, info: TensorInfo) -> str:
+        return "kept" if info.name in self._shards else "mse"
 
     def run(self, threads: int, progress: Progress) -> None:
         """Compare every tensor; problems are collected, not raised."""
@@ -3989,7 +4439,7 @@ class Verification:
                     for task in done:
                         task.result()
                     check_signals()
-                    progress.show(self)
+                    progress.show(self.meter)
             finally:
                 pool.shutdown(cancel_futures=True)
         self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._shards.keys() - expected)]
@@ -4072,7 +4522,7 @@ class Verification:
 
     def _compare(self, info: TensorInfo, names: list[str]) -> None:
         self.guard.check()
-        problem = error = None
+        started, problem, error = time.monotonic(), None, None
         with torch.inference_mode():
             outputs = [self._shards[name].get_tensor(name) for name in names]
             try:
@@ -4083,8 +4533,8 @@ class Verification:
             except Mismatch as mismatch:
                 problem = f"{info.name!r}: {mismatch}"
         with self._lock:
-            self.tensors_done += 1
-            self.bytes_done += info.nbytes
+            self.meter.tensors_done += 1
+            self.meter.book(self._kind_of_work(info), info.nbytes, time.monotonic() - started)
             if problem:
                 self.problems.append(problem)
             elif error is None:
@@ -4263,134 +4713,47 @@ def print_verification(verification: Verification) -> None:
     kinds: dict[str, list[WeightErrors]] = {}
     for info in verification.sources:
         if info.name in verification.errors:
-            kind = next((kind for kind, pattern in LAYER_KINDS if pattern.search(info.name)), "other")
+            kind = kind_of(info.name, verification.roles.get(info.name))
             kind += ", 8 bits" if verification.packing_of(info).bits == 8 else ""
             kinds.setdefault(kind, []).append(verification.errors[info.name])
+    outputs = verification.importance is not None
     say()
-    say(f"{'Verified':<24}{'weights':>8}   relative RMS error{'   and of outputs' if verification.importance else ''}")
-    say(f"{'':<32}{'min':>8}{'median':>8}{'max':>8}{f'{chr(32):>3}median     max' if verification.importance else ''}")
+    say(f"{'Verified':<24}{'weights':>8}   relative RMS error{'      of their outputs' if outputs else ''}")
+    say(f"{'':<32}{'min':>9}{'median':>9}{'max':>9}" + (f"{'median':>12}{'max':>9}" if outputs else ""))
     for kind in sorted(kinds):
         errors = [error.rms for error in kinds[kind]]
-        cells = [min(errors), statistics.median(errors), max(errors)]
-        outputs = [error.output for error in kinds[kind] if not math.isnan(error.output)]
-        cells += [statistics.median(outputs), max(outputs)] if outputs else []
-        say(f"  {kind:<22}{len(kinds[kind]):>8,}" + "".join(f"{cell:>8.4f}" for cell in cells))
+        of_outputs = [error.output for error in kinds[kind] if not math.isnan(error.output)]
+        cells = [f"{three_digits(error):>9}" for error in (min(errors), statistics.median(errors), max(errors))]
+        if of_outputs:
+            cells += [f"{three_digits(statistics.median(of_outputs)):>12}{three_digits(max(of_outputs)):>9}"]
+        say(f"  {shorten(kind, 22):<22}{len(kinds[kind]):>8,}{''.join(cells)}")
     say(f"  {'kept, bit for bit':<22}{verification.kept:>8,}")
     for name, error in sorted(verification.errors.items(), key=lambda item: -item[1].rms)[:5]:
-        say(f"  worst: {error.rms:.4f}  {name}")
-    if FEEDBACK in verification.rule and verification.importance is None:
-        say(
-            f"  Note: codes {FEEDBACK} are checked to be within {MAX_CHANGE + 0.5} scales of their weights; with the"
-            " --importance they were made with, each is checked exactly."
+        say(f"  worst: {three_digits(error.rms)}  {shorten(name, terminal_width() - 18)}")
+    if FEEDBACK in verification.rule and not outputs:
+        say_paragraph(
+            "Note:",
+            f"codes {FEEDBACK} are checked to be within {MAX_CHANGE + 0.5} scales of their weights; with the"
+            " --importance that they were made with, each is checked exactly",
         )
     for problem in verification.problems[:20]:
-        say(f"  WRONG: {problem}")
+        say_paragraph("WRONG:", problem)
     if verification.problems:
-        raise QuantizeError(
-            f"verification of {verification.folder} found {count_of(len(verification.problems), 'problem')}:"
-            f" {'; '.join(verification.problems[:3])}: convert again with --overwrite"
+        newer = (
+            f"{verification.checkpoint.folder} has another time than when it was made: is it what it was made from?"
+            if verification.source_is_newer
+            else "convert again with --overwrite"
         )
-    say(f"  {verification.folder} holds what it should.")
+        raise QuantizeError(
+            f"verification of {verification.folder} found {count_of(len(verification.problems), 'problem')}, listed"
+            f" above: {newer}"
+        )
+    say(f"  {shorten(str(verification.folder), terminal_width() - 30)} holds what it should.", colour=GREEN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# The command
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line, as all errors."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="quantize_int4.py",
-        description=__doc__.split("\n\n", 1)[0],
-        epilog=__doc__.split("\n\n", 1)[1] + "\nEvery option may be written with hyphens too: --input-dir.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    folder, flag = {"type": Path, "metavar": "DIR"}, {"action": "store_true"}
-    regex = {"type": regex_argument, "metavar": "REGEX", "action": "append", "default": []}
-    gigabytes, count = {"metavar": "GB"}, {"metavar": "N"}
-    above_0 = number_argument(float, "a positive number of gigabytes", lambda n: 0 < n <= 1e9)
-    from_0 = number_argument(float, "a number of gigabytes", lambda n: 0 <= n <= 1e9)
-    eights = number_argument(int, "a positive multiple of 8", lambda n: n > 0 and n % CODES_PER_WORD == 0)
-    threads = number_argument(int, "a number of threads from 1 to 1024", lambda n: 1 <= n <= 1024)
-
-    def option(name: str, text: str, **settings) -> None:
-        parser.add_argument(f"--{name}", help=text, **settings)
-
-    option("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", required=True, **folder)
-    option("output_dir", "folder to write to; new or empty, or unfinished", required=True, **folder)
-    option("config_dir", "folder of config.json, tokenizer and so on, if not --input_dir", **folder)
-    formats = (
-        "int4: the layout below, for readers of your own (default); compressed-tensors: for vLLM and transformers;"
-        " gptq: for other engines, dense models only"
-    )
-    option("format", formats, choices=FORMATS)
-    option("group_size", "columns that share a scale, a multiple of 8 (default: 128)", type=eights, **count)
-    largest = "largest size of an output file, in 10^9 bytes; a larger tensor gets a file to itself (default: 4.0)"
-    option("shard_size_gb", largest, type=above_0, default=4.0, **gigabytes)
-    option("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", **regex)
-    scales = (
-        "how scales are chosen: absmax, from each group's largest weight (default of int4); mse, of least squared error"
-        " (default of the other formats)"
-    )
-    option("scale", scales, choices=("absmax", "mse"))
-    inputs = (
-        "safetensors: for X.weight, X with each column's mean square input, float32, which weighs the columns' errors,"
-        " and X.factor (columns, up to 64) of the inputs' second moments, for error feedback; needs --scale mse"
-    )
-    option("importance", inputs, type=Path, metavar="FILE")
-    option("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", **regex)
-    option("quantize_embeddings", "quantize embeddings too (default: they are kept)", **flag)
-    least = "stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)"
-    option("min_free_gb", least, type=from_0, default=10.0, **gigabytes)
-    cores = "worker threads (default: the cores this process may use, %(default)s here)"
-    option("threads", cores, type=threads, default=usable_cores(), **count)
-    option("dry_run", "print the plan and stop; nothing is written", **flag)
-    option(
-        "verify", "compare the output with the source, weight by weight: a finished folder, or after writing", **flag
-    )
-    option("restore", "the other way: make a plain checkpoint of what a folder of any format decodes to", **flag)
-    option("overwrite", "replace what an earlier run left in the output folder, nothing else", **flag)
-    option("debug", "show a traceback with an error", **flag)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    args = parser.parse_args([with_underscores(argument) for argument in argv])
-    if args.restore and (args.verify or args.format or args.group_size or args.exclude or args.int8 or args.scale):
-        parser.error("--restore takes the layout from the folder, and only --shard_size_gb, --threads and the like")
-    if args.importance and default_scale(args.scale, FORMATS[args.format or "int4"]) != "mse":
-        parser.error("--importance needs --scale mse")
-    return args
-
-
-def with_underscores(argument: str) -> str:
-    """--input-dir=a-b -> --input_dir=a-b"""
-    option, equals, value = argument.partition("=")
-    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
-
-
-def number_argument(kind: type, rule: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argparse type: a number that `accept` accepts, as `rule` says in words."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if accept(number := kind(text)):
-                return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-
-    return parse
-
-
-def regex_argument(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
-    return text
 
 
 def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:
@@ -4401,18 +4764,34 @@ def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Do what is asked for; every error is raised."""
+    form = format_asked_for(args)
     guard = MemoryGuard(int(args.min_free_gb * GB))
     progress = Progress(guard)
+    args.threads = args.threads or usable_cores()
     for folder in filter(None, (args.input_dir, args.config_dir)):
         refuse_nested_folders(folder, args.output_dir)
     with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
         finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
+        plan = None
         if args.verify and finished:
             refuse_other_options(args, checkpoint)
         else:
-            plan_and_convert(args, checkpoint, progress)
+            plan = plan_and_convert(args, form, checkpoint, progress)
         if args.verify and not args.dry_run:
             verify(checkpoint, args, progress)
+    if plan:
+        print_next_steps(plan, args.output_dir, args.verify)
+
+
+def format_asked_for(args: argparse.Namespace) -> Format:
+    """The row of --format, and a check of what depends on it."""
+    name = args.format or "int4"
+    if name not in FORMATS:
+        raise UsageError(f"--format {name!r} is none of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
+    if args.importance and default_scale(args.scale, FORMATS[name]) != "mse":
+        raise UsageError("--importance needs --scale mse")
+    return FORMATS[name]
 
 
 def default_scale(asked: str | None, form: Format) -> str:
@@ -4420,7 +4799,7 @@ def default_scale(asked: str | None, form: Format) -> str:
     return asked or ("mse" if form.for_engines else "absmax")
 
 
-def make_options(args: argparse.Namespace, form: Format, group_size: int) -> Options:
+def make_options(args: argparse.Namespace, form: Format, group_size: int | None) -> Options:
     return Options(
         form,
         group_size,
@@ -4444,32 +4823,43 @@ def refuse_other_options(args: argparse.Namespace, checkpoint: Checkpoint) -> No
     options = make_options(args, form, group_size)
     if args.scale or options != Options(form, group_size, 4 * GB, (), False, scale=options.scale):
         plan = plan_conversion(checkpoint, options)
-        if read_metadata(args.output_dir / plan.shards[0].name).get(METADATA_KEY) != plan.fingerprint:
+        found = read_metadata(args.output_dir / plan.shards[0].name)
+        if found.get(METADATA_KEY) != plan.fingerprint:
+            facts = json.loads(found.get(FACTS_KEY, "{}"))
             raise QuantizeError(
-                f"{args.output_dir} is finished with other options or source files than these: --overwrite converts it"
+                f"{args.output_dir} is finished otherwise: {what_differs(facts, plan.facts)}: --overwrite converts it"
                 " again; without such options --verify takes the folder as it is"
             )
 
 
-def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> None:
+def plan_and_convert(args: argparse.Namespace, form: Format, checkpoint: Checkpoint, progress: Progress) -> Plan | None:
+    """Print the plan and carry it out; returns it if a folder was written."""
     if args.restore:
         plan = plan_restoration(checkpoint, replace(make_options(args, *read_layout(args.input_dir)), restore=True))
     else:
-        plan = plan_conversion(checkpoint, make_options(args, FORMATS[args.format or "int4"], args.group_size or 128))
+        plan = plan_conversion(checkpoint, make_options(args, form, args.group_size))
+    if args.list:
+        print_list(plan)
+        return None
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
         if args.dry_run:
             say("Dry run: nothing was written.")
-        elif output.complete:
-            say(f"{args.output_dir} is complete already: nothing to do.")
-        else:
-            convert(checkpoint, plan, output, progress, args.threads)
+            return None
+        if output.complete:
+            say(f"{shorten(str(args.output_dir), terminal_width() - 25)} is complete already.")
+            say("It was not compared with the source; the same command with --verify does that.")
+            return None
+        convert(checkpoint, plan, output, progress, args.threads)
+    return plan
 
 
 def verify(checkpoint: Checkpoint, args: argparse.Namespace, progress: Progress) -> None:
     """Compare a finished folder with its source."""
     progress.restart()
+    say()
+    say_paragraph("Verifying", f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}")
     importance = Importance(args.importance) if args.importance else None
     verification = Verification(checkpoint, args.output_dir, progress.guard, importance)
     try:
@@ -4492,14 +4882,22 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
     kernel = kernel_for(plan)
     say()
     output.prepare()
+    progress.restart()
     conversion = Conversion(checkpoint, plan, output, progress.guard, kernel)
     try:
         conversion.run(threads, progress)
         checkpoint.check_unchanged()
         output.write_other_files()
+    except (Interrupted, MemoryGuardError) as stop:
+        finished = sum(writer.finished for writer in conversion.writers)
+        kept = f"{finished:,} of {count_of(len(plan.shards), 'shard')} are finished and kept"
+        stop.args = (f"{stop}; {kept}, the same command continues",)
+        raise
     finally:
         progress.clear()
         output.clean_up()
+    if conversion.half_way:
+        progress.stages.append((f"Mid-{conversion.meter.task.replace('izing', 'ization')}", conversion.half_way))
     progress.mark("Written")
     print_summary(plan, conversion, progress)
 
@@ -4514,12 +4912,13 @@ def kernel_for(plan: Plan) -> Kernel | None:
         check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"
         text = f"rounding with torch, which takes {times} the processor's time or more: {reason}"
-        say(f"Note:      {printable(text)}")
+        say_paragraph("Note:", text)
         return None
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    """Run with these arguments, or those of the command line; returns the exit code."""
+    args = ARGUMENTS or parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(1)  # the workers are the parallelism
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be in its encoding
@@ -4532,7 +4931,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         with contextlib.suppress(OSError):
-            print(f"error: {printable(describe_error(error)[:MAX_ERROR_LENGTH])}", file=sys.stderr, flush=True)
+            message = printable(describe_error(error)[:MAX_ERROR_LENGTH])
+            print(paint(ERROR, BOLD_RED, sys.stderr) + message, file=sys.stderr, flush=True)
         return getattr(error, "exit_code", 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["COLUMNS"] = "1000"  # what is printed is not wrapped, but where a test is about that
 
 from checkpoints import write_checkpoint  # noqa: E402
 from launcher import Run, Setting  # noqa: E402

@@ -54,8 +54,7 @@ def test_help_names_the_formats_and_every_option_with_its_default(tmp_path):
         assert f"--{option}" in result.stdout
     for tensor in ("X.qweight", "X.scales", "X.weight_packed", "X.weight_scale", "X.weight_shape", "X.g_idx"):
         assert tensor in result.stdout
-    assert {"128", "4.0", "10"} <= set(re.findall(r"\(default:\s+([\d.]+)\)", result.stdout))
-    assert max(map(len, result.stdout.splitlines())) <= 120
+    assert {"128", "4.0", "10"} <= set(re.findall(r"\(default:\s+([\d.]+)", result.stdout))
 
 
 def test_version_is_printed(tmp_path):
@@ -86,21 +85,25 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
 
 def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
     summary = quantize(tiny, tmp_path / "out").stdout.split("\nDone in")[1]
-    for words in ("29 tensors quantized, 14 kept", "times smaller", "Peak memory", "RAM used", "Available"):
+    for words in ("29 tensors quantized, 14 kept", "times smaller", "of memory at the peak", "RAM used", "Available"):
         assert words in summary
     stages = ["Baseline", "Headers read", "Mid-quantization", "Written"]
-    assert [line.split()[0] for line in summary.splitlines()[-4:]] == [stage.split()[0] for stage in stages]
+    rows = summary.split("Stage (of all programs, without page cache)")[1].splitlines()[1:5]
+    assert [line.split()[0] for line in rows] == [stage.split()[0] for stage in stages]
 
 
 def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
     folder = save_model(tmp_path / "in", {"attention.heads": torch.ones(4, 64, 128), **WEIGHT})
     assert (
-        "only 2-D weights are quantized; 1 3-D one (131.1 kB) kept, e.g. attention.heads"
+        "only 2-D weights are quantized; 1 3-D one (131 kB) kept, e.g. attention.heads"
         in quantize(folder, tmp_path / "out").stdout
     )
 
 
-PROGRESS = re.compile(r"\d+/24 tensors +\d+\.\d% +\d\.\d/0\.8 GB +\d+\.\d\d GB/s +.* left +RAM .* used, .* available")
+PROGRESS = re.compile(
+    r"quantizing  \d+%  (about \d+ (s|min) left  )?[\d.]+/0\.805 GB  [\d.]+ GB/s  \d+/24 tensors"
+    r"  RAM .* used, .* available"
+)
 
 
 def test_a_pipe_gets_whole_lines_of_progress(large, tmp_path):
@@ -122,11 +125,13 @@ def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
             pass
     assert run.returncode == 0
     text = b"".join(chunks).decode()
-    updates = text.split("\r\033[K")[1:]
+    loading, plan, *updates = text.split("\r\033[K")
+    assert loading == "loading torch ..."
+    assert plan.startswith("From:")
     assert len(updates) >= 2
     assert PROGRESS.match(updates[0])
     assert "\n" not in "".join(updates[:-1])
-    assert updates[-1].startswith("Done in")
+    assert updates[-1].startswith("\033[32mDone in")
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):
@@ -171,7 +176,9 @@ def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(model, tmp_pa
 
 
 def test_an_interrupt_during_the_imports_shows_no_traceback():
-    with subprocess.Popen([sys.executable, SCRIPT, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, "in", "out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as run:
         while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
             time.sleep(0.005)
         run.send_signal(signal.SIGINT)
@@ -249,7 +256,7 @@ def test_somebody_elses_files_in_the_output_folder_are_refused_always(model, tmp
 
 def test_a_finished_run_with_other_options_needs_overwrite(model, tmp_path):
     quantize(model, tmp_path / "out")
-    refuse(model, tmp_path / "out", "--overwrite", "other options", options=["--group_size", 64])
+    refuse(model, tmp_path / "out", "--overwrite", "--group_size was 128, is 64", options=["--group_size", 64])
     quantize(model, tmp_path / "out", "--group_size", 64, "--overwrite")
     quantize(model, tmp_path / "expected", "--group_size", 64)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
@@ -544,7 +551,11 @@ def test_a_signal_stops_the_run_cleanly(large, tmp_path, signum, exit_code):
     run.send_signal(signum)
     _, errors = run.communicate(timeout=20)
     assert run.returncode == exit_code
-    assert errors == f"error: stopped by {signum.name}; the same command continues\n"
+    count = len(list((tmp_path / "out").iterdir()))
+    assert (
+        errors
+        == f"error: stopped by {signum.name}; {count} of 5 shards are finished and kept, the same command continues\n"
+    )
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert all(re.fullmatch(r"model-\d{5}\.safetensors", name) for name in left)  # whole shards, no index
     assert all(len(tensor) for tensor in read_tensors(tmp_path / "out").values())

@@ -143,27 +143,65 @@ def test_leftovers_of_other_options_are_foreign(model, tmp_path, options):
     (source / "config.json").write_text("{}")
     leftovers(source, tmp_path / "out")
     before = folder_bytes(tmp_path / "out")
-    assert_refused(run_cli(source, tmp_path / "out", *SHARDS, *options), "other options", "--overwrite starts afresh")
+    assert_refused(
+        run_cli(source, tmp_path / "out", *SHARDS, *options),
+        f"of another run: {options[0]} was ",
+        "--overwrite starts afresh",
+    )
     assert folder_bytes(tmp_path / "out") == before
     quantize(source, tmp_path / "out", *SHARDS, *options, "--overwrite")
     quantize(source, tmp_path / "expected", *SHARDS, *options)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("change", ["time", "size", "config"])
-def test_leftovers_of_a_source_that_changed_since_are_foreign(model, tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ("content", "the source files changed since model-00001.safetensors was made from them"),
+        ("size", "'model-00002-of-00002.safetensors' had another size"),
+        ("name", "the weights were in other files ('model-00002-of-00002.safetensors', 'renamed.safetensors')"),
+        ("config", "config.json or another file that is copied changed"),
+    ],
+)
+def test_leftovers_of_a_source_that_changed_since_are_foreign(model, tmp_path, change, differs):
     source = tmp_path / "in"
     shutil.copytree(model, source)
     leftovers(source, tmp_path / "out")
-    if change == "time":
-        os.utime(source / "model-00001-of-00002.safetensors")
+    if change == "content":
+        with open(source / "model-00001-of-00002.safetensors", "r+b") as file:
+            file.seek(q.read_tensor_infos(Path(file.name))["m.0.weight"].offset)
+            file.write(b"\x12\x34" * 4096)
     elif change == "size":
         tensors = {"other.bias": torch.ones(3)}
         save_file(tensors, source / "model-00002-of-00002.safetensors")
         (source / "model.safetensors.index.json").unlink()
+    elif change == "name":
+        index = source / "model.safetensors.index.json"
+        (source / "model-00002-of-00002.safetensors").rename(source / "renamed.safetensors")
+        index.write_text(index.read_text().replace("model-00002-of-00002", "renamed"))
     else:
         (source / "config.json").write_text('{"model_type": "other"}')
-    assert_refused(run_cli(source, tmp_path / "out", *SHARDS), "source files", "--overwrite starts afresh")
+    assert_refused(run_cli(source, tmp_path / "out", *SHARDS), differs, "--overwrite starts afresh")
+
+
+def test_a_source_of_another_time_alone_is_compared_and_the_run_continues(model, expected, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(model, source)
+    leftovers(source, tmp_path / "out")
+    before = finished_shards(tmp_path / "out")
+    for path in source.iterdir():
+        os.utime(path)
+    result = quantize(source, tmp_path / "out", *SHARDS)
+    assert f"Comparing: {len(before)} shard" in result.stdout
+    assert finished_shards(tmp_path / "out").items() >= before.items()
+    output, wanted = read_tensors(tmp_path / "out"), {}
+    for path in expected:
+        if path.endswith(".safetensors"):
+            (tmp_path / "wanted").mkdir(exist_ok=True)
+            (tmp_path / "wanted" / path).write_bytes(expected[path])
+    wanted = read_tensors(tmp_path / "wanted")
+    assert output.keys() == wanted.keys()
+    assert all(torch.equal(output[name], wanted[name]) for name in wanted)
 
 
 def test_leftovers_of_another_format_version_are_foreign(model, tmp_path):
@@ -256,9 +294,7 @@ def test_the_guard_trips_half_way_when_the_machine_really_runs_short(model, expe
     os.kill(run.pid, signal.SIGCONT)
     result = run.wait()
     del held
-    assert_refused(
-        result, "of memory available, --min_free_gb asks for", "the same command then continues", exit_code=3
-    )
+    assert_refused(result, "of memory available, --min_free_gb asks for", "the same command continues", exit_code=3)
     assert not list((tmp_path / "out").glob("*.unfinished"))
     assert_nothing_wrong_is_final(tmp_path / "out", expected)
     assert "Resuming:" in quantize(model, tmp_path / "out", *SHARDS).stdout
@@ -280,17 +316,22 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(model, tmp_path, cha
     if change == "overwritten":
         with open(shard, "r+b") as file:
             file.seek(-1000, os.SEEK_END)
-            file.write(b"x" * 500)
+            file.write(b"\x12\x34" * 250)
     elif change == "replaced":
         shutil.copy(shard, source / "copy")
         os.replace(source / "copy", shard)
     else:
         os.truncate(shard, 5000)
     os.kill(run.pid, signal.SIGCONT)
-    assert_refused(run.wait(), shard.name, "changed while it was read", "--overwrite")
+    assert_refused(run.wait(), shard.name, "changed while it was read", "give the same command again")
     assert not (folder / "model.safetensors.index.json").exists()
     assert len(set(finished_shards(folder)) - before) <= 1  # one may have been past its check
-    assert_refused(run_cli(source, folder, *SHARDS), shard.name if change == "truncated" else "--overwrite")
+    again = run_cli(source, folder, *SHARDS)
+    if change == "truncated":
+        assert_refused(again, shard.name)
+    else:  # what was finished before is compared with the source as it is now
+        assert again.returncode == 0 or "--overwrite starts afresh" in again.stderr
+        assert again.returncode == 0 or change == "overwritten"
 
 
 def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path):
@@ -300,7 +341,7 @@ def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path
     run = start(source, folder)
     wait_until(lambda: finished_shards(folder))
     os.truncate(source / "pytorch_model.bin", 5000)
-    assert_refused(run.wait(), "pytorch_model.bin changed while it was read", "--overwrite")
+    assert_refused(run.wait(), "pytorch_model.bin changed while it was read", "give the same command again")
     assert not (folder / "model.safetensors.index.json").exists()
 
 

@@ -10,6 +10,7 @@ import torch
 from checkpoints import write_sparse_checkpoint
 from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli, save_model
 from reference import pack_words, reference_quantize
+from small_models import assert_same_tensors
 from tiny_nemotron import NANO_30B, nemotron_tensors
 
 ENGINE_FORMATS = ["compressed-tensors", "gptq"]
@@ -94,7 +95,7 @@ def test_the_full_nemotron_inventory_plans_as_6004_quantized(tmp_path, form):
     (tmp_path / "in" / "config.json").write_text("{}")
     plan = quantize(tmp_path / "in", tmp_path / "out", "--dry_run", "--format", form, "--group_size", 64).stdout
     assert re.search(r"^quantized to 4 bits +6,004 ", plan, re.MULTILINE)
-    assert re.search(r"^ *expert routers .* 23 ", plan, re.MULTILINE)
+    assert re.search(r"^ *routers .* 23 ", plan, re.MULTILINE)
     assert ("use --format compressed-tensors" in plan) == (form == "gptq")
 
 
@@ -193,7 +194,18 @@ def refuse(folder, tmp_path, form, *fragments, options=()):
 @pytest.mark.parametrize("form", ENGINE_FORMATS)
 def test_columns_that_the_group_does_not_divide_are_refused_with_the_size_that_does(tiny, tmp_path, form):
     words = ("8 weights", "--group_size 128", "down_proj.weight' with 192", "--group_size 64 divides all")
-    refuse(tiny, tmp_path, form, *words)
+    refuse(tiny, tmp_path, form, *words, options=["--group_size", 128])
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(256, 128), (192, 64), (224, 32)])
+@pytest.mark.parametrize("form", ENGINE_FORMATS)
+def test_without_a_group_size_the_largest_that_divides_all_is_taken_and_named(tmp_path, form, columns, expected):
+    weights = {"m.x.weight": torch.randn(8, 256).bfloat16(), "m.y.weight": torch.randn(8, columns).bfloat16()}
+    source = save_model(tmp_path / "in", weights)
+    result = quantize(source, tmp_path / "out", "--format", form, "--verify")
+    assert f"groups of {expected}: the largest of 128, 64 and 32 that divides all columns" in result.stdout
+    quantize(source, tmp_path / "named", "--format", form, "--group_size", expected)
+    assert_same_tensors(tmp_path / "out", tmp_path / "named")
 
 
 def test_columns_that_no_size_divides_are_refused_with_exclude(tmp_path):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_refused, quantize, run_cli
+from conftest import assert_refused, quantize, run_cli, save_model
 from safetensors.torch import load_file, save_file
 
 import quantize_int4 as q
@@ -44,8 +44,9 @@ def edit(folder, change):
 
 def assert_found(tiny, folder, *fragments):
     result = run_cli(tiny, folder, "--verify")
-    assert_refused(result, "verification of", *fragments)
-    assert "WRONG" in result.stdout
+    assert_refused(result, "verification of", "listed above: convert again with --overwrite")
+    for fragment in ("WRONG: ", *fragments):
+        assert fragment in result.stdout
 
 
 def test_a_finished_folder_verifies_alone(finished, tiny):
@@ -72,13 +73,13 @@ def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny)
     form, folder = finished
     lines = quantize(tiny, folder, "--verify").stdout.splitlines()
     rows = {line[:24].strip(): line[24:].split() for line in lines}
-    counts = {"experts": 16, "shared experts": 4, "attention": 4, "mamba": 2}
-    counts |= {"head": 1, "other": 2, "kept, bit for bit": 14} if form == "int4" else {"kept, bit for bit": 17}
+    counts = {"experts": 16, "shared experts": 4, "attention": 4, "Mamba": 2}
+    counts |= {"head": 1, "routers": 2, "kept, bit for bit": 14} if form == "int4" else {"kept, bit for bit": 17}
     for kind, count in counts.items():
         assert rows[kind][0] == str(count)
         if kind != "kept, bit for bit":
             low, middle, high = map(float, rows[kind][1:])
-            assert 0.09 < low <= middle <= high < 0.12
+            assert 0.09 < low <= middle <= high < 0.13
     assert sum(line.startswith("  worst: 0.1") and ".weight" in line for line in lines) == 5
 
 
@@ -222,11 +223,10 @@ def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_
     quantize(tiny, tmp_path / "plain")
     quantize(tiny, tmp_path / "asked", *options)
     refused = run_cli(tiny, tmp_path / "plain", "--verify", *options)
-    assert_refused(refused, "finished with other options or source files", "--overwrite")
+    assert_refused(refused, f"is finished otherwise: {options[0]} was ", "--overwrite")
     if "--scale" in options:
-        assert_refused(
-            run_cli(tiny, tmp_path / "asked", "--verify", "--scale", "absmax"), "finished with other options"
-        )
+        refused = run_cli(tiny, tmp_path / "asked", "--verify", "--scale", "absmax")
+        assert_refused(refused, "is finished otherwise: --scale was mse, is absmax")
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify", *options).stdout
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify").stdout
 
@@ -248,7 +248,7 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
         verification = q.Verification(checkpoint, tmp_path / "out", Guard(), None)
         with pytest.raises(q.MemoryGuardError):
             verification.run(1, q.Progress(verification.guard))
-    assert verification.tensors_done == 3
+    assert verification.meter.tensors_done == 3
 
 
 def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp_path):
@@ -281,13 +281,26 @@ def test_a_folder_that_says_nothing_of_quantization_is_refused(tiny, tmp_path):
     assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "describes a quantization")
 
 
-def test_another_source_is_found(tiny, tmp_path):
+def test_a_source_of_other_files_ends_the_verification_before_it_begins(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    other = save_model(tmp_path / "other", {"m.weight": torch.ones(4, 128).bfloat16()})
+    result = run_cli(other, tmp_path / "out", "--verify")
+    assert_refused(result, "was not made from", "'model-00001-of-00002.safetensors'", "give the checkpoint")
+    assert "overwrite" not in result.stderr
+    assert "WRONG" not in result.stdout
+
+
+def test_another_source_of_the_same_sizes_is_found_and_not_blamed_on_the_folder(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
     shard = next(other.glob("*.safetensors"))
-    tensors = load_file(shard)
-    name = next(name for name in tensors if name.endswith("up_proj.weight"))
-    tensors[name] = tensors[name].flip(0)
-    save_file(tensors, shard)
-    assert_found(other, tmp_path / "out", name)
+    info = next(info for name, info in q.read_tensor_infos(shard).items() if name.endswith("up_proj.weight"))
+    name = info.name
+    with open(shard, "r+b") as file:
+        file.seek(info.offset)
+        file.write(b"\x12\x34" * 1000)
+    result = run_cli(other, tmp_path / "out", "--verify")
+    assert_refused(result, "found 1 problem, listed above", "another time than when it was made", "is it what")
+    assert f"WRONG:     '{name}'" in result.stdout
+    assert result.stdout.count(name) == 1

@@ -9,8 +9,11 @@ torch only. `nemotron_tensors(NANO_30B)` is the full inventory of Nemotron-3-Nan
 
 from __future__ import annotations
 
+import filecmp
 import json
+import shutil
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,10 +168,19 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python tests/tiny_nemotron.py OUT_DIR")
     folder, tensors = Path(sys.argv[1]), random_tensors(TINY)
-    write_checkpoint(folder, tensors)
-    write_other_files(folder, TINY)
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch) / "tiny"
+        write_checkpoint(fresh, tensors)
+        write_other_files(fresh, TINY)
+        if folder.exists():  # files of another time would be another checkpoint
+            names = sorted(path.name for path in fresh.iterdir())
+            different = filecmp.cmpfiles(fresh, folder, names, shallow=False)[1:]
+            if any(different) or names != sorted(path.name for path in folder.iterdir()):
+                sys.exit(f"{folder} exists and holds something else: choose another name")
+        else:
+            shutil.copytree(fresh, folder)
     megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-    print(f"{folder}: {len(tensors)} tensors, {megabytes:.1f} MB of random weights in 2 shards")
+    print(f"{folder}: {len(tensors)} tensors, {megabytes:.2f} MB of random weights in 2 shards")
 
 
 if __name__ == "__main__":
