@@ -4301,22 +4301,26 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
     smaller = "" if plan.options.restore else f" ({three_digits(before / max(plan.total_size, 1))} times smaller)"
     verb = "restored" if plan.options.restore else "quantized"
     say(f"Done in {format_seconds(seconds)}, {rate}/s", colour=GREEN)
-    say(f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller}")
-    say(f"{count_of(quantized, 'tensor')} {verb}, {len(plan.tensors) - quantized:,} kept")
-    say(f"{format_bytes(progress.guard.own_peak)} of memory at the peak of this process (mapped files not counted)")
+    counts = f"{count_of(quantized, 'tensor')} {verb}, {len(plan.tensors) - quantized:,} kept"
+    say_paragraph("Result:", f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller}; {counts}")
+    peak = format_bytes(progress.guard.own_peak)
+    say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
     say()
-    say(f"{'Stage (of all programs, without page cache)':<48}{'RAM used':>12}{'Available':>12}")
+    say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}")
     for stage, reading in progress.stages:
-        say(f"{shorten(stage, 47):<48}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
+        say(f"{stage:<34}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
 
 
 def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     """Say what can be done with the finished folder."""
     name, form = shlex.quote(folder.resolve().name), plan.options.format
-    steps = list(form.next_steps) if not plan.options.restore else [("Evaluate", LOAD_STEP)]
-    steps.append(("Copy" if verified or plan.options.restore else "Check", "rsync -a --partial {name} HOST:"))
-    if steps[-1][0] == "Check":
-        steps[-1] = ("Check", "the same command with --verify; then copy it: rsync -a --partial {name} HOST:")
+    copy, steps = "rsync -a --partial {name} HOST:", list(form.next_steps)
+    if plan.options.restore:
+        steps = [("Try", LOAD_STEP)]
+    elif verified:
+        steps.append(("Copy", copy))
+    else:
+        steps.append(("Check", f"the same command with --verify; then copy it: {copy}"))
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     for label, text in steps:
@@ -4718,16 +4722,16 @@ def print_verification(verification: Verification) -> None:
             kinds.setdefault(kind, []).append(verification.errors[info.name])
     outputs = verification.importance is not None
     say()
-    say(f"{'Verified':<24}{'weights':>8}   relative RMS error{'      of their outputs' if outputs else ''}")
-    say(f"{'':<32}{'min':>9}{'median':>9}{'max':>9}" + (f"{'median':>12}{'max':>9}" if outputs else ""))
+    say(f"{'Verified':<24}{'weights':>7}{'relative RMS error':>23}{'of their outputs' if outputs else '':>20}".rstrip())
+    say(f"{'':<31}{'min':>8}{'median':>8}{'max':>8}" + (f"{'median':>12}{'max':>8}" if outputs else ""))
     for kind in sorted(kinds):
         errors = [error.rms for error in kinds[kind]]
         of_outputs = [error.output for error in kinds[kind] if not math.isnan(error.output)]
-        cells = [f"{three_digits(error):>9}" for error in (min(errors), statistics.median(errors), max(errors))]
+        cells = [f"{three_digits(error):>8}" for error in (min(errors), statistics.median(errors), max(errors))]
         if of_outputs:
-            cells += [f"{three_digits(statistics.median(of_outputs)):>12}{three_digits(max(of_outputs)):>9}"]
-        say(f"  {shorten(kind, 22):<22}{len(kinds[kind]):>8,}{''.join(cells)}")
-    say(f"  {'kept, bit for bit':<22}{verification.kept:>8,}")
+            cells += [f"{three_digits(statistics.median(of_outputs)):>12}{three_digits(max(of_outputs)):>8}"]
+        say(f"  {shorten(kind, 22):<22}{len(kinds[kind]):>7,}{''.join(cells)}")
+    say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
     for name, error in sorted(verification.errors.items(), key=lambda item: -item[1].rms)[:5]:
         say(f"  worst: {three_digits(error.rms)}  {shorten(name, terminal_width() - 18)}")
     if FEEDBACK in verification.rule and not outputs:
@@ -4848,8 +4852,9 @@ def plan_and_convert(args: argparse.Namespace, form: Format, checkpoint: Checkpo
             say("Dry run: nothing was written.")
             return None
         if output.complete:
-            say(f"{shorten(str(args.output_dir), terminal_width() - 25)} is complete already.")
-            say("It was not compared with the source; the same command with --verify does that.")
+            there = shorten(str(args.output_dir), terminal_width() - 25)
+            told = "It was not compared with the source; the same command with --verify does that."
+            say_paragraph("Finished:", f"{there} is complete already. {told}")
             return None
         convert(checkpoint, plan, output, progress, args.threads)
     return plan

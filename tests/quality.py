@@ -228,7 +228,7 @@ class Comparison:
         self.reference = [predict(model, batch) for batch in held_out]
         self.base = 0.0
         header = f"{'perplexity':>12}{'s.e.':>8}{'increase':>10}{'KL, nat':>10}{'s.e.':>8}{'same top-1':>12}"
-        print(f"{'':<56}{header}", flush=True)
+        print(f"{'':<66}{header}", flush=True)
         self._print_row("bf16", self.reference)
 
     def print_row(self, name: str, model: transformers.PreTrainedModel) -> None:
@@ -245,7 +245,7 @@ class Comparison:
         perplexity = math.exp(loss)
         self.base = self.base or perplexity
         print(
-            f"{name:<56}{perplexity:>12.4f}{perplexity * loss_error:>8.3f}{perplexity / self.base - 1:>10.2%}"
+            f"{name:<66}{perplexity:>12.4f}{perplexity * loss_error:>8.3f}{perplexity / self.base - 1:>10.2%}"
             f"{divergence:>10.4f}{divergence_error:>8.4f}{mean_and_error(agreements)[0]:>12.2%}",
             flush=True,
         )
@@ -267,7 +267,7 @@ def compare(subject: Subject, group_sizes: list[int], rows: list[str], scratch: 
         options = [*ROWS[row].options, *(["--importance", files[rank]] if rank is not None else [])]
         target = scratch / name.replace(" ", "_")
         if refusal := quantize(source, target, "--format", output_format, "--group_size", group_size, *options):
-            print(f"{name:<56}  not run: {refusal}", flush=True)
+            print(f"{name:<66}  not run: {refusal}", flush=True)
             continue
         comparison.print_row(name, decode(target))
 

@@ -165,7 +165,9 @@ def test_verify_names_a_wrong_expert_of_a_stack(tmp_path):
     one, other = (f"{MOE}.experts.{expert}.up_proj.qweight" for expert in (1, 2))
     tensors[one], tensors[other] = tensors[other], tensors[one]
     save_file(tensors, tmp_path / "out" / "model-00001.safetensors")
-    assert_refused(run_cli(source, tmp_path / "out", "--verify"), f"'{MOE}.experts.1.up_proj.weight'")
+    result = run_cli(source, tmp_path / "out", "--verify")
+    assert_refused(result, "2 problems")
+    assert f"WRONG:     '{MOE}.experts.1.up_proj.weight'" in result.stdout
 
 
 # --- stacks that stay, or are refused -------------------------------------------------------------------------------

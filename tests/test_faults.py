@@ -472,7 +472,9 @@ def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_fo
     (open_folder / "out").mkdir(mode=0o555)
     user = NOBODY if os.geteuid() == 0 else None
     result = run_cli(open_folder / "in", open_folder / "out", user=user)
-    assert_refused(result, str(open_folder / "out"), "Permission denied")
+    assert_refused(result, f"output folder {open_folder / 'out'}: Permission denied", "change its owner")
+    assert result.stdout == ""  # before the plan
+    assert "unfinished" not in result.stderr
     assert not list((open_folder / "out").iterdir())
 
 

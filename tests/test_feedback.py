@@ -138,7 +138,7 @@ def test_every_format_has_less_output_error_verifies_and_says_so(tmp_path, form,
         assert "holds what it should" in result.stdout
         assert ("with error feedback" in result.stdout) == (folder == "feedback")
         errors[folder] = output_error(inputs, weight, decode(tmp_path / folder, model, tmp_path))
-        printed = next(line.split() for line in result.stdout.splitlines() if line.startswith("  other"))
+        printed = [line.split() for line in result.stdout.splitlines() if line.startswith("  other")][-1]
         assert float(printed[-1]) == pytest.approx(errors[folder], rel=0.2)  # of diag + low rank instead of all
     assert errors["feedback"] < 0.6 * errors["plain"]
     assert "1 of them with error feedback of rank 24" in result.stdout
@@ -325,18 +325,23 @@ def test_verify_with_the_statistics_finds_a_code_that_is_one_off(model, finished
 def test_verify_without_the_statistics_says_what_it_checks_and_finds_a_code_that_is_far_off(model, finished):
     folder, _ = finished
     result = quantize(model, folder, "--verify")
-    assert "checked to be within 2.5 scales of their weights; with the --importance they were made" in result.stdout
+    assert (
+        "checked to be within 2.5 scales of their weights; with the --importance that they were made with"
+        in result.stdout
+    )
     row, column = move_a_code(folder, 4)
-    assert_refused(run_cli(model, folder, "--verify"), f"row {row}, column {column} decodes")
+    result = run_cli(model, folder, "--verify")
+    assert_refused(result, "1 problem")
+    assert f"WRONG:     '{NAME}.weight': row {row}, column {column} decodes" in result.stdout
 
 
 def test_output_errors_are_printed_by_kind_where_statistics_are_given(model, finished):
     folder, options = finished
     lines = quantize(model, folder, *options, "--verify").stdout.splitlines()
     title = next(number for number, line in enumerate(lines) if line.startswith("Verified"))
-    assert "of outputs" in lines[title]
+    assert "of their outputs" in lines[title]
     assert lines[title + 1].split() == ["min", "median", "max", "median", "max"]
     cells = [float(cell) for cell in lines[title + 2].split()[2:]]
     assert len(cells) == 5
     assert 0 < cells[4] < cells[0]
-    assert "of outputs" not in quantize(model, folder, "--verify").stdout
+    assert "of their outputs" not in quantize(model, folder, "--verify").stdout

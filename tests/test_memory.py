@@ -85,7 +85,7 @@ def test_a_large_file_beside_the_weights_is_not_held(tiny, tmp_path):
 
 def test_the_guard_refuses_to_start_when_too_little_is_available(tiny, tmp_path):
     result = run_cli(tiny, tmp_path / "out", "--min_free_gb", 10**6)
-    assert_refused(result, "available", "--min_free_gb", "1000.00 TB", exit_code=3)
+    assert_refused(result, "available", "--min_free_gb", "1,000 TB", exit_code=3)
     assert not (tmp_path / "out").exists()
 
 
