@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +13,16 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["COLUMNS"] = "1000"  # what is printed is not wrapped, but where a test is about that
 
 from checkpoints import write_checkpoint  # noqa: E402
-from launcher import Run, Setting  # noqa: E402
+from launcher import WIDE, Run, Setting  # noqa: E402
 from tiny_nemotron import TINY, random_tensors, write_other_files  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch) -> None:
+    """What is printed is not wrapped, but where a test is about that."""
+    monkeypatch.setenv("COLUMNS", WIDE)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+WIDE = "1000"  # columns, for which nothing is wrapped
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["quantize_int4", "compiled_kernel"])
 os.environ["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"  # where the server finds the script
@@ -65,7 +66,7 @@ def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> Non
         os.dup2(file.detach(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.umask(setting.umask)
-    os.environ |= setting.environment
+    os.environ |= {"COLUMNS": WIDE} | setting.environment
     for name, value in setting.constants.items():
         assert hasattr(quantize_int4, name), name
         setattr(quantize_int4, name, value)
