@@ -93,7 +93,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import BinaryIO, ClassVar, TextIO
 
 __version__ = "1.0.0"
 
@@ -303,7 +303,9 @@ JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecuti
 TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
 JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
 MAX_WAITING_SHARDS = 100  # for the disk; each may be an open file, and the system allows about a thousand
-SYNC_BYTES = 1 << 27  # of input, after which what came of it is synced, while the workers go on
+SYNC_BYTES = 1 << 27  # of input, after which what came of it is synced and both leave the page cache
+LEAST_DROPPED = 1 << 20  # bytes between parts of a file that others had in the page cache
+MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
@@ -527,6 +529,63 @@ def quote_names(names: Iterable[str], most: int = 3) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Page cache: a guest leaves it as it was. Where CPU and GPU share their memory, the GPU's programs count it as used.
+# ---------------------------------------------------------------------------------------------------------------------
+
+Ranges = list[tuple[int, int]]  # of bytes: start and end of each, in order
+
+
+def cached_ranges(fd: int) -> Ranges:
+    """Ask which parts of a file are in the page cache; all of it where the system does not tell. (mincore(2))"""
+    size, page = os.fstat(fd).st_size, mmap.PAGESIZE
+    ranges: Ranges = []
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        map_file, unmap, ask = library.mmap, library.munmap, library.mincore
+    except (OSError, AttributeError):
+        return [(0, size)]
+    map_file.restype, pointer, length = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+    map_file.argtypes = (pointer, length, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    unmap.argtypes, ask.argtypes = (pointer, length), (pointer, length, pointer)
+    for start in range(0, size, MINCORE_BYTES):
+        nbytes = min(MINCORE_BYTES, size - start)
+        pages = ctypes.create_string_buffer(-(-nbytes // page))
+        address = map_file(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
+        if address == pointer(-1).value:
+            return [(0, size)]
+        failed = ask(address, nbytes, pages)
+        unmap(address, nbytes)
+        if failed:
+            return [(0, size)]
+        for run in re.finditer(rb"[^\0]+", pages.raw.translate(_LOWEST_BIT)):
+            ranges.append((start + run.start() * page, min(start + run.end() * page, size)))
+    return ranges
+
+
+_LOWEST_BIT = bytes(byte & 1 for byte in range(256))  # of mincore's bytes the others mean nothing
+
+
+def drop_pages(fd: int, others: Ranges) -> None:
+    """Let the page cache forget a file but for what others have there, or will read. Written pages must be synced."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    done = 0
+    for start, end in [*sorted(others), (1 << 62, 1 << 62)]:
+        if start - done >= LEAST_DROPPED:
+            os.posix_fadvise(fd, done, 0 if start == 1 << 62 else start - done, os.POSIX_FADV_DONTNEED)
+        done = max(done, end)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is read once, and leave the page cache as it was."""
+    with open(path, "rb") as file:
+        others = cached_ranges(file.fileno())
+        yield file
+        drop_pages(file.fileno(), others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoint: what is in the input folder, and its bytes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -636,6 +695,11 @@ class WeightsFile:
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _file_state(os.stat(self.fd))
+        self._cached = cached_ranges(self.fd)  # before this run reads it
+
+    def drop_read(self, busy: Ranges) -> None:
+        """Let the page cache forget what this run brought there, but for ranges that are being read."""
+        drop_pages(self.fd, self._cached + busy)
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
@@ -923,6 +987,16 @@ class Checkpoint:
 
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
         self.files[info.file].read_ahead(info, offset, nbytes)
+
+    def drop_read(self, busy: Iterable[tuple[TensorInfo, int, int]]) -> None:
+        """Let the page cache forget what this run read, but for so many bytes from there on of these tensors."""
+        ranges: dict[Path, Ranges] = {path: [] for path in self.files}
+        for info, offset, nbytes in busy:
+            if info.offset is not None:
+                length = info.stride * info.shape[1] if info.stride else nbytes
+                ranges[info.file].append((info.offset + offset, info.offset + offset + length))
+        for path, file in self.files.items():
+            file.drop_read(ranges[path])
 
     def check_unchanged(self) -> None:
         for file in self.files.values():
@@ -3377,6 +3451,20 @@ def find_cgroups(
     return folders
 
 
+def page_cache() -> int:
+    """Bytes of files that the system holds in memory."""
+    return getattr(psutil.virtual_memory(), "cached", 0)
+
+
+def shares_memory_with_gpu(system: Path = Path("/")) -> bool:
+    """Whether this is a machine of NVIDIA's with one memory for CPU and GPU: a Jetson or a DGX Spark."""
+    for name in ("proc/device-tree/compatible", "sys/class/dmi/id/product_name", "sys/class/dmi/id/product_family"):
+        with contextlib.suppress(OSError):
+            if re.search(r"nvidia,tegra|DGX.Spark|GB10", (system / name).read_text(errors="replace"), re.IGNORECASE):
+                return True
+    return False
+
+
 def usable_cores(cgroup_folders: list[Path] | None = None) -> int:
     """The cores this process may run on, by its affinity and by the CPU quotas (`docker run --cpus`) it is under."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -3439,13 +3527,14 @@ class ShardWriter:
         self.jobs_left = jobs
         self.finished = finished
         self._fd: int | None = None
+        self._cached: Ranges = []
         self._lock = threading.Lock()
 
     def write(self, buffer: memoryview, offset: int) -> None:
         """Write bytes to their place. A resumed run may share a tensor between a finished and an unfinished shard."""
         if self.compare:
-            with naming(self.final), open(self.final, "rb") as file:
-                if os.pread(file.fileno(), len(buffer), offset) != buffer:
+            with naming(self.final):
+                if os.pread(self._open(), len(buffer), offset) != buffer:
                     raise QuantizeError(
                         f"the source files changed since {self.final.name} was made from them: --overwrite starts"
                         " afresh"
@@ -3456,6 +3545,9 @@ class ShardWriter:
 
     def _open(self) -> int:
         with self._lock:
+            if self._fd is None and self.compare:
+                self._fd = os.open(self.final, os.O_RDONLY | os.O_CLOEXEC)
+                self._cached = cached_ranges(self._fd)
             if self._fd is None:
                 self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
                 write_at(self._fd, memoryview(self.shard.header), 0)
@@ -3467,13 +3559,17 @@ class ShardWriter:
         if self._fd is not None:
             with naming(self.temporary):
                 os.fsync(self._fd)
+            drop_pages(self._fd, self._cached)
 
     def finish(self) -> None:
         """All bytes are in: sync them, then give the file its final name."""
         if self.finished:
+            self.sync()
+            self.close()
             return
         with naming(self.temporary):
-            os.fsync(self._open())  # opens a shard of empty tensors, to which nothing was written
+            self._open()  # a shard of empty tensors, to which nothing was written
+            self.sync()
             self.close()
             os.rename(self.temporary, self.final)
         sync_file(self.final.parent)
@@ -3616,7 +3712,7 @@ class OutputFolder:
         """Copies and the program's own files, each complete before it gets its name; the index once all is on disk."""
         for source in self.plan.copied:
             if source.name not in self.finished:
-                with open(source, "rb") as file:
+                with reading(source) as file:
                     self._write_file(source.name, iter(lambda file=file: file.read(COPY_BYTES), b""))
         for name, data in self.written.items():
             if name == INDEX_NAME:
@@ -3637,6 +3733,7 @@ class OutputFolder:
                     write_at(fd, memoryview(part), end)
                     end += len(part)
                 os.fsync(fd)
+                drop_pages(fd, [])
         finally:
             os.close(fd)
         os.rename(temporary, final)
@@ -3665,7 +3762,7 @@ def read_metadata(shard: Path) -> dict[str, str]:
 
 def hash_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading(path) as file:
         while data := file.read(COPY_BYTES):
             digest.update(data)
     return digest.hexdigest()
@@ -3739,6 +3836,7 @@ class Conversion:
         self._unsynced = 0  # bytes of input since a sync was last asked for
         self._jobs: list[Job] = []
         self._jobs_left: Counter[str] = Counter()  # by tensor
+        self._reading: dict[int, Job] = {}  # what the disk and the workers are at, by the job's identity
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._faults: queue.SimpleQueue[Exception] = queue.SimpleQueue()
@@ -3804,6 +3902,7 @@ class Conversion:
                     thread.join()
             for writer in self.writers:
                 writer.close()
+            self.checkpoint.drop_read([])
 
     def _wait_for(self, thread: threading.Thread, progress: Progress) -> None:
         while thread.is_alive():
@@ -3829,6 +3928,7 @@ class Conversion:
         workspace = Workspace()
         with self._lock:
             first = list(itertools.islice(self._next_ahead, JOBS_AHEAD))
+            self._reading.update((id(job), job) for job in first)
         for job in first:
             self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
         while not self._stop.is_set():
@@ -3836,6 +3936,7 @@ class Conversion:
                 time.sleep(0.01)
             with self._lock:
                 job, ahead = next(self._next_job, None), next(self._next_ahead, None)
+                self._reading.update((id(some), some) for some in (job, ahead) if some)
             if job is None:
                 return
             if ahead:
@@ -3979,6 +4080,7 @@ class Conversion:
         """Book a finished job; its shard goes to the finisher, if that was the last one or a sync is due."""
         name = job.tensor.source.name
         with self._lock:
+            del self._reading[id(job)]
             before = self.meter.bytes_done
             self.meter.book(self._kind_of_work(job.tensor), job.nbytes, seconds)
             if before * 2 < self.meter.bytes_total <= self.meter.bytes_done * 2:
@@ -4002,6 +4104,11 @@ class Conversion:
             else:
                 self.checkpoint.check_unchanged()
                 writer.finish()
+            with self._lock:
+                jobs = list(self._reading.values())
+            busy = [(job.tensor.source, job.offset, job.nbytes) for job in jobs]
+            busy += [(job.tensor.scales, 0, job.tensor.scales.nbytes) for job in jobs if job.tensor.scales]
+            self.checkpoint.drop_read(busy)
 
 
 def describe_bad_value(tensor: TensorPlan, tile: Tile, groups: torch.Tensor, scales: torch.Tensor) -> str:
@@ -4158,6 +4265,9 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
         f"about {format_bytes(peak)} at the peak; {format_bytes(available)} available, stops below"
         f" {format_bytes(guard.min_free)}",
     )
+    if shares_memory_with_gpu():
+        free = format_bytes(psutil.virtual_memory().free)
+        say_paragraph("GPU:", f"shares this memory; its programs see {free} free now, the page cache not counted")
 
 
 def print_list(plan: Plan) -> None:
@@ -4234,6 +4344,7 @@ class Progress:
         self.guard = guard
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.stages = [("Baseline", guard.read())]
+        self._cached = page_cache()
         self._shown = False
         self.restart()
 
@@ -4241,6 +4352,11 @@ class Progress:
         """Count time from here."""
         self.started = time.monotonic()
         self._next = self.started + (0 if self.terminal else PROGRESS_INTERVAL_S[False])
+
+    @property
+    def more_cached(self) -> int:
+        """Bytes by which the page cache has grown."""
+        return page_cache() - self._cached
 
     def mark(self, stage: str) -> None:
         """Note the memory at a stage, for the table at the end."""
@@ -4305,6 +4421,12 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
     say_paragraph("Result:", f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller}; {counts}")
     peak = format_bytes(progress.guard.own_peak)
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
+    more = progress.more_cached
+    size = format_bytes(abs(more))
+    change = f"{size} {'more' if more > 0 else 'less'} than before, of all programs"
+    say_paragraph("Cache:", f"the page cache holds {change}")
+    if shares_memory_with_gpu():
+        say_paragraph("GPU:", f"its programs see {format_bytes(psutil.virtual_memory().free)} free now")
     say()
     say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}")
     for stage, reading in progress.stages:
@@ -4370,6 +4492,10 @@ class Verification:
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
         self.facts: dict = {}  # of the run that made the folder
         self._lock = threading.Lock()
+        self._undropped = 0  # bytes read since the page cache was last relieved of them
+        self._comparing: dict[str, TensorInfo] = {}
+        self._files: dict[Path, SafetensorsFile] = {}
+        self._infos: dict[str, TensorInfo] = {}  # of the output's tensors
         self._shards = self._open_shards()
         self._refuse_another_source()
         self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._shards.keys())
@@ -4389,6 +4515,8 @@ class Verification:
             except (SafetensorError, OSError, RuntimeError) as error:
                 self.problems.append(f"{path.name}: cannot be opened ({error})")
                 continue
+            self._files[path] = SafetensorsFile(path)
+            self._infos |= self._files[path].infos
             for name in file.keys():  # noqa: SIM118 - no dict
                 if weight_map.get(name) != path.name:
                     self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
@@ -4448,6 +4576,7 @@ class Verification:
                 pool.shutdown(cancel_futures=True)
         self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._shards.keys() - expected)]
         self._check_other_files()
+        self._leave_page_cache([])
 
     def _check_other_files(self) -> None:
         """The files beside the shards, and what readers take from them: total size, true shapes, kept layers."""
@@ -4456,7 +4585,7 @@ class Verification:
                 self.problems.append(f"{name} is missing")
             elif hash_file(self.folder / name) != digest:
                 self.problems.append(f"{name} is not as it was written")
-        total = sum(file.get_tensor(name).nbytes for name, file in self._shards.items())
+        total = sum(info.nbytes for info in self._infos.values())
         stated = (read_json(self.folder / INDEX_NAME).get("metadata") or {}).get("total_size")
         if stated != total:
             self.problems.append(f"{INDEX_NAME} says total_size {stated}, the tensors have {total} bytes")
@@ -4528,15 +4657,23 @@ class Verification:
         self.guard.check()
         started, problem, error = time.monotonic(), None, None
         with torch.inference_mode():
-            outputs = [self._shards[name].get_tensor(name) for name in names]
+            with self._lock:
+                self._comparing[info.name] = info
+            outputs = [self._infos[name] for name in names]
             try:
                 if names == [info.name]:
                     self._compare_kept(info, outputs[0])
                 else:
-                    error = self._compare_quantized(info, outputs)
+                    self._compare_layout(info, outputs)
+                    error = self._compare_quantized(info, [self._read_tensor(output) for output in outputs])
             except Mismatch as mismatch:
                 problem = f"{info.name!r}: {mismatch}"
         with self._lock:
+            del self._comparing[info.name]
+            self._undropped += info.nbytes
+            if drop := self._undropped >= SYNC_BYTES:
+                self._undropped = 0
+            busy = [(some, 0, some.nbytes) for some in self._comparing.values()]
             self.meter.tensors_done += 1
             self.meter.book(self._kind_of_work(info), info.nbytes, time.monotonic() - started)
             if problem:
@@ -4545,22 +4682,36 @@ class Verification:
                 self.kept += 1
             else:
                 self.errors[info.name] = error
+        if drop:
+            self._leave_page_cache(busy)
 
-    def _compare_kept(self, info: TensorInfo, output: torch.Tensor) -> None:
-        if tuple(output.shape) != info.shape or DTYPE_NAMES.get(output.dtype, info.dtype) != info.dtype:
-            raise Mismatch(f"kept as {output.dtype} {tuple(output.shape)}, the source is {info.dtype} {info.shape}")
-        found = output.reshape(-1).view(torch.uint8)
+    def _read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
+        """Bytes of the output. Not through the library's memory map, whose pages would stay in the page cache."""
+        buffer = bytearray(info.nbytes if nbytes is None else nbytes)
+        self._files[info.file].read_into(info, offset, memoryview(buffer))
+        return buffer
+
+    def _read_tensor(self, info: TensorInfo) -> torch.Tensor:
+        dtype = {"I32": torch.int32, "I64": torch.int64, **FLOAT_DTYPES}[info.dtype]
+        return torch.frombuffer(self._read(info), dtype=dtype).view(info.shape)
+
+    def _leave_page_cache(self, busy: Iterable[tuple[TensorInfo, int, int]]) -> None:
+        self.checkpoint.drop_read(busy)
+        for file in self._files.values():
+            file.drop_read([])
+
+    def _compare_kept(self, info: TensorInfo, output: TensorInfo) -> None:
+        if (output.shape, output.dtype) != (info.shape, info.dtype):
+            raise Mismatch(f"kept as {output.dtype} {output.shape}, the source is {info.dtype} {info.shape}")
         for start in range(0, info.nbytes, COPY_BYTES):
             source = bytearray(min(COPY_BYTES, info.nbytes - start))
             self.checkpoint.read_into(info, start, memoryview(source))
-            if not torch.equal(found[start : start + len(source)], torch.frombuffer(source, dtype=torch.uint8)):
+            if self._read(output, start, len(source)) != source:
                 raise Mismatch("kept, but its bytes differ from the source's")
 
     def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> WeightErrors:
         """Measure the errors of a weight; raises at the first difference beyond what the scale allows."""
-        packing = self.packing_of(info)
-        self._compare_layout(info, packing, outputs)
-        rows, columns = info.shape
+        packing, (rows, columns) = self.packing_of(info), info.shape
         dtype = FLOAT_DTYPES[info.dtype]
         statistics = self.importance.get(info) if self.importance else None
         moments = SecondMoments(*statistics) if statistics else None
@@ -4578,19 +4729,18 @@ class Verification:
         relative = (squares[:, 0] / squares[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return WeightErrors(*relative.tolist())
 
-    def _compare_layout(self, info: TensorInfo, packing: Packing, outputs: list[torch.Tensor]) -> None:
-        """Shapes and dtypes, and what follows from them alone."""
+    def _compare_layout(self, info: TensorInfo, outputs: list[TensorInfo]) -> None:
+        """Shapes and dtypes, and the bytes of what follows from them alone."""
+        columns, group_size = info.shape[1], self.packing_of(info).group_size
         for planned, found in zip(self._outputs(info), outputs):
-            if tuple(found.shape) != planned.shape or DTYPE_NAMES[found.dtype] != planned.dtype:
-                raise Mismatch(
-                    f"{planned.name} is {found.dtype} {tuple(found.shape)}, not {planned.dtype} {planned.shape}"
-                )
+            if (found.shape, found.dtype) != (planned.shape, planned.dtype):
+                raise Mismatch(f"{planned.name} is {found.dtype} {found.shape}, not {planned.dtype} {planned.shape}")
             constant = {
                 "weight_shape": lambda: torch.tensor(info.shape),
-                "qzeros": lambda found=found: torch.full_like(found, 0x77777777),
-                "g_idx": lambda: torch.arange(info.shape[1], dtype=torch.int32) // packing.group_size,
+                "qzeros": lambda shape=found.shape: torch.full(shape, 0x77777777, dtype=torch.int32),
+                "g_idx": lambda: torch.arange(columns, dtype=torch.int32) // group_size,
             }.get(planned.name.rpartition(".")[2])
-            if constant and not torch.equal(found, constant()):
+            if constant and not torch.equal(self._read_tensor(found), constant()):
                 raise Mismatch(f"{planned.name} does not hold what its shape calls for")
 
     def _compare_codes(

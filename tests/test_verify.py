@@ -135,7 +135,7 @@ def test_a_kept_tensor_in_another_dtype_is_found(damaged, tiny):
     _, folder = damaged
     name = "backbone.embeddings.weight"
     edit(folder, lambda tensors: tensors.update({name: tensors[name].half()}))
-    assert_found(tiny, folder, f"'{name}'", "float16")
+    assert_found(tiny, folder, f"'{name}'", "kept as F16")
 
 
 def test_a_lost_tensor_is_found(damaged, tiny):
