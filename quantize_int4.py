@@ -565,15 +565,15 @@ def cached_ranges(fd: int) -> Ranges:
 _LOWEST_BIT = bytes(byte & 1 for byte in range(256))  # of mincore's bytes the others mean nothing
 
 
-def drop_pages(fd: int, others: Ranges) -> None:
-    """Let the page cache forget a file but for what others have there, or will read. Written pages must be synced."""
+def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
+    """Let the page cache forget part of a file but for what others have there. Written pages must be synced before."""
     if not hasattr(os, "posix_fadvise"):
         return
-    done = 0
-    for start, end in [*sorted(others), (1 << 62, 1 << 62)]:
-        if start - done >= LEAST_DROPPED:
-            os.posix_fadvise(fd, done, 0 if start == 1 << 62 else start - done, os.POSIX_FADV_DONTNEED)
-        done = max(done, end)
+    for first, last in [*others, (end, end)]:
+        if start < min(first, end) and (first == end or first - start >= LEAST_DROPPED):
+            nbytes = min(first, end) - start
+            os.posix_fadvise(fd, start, 0 if nbytes > 1 << 60 else nbytes, os.POSIX_FADV_DONTNEED)
+        start = max(start, last)
 
 
 @contextlib.contextmanager
@@ -697,9 +697,9 @@ class WeightsFile:
         self.state = _file_state(os.stat(self.fd))
         self._cached = cached_ranges(self.fd)  # before this run reads it
 
-    def drop_read(self, busy: Ranges) -> None:
-        """Let the page cache forget what this run brought there, but for ranges that are being read."""
-        drop_pages(self.fd, self._cached + busy)
+    def drop_read(self, start: int = 0, end: int = 1 << 62) -> None:
+        """Let the page cache forget what this run brought there of the file, or of some of its bytes."""
+        drop_pages(self.fd, self._cached, start, end)
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
@@ -988,15 +988,16 @@ class Checkpoint:
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
         self.files[info.file].read_ahead(info, offset, nbytes)
 
-    def drop_read(self, busy: Iterable[tuple[TensorInfo, int, int]]) -> None:
-        """Let the page cache forget what this run read, but for so many bytes from there on of these tensors."""
-        ranges: dict[Path, Ranges] = {path: [] for path in self.files}
-        for info, offset, nbytes in busy:
-            if info.offset is not None:
-                length = info.stride * info.shape[1] if info.stride else nbytes
-                ranges[info.file].append((info.offset + offset, info.offset + offset + length))
-        for path, file in self.files.items():
-            file.drop_read(ranges[path])
+    def drop_read(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        """Let the page cache forget these bytes of a tensor, unless they were there before."""
+        if info.offset is not None:
+            start = info.offset + offset
+            self.files[info.file].drop_read(start, start + (info.stride * info.shape[1] or nbytes))
+
+    def drop_all_read(self) -> None:
+        """Let the page cache forget all that this run read, with the pages that two tensors share."""
+        for file in self.files.values():
+            file.drop_read()
 
     def check_unchanged(self) -> None:
         for file in self.files.values():
@@ -3836,7 +3837,6 @@ class Conversion:
         self._unsynced = 0  # bytes of input since a sync was last asked for
         self._jobs: list[Job] = []
         self._jobs_left: Counter[str] = Counter()  # by tensor
-        self._reading: dict[int, Job] = {}  # what the disk and the workers are at, by the job's identity
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._faults: queue.SimpleQueue[Exception] = queue.SimpleQueue()
@@ -3902,7 +3902,7 @@ class Conversion:
                     thread.join()
             for writer in self.writers:
                 writer.close()
-            self.checkpoint.drop_read([])
+            self.checkpoint.drop_all_read()
 
     def _wait_for(self, thread: threading.Thread, progress: Progress) -> None:
         while thread.is_alive():
@@ -3928,7 +3928,6 @@ class Conversion:
         workspace = Workspace()
         with self._lock:
             first = list(itertools.islice(self._next_ahead, JOBS_AHEAD))
-            self._reading.update((id(job), job) for job in first)
         for job in first:
             self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
         while not self._stop.is_set():
@@ -3936,7 +3935,6 @@ class Conversion:
                 time.sleep(0.01)
             with self._lock:
                 job, ahead = next(self._next_job, None), next(self._next_ahead, None)
-                self._reading.update((id(some), some) for some in (job, ahead) if some)
             if job is None:
                 return
             if ahead:
@@ -3945,6 +3943,7 @@ class Conversion:
             convert = self._restore if job.tensor.scales else self._quantize if job.tensor.packing else self._copy
             started = time.monotonic()
             if convert(job, workspace):
+                self.checkpoint.drop_read(job.tensor.source, job.offset, job.nbytes)
                 self._count(job, time.monotonic() - started)
 
     def _quantize(self, job: Job, workspace: Workspace) -> bool:
@@ -4080,7 +4079,6 @@ class Conversion:
         """Book a finished job; its shard goes to the finisher, if that was the last one or a sync is due."""
         name = job.tensor.source.name
         with self._lock:
-            del self._reading[id(job)]
             before = self.meter.bytes_done
             self.meter.book(self._kind_of_work(job.tensor), job.nbytes, seconds)
             if before * 2 < self.meter.bytes_total <= self.meter.bytes_done * 2:
@@ -4104,11 +4102,6 @@ class Conversion:
             else:
                 self.checkpoint.check_unchanged()
                 writer.finish()
-            with self._lock:
-                jobs = list(self._reading.values())
-            busy = [(job.tensor.source, job.offset, job.nbytes) for job in jobs]
-            busy += [(job.tensor.scales, 0, job.tensor.scales.nbytes) for job in jobs if job.tensor.scales]
-            self.checkpoint.drop_read(busy)
 
 
 def describe_bad_value(tensor: TensorPlan, tile: Tile, groups: torch.Tensor, scales: torch.Tensor) -> str:
@@ -4492,8 +4485,6 @@ class Verification:
         self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
         self.facts: dict = {}  # of the run that made the folder
         self._lock = threading.Lock()
-        self._undropped = 0  # bytes read since the page cache was last relieved of them
-        self._comparing: dict[str, TensorInfo] = {}
         self._files: dict[Path, SafetensorsFile] = {}
         self._infos: dict[str, TensorInfo] = {}  # of the output's tensors
         self._shards = self._open_shards()
@@ -4576,7 +4567,9 @@ class Verification:
                 pool.shutdown(cancel_futures=True)
         self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._shards.keys() - expected)]
         self._check_other_files()
-        self._leave_page_cache([])
+        self.checkpoint.drop_all_read()
+        for file in self._files.values():
+            file.drop_read()
 
     def _check_other_files(self) -> None:
         """The files beside the shards, and what readers take from them: total size, true shapes, kept layers."""
@@ -4657,8 +4650,6 @@ class Verification:
         self.guard.check()
         started, problem, error = time.monotonic(), None, None
         with torch.inference_mode():
-            with self._lock:
-                self._comparing[info.name] = info
             outputs = [self._infos[name] for name in names]
             try:
                 if names == [info.name]:
@@ -4669,11 +4660,6 @@ class Verification:
             except Mismatch as mismatch:
                 problem = f"{info.name!r}: {mismatch}"
         with self._lock:
-            del self._comparing[info.name]
-            self._undropped += info.nbytes
-            if drop := self._undropped >= SYNC_BYTES:
-                self._undropped = 0
-            busy = [(some, 0, some.nbytes) for some in self._comparing.values()]
             self.meter.tensors_done += 1
             self.meter.book(self._kind_of_work(info), info.nbytes, time.monotonic() - started)
             if problem:
@@ -4682,8 +4668,9 @@ class Verification:
                 self.kept += 1
             else:
                 self.errors[info.name] = error
-        if drop:
-            self._leave_page_cache(busy)
+        self.checkpoint.drop_read(info, 0, info.nbytes)
+        for output in outputs:
+            self._files[output.file].drop_read(output.offset, output.offset + output.nbytes)
 
     def _read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
         """Bytes of the output. Not through the library's memory map, whose pages would stay in the page cache."""
@@ -4694,11 +4681,6 @@ class Verification:
     def _read_tensor(self, info: TensorInfo) -> torch.Tensor:
         dtype = {"I32": torch.int32, "I64": torch.int64, **FLOAT_DTYPES}[info.dtype]
         return torch.frombuffer(self._read(info), dtype=dtype).view(info.shape)
-
-    def _leave_page_cache(self, busy: Iterable[tuple[TensorInfo, int, int]]) -> None:
-        self.checkpoint.drop_read(busy)
-        for file in self._files.values():
-            file.drop_read([])
 
     def _compare_kept(self, info: TensorInfo, output: TensorInfo) -> None:
         if (output.shape, output.dtype) != (info.shape, info.dtype):
