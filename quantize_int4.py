@@ -992,7 +992,7 @@ class Checkpoint:
         """Let the page cache forget these bytes of a tensor, unless they were there before."""
         if info.offset is not None:
             start = info.offset + offset
-            self.files[info.file].drop_read(start, start + (info.stride * info.shape[1] or nbytes))
+            self.files[info.file].drop_read(start, start + (info.stride * info.shape[1] if info.stride else nbytes))
 
     def drop_all_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
