@@ -208,7 +208,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} is missing")
     if args.folders:
         parser.error(f"unrecognized arguments: {' '.join(map(str, args.folders))}")
-    if args.restore and (args.verify or args.format or args.group_size or args.exclude or args.int8 or args.scale):
+    layout = args.format or args.group_size or args.exclude or args.int8 or args.scale or args.importance
+    if args.restore and (args.verify or layout):
         parser.error("--restore takes the layout from the folder, and only --shard_size_gb, --threads and the like")
     if args.list and not args.dry_run:
         parser.error("--list needs --dry_run")
@@ -323,7 +324,8 @@ METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of 
 FACTS_KEY = "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
 FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
 RULE_KEY = "quantize_int4_scale"  # there too: how scales and codes were chosen, which --verify must know
-FEEDBACK = "with error feedback"  # of such a rule
+WEIGHED, FEEDBACK = "weighed by importance", "with error feedback"  # of such a rule
+LEAST_STEP = 20  # scales that the largest weight of a searched group is at most: twice the last of SEARCH_STEPS
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
 
@@ -990,9 +992,8 @@ class Checkpoint:
 
     def drop_read(self, info: TensorInfo, offset: int, nbytes: int) -> None:
         """Let the page cache forget these bytes of a tensor, unless they were there before."""
-        if info.offset is not None:
-            start = info.offset + offset
-            self.files[info.file].drop_read(start, start + (info.stride * info.shape[1] if info.stride else nbytes))
+        if info.offset is not None and not info.stride:  # whose other rows lie in the same pages
+            self.files[info.file].drop_read(info.offset + offset, info.offset + offset + nbytes)
 
     def drop_all_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
@@ -1581,7 +1582,7 @@ def search_scales(
     found_errors, absmax_errors = (
         errors(weights, divisors_of(scales), importance, workspace) for scales in (found, absmax_scales)
     )
-    return torch.where(found_errors < absmax_errors, found, absmax_scales)
+    return torch.where((found_errors < absmax_errors) & (found != 0), found, absmax_scales)
 
 
 def shares_of(importance: torch.Tensor) -> torch.Tensor:
@@ -1930,7 +1931,8 @@ static float choose_scale(const float *weights, const int16 *share, const float 
     float absmax = round_scale(largest.value / 7, dropped);
     float found = round_scale(find_scale(weights, share, steps, count, group_size), dropped);
     float found_error = squared_error(weights, found ? found : 1, counts, group_size);
-    return found_error < squared_error(weights, absmax ? absmax : 1, counts, group_size) ? found : absmax;
+    float absmax_error = squared_error(weights, absmax ? absmax : 1, counts, group_size);
+    return found && found_error < absmax_error ? found : absmax;
 }
 
 /* Eight doubles or floats at once are what the compiler makes of these on any processor. */
@@ -2372,6 +2374,9 @@ def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
         rivals = [info for other in members if other != packing for info in members[other]]
         modules = [pair for info in members[packing] for pair in modules_of(info)]
         targets[packing] = [f"re:{pattern}" for pattern in patterns_of_modules(modules, rivals)]
+    elsewhere = [pattern[3:] for packing in others for pattern in targets[packing] if "experts" in pattern]
+    if len(targets[first]) > 1 and elsewhere:  # which the entry for all experts must not catch
+        targets[first][1] = targets[first][1].replace("re:", f"re:(?!{'|'.join(elsewhere)})")
     groups = {
         f"group_{number}": {
             "targets": targets[packing],
@@ -2541,6 +2546,8 @@ class Importance:
     def __init__(self, path: Path):
         self.path = path
         self.state = _file_state(path.stat())
+        if not path.is_file():
+            raise QuantizeError(f"--importance {path}: is no file")
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -2553,12 +2560,17 @@ class Importance:
         self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
         self.largest_factor = 0  # numbers in it
 
+    def check_unchanged(self) -> None:
+        if _file_state(self.path.stat()) != self.state:
+            raise QuantizeError(f"{self.path} changed while it was read: give the same command again with --overwrite")
+
     @property
     def has_factors(self) -> bool:
         return bool(self._factors)
 
-    def match(self, weights: list[TensorInfo], naming: ExpertNaming | None) -> None:
-        """Find the weights' vectors: by name, else by what follows the wrappers, where only one of each ends so.
+    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: ExpertNaming | None) -> None:
+        """Find the weights' vectors: by name, else by what follows the wrappers, where only one vector and only one of
+        all tensors of the checkpoint ends so.
 
         Raises if more than half of them have none.
         """
@@ -2570,7 +2582,7 @@ class Importance:
                     vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
             else:
                 vectors[renamed(f"{name}.weight", naming)] = name, None
-        tails = Counter(map(name_without_wrappers, vectors)) + Counter(name_without_wrappers(w.name) for w in weights)
+        tails = Counter(map(name_without_wrappers, [*vectors, *(info.name for info in tensors)]))
         by_tail = {tail: vectors[name] for name in vectors if tails[tail := name_without_wrappers(name)] == 2}
         for name in (weight.name for weight in weights):
             if found := vectors.get(name) or by_tail.get(name_without_wrappers(name)):
@@ -2578,8 +2590,8 @@ class Importance:
         if len(self._found) * 2 < len(weights):
             raise QuantizeError(
                 f"{self.path} names {len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized: its"
-                f" names are {quote_names(vectors)}, the checkpoint's {quote_names(w.name for w in weights)}: collect"
-                " them from this model"
+                f" names are {quote_names(self._names)}, the checkpoint's {quote_names(w.name for w in weights)}:"
+                " collect them from this model"
             )
 
     def describe(self, weights: list[TensorInfo]) -> str:
@@ -2676,7 +2688,9 @@ class Options:
     @property
     def rule(self) -> str:
         """How scales and codes are chosen, in words."""
-        return f"{self.scale} {FEEDBACK}" if self.importance and self.importance.has_factors else self.scale
+        if not self.importance:
+            return self.scale
+        return f"{self.scale} {FEEDBACK if self.importance.has_factors else WEIGHED}"
 
 
 @dataclass(frozen=True)
@@ -2783,7 +2797,8 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         options = replace(options, group_size=size)
         reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
         packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
-        if not any(info.shape[1] % packings[info.name].group_size for info in sources if info.name in packings):
+        narrow = any(EXPERT_PATTERN.match(name) and str(reasons[name]).startswith("narrow") for name in reasons)
+        if not narrow and not any(i.shape[1] % packings[i.name].group_size for i in sources if i.name in packings):
             break
     tensors = []
     for info in sources:
@@ -2808,7 +2823,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         notes.insert(0, f"groups of {options.group_size}: the largest of 128, 64 and 32 that divides all columns")
     if options.importance:
         packed = [tensor for tensor in tensors if tensor.packing]
-        options.importance.match([tensor.source for tensor in packed], expert_naming(checkpoint.config))
+        options.importance.match([tensor.source for tensor in packed], sources, expert_naming(checkpoint.config))
         notes.insert(0, options.importance.describe([t.source for t in packed if t.packing.bits == 4]))
     return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
 
@@ -3325,6 +3340,8 @@ def what_differs(earlier: dict, facts: dict) -> str:
         return "it was made by another version of this program"
     was, now = earlier["options"], facts["options"]
     changed = [f"--{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+    if was.get("importance") and now["importance"]:
+        changed = [text if "--importance" not in text else "--importance was another file" for text in changed]
     if changed:
         return ", ".join(changed).replace(" was None", " was not given").replace(" is None", " is not given")
     was, now = earlier["sources"], facts["sources"]
@@ -3537,8 +3554,8 @@ class ShardWriter:
             with naming(self.final):
                 if os.pread(self._open(), len(buffer), offset) != buffer:
                     raise QuantizeError(
-                        f"the source files changed since {self.final.name} was made from them: --overwrite starts"
-                        " afresh"
+                        f"the source files changed since {self.final.name} was made from them, or are another"
+                        " checkpoint's: choose another folder, or --overwrite starts afresh"
                     )
         elif not self.finished:
             with naming(self.temporary):
@@ -3547,7 +3564,7 @@ class ShardWriter:
     def _open(self) -> int:
         with self._lock:
             if self._fd is None and self.compare:
-                self._fd = os.open(self.final, os.O_RDONLY | os.O_CLOEXEC)
+                self._fd = os.open(self.final, os.O_RDWR | os.O_CLOEXEC)
                 self._cached = cached_ranges(self._fd)
             if self._fd is None:
                 self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -3565,6 +3582,8 @@ class ShardWriter:
     def finish(self) -> None:
         """All bytes are in: sync them, then give the file its final name."""
         if self.finished:
+            if self.compare:  # all was equal: from now on it is of the source files' new times
+                write_at(self._open(), memoryview(self.shard.header), 0)
             self.sync()
             self.close()
             return
@@ -3601,8 +3620,20 @@ class OutputFolder:
 
     @property
     def complete(self) -> bool:
-        everything = INDEX_NAME in self.finished and len(self.finished) == len(self.planned_names())
-        return everything and not self.remove and not self.compare
+        return self.nothing_to_write and not self.compare
+
+    @property
+    def nothing_to_write(self) -> bool:
+        """Whether all is there, though some of it may have to be compared with the source."""
+        return not self.remove and self.finished == self.planned_names()
+
+    def refuse_unwritable(self) -> None:
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise QuantizeError(
+                f"output folder {self.folder}: Permission denied: {existing} is not writable for this user, choose"
+                " another or change its owner"
+            )
 
     def planned_names(self) -> set[str]:
         return {*(shard.name for shard in self.plan.shards), *(path.name for path in self.plan.copied), *self.written}
@@ -3612,12 +3643,7 @@ class OutputFolder:
         files are refused, and so are an earlier run's unless `overwrite`."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
-        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise QuantizeError(
-                f"output folder {self.folder}: Permission denied: {existing} is not writable for this user, choose"
-                " another or change its owner"
-            )
+        self.compare.clear()
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         metadata = {path: read_metadata(path) for path in entries if SHARD_PATTERN.match(path.name)}
         shards = {path: found for path, found in metadata.items() if SHARD_PATTERN.fullmatch(path.name)}
@@ -3649,6 +3675,7 @@ class OutputFolder:
                 f" {differs}: --overwrite starts afresh, or choose another folder"
             )
         if overwrite:
+            self.compare.clear()
             return set(), [*remove, *stale, *(self.folder / name for name in finished)]
         return finished, remove
 
@@ -3692,6 +3719,8 @@ class OutputFolder:
         self._lock()
         if (self.finished, self.remove) != self._survey(self.overwrite):
             raise QuantizeError(f"output folder {self.folder} changed since it was looked at: start again")
+        if self.nothing_to_write:
+            return
         index = self.folder / INDEX_NAME
         # Shards last: they tell which of the other files are this program's.
         for path in [index, *sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))]:
@@ -4224,7 +4253,8 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
         group = [tensor for tensor in tensors if tensor.packing == packing]
         packed = format_bytes(sum(output.nbytes for tensor in group for output in tensor.outputs))
         verb = "restored from" if options.restore else "quantized to"
-        say_group(f"{verb} {packing.bits} bits", group, f"become {packed}", lambda tensor: tensor.kind)
+        several = f", by {packing.group_size}" if packing.bits == 8 else ""
+        say_group(f"{verb} {packing.bits} bits{several}", group, f"become {packed}", lambda tensor: tensor.kind)
     padded = [t for t in tensors if t.packing and not options.restore and t.source.shape[1] % t.packing.group_size]
     if padded:
         columns = padded[0].source.shape[1]
@@ -4374,8 +4404,8 @@ class Progress:
         parts = [
             f"{meter.task}  {meter.share_done():.0%}",
             f"about {format_estimate(left)} left" if left is not None else "",
-            f"{three_digits(done / GB)}/{three_digits(total / GB)} GB",
-            f"{three_digits(done / max(elapsed, 1e-9) / GB)} GB/s",
+            f"{format_bytes(done)} of {format_bytes(total)}",
+            f"{format_bytes(done / max(elapsed, 1e-9))}/s",
             f"{meter.tensors_done:,}/{count_of(meter.tensors_total, 'tensor')}",
             f"RAM {format_bytes(reading.used)} used, {format_bytes(reading.available)} available",
         ]
@@ -4414,10 +4444,8 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
     say_paragraph("Result:", f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller}; {counts}")
     peak = format_bytes(progress.guard.own_peak)
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
-    more = progress.more_cached
-    size = format_bytes(abs(more))
-    change = f"{size} {'more' if more > 0 else 'less'} than before, of all programs"
-    say_paragraph("Cache:", f"the page cache holds {change}")
+    more = f"{format_bytes(progress.more_cached)} more" if progress.more_cached > 0 else "no more"
+    say_paragraph("Cache:", f"the page cache holds {more} than before")
     if shares_memory_with_gpu():
         say_paragraph("GPU:", f"its programs see {format_bytes(psutil.virtual_memory().free)} free now")
     say()
@@ -4543,7 +4571,7 @@ class Verification:
         """Compare every tensor; problems are collected, not raised."""
         if self.importance:
             packed = [info for info in self.sources if len(self._output_names(info)) > 1]
-            self.importance.match(packed, expert_naming(self.checkpoint.config))
+            self.importance.match(packed, self.sources, expert_naming(self.checkpoint.config))
         expected = set()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             tasks = []
@@ -4660,8 +4688,8 @@ class Verification:
             except Mismatch as mismatch:
                 problem = f"{info.name!r}: {mismatch}"
         with self._lock:
-            self.meter.tensors_done += 1
             self.meter.book(self._kind_of_work(info), info.nbytes, time.monotonic() - started)
+            self.meter.tensors_done += 1
             if problem:
                 self.problems.append(problem)
             elif error is None:
@@ -4754,7 +4782,10 @@ class Verification:
         wrong = ~((aims - decoded).abs() <= scales.abs() * steps + slack)
         if searched:
             clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
-            wrong &= ~(clipped & (aims.abs() > decoded.abs()) & (aims * decoded > 0))
+            reach = scales.abs() * (LEAST_STEP + feedback * MAX_CHANGE)
+            wrong &= ~(clipped & (aims.abs() > decoded.abs()) & (aims * decoded > 0) & (aims.abs() <= reach))
+            if self.rule == "mse":
+                wrong |= worse_than_absmax(weights, decoded, scale_dtype, packing)
         elif not torch.equal(absmax_scales(weights, scale_dtype, packing)[:, : scales.shape[1]], scales):
             raise Mismatch(
                 f"a scale in rows {first} to {first + len(weights) - 1} is not its group's largest weight"
@@ -4783,6 +4814,22 @@ class Verification:
         codes = codes - half if self.format.with_offset else codes - 2 * half * (codes >= half)
         scales = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)
         return codes[:, :columns], scales[:, :columns]
+
+
+def worse_than_absmax(
+    weights: torch.Tensor, decoded: torch.Tensor, dtype: torch.dtype, packing: Packing
+) -> torch.Tensor:
+    """Whether a weight's group has a larger squared error than its absmax scale would give; (rows, columns)."""
+    scales = absmax_scales(weights, dtype, packing)[:, : weights.shape[1]]
+    codes = (weights / torch.where(scales == 0, 1, scales)).round().clamp(CODE_MIN, CODE_MAX)
+    padding = -weights.shape[1] % packing.group_size
+    errors = (
+        torch.nn.functional.pad((weights - values).square(), (0, padding)).unflatten(1, (-1, packing.group_size)).sum(2)
+        for values in (decoded, codes * scales)
+    )
+    found, absmax = errors
+    wrong = found > absmax * (1 + 1e-3) + torch.finfo(torch.float32).tiny
+    return wrong.repeat_interleave(packing.group_size, 1)[:, : weights.shape[1]]
 
 
 def absmax_scales(weights: torch.Tensor, dtype: torch.dtype, packing: Packing) -> torch.Tensor:
@@ -4921,12 +4968,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def format_asked_for(args: argparse.Namespace) -> Format:
-    """The row of --format, and a check of what depends on it."""
+    """The row of --format."""
     name = args.format or "int4"
     if name not in FORMATS:
         raise UsageError(f"--format {name!r} is none of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
-    if args.importance and default_scale(args.scale, FORMATS[name]) != "mse":
-        raise UsageError("--importance needs --scale mse")
     return FORMATS[name]
 
 
@@ -4936,6 +4981,9 @@ def default_scale(asked: str | None, form: Format) -> str:
 
 
 def make_options(args: argparse.Namespace, form: Format, group_size: int | None) -> Options:
+    """What the arguments mean for this format."""
+    if args.importance and default_scale(args.scale, form) != "mse":
+        raise UsageError("--importance needs --scale mse")
     return Options(
         form,
         group_size,
@@ -4979,13 +5027,15 @@ def plan_and_convert(args: argparse.Namespace, form: Format, checkpoint: Checkpo
         return None
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
+        if not args.dry_run:
+            output.refuse_unwritable()
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
         if args.dry_run:
             say("Dry run: nothing was written.")
             return None
         if output.complete:
             there = shorten(str(args.output_dir), terminal_width() - 25)
-            told = "It was not compared with the source; the same command with --verify does that."
+            told = "" if args.restore else "It was not compared with the source; --verify does that."
             say_paragraph("Finished:", f"{there} is complete already. {told}")
             return None
         convert(checkpoint, plan, output, progress, args.threads)
@@ -5016,7 +5066,7 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
             f" for {format_bytes(needed - free)} more or choose another disk"
         )
     progress.guard.check()
-    kernel = kernel_for(plan)
+    kernel, compared = kernel_for(plan), output.nothing_to_write
     say()
     output.prepare()
     progress.restart()
@@ -5024,6 +5074,8 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
     try:
         conversion.run(threads, progress)
         checkpoint.check_unchanged()
+        if plan.options.importance:
+            plan.options.importance.check_unchanged()
         output.write_other_files()
     except (Interrupted, MemoryGuardError) as stop:
         finished = sum(writer.finished for writer in conversion.writers)
@@ -5035,8 +5087,12 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         output.clean_up()
     if conversion.half_way:
         progress.stages.append((f"Mid-{conversion.meter.task.replace('izing', 'ization')}", conversion.half_way))
-    progress.mark("Written")
-    print_summary(plan, conversion, progress)
+    progress.mark("Compared" if compared else "Written")
+    if compared:
+        seconds = format_seconds(time.monotonic() - progress.started)
+        say(f"Compared in {seconds}: what is there is what the source files give.", colour=GREEN)
+    else:
+        print_summary(plan, conversion, progress)
 
 
 def kernel_for(plan: Plan) -> Kernel | None:

@@ -107,7 +107,7 @@ def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
 
 
 PROGRESS = re.compile(
-    r"quantizing  \d+%  (about \d+ (s|min) left  )?[\d.]+/0\.805 GB  [\d.]+ GB/s  \d+/24 tensors"
+    r"quantizing  \d+%  (about \d+ (s|min) left  )?[\d.]+ \w+ of 805 MB  [\d.]+ \w+/s  \d+/24 tensors"
     r"  RAM .* used, .* available"
 )
 

@@ -193,7 +193,9 @@ def test_a_source_of_another_time_alone_is_compared_and_the_run_continues(model,
         os.utime(path)
     result = quantize(source, tmp_path / "out", *SHARDS)
     assert f"Comparing: {len(before)} shard" in result.stdout
-    assert finished_shards(tmp_path / "out").items() >= before.items()
+    after = finished_shards(tmp_path / "out")
+    assert {name: after[name][0] for name in before} == {name: inode for name, (inode, _) in before.items()}
+    assert "complete already" in quantize(source, tmp_path / "out", *SHARDS).stdout
     output, wanted = read_tensors(tmp_path / "out"), {}
     for path in expected:
         if path.endswith(".safetensors"):
@@ -208,6 +210,22 @@ def test_leftovers_of_another_format_version_are_foreign(model, tmp_path):
     leftovers(model, tmp_path / "out")
     result = run_cli(model, tmp_path / "out", *SHARDS, constants={"FORMAT_VERSION": q.FORMAT_VERSION + 1})
     assert_refused(result, "--overwrite starts afresh")
+
+
+def test_a_finished_folder_is_compared_with_a_source_of_another_time_and_keeps_its_index(model, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(model, source)
+    quantize(source, out, *SHARDS)
+    os.utime(source / "model-00001-of-00002.safetensors")
+    assert "what is there is what the source files give" in quantize(source, out, *SHARDS).stdout
+    assert "complete already" in quantize(source, out, *SHARDS).stdout
+    with open(source / "model-00001-of-00002.safetensors", "r+b") as file:
+        file.seek(q.read_tensor_infos(Path(file.name))["m.0.weight"].offset)
+        file.write(b"\x12\x34" * 4096)
+    before = folder_bytes(out)
+    assert_refused(run_cli(source, out, *SHARDS), "or are another checkpoint's: choose another folder, or --overwrite")
+    assert folder_bytes(out) == before
+    quantize(source, out, *SHARDS, "--overwrite", "--verify")
 
 
 # --- disk -----------------------------------------------------------------------------------------------------------

@@ -208,6 +208,16 @@ def test_without_a_group_size_the_largest_that_divides_all_is_taken_and_named(tm
     assert_same_tensors(tmp_path / "out", tmp_path / "named")
 
 
+def test_narrow_experts_get_the_size_that_fits_them_instead_of_a_refusal(tmp_path):
+    experts = {
+        f"model.layers.0.mlp.experts.{e}.{name}.weight": torch.randn(shape).bfloat16()
+        for e in range(4)
+        for name, shape in (("gate_proj", (64, 256)), ("up_proj", (64, 256)), ("down_proj", (256, 64)))
+    }
+    result = quantize(save_model(tmp_path / "in", experts), tmp_path / "out", "--format", "compressed-tensors")
+    assert "groups of 64: the largest" in result.stdout
+
+
 def test_columns_that_no_size_divides_are_refused_with_exclude(tmp_path):
     folder = save_model(tmp_path / "in", {"m.x.weight": torch.ones(8, 4304 // 8)})
     refuse(folder, tmp_path, "compressed-tensors", "1 weights", "none of 128, 64, 32 divides all: --exclude them")

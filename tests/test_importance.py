@@ -36,7 +36,7 @@ def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(
         ({"layers.0.up": torch.full((200,), float("nan")), "layers.1.up": torch.ones(200)}, "negative or not finite"),
         ({"layers.0.up": -torch.ones(200), "layers.1.up": torch.ones(200)}, "negative or not finite"),
         ({"layers.0.up": torch.ones(200)}, "names 1 of 3 weights that are quantized"),
-        ({"layers.0.up.weight": torch.ones(200)}, "its names are 'layers.0.up.weight.weight'"),
+        ({"layers.0.up.weight": torch.ones(200)}, "its names are 'layers.0.up.weight',"),
     ],
     ids=["length", "dtype", "nan", "negative", "few", "no match"],
 )
@@ -75,6 +75,14 @@ def test_names_that_differ_in_their_wrappers_match(tmp_path, theirs, ours):
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
+def test_a_layers_vector_does_not_weigh_another_layer_that_ends_alike_where_its_own_is_kept(tmp_path):
+    names = [f"model.{name}" for name in LAYERS] + [f"mtp.{name}" for name in LAYERS]
+    source = save(tmp_path / "in", {f"{name}.weight": random(64, H) for name in names})
+    options = importance_file(tmp_path, {f"model.{name}": vector for name, vector in LAYERS.items()})
+    result = run_cli(source, tmp_path / "out", *options, "--exclude", r"^model\.layers\.0\.", "--group_size", 64)
+    assert_refused(result, "names 1 of 3 weights that are quantized")
+
+
 def test_a_name_that_ends_as_two_weights_do_matches_neither(tmp_path):
     wrappers = ("language_model.", "audio_tower.")
     source = save(
@@ -82,7 +90,7 @@ def test_a_name_that_ends_as_two_weights_do_matches_neither(tmp_path):
     )
     vectors = {f"model.{name}": vector for name, vector in LAYERS.items()}
     result = run_cli(source, tmp_path / "out", *importance_file(tmp_path, vectors))
-    assert_refused(result, "names 0 of 4 weights", "'model.layers.0.mlp.up_proj.weight'", "'audio_tower.layers.0")
+    assert_refused(result, "names 0 of 4 weights", "'model.layers.0.mlp.up_proj'", "'audio_tower.layers.0")
 
 
 def test_an_exact_name_comes_before_one_with_other_wrappers(tmp_path):

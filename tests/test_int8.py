@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from small_models import BESIDE, MOE, SEPARATE, E, gated, random, read_config, save
 from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
 
+import quantize_int4 as q
+
 ATTENTION = "model.layers.0.self_attn"
 MODEL = {f"{ATTENTION}.{p}_proj.weight": random(64, 256) for p in "qkvo"} | {
     "model.layers.0.mlp.up_proj.weight": random(64, 192),
@@ -99,7 +101,7 @@ def test_stacked_experts_are_named_as_in_the_file_or_one_by_one(tmp_path):
     source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
     for pattern, folder in ((r"experts\.(gate_up|down)_proj", "a"), (r"experts\.\d+\.", "b")):
         plan = quantize(source, tmp_path / folder, *ENGINE, "--int8", pattern, "--verify").stdout
-        assert re.search(rf"quantized to 8 bits +{3 * E} ", plan)
+        assert re.search(rf"quantized to 8 bits, by 128 +{3 * E} ", plan)
     a, b = (read_tensors(tmp_path / folder) for folder in "ab")
     assert all(torch.equal(a[name], tensor) for name, tensor in b.items())
 
@@ -116,7 +118,7 @@ def test_searched_scales_are_for_4_bits_and_8_bits_keep_their_largest(tmp_path):
 
 def test_the_plan_and_verification_list_8_bit_weights_apart(tmp_path):
     result = quantize(save(tmp_path / "in", MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify")
-    assert re.search(r"quantized to 4 bits +2 (.*\n)+quantized to 8 bits +4 .*become", result.stdout)
+    assert re.search(r"quantized to 4 bits +2 (.*\n)+quantized to 8 bits, by 128 +4 .*become", result.stdout)
     assert "Note:      two widths: " in result.stdout
     assert re.search(r"attention, 8 bits +4 +0\.00", result.stdout)
     assert re.search(r"MLP +2 +0\.1", result.stdout)
@@ -233,6 +235,19 @@ def test_a_recipe_of_the_readme_gives_the_size_it_names(nano, tmp_path, recipe, 
     options = ["--format", "compressed-tensors", "--int8", recipe, "--dry_run"]
     plan = quantize(nano, tmp_path / "out", *options).stdout
     four, eight, size = expected
-    assert re.search(rf"quantized to 4 bits +{four} (.*\n)+quantized to 8 bits +{eight} ", plan)
+    assert re.search(rf"quantized to 4 bits +{four} (.*\n)+quantized to 8 bits, by 128 +{eight} ", plan)
     assert re.search(rf"^output +18,251 +{size} ", plan, re.MULTILINE)
     assert size in (ROOT / "README.md").read_text()
+
+
+def test_8_bits_for_the_experts_of_one_layer_are_not_caught_by_the_entry_for_all_others(tiny, tmp_path):
+    options = ["--format", "compressed-tensors", "--int8", r"layers\.1\.mixer\.experts", "--verify"]
+    assert "holds what it should" in quantize(tiny, tmp_path / "out", *options).stdout
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    for name, bits in (
+        ("backbone.layers.1.mixer.experts.0.up_proj", 8),
+        ("backbone.layers.3.mixer.experts.0.up_proj", 4),
+    ):
+        patterns = {group["weights"]["num_bits"]: group["targets"] for group in groups.values()}
+        matching = [b for b, targets in patterns.items() if any(p.match(name) for p in q.compile_targets(targets))]
+        assert matching == [bits]

@@ -324,6 +324,22 @@ def test_layers_that_read_the_same_have_the_same_factor_and_others_have_not(tmp_
     assert not torch.equal(q_proj, o_proj)
 
 
+def test_experts_that_read_the_very_input_of_the_router_have_factors(tmp_path):
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(64, 3, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(64, 8, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            shares = self.gate(x)
+            return sum(shares[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+    x = torch.randn(200, 64)
+    vectors = collect_vectors(Dense(), [{"x": x}], tmp_path, RANK=4)
+    assert captured(vectors["experts.2.factor"], x.double().T @ x.double() / 200) < 1.02
+
+
 def test_inputs_that_were_changed_in_place_are_not_taken_for_the_same(tmp_path):
     class Changed(nn.Module):
         def __init__(self):

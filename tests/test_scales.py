@@ -167,6 +167,17 @@ def test_every_format_verifies_with_mse_and_is_closer(tiny, tmp_path, form, grou
     assert worst["mse"] < 0.9 * worst["absmax"]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_dead_column_with_the_largest_weight_does_not_zero_its_group(kernel, compiled):
+    weights = (GAUSSIAN[: 1 << 12] * 0.7).view(-1, 64).bfloat16()
+    weights[:, 7] = 200
+    importance = torch.ones(1, 64)
+    importance[0, 7] = 0
+    arguments = weights, torch.bfloat16, q.Workspace(), False, True, importance
+    _, scales = q.quantize_groups(*arguments, kernel=kernel if compiled else None)
+    assert (scales != 0).all()
+
+
 def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
     weight = GAUSSIAN[: 300 * 200].view(300, 200).bfloat16()
     folder = save_model(tmp_path / "in", {"m.weight": weight})

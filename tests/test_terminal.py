@@ -183,9 +183,7 @@ def test_a_restored_folder_is_to_be_evaluated(tiny, tmp_path):
 
 def test_a_folder_that_is_complete_says_that_it_was_not_compared(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
-    assert (
-        "It was not compared with the source; the same command with --verify" in quantize(tiny, tmp_path / "out").stdout
-    )
+    assert "It was not compared with the source; --verify does that" in quantize(tiny, tmp_path / "out").stdout
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -228,7 +226,7 @@ def test_on_a_narrow_terminal_the_memory_goes_first():
     lines = [progress._describe(meter, 10.0, room) for room in (200, 79, 40)]
     assert all("quantizing  10%  about 2 min left" in line for line in lines)
     assert ["RAM" in line for line in lines] == [True, False, False]
-    assert ["GB/s" in line for line in lines] == [True, True, False]
+    assert ["/s" in line for line in lines] == [True, True, False]
     assert all(len(line) <= room for line, room in zip(lines, (200, 79, 40)))
 
 

@@ -258,6 +258,27 @@ def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp
     assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
 
 
+@pytest.mark.parametrize("factor", [0.1, 0.5, 1.5])
+def test_scales_of_mse_that_were_changed_are_found_though_the_codes_fit_them(tiny, tmp_path, factor):
+    quantize(tiny, tmp_path / "out", "--scale", "mse", "--group_size", 64)
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    with q.safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+    tensors, (name, weight) = load_file(shard), next(iter(expert_weights(tiny)))
+    scales = tensors[f"{name}.scales"].mul_(factor).float().repeat_interleave(64, 1)
+    codes = (weight.float() / scales).round().clamp(-8, 7).to(torch.int16)
+    tensors[f"{name}.qweight"].copy_(q.pack_int4(codes, q.Workspace()))
+    save_file(tensors, shard, metadata=metadata)
+    assert_found(tiny, tmp_path / "out", f"'{name}.weight'")
+
+
+def expert_weights(folder):
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            if name.endswith("up_proj.weight"):
+                yield name.removesuffix(".weight"), tensor
+
+
 @pytest.mark.parametrize(
     ("form", "part"), [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")]
 )
