@@ -2157,9 +2157,10 @@ class Kernel:
 
     def works(self) -> bool:
         """Try it before the compiler is relied upon: the largest at each place of a group, and half-way cases, some of
-        them beyond the codes, at each mantissa that a float16 scale can have. Groups of 264 are more than two rounds of
-        the longest loop, which takes 128 weights with AVX-512, and not whole rounds, so that the rest is tried, too."""
-        workspace, size = Workspace(), 264
+        them beyond the codes, at each mantissa that a float16 scale can have. Groups of 280 are two rounds of the
+        longest loop, which takes 128 weights with AVX-512, and 24, of which NEON's second loop takes 16: all of these
+        are tried, and the rest, too."""
+        workspace, size = Workspace(), 280
         largest = self.max_abs(torch.eye(size).neg().bfloat16(), workspace)
         scales = 1 + torch.arange(1024) / 1024
         scales[::2].neg_()
@@ -2172,7 +2173,7 @@ class Kernel:
 
     def _search_works(self) -> bool:
         """Try the search on random weights."""
-        workspace, size = Workspace(), 264
+        workspace, size = Workspace(), 280
         groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5).bfloat16()
         weights, importance = groups.to(torch.float32), torch.arange(2.0 * size).view(2, size) * 0.618 % 1
         divisors, shares = 1 + torch.arange(1024) / 1024, shares_of(importance)

@@ -99,6 +99,7 @@ def test_the_kernel_clamps_a_code_however_large_the_quotient(weight):
         ("0x7FFF", "0xFFFF"),
         ("= (low", "= i >= 128 ? 0 : (low"),  # where the longest vectors end
         ("= (low", "= half >= 64 && i < half / 64 * 64 ? 0 : (low"),  # in whole vectors only
+        ("= (low", "= half % 16 >= 8 && i >= half / 16 * 16 ? 0 : (low"),  # in the loop of 8 behind NEON's of 16
         ("high << 4", "high"),
         ("^ offset", ""),
         ("most = magnitude > most", "most = i < 256 && magnitude > most"),
