@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))  # which the launcher's processes take over
+
 import torch
 from checkpoints import write_checkpoint
 from launcher import Run, Setting
