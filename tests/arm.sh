@@ -4,7 +4,7 @@
 #
 #     bash tests/arm.sh ROOT [arguments of pytest]
 #
-# ROOT (1.6 GB) becomes Debian for arm64 with what the tests need, if it is missing. With arguments, only that pytest
+# ROOT (1.3 GB) becomes Debian for arm64 with what the tests need, if it is missing. With arguments, only that pytest
 # runs. Without, the tiny checkpoint is converted in many ways on both processors and the files are compared, then the
 # tests run that need neither transformers nor vLLM.
 set -euo pipefail
