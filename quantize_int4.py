@@ -2157,14 +2157,15 @@ class Kernel:
 
     def works(self) -> bool:
         """Try it before the compiler is relied upon: the largest at each place of a group, and half-way cases, some of
-        them beyond the codes, at each mantissa that a float16 scale can have. Groups of 280 are two rounds of the
-        longest loop, which takes 128 weights with AVX-512, and 24, of which NEON's second loop takes 16: all of these
-        are tried, and the rest, too."""
-        workspace, size = Workspace(), 280
+        them beyond the codes, at each mantissa that a float16 scale can have. Groups of 376 are, in
+        pairs, some rounds of each loop that the compiler makes of these: of 64 and 32 with AVX-512, 32 and 16 with
+        AVX2, 16 and 8 with NEON, and a rest.
+        """
+        workspace, size = Workspace(), 376
         largest = self.max_abs(torch.eye(size).neg().bfloat16(), workspace)
         scales = 1 + torch.arange(1024) / 1024
         scales[::2].neg_()
-        halves = torch.arange(-8.5, 8.5, 0.5).repeat(10)[:size]
+        halves = torch.arange(-8.5, 8.5, 0.5).repeat(12)[:size]
         groups = (scales[:, None] * halves).bfloat16()
         expected = pack_int4(divide_to_codes(groups, scales, workspace), workspace, with_offset=True).clone()
         words = self.round_and_pack(groups, scales.reciprocal(), True, workspace)
@@ -2173,7 +2174,7 @@ class Kernel:
 
     def _search_works(self) -> bool:
         """Try the search on random weights."""
-        workspace, size = Workspace(), 280
+        workspace, size = Workspace(), 376
         groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5).bfloat16()
         weights, importance = groups.to(torch.float32), torch.arange(2.0 * size).view(2, size) * 0.618 % 1
         divisors, shares = 1 + torch.arange(1024) / 1024, shares_of(importance)

@@ -99,6 +99,8 @@ def test_the_kernel_clamps_a_code_however_large_the_quotient(weight):
         ("0x7FFF", "0xFFFF"),
         ("= (low", "= i >= 128 ? 0 : (low"),  # where the longest vectors end
         ("= (low", "= half >= 64 && i < half / 64 * 64 ? 0 : (low"),  # in whole vectors only
+        ("= (low", "= half % 64 >= 32 && i >= half / 64 * 64 && i < half / 32 * 32 ? 0 : (low"),
+        ("= (low", "= half % 32 >= 16 && i >= half / 32 * 32 && i < half / 16 * 16 ? 0 : (low"),
         ("= (low", "= half % 16 >= 8 && i >= half / 16 * 16 ? 0 : (low"),  # in the loop of 8 behind NEON's of 16
         ("high << 4", "high"),
         ("^ offset", ""),
@@ -130,7 +132,7 @@ def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wro
         ("(1 << (dropped - 1)) - 1 +", "(1 << (dropped - 1)) +"),
         ("magnitude.bits |= all.bits & 0x80000000", ""),
         ("largest.value / 7", "largest.value / 8"),
-        ("< squared_error(weights, absmax", "> squared_error(weights, absmax"),
+        ("found_error < absmax_error", "found_error > absmax_error"),
         ("= k == i", "= 1"),
         ("lanes[lane] += inverse[k + lane][i]", "lanes[lane] += inverse[k][i]"),
         ("rest[column] + FOLD(lanes)", "FOLD(lanes)"),
