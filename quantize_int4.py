@@ -4856,6 +4856,7 @@ class SecondMoments:
     def __init__(self, mean_squares: torch.Tensor, factor: torch.Tensor | None):
         self.mean_squares = mean_squares.to(torch.float64)
         self.factor = None if factor is None else factor.to(torch.float64)
+        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def output_energy(self, rows: torch.Tensor) -> float:
         """The trace of R H R^T for rows R, float32 (rows, columns)."""
@@ -4866,31 +4867,36 @@ class SecondMoments:
         return float((rows.square() @ rest).sum() + (rows @ self.factor).square().sum())
 
     def expected_changes(self, errors: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Say what the errors of a row's columns before it add to each column, float32 (rows, columns) as the errors.
-
-        By groups: with all later columns free, a group's own second moments are H_g = diag(d) + V P V^T, where P =
-        (I + V_later^T diag(1 / d) V_later)^-1. These are split into U D U^T, U unit upper triangular.
-        """
+        """Say what the errors of the columns before it add to each column; float32 (rows, columns), as the errors."""
         padding = packing.columns_of(errors.shape[1]) - errors.shape[1]
         errors = torch.nn.functional.pad(errors.to(torch.float64), (0, padding))
+        self._groups = self._groups or self._split(packing)
+        carried = errors.new_zeros(len(errors), self.factor.shape[1])
+        changes = []
+        for (v, solved, upper), error in zip(self._groups, errors.split(packing.group_size, 1)):
+            shift = carried @ solved.T
+            changes.append(shift + (error + shift) @ upper)
+            carried = carried + error @ v
+        return torch.cat(changes, 1)[:, : errors.shape[1] - padding].to(torch.float32)
+
+    def _split(self, packing: Packing) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """For each group V, H_g^-1 V P, and U above its diagonal.
+
+        With all later columns free, a group's own second moments are H_g = diag(d) + V P V^T, where P =
+        (I + V_later^T diag(1 / d) V_later)^-1. These are split into U D U^T, U unit upper triangular.
+        """
+        padding = packing.columns_of(len(self.factor)) - len(self.factor)
         factor = torch.nn.functional.pad(self.factor, (0, 0, 0, padding)) * math.sqrt(FACTOR_SHARE)
         mean_squares = torch.nn.functional.pad(self.mean_squares, (0, padding))
         rest = (mean_squares - factor.square().sum(1)).clamp_min(0) + mean_squares.mean() * DAMPING
-        groups = list(zip(*(tensor.split(packing.group_size) for tensor in (factor, rest))))
-        inverses, later = [], torch.eye(factor.shape[1], dtype=torch.float64)
-        for v, d in reversed(groups):
-            inverses.append(torch.linalg.inv(later))
-            later = later + v.T @ (v / d[:, None])
-        carried = errors.new_zeros(len(errors), factor.shape[1])
-        changes = []
-        for (v, d), inverse, error in zip(groups, reversed(inverses), errors.split(packing.group_size, 1)):
+        groups, later = [], torch.eye(factor.shape[1], dtype=torch.float64)
+        for v, d in zip(*(reversed(tensor.split(packing.group_size)) for tensor in (factor, rest))):
+            inverse = torch.linalg.inv(later)
             own = torch.diag(d) + v @ inverse @ v.T
             upper = torch.linalg.cholesky(own.flip(0, 1)).flip(0, 1)
-            upper = upper / upper.diagonal()
-            shift = carried @ torch.linalg.solve(own, v @ inverse).T
-            changes.append(shift + (error + shift) @ upper.triu(1))
-            carried = carried + error @ v
-        return torch.cat(changes, 1)[:, : errors.shape[1] - padding].to(torch.float32)
+            groups.append((v, torch.linalg.solve(own, v @ inverse), (upper / upper.diagonal()).triu(1)))
+            later = later + v.T @ (v / d[:, None])
+        return groups[::-1]
 
 
 def print_verification(verification: Verification) -> None:
