@@ -2376,9 +2376,6 @@ def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
         rivals = [info for other in members if other != packing for info in members[other]]
         modules = [pair for info in members[packing] for pair in modules_of(info)]
         targets[packing] = [f"re:{pattern}" for pattern in patterns_of_modules(modules, rivals)]
-    elsewhere = [pattern[3:] for packing in others for pattern in targets[packing] if "experts" in pattern]
-    if len(targets[first]) > 1 and elsewhere:  # which the entry for all experts must not catch
-        targets[first][1] = targets[first][1].replace("re:", f"re:(?!{'|'.join(elsewhere)})")
     groups = {
         f"group_{number}": {
             "targets": targets[packing],
@@ -3113,6 +3110,14 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
             f" hold, e.g. {uneven[0].name!r} with {uneven[0].shape[0]:,}: --exclude them, or use compressed-tensors"
         )
     refuse_split_layers(tensors)
+    experts = {tensor.packing: tensor.source for tensor in tensors if EXPERT_PATTERN.match(tensor.source.name)}
+    experts.pop(None, None)
+    if len(experts) > 1:
+        fates = (f"{info.name!r} gets {packing.bits} bits" for packing, info in experts.items())
+        raise QuantizeError(
+            f"{' while '.join(fates)}: transformers (5.23) reads the routed experts of all layers in one width, and"
+            " others as noise: --int8 all of them or none"
+        )
 
 
 def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:

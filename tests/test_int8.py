@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from small_models import BESIDE, MOE, SEPARATE, E, gated, random, read_config, save
 from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
 
-import quantize_int4 as q
-
 ATTENTION = "model.layers.0.self_attn"
 MODEL = {f"{ATTENTION}.{p}_proj.weight": random(64, 256) for p in "qkvo"} | {
     "model.layers.0.mlp.up_proj.weight": random(64, 192),
@@ -240,14 +238,8 @@ def test_a_recipe_of_the_readme_gives_the_size_it_names(nano, tmp_path, recipe, 
     assert size in (ROOT / "README.md").read_text()
 
 
-def test_8_bits_for_the_experts_of_one_layer_are_not_caught_by_the_entry_for_all_others(tiny, tmp_path):
-    options = ["--format", "compressed-tensors", "--int8", r"layers\.1\.mixer\.experts", "--verify"]
-    assert "holds what it should" in quantize(tiny, tmp_path / "out", *options).stdout
-    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
-    for name, bits in (
-        ("backbone.layers.1.mixer.experts.0.up_proj", 8),
-        ("backbone.layers.3.mixer.experts.0.up_proj", 4),
-    ):
-        patterns = {group["weights"]["num_bits"]: group["targets"] for group in groups.values()}
-        matching = [b for b, targets in patterns.items() if any(p.match(name) for p in q.compile_targets(targets))]
-        assert matching == [bits]
+def test_8_bits_for_the_experts_of_one_layer_alone_are_refused(tiny, tmp_path):
+    options = ["--format", "compressed-tensors", "--int8", r"layers\.1\.mixer\.experts"]
+    result = run_cli(tiny, tmp_path / "out", *options)
+    assert_refused(result, "gets 8 bits while 'backbone.layers.3.mixer.experts", "--int8 all of them or none")
+    quantize(tiny, tmp_path / "out", "--format", "compressed-tensors", "--int8", r"mixer\.experts", "--verify")
