@@ -3110,8 +3110,7 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
             f" hold, e.g. {uneven[0].name!r} with {uneven[0].shape[0]:,}: --exclude them, or use compressed-tensors"
         )
     refuse_split_layers(tensors)
-    experts = {tensor.packing: tensor.source for tensor in tensors if EXPERT_PATTERN.match(tensor.source.name)}
-    experts.pop(None, None)
+    experts = {t.packing: t.source for t in tensors if t.packing and EXPERT_PATTERN.match(t.source.name)}
     if len(experts) > 1:
         fates = (f"{info.name!r} gets {packing.bits} bits" for packing, info in experts.items())
         raise QuantizeError(
@@ -3246,10 +3245,10 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
             f"no engine loads {options.format.name}: it is for readers of your own. --format compressed-tensors makes"
             " what vLLM and transformers load"
         )
-    if delicate := [tensor.source for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
+    if delicate := [tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
         notes.append(
-            f"{' and '.join(sorted({t.kind for t in tensors if t.packing} & {'head', 'routers'}))} in 4 bits, too,"
-            f" costs quality and saves little: --exclude {shlex.quote(pattern_of(delicate))} keeps them"
+            f"{' and '.join(sorted({tensor.kind for tensor in delicate}))} in 4 bits, too, costs quality and saves"
+            f" little: --exclude {shlex.quote(pattern_of(tensor.source for tensor in delicate))} keeps them"
         )
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
     if options.format.for_engines and separated and not expert_naming(config):

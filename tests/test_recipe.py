@@ -53,15 +53,20 @@ def mean_squares(parts):
     return torch.cat(parts).double().square().mean(dim=0).float()
 
 
-def expected_vectors(model, batches):
-    """The vectors by name, and those of stacks by name and expert."""
+def collect_inputs(model, batches):
+    """What entered each weight, by name, and by name and expert."""
     inputs = defaultdict(list)
     hook_matrices(model, inputs)
     hook_stacks(model, inputs)
     with torch.no_grad():
         for batch in batches:
             model(**batch)
-    return {name: mean_squares(parts) for name, parts in inputs.items()}
+    return inputs
+
+
+def expected_vectors(model, batches):
+    """The vectors by name, and those of stacks by name and expert."""
+    return {name: mean_squares(parts) for name, parts in collect_inputs(model, batches).items()}
 
 
 def assert_equal(vectors, expected):
@@ -257,16 +262,6 @@ def test_a_matrix_whose_columns_are_not_multiplied_has_no_vector(multiply, tmp_p
 def moments_of(inputs):
     """Second moments of each input, as factors should have their main part."""
     return {name: (x := torch.cat(parts).double()).T @ x / len(x) for name, parts in inputs.items()}
-
-
-def collect_inputs(model, batches):
-    inputs = defaultdict(list)
-    hook_matrices(model, inputs)
-    hook_stacks(model, inputs)
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    return inputs
 
 
 def captured(factor, moments):
