@@ -89,7 +89,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,7 +302,9 @@ OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement 
 TILE_WEIGHTS = 1 << 20
 JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
 TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
-JOBS_AHEAD = 2  # that the disk reads before a worker takes them, for each worker
+DISK_READERS = 4  # threads that read ahead around the page cache; one alone does not keep an SSD busy
+DIRECT_BYTES = 1 << 24  # the most that is read so at a time: jobs of one worker each, but for the largest
+DIRECT_BLOCK = 4096  # bytes, to which such reads are aligned
 MAX_WAITING_SHARDS = 100  # for the disk; each may be an open file, and the system allows about a thousand
 SYNC_BYTES = 1 << 27  # of input, after which what came of it is synced and both leave the page cache
 LEAST_DROPPED = 1 << 20  # bytes between parts of a file that others had in the page cache
@@ -578,6 +580,68 @@ def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> N
         start = max(start, last)
 
 
+class DirectReads:
+    """Reads around the page cache, ahead of the workers, into buffers that are used again. (open(2), O_DIRECT)
+
+    A tenth of the processor's time of a read through the cache, which finds and frees each page; and nothing to drop.
+    """
+
+    def __init__(self):
+        self._pool = concurrent.futures.ThreadPoolExecutor(DISK_READERS)
+        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+
+    def start(self, fd: int, start: int, end: int) -> DirectRead:
+        return DirectRead(start, end, self._pool.submit(self._read, fd, start, end))
+
+    def _read(self, fd: int, start: int, end: int) -> tuple[mmap.mmap, int] | None:
+        """A buffer, and where in it the bytes begin; None if they cannot be read so, which is for others to explain."""
+        position = first = start // DIRECT_BLOCK * DIRECT_BLOCK
+        nbytes = -(-(end - first) // DIRECT_BLOCK) * DIRECT_BLOCK
+        buffer = self._take(nbytes)
+        with contextlib.suppress(OSError):  # a file system without
+            while position < end:
+                count = os.preadv(fd, [memoryview(buffer)[position - first : nbytes]], position)
+                if count == 0 or (count % DIRECT_BLOCK and position + count < end):
+                    return None
+                position += count
+            return buffer, start - first
+        return None
+
+    def _take(self, nbytes: int) -> mmap.mmap:
+        with contextlib.suppress(queue.Empty):
+            if len(buffer := self._free.get_nowait()) >= nbytes:
+                return buffer
+        return allocate(nbytes)
+
+    def finish(self, read: DirectRead) -> None:
+        """Take the buffer back."""
+        if found := read.result.result():
+            self._free.put(found[0])
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class DirectRead:
+    """Bytes `start` to `end` of a file, which are being read."""
+
+    start: int
+    end: int
+    result: concurrent.futures.Future[tuple[mmap.mmap, int] | None]
+
+    def copy_into(self, buffer: memoryview, position: int) -> bool:
+        """Fill the buffer with the file's bytes from `position` on; False if this read does not have them."""
+        inside = self.start <= position and position + len(buffer) <= self.end
+        if not inside or (found := self.result.result()) is None:
+            return False
+        source = torch.frombuffer(
+            found[0], dtype=torch.uint8, count=len(buffer), offset=found[1] + position - self.start
+        )
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)  # which lets other threads run
+        return True
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is read once, and leave the page cache as it was."""
@@ -698,6 +762,11 @@ class WeightsFile:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _file_state(os.stat(self.fd))
         self._cached = cached_ranges(self.fd)  # before this run reads it
+        self._direct_fd: int | None = None  # to read around the page cache
+        with contextlib.suppress(OSError, AttributeError):  # a file system or system without
+            self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        self._ahead: dict[tuple[str, int], DirectRead] = {}  # by tensor and offset
+        self._not_dropped = 0  # bytes that were read since all that this run read was last dropped
 
     def drop_read(self, start: int = 0, end: int = 1 << 62) -> None:
         """Let the page cache forget what this run brought there of the file, or of some of its bytes."""
@@ -708,10 +777,29 @@ class WeightsFile:
         if _file_state(os.stat(self.fd)) != self.state or _file_state(os.stat(self.path)) != self.state:
             raise QuantizeError(f"{self.path} changed while it was read: {START_AGAIN}")
 
-    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        """Let the disk start on bytes that will be read soon; returns at once."""
-        if info.offset is not None and not info.stride and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, info.offset + offset, nbytes, os.POSIX_FADV_WILLNEED)
+    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int, reads: DirectReads) -> None:
+        """Let the disk start on bytes that will be read soon, around the page cache if they are not there; returns at
+        once. What is begun here, `finish_reading` ends."""
+        if info.offset is None or info.stride:
+            return
+        start, end = info.offset + offset, info.offset + offset + nbytes
+        cached = any(first < end and start < last for first, last in self._cached)
+        if not cached and self._direct_fd is not None and nbytes <= DIRECT_BYTES:
+            self._ahead[info.name, offset] = reads.start(self._direct_fd, start, end)
+        elif hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def finish_reading(self, info: TensorInfo, offset: int, nbytes: int, reads: DirectReads) -> None:
+        """Forget bytes of a tensor that were read, as the page cache is to, unless they were there before."""
+        if read := self._ahead.pop((info.name, offset), None):
+            reads.finish(read)
+        elif info.offset is not None and not info.stride:
+            self.drop_read(info.offset + offset, info.offset + offset + nbytes)
+        else:  # other rows lie in the same pages
+            self._not_dropped += nbytes
+            if self._not_dropped >= SYNC_BYTES:
+                self._not_dropped = 0
+                self.drop_read()
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes, row-major, from `offset` on."""
@@ -738,6 +826,8 @@ class WeightsFile:
         fails while it is read is an error message, not a SIGBUS.
         """
         position = info.offset + offset
+        if any(read.copy_into(buffer, position) for read in list(self._ahead.values())):
+            return
         while len(buffer):
             with naming(self.path):
                 count = os.preadv(self.fd, [buffer], position)
@@ -749,7 +839,10 @@ class WeightsFile:
         raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.drop_read()
+        for fd in (self.fd, self._direct_fd):
+            if fd is not None:
+                os.close(fd)
 
 
 class SafetensorsFile(WeightsFile):
@@ -770,6 +863,10 @@ class PickleFile(WeightsFile):
         self.notes += notes
         self._maps = [] if is_byteswapped(path) else read_memory_maps()
         self.infos = {name: self._describe(name, tensor) for name, tensor in self._tensors.items()}
+
+    def close(self) -> None:
+        self._tensors.clear()  # pages that are mapped cannot be dropped
+        super().close()
 
     def _describe(self, name: str, tensor: torch.Tensor) -> TensorInfo:
         dtype = DTYPE_NAMES.get(tensor.dtype)
@@ -905,6 +1002,7 @@ class Checkpoint:
         self.folder = folder
         self.config_folder = config_folder  # of config.json and all other files that are copied
         self.files = {file.path: file for file in files}
+        self._reads = DirectReads()
         self.tensors: dict[str, TensorInfo] = {}
         self.notes = [note for file in files for note in getattr(file, "notes", [])]
         unlisted = []
@@ -988,12 +1086,10 @@ class Checkpoint:
         self.files[info.file].read_into(info, offset, buffer)
 
     def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        self.files[info.file].read_ahead(info, offset, nbytes)
+        self.files[info.file].read_ahead(info, offset, nbytes, self._reads)
 
-    def drop_read(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        """Let the page cache forget these bytes of a tensor, unless they were there before."""
-        if info.offset is not None and not info.stride:  # whose other rows lie in the same pages
-            self.files[info.file].drop_read(info.offset + offset, info.offset + offset + nbytes)
+    def finish_reading(self, info: TensorInfo, offset: int, nbytes: int) -> None:
+        self.files[info.file].finish_reading(info, offset, nbytes, self._reads)
 
     def drop_all_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
@@ -1005,6 +1101,7 @@ class Checkpoint:
             file.check_unchanged()
 
     def close(self) -> None:
+        self._reads.close()
         for file in self.files.values():
             file.close()
 
@@ -3887,8 +3984,8 @@ class Conversion:
             self.meter.tensors_total += 1
             self.meter.tensors_done += not jobs  # a tensor of no elements is in the header already
             self.meter.expect(self._kind_of_work(tensor), tensor.source.nbytes)
-        self._next_job = iter(self._jobs)
-        self._next_ahead = iter(self._jobs)
+        self._waiting = iter(self._jobs)
+        self._ahead: deque[Job] = deque()  # that the disk reads already
         self.writers = [
             ShardWriter(
                 output.folder,
@@ -3918,6 +4015,7 @@ class Conversion:
 
     def run(self, threads: int, progress: Progress) -> None:
         """Convert everything; returns when every shard has its final name."""
+        self._jobs_ahead = max(threads, DISK_READERS)
         workers = [threading.Thread(target=self._guarded, args=(self._work,), daemon=True) for _ in range(threads)]
         # Syncing a shard takes as long as the disk does, so it has a thread of its own.
         finisher = threading.Thread(target=self._guarded, args=(self._finish_shards,), daemon=True)
@@ -3961,25 +4059,25 @@ class Conversion:
 
     def _work(self) -> None:
         workspace = Workspace()
-        with self._lock:
-            first = list(itertools.islice(self._next_ahead, JOBS_AHEAD))
-        for job in first:
-            self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
         while not self._stop.is_set():
             while self._to_sync.qsize() > MAX_WAITING_SHARDS and not self._stop.is_set():
                 time.sleep(0.01)
-            with self._lock:
-                job, ahead = next(self._next_job, None), next(self._next_ahead, None)
-            if job is None:
+            if not (job := self._take_job()):
                 return
-            if ahead:
-                self.checkpoint.read_ahead(ahead.tensor.source, ahead.offset, ahead.nbytes)
             self.guard.check()
             convert = self._restore if job.tensor.scales else self._quantize if job.tensor.packing else self._copy
             started = time.monotonic()
             if convert(job, workspace):
-                self.checkpoint.drop_read(job.tensor.source, job.offset, job.nbytes)
+                self.checkpoint.finish_reading(job.tensor.source, job.offset, job.nbytes)
                 self._count(job, time.monotonic() - started)
+
+    def _take_job(self) -> Job | None:
+        """The next job, for one worker alone; meanwhile the disk reads for those after it."""
+        with self._lock:
+            for job in itertools.islice(self._waiting, 1 + self._jobs_ahead - len(self._ahead)):
+                self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
+                self._ahead.append(job)
+            return self._ahead.popleft() if self._ahead else None
 
     def _quantize(self, job: Job, workspace: Workspace) -> bool:
         """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
@@ -4288,7 +4386,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     needed, free = output.bytes_to_write(), output.free_disk()
     shortage = ": not enough" if needed > free else ""
     say_paragraph("Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
-    available, peak = guard.read().available, guard.own() + threads * worker_bytes(plan)
+    available, peak = guard.read().available, guard.own() + buffer_bytes(plan, threads)
     say_paragraph(
         "Memory:",
         f"about {format_bytes(peak)} at the peak; {format_bytes(available)} available, stops below"
@@ -4308,9 +4406,10 @@ def print_list(plan: Plan) -> None:
         say(before="\t".join(map(printable, cells)))
 
 
-def worker_bytes(plan: Plan) -> int:
-    """What one worker's buffers come to: raw weights, padded ones and magnitudes, float32 weights, a search's four of
-    this size, codes, words and scales, staged lines."""
+def buffer_bytes(plan: Plan, threads: int) -> int:
+    """What all buffers come to: for each job at work or ahead what was read around the page cache; for each worker raw
+    weights, padded ones and magnitudes, float32 weights, a search's four of this size, codes, words and scales, staged
+    lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
     searched = (4, 4, 4, 4) if plan.options.scale == "mse" else ()
     words = 1 if plan.options.int8 else 0.5
@@ -4319,7 +4418,8 @@ def worker_bytes(plan: Plan) -> int:
         buffers += [plan.options.importance.largest_factor * 4] * 8
     if plan.options.format.transposed:
         buffers += [TRANSPOSED_JOB_WEIGHTS * nbytes for nbytes in (0.5, 0.1)]
-    return sum(map(whole_pages, buffers))
+    ahead = (threads + max(threads, DISK_READERS)) * whole_pages(JOB_WEIGHTS * itemsize + DIRECT_BLOCK)
+    return threads * sum(map(whole_pages, buffers)) + ahead
 
 
 class Meter:
@@ -4521,37 +4621,34 @@ class Verification:
         self._lock = threading.Lock()
         self._files: dict[Path, SafetensorsFile] = {}
         self._infos: dict[str, TensorInfo] = {}  # of the output's tensors
-        self._shards = self._open_shards()
+        self._open_shards()
         self._refuse_another_source()
-        self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._shards.keys())
+        self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._infos.keys())
         self.roles = find_roles(self.sources, checkpoint.config)
         self.meter = Meter("verifying")
         self.meter.tensors_total = len(self.sources)
         for info in self.sources:
             self.meter.expect(self._kind_of_work(info), info.nbytes)
 
-    def _open_shards(self) -> dict[str, safe_open]:
-        """The open shard of each tensor; the index and the shards must agree both ways."""
+    def _open_shards(self) -> None:
+        """Find each tensor in a shard that the library opens; the index and the shards must agree both ways."""
         weight_map = read_weight_map(self.folder / INDEX_NAME)
-        shards = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError, RuntimeError) as error:
+                self._files[path] = SafetensorsFile(path)
+                with safe_open(path, framework="pt") as file:  # and no longer: pages that it maps cannot be dropped
+                    names, metadata = file.keys(), file.metadata() or {}
+            except (SafetensorError, OSError, RuntimeError, QuantizeError) as error:
                 self.problems.append(f"{path.name}: cannot be opened ({error})")
                 continue
-            self._files[path] = SafetensorsFile(path)
             self._infos |= self._files[path].infos
-            for name in file.keys():  # noqa: SIM118 - no dict
+            for name in names:
                 if weight_map.get(name) != path.name:
                     self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
-                shards[name] = file
-            metadata = file.metadata() or {}
             self.rule = metadata.get(RULE_KEY, self.rule)
             self._hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
             self.facts = json.loads(metadata.get(FACTS_KEY, "{}"))
-        self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in shards]
-        return shards
+        self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in self._infos]
 
     def _refuse_another_source(self) -> None:
         """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""
@@ -4571,7 +4668,7 @@ class Verification:
         return any(was.get(file.path.name, file.state)[1] != file.state[1] for file in self.checkpoint.files.values())
 
     def _kind_of_work(self, info: TensorInfo) -> str:
-        return "kept" if info.name in self._shards else "mse"
+        return "kept" if info.name in self._infos else "mse"
 
     def run(self, threads: int, progress: Progress) -> None:
         """Compare every tensor; problems are collected, not raised."""
@@ -4584,7 +4681,7 @@ class Verification:
             for info in self.sources:
                 names = self._output_names(info)
                 expected.update(names)
-                missing = [name for name in names if name not in self._shards]
+                missing = [name for name in names if name not in self._infos]
                 if missing:
                     self.problems.append(f"{info.name!r}: the output lacks {quote_names(missing)}")
                 else:
@@ -4599,11 +4696,12 @@ class Verification:
                     progress.show(self.meter)
             finally:
                 pool.shutdown(cancel_futures=True)
-        self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._shards.keys() - expected)]
+        self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._infos.keys() - expected)]
         self._check_other_files()
-        self.checkpoint.drop_all_read()
+
+    def close(self) -> None:
         for file in self._files.values():
-            file.drop_read()
+            file.close()
 
     def _check_other_files(self) -> None:
         """The files beside the shards, and what readers take from them: total size, true shapes, kept layers."""
@@ -4617,7 +4715,7 @@ class Verification:
         if stated != total:
             self.problems.append(f"{INDEX_NAME} says total_size {stated}, the tensors have {total} bytes")
         matrices = [info for info in self.sources if len(info.shape) == 2]
-        packed = [info for info in matrices if info.name not in self._shards]
+        packed = [info for info in matrices if info.name not in self._infos]
         if self.format.name == "int4":
             padded = {info.name: list(info.shape) for info in packed if info.shape[1] % self.group_size}
             path = self.folder / QUANTIZE_CONFIG_NAME
@@ -4642,7 +4740,7 @@ class Verification:
             for group in config.get("config_groups", {}).values()
         ]
         for info in matrices:
-            module, is_packed = info.name.removesuffix(".weight"), info.name not in self._shards
+            module, is_packed = info.name.removesuffix(".weight"), info.name not in self._infos
             if not info.name.endswith(".weight"):
                 continue
             # An engine asks for a layer's experts as one module, too.
@@ -4662,7 +4760,7 @@ class Verification:
                     )
 
     def _output_names(self, info: TensorInfo) -> list[str]:
-        if info.name in self._shards or len(info.shape) != 2:
+        if info.name in self._infos or len(info.shape) != 2:
             return [info.name]
         return [output.name for output in self._outputs(info)]
 
@@ -4673,9 +4771,9 @@ class Verification:
         """Of a packed weight: 8 bits, which only compressed-tensors has, by the shapes of its words and scales."""
         module, columns = info.name.removesuffix(".weight"), info.shape[1]
         names = module + ".weight_packed", module + ".weight_scale"
-        if not self._shards.keys() >= {*names}:
+        if not self._infos.keys() >= {*names}:
             return Packing(4, self.group_size)
-        words, scales = (self._shards[name].get_slice(name).get_shape() for name in names)
+        words, scales = (self._infos[name].shape for name in names)
         if len(words) == len(scales) == 2 and words[1] * 4 == columns and scales[1]:
             return Packing(8, columns // scales[1])
         return Packing(4, self.group_size)
@@ -4702,7 +4800,7 @@ class Verification:
                 self.kept += 1
             else:
                 self.errors[info.name] = error
-        self.checkpoint.drop_read(info, 0, info.nbytes)
+        self.checkpoint.finish_reading(info, 0, info.nbytes)
         for output in outputs:
             self._files[output.file].drop_read(output.offset, output.offset + output.nbytes)
 
@@ -5060,11 +5158,11 @@ def verify(checkpoint: Checkpoint, args: argparse.Namespace, progress: Progress)
     say()
     say_paragraph("Verifying", f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}")
     importance = Importance(args.importance) if args.importance else None
-    verification = Verification(checkpoint, args.output_dir, progress.guard, importance)
-    try:
-        verification.run(args.threads, progress)
-    finally:
-        progress.clear()
+    with contextlib.closing(Verification(checkpoint, args.output_dir, progress.guard, importance)) as verification:
+        try:
+            verification.run(args.threads, progress)
+        finally:
+            progress.clear()
     checkpoint.check_unchanged()
     print_verification(verification)
 

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from checkpoints import write_sparse_checkpoint
-from conftest import SCRIPT, assert_refused, command, run_cli
+from conftest import SCRIPT, assert_refused, command, quantize, run_cli
 from safetensors.torch import save_file
 
 import quantize_int4 as q
@@ -167,3 +168,26 @@ def test_threads_default_to_the_affinity():
     script = "import os; os.sched_setaffinity(0, {0}); import quantize_int4; print(quantize_int4.usable_cores())"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=SCRIPT.parent)
     assert result.stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "shared"),
+    [
+        ("proc/device-tree/compatible", "nvidia,p3737-0000+p3701-0005\0nvidia,tegra234\0", True),  # a Jetson Orin
+        ("sys/class/dmi/id/product_name", "NVIDIA_DGX_Spark\n", True),
+        ("sys/class/dmi/id/product_name", "PowerEdge R760\n", False),
+        ("elsewhere", "", False),
+    ],
+)
+def test_machines_whose_gpu_shares_the_memory_are_told_by_their_names(tmp_path, file, text, shared):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert q.shares_memory_with_gpu(tmp_path) == shared
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_there_the_plan_and_the_summary_say_how_much_its_programs_see(tiny, tmp_path, shared):
+    told = partial(bool, shared)  # instead of asking this machine
+    text = quantize(tiny, tmp_path / "out", constants={"shares_memory_with_gpu": told}).stdout
+    free = r"GPU: .* programs see \d\S* [MG]B free now"
+    assert len(re.findall(free, text)) == (2 if shared else 0)

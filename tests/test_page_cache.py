@@ -1,0 +1,167 @@
+"""Page cache: a run leaves it as it found it, reads around it what is not there, and needs little of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint, write_sparse_checkpoint
+from conftest import command, quantize, read_tensors
+
+import quantize_int4 as q
+
+MB = 10**6
+HEADERS = 1 * MB  # what the kernel reads ahead of a file's header, which stays
+
+
+def cached_bytes(*paths: Path) -> int:
+    """Bytes of files that are in the page cache. (util-linux)"""
+    found = subprocess.run(
+        ["fincore", "-b", "-n", "-r", "-o", "res", *paths], capture_output=True, text=True, check=True
+    )
+    return sum(map(int, found.stdout.split()))
+
+
+def forget(*paths: Path) -> None:
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """Two files of 17 MB, neither of which is in the page cache, where the file system has one that can be left."""
+    weights = {f"m.{i}.up_proj.weight": torch.randn(2048, 1024).bfloat16() for i in range(7)}
+    tensors = {"odd": torch.arange(3, dtype=torch.uint8), **weights, "embed.weight": torch.randn(1024, 1024).bfloat16()}
+    write_checkpoint(tmp_path / "in", tensors)
+    (tmp_path / "in" / "config.json").write_text('{"model_type": "llama"}\n')
+    (tmp_path / "in" / "corpus.txt").write_bytes(bytes(5 * MB))
+    forget(*(tmp_path / "in").iterdir())
+    try:
+        left = cached_bytes(*(tmp_path / "in").iterdir())
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("fincore of util-linux is missing")
+    if left:
+        pytest.skip("on this file system, files are nowhere but in memory")
+    return tmp_path / "in"
+
+
+def test_nothing_that_a_run_reads_or_writes_stays_cached(checkpoint, tmp_path):
+    quantize(checkpoint, tmp_path / "out")
+    assert cached_bytes(*checkpoint.iterdir()) < HEADERS
+    assert cached_bytes(*(tmp_path / "out").iterdir()) < HEADERS
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nor_what_it_reads_through_the_cache_for_lack_of_another_way(checkpoint, tmp_path, direct):
+    quantize(checkpoint, tmp_path / "out", constants={} if direct else {"DIRECT_BYTES": 0})
+    assert cached_bytes(*checkpoint.iterdir()) < HEADERS
+    quantize(checkpoint, tmp_path / "other", "--threads", 1)
+    one, other = (read_tensors(tmp_path / name) for name in ("out", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nor_a_pickle_whose_weights_are_mapped(checkpoint, tmp_path):
+    (tmp_path / "pickled").mkdir()
+    weights = {f"m.{i}.up_proj.weight": torch.randn(1024, 2048).bfloat16().T for i in range(4)}  # not in one piece
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    forget(tmp_path / "pickled" / "pytorch_model.bin")
+    quantize(tmp_path / "pickled", tmp_path / "out")
+    assert cached_bytes(tmp_path / "pickled" / "pytorch_model.bin") < HEADERS
+
+
+@pytest.mark.parametrize("option", ["--verify", "--restore"])
+def test_nor_what_verification_and_restoration_read_and_write(checkpoint, tmp_path, option):
+    quantize(checkpoint, tmp_path / "out")
+    if option == "--verify":
+        quantize(checkpoint, tmp_path / "out", option)
+    else:
+        quantize(tmp_path / "out", tmp_path / "back", option)
+    for folder in tmp_path.iterdir():
+        assert cached_bytes(*folder.iterdir()) < HEADERS, folder
+
+
+def test_what_others_had_in_the_cache_stays_there(checkpoint, tmp_path):
+    first, second = sorted(checkpoint.glob("*.safetensors"))
+    first.read_bytes()
+    with open(second, "rb") as file:
+        file.seek(9 * MB)
+        file.read(4 * MB)
+    before = cached_bytes(first), cached_bytes(second)
+    assert before[0] >= first.stat().st_size
+    assert 4 * MB <= before[1] < 6 * MB
+    quantize(checkpoint, tmp_path / "out")
+    quantize(checkpoint, tmp_path / "out", "--verify")
+    assert cached_bytes(first) == before[0]
+    assert before[1] <= cached_bytes(second) < before[1] + HEADERS
+
+
+def test_even_at_its_fullest_a_run_adds_little_to_the_cache(tmp_path):
+    write_sparse_checkpoint(tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8192, 8192)) for i in range(9)}, 3)
+    most, before = 0, q.page_cache()
+    with subprocess.Popen(command(tmp_path / "in", tmp_path / "out"), stdout=subprocess.DEVNULL) as run:
+        while run.poll() is None:
+            most = max(most, q.page_cache() - before)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(0.02)
+    assert run.returncode == 0
+    assert most < 300 * MB  # of 1.2 GB in and 0.3 out
+
+
+def test_the_summary_says_what_the_cache_holds_more_than_before(checkpoint, tmp_path):
+    assert "the page cache holds " in quantize(checkpoint, tmp_path / "out").stdout
+
+
+def test_bytes_that_cannot_be_read_around_the_cache_are_left_to_others(tmp_path):
+    reads, folder = q.DirectReads(), os.open(tmp_path, os.O_RDONLY)
+    with contextlib.closing(reads):
+        read = reads.start(folder, 0, 100)  # of a folder
+        assert not read.copy_into(memoryview(bytearray(10)), 0)
+        reads.finish(read)
+        (tmp_path / "file").write_bytes(bytes(range(100)))
+        file = os.open(tmp_path / "file", os.O_RDONLY)
+        assert not reads.start(file, 90, 110).copy_into(memoryview(bytearray(10)), 90)  # which ends before
+        assert not reads.start(file, 10, 20).copy_into(memoryview(bytearray(10)), 15)  # not asked for
+        found = bytearray(4)
+        assert reads.start(file, 10, 20).copy_into(memoryview(found), 12)
+        assert found == bytes([12, 13, 14, 15])
+
+
+@pytest.fixture
+def small_container():
+    """The file that puts a process into a control group with 320 MB of memory."""
+    for root, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="quantize_int4.", dir=root))
+        except OSError:
+            continue
+        try:
+            (folder / limit).write_text(str(320 * MB))
+            yield folder / "cgroup.procs"
+            return
+        except OSError:
+            continue
+        finally:
+            folder.rmdir()
+    pytest.skip("no control group can be made here, which takes root")
+
+
+def test_a_container_may_have_less_memory_than_the_output_has_bytes(small_container, tmp_path):
+    write_sparse_checkpoint(tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8192, 8192)) for i in range(11)}, 1)
+    enter = ["sh", "-c", f'echo $$ > {small_container}; exec "$@"', "sh"]
+    options = ["--threads", 2, "--min_free_gb", 0.02]
+    result = subprocess.run(
+        [*enter, *command(tmp_path / "in", tmp_path / "out", *options)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) > 360 * MB
