@@ -44,7 +44,7 @@ has 8 bits in compressed-tensors: scale = max|weight| / 127, and weight_packed
 (rows, columns // 4) holds code + 128, the first code in the lowest byte.
 
 Where there is a C compiler (cc, or what CC names), a kernel compiled at the
-start does the arithmetic of bf16 weights in half of torch's time or less; the
+start does the arithmetic of 16-bit weights in half of torch's time or less; the
 result is the same. --restore makes a plain checkpoint of what a quantized
 folder decodes to.
 
@@ -1590,7 +1590,7 @@ def quantize_groups(
     importance:  for the search, float32 (k, group_size) with n a multiple of k: how much each column's error counts,
                  for k groups that make up a row
     feedback:    for the search, what each column's error changes in those after it
-    kernel:      does the work on bf16 weights; the result is the same
+    kernel:      does the work on weights of 16 bits; the result is the same
     returns:     words int32 (n, group_size // 8) and scales `scale_dtype` (n,), both in the workspace
 
     scale = max|w| / 7, and code = clamp(round(w / scale)), where scale is the stored value read back, the division is
@@ -1606,7 +1606,7 @@ def quantize_groups(
         if not torch.isfinite(scales).all():
             raise NotQuantizable(scales)
         return words, scales
-    if groups.dtype != torch.bfloat16:
+    if groups.dtype.itemsize != 2:
         kernel = None
     largest = kernel.max_abs(groups, workspace) if kernel else max_abs(groups, workspace)
     scales.copy_(largest.div_(CODE_MAX))
@@ -1616,9 +1616,13 @@ def quantize_groups(
     least, most = map(float, torch.aminmax(divisors.abs()))  # both NaN if any is
     if not math.isfinite(most - least):
         raise NotQuantizable(scales)
-    if kernel and scale_dtype.itemsize == 2 and least >= torch.finfo(scale_dtype).smallest_normal:
-        return kernel.round_and_pack(groups, divisors.reciprocal_(), with_offset, workspace), scales
-    return pack_int4(divide_to_codes(groups, divisors, workspace), workspace, with_offset), scales
+    if kernel is None or scale_dtype.itemsize != 2:
+        return pack_int4(divide_to_codes(groups, divisors, workspace), workspace, with_offset), scales
+    words, smallest = kernel.round_and_pack(groups, 1 / divisors, with_offset, workspace), 2**-126  # normal float32
+    if least < smallest:
+        few = (divisors.abs() < smallest).nonzero()[:, 0]
+        words[few] = pack_int4(divide_to_codes(groups[few], divisors[few], other := Workspace()), other, with_offset)
+    return words, scales
 
 
 def quantize_to_int8(
@@ -1865,7 +1869,7 @@ def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernel: what `quantize_groups` does to bf16 weights, in C. The same bytes in half the processor's time or less.
+# Kernel: what `quantize_groups` does to weights of 16 bits, in C. The same bytes in half of torch's time or less.
 # ---------------------------------------------------------------------------------------------------------------------
 
 KERNEL_SOURCE = r"""
@@ -1876,9 +1880,15 @@ typedef __INT16_TYPE__ int16;
 typedef __INT32_TYPE__ int32;
 typedef union { uint32 bits; float value; } word;
 
-static inline float widen(uint16 weight) {
-    word wide = {(uint32)weight << 16};  /* a bf16 is the upper half of a float */
-    return wide.value;
+/* A bf16 is the upper half of a float. A float16's exponent is less by 112, and 31 for infinity and NaN. */
+static inline float widen(uint16 weight, int is_float16) {
+    word wide = {(uint32)weight << 16}, magnitude = {(uint32)(weight & 0x7FFF) << 13};
+    if (!is_float16)
+        return wide.value;
+    magnitude.value *= 0x1p112f;
+    magnitude.bits |= (weight & 0x7FFF) >= 0x7C00 ? 0x7F800000 : 0;
+    magnitude.bits |= wide.bits & 0x80000000;
+    return magnitude.value;
 }
 
 /* Of a code to which 1.5 * 2^23 was added; `zero` has the bits of code 0. On integers it is a third of the time. */
@@ -1889,36 +1899,42 @@ static inline int32 clamp(float sum, int32 zero) {
     return (bits < zero - 8 ? zero - 8 : bits) - zero;
 }
 
-void max_abs(const uint16 *restrict weights, float *restrict largest, long groups, long group_size) {
+void max_abs(const uint16 *restrict weights, int is_float16, float *restrict largest, long groups, long group_size) {
     for (long group = 0; group < groups; group++, weights += group_size) {
         int16 most = 0;
         for (long i = 0; i < group_size; i++) {
             int16 magnitude = weights[i] & 0x7FFF;
             most = magnitude > most ? magnitude : most;
         }
-        largest[group] = widen(most);
+        largest[group] = widen(most, is_float16);
     }
 }
 
-static inline uint32 code(uint32 weight, float reciprocal) {
-    word wide = {weight};
-    return clamp(wide.value * reciprocal + 192.0f + 12582912.0f, 0x4B4000C0) & 15;
+static inline uint32 code(float weight, float reciprocal) {
+    return clamp(weight * reciprocal + 192.0f + 12582912.0f, 0x4B4000C0) & 15;
 }
 
-void round_and_pack(const uint32 *restrict pairs, const float *restrict reciprocals, uint8 *restrict packed,
-                    uint8 offset, long groups, long group_size) {
+static inline void pack(const uint32 *restrict pairs, const int is_float16, const float *restrict reciprocals,
+                        uint8 *restrict packed, uint8 offset, long groups, long group_size) {
     long half = group_size / 2;
     for (long group = 0; group < groups; group++, pairs += half, packed += half)
         for (long i = 0; i < half; i++) {
-            uint32 low = code(pairs[i] << 16, reciprocals[group]);
-            uint32 high = code(pairs[i] & 0xFFFF0000, reciprocals[group]);
+            uint32 low = code(widen(pairs[i], is_float16), reciprocals[group]);
+            uint32 high = code(widen(pairs[i] >> 16, is_float16), reciprocals[group]);
             packed[i] = (low | high << 4) ^ offset;
         }
 }
 
+void round_and_pack(const uint32 *restrict pairs, int is_float16, const float *restrict reciprocals,
+                    uint8 *restrict packed, uint8 offset, long groups, long group_size) {
+    if (is_float16)  /* a loop for each dtype */
+        pack(pairs, 1, reciprocals, packed, offset, groups, group_size);
+    else
+        pack(pairs, 0, reciprocals, packed, offset, groups, group_size);
+}
 """
 # What the search and error feedback need besides; only compiled for these, since it takes the compiler three times as
-# long. A group's weights are floats here: those of a bf16 checkpoint, as errors before them changed them.
+# long. A group's weights are floats here: as they are, or as the errors before them changed them.
 SEARCH_KERNEL_SOURCE = r"""
 static float find_scale(const float *restrict weights, const int16 *restrict share, const int16 *restrict steps,
                         long count, long group_size) {
@@ -1972,28 +1988,29 @@ static float squared_error(const float *restrict weights, float divisor, const f
     return lanes[0];
 }
 
-static void widen_group(const uint16 *restrict weights, float *restrict wide, long group_size) {
+static void widen_group(const uint16 *restrict weights, int is_float16, float *restrict wide, long group_size) {
     for (long i = 0; i < group_size; i++)
-        wide[i] = widen(weights[i]);
+        wide[i] = widen(weights[i], is_float16);
 }
 
 /* A multiple of 8 that the compiler sees as one, which spares it code for the rest. */
 #define WHOLE(size) ((size) & ~7L)
 
-void find_scales(const uint16 *restrict weights, const int16 *restrict shares, long rows, const int16 *restrict steps,
-                 long count, float *restrict found, long groups, long group_size) {
+void find_scales(const uint16 *restrict weights, int is_float16, const int16 *restrict shares, long rows,
+                 const int16 *restrict steps, long count, float *restrict found, long groups, long group_size) {
     float wide[SEARCH_GROUP];
     for (long group = 0; group < groups; group++, weights += group_size) {
-        widen_group(weights, wide, WHOLE(group_size));
+        widen_group(weights, is_float16, wide, WHOLE(group_size));
         found[group] = find_scale(wide, shares + group % rows * group_size, steps, count, WHOLE(group_size));
     }
 }
 
-void squared_errors(const uint16 *restrict weights, const float *restrict divisors, const float *restrict importance,
-                    long rows, float *restrict errors, long groups, long group_size) {
+void squared_errors(const uint16 *restrict weights, int is_float16, const float *restrict divisors,
+                    const float *restrict importance, long rows, float *restrict errors, long groups,
+                    long group_size) {
     float wide[SEARCH_GROUP];
     for (long group = 0; group < groups; group++, weights += group_size) {
-        widen_group(weights, wide, WHOLE(group_size));
+        widen_group(weights, is_float16, wide, WHOLE(group_size));
         const float *counts = importance + group % rows * group_size;
         errors[group] = squared_error(wide, divisors[group], counts, WHOLE(group_size));
     }
@@ -2152,12 +2169,12 @@ KERNEL_FLAGS = (
 
 
 KERNEL_FUNCTIONS = {  # the types of their arguments: a pointer, a long, an int, a uint8
-    "max_abs": "ppll",
-    "round_and_pack": "pppull",
+    "max_abs": "pipll",
+    "round_and_pack": "pippull",
 }
 SEARCH_KERNEL_FUNCTIONS = {
-    "find_scales": "pplplpll",
-    "squared_errors": "ppplpll",
+    "find_scales": "piplplpll",
+    "squared_errors": "pipplpll",
     "spread_of": "pppll",
     "quantize_with_feedback": "ppppplpliupplll",
 }
@@ -2166,6 +2183,11 @@ ARGUMENT_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "
 
 class NoKernel(Exception):
     """Why there is none."""
+
+
+def address_of(weights: torch.Tensor) -> tuple[int, int]:
+    """Where weights lie, and whether they are float16 rather than bf16."""
+    return weights.data_ptr(), int(weights.dtype == torch.float16)
 
 
 class Kernel:
@@ -2180,44 +2202,45 @@ class Kernel:
             setattr(self, f"_{name}", function)
 
     def max_abs(self, groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """As the function of this name, for bf16."""
+        """As the function of this name, for bf16 or float16."""
         largest = workspace.tensor("largest", torch.float32, groups.shape[0])
-        self._max_abs(groups.data_ptr(), largest.data_ptr(), *groups.shape)
+        self._max_abs(*address_of(groups), largest.data_ptr(), *groups.shape)
         return largest
 
     def round_and_pack(
         self, groups: torch.Tensor, reciprocals: torch.Tensor, with_offset: bool, workspace: Workspace
     ) -> torch.Tensor:
-        """Words as from `pack_int4`, int32 (n, group_size // 8), of bf16 groups (n, group_size) and their scales'
-        float32 reciprocals (n,). Scales must be normal numbers of 16 bits, and their reciprocals normal, too.
+        """Words as from `pack_int4`, int32 (n, group_size // 8), of bf16 or float16 groups (n, group_size) and the
+        float32 reciprocals (n,) of their scales, numbers of 16 bits of which no bf16 may be subnormal.
 
-        With w * (1 / scale) instead of w / scale no code differs. The quotient of a bf16 and a 16-bit scale, if below
-        8, is half-way between two integers or at least 2^-12 away from there; larger ones are clamped either way. The
+        With w * (1 / scale) instead of w / scale no code differs. The quotient of a weight and a scale of 11 bits or
+        less, if below 8, is half-way between two integers or at least 2^-13 away from there: both are multiples of a
+        unit that is at least scale / 2^12; larger ones are clamped either way. The
         product is off by less than 2^-19; adding 192 rounds it to a multiple of 2^-16, which makes half-way cases exact
         again and moves no other one across; adding 1.5 * 2^23 rounds it to an integer, half to even.
         """
         n, group_size = groups.shape
         words = workspace.tensor("words", torch.int32, n, group_size // CODES_PER_WORD)
         offset = OFFSET_BITS & 0xFF if with_offset else 0
-        pointers = groups.data_ptr(), reciprocals.data_ptr(), words.data_ptr()
-        self._round_and_pack(*pointers, offset, n, group_size)
+        addresses = *address_of(groups), reciprocals.data_ptr(), words.data_ptr()
+        self._round_and_pack(*addresses, offset, n, group_size)
         return words
 
     def find_scales(self, groups: torch.Tensor, shares: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """As the function of this name, for bf16 and groups of no more than SEARCH_GROUP."""
+        """As the function of this name, for bf16 or float16 and groups of no more than SEARCH_GROUP."""
         steps, shares = search_multipliers(), shares.to(torch.int16)
         found = torch.empty(len(groups))
-        pointers = groups.data_ptr(), shares.data_ptr(), len(shares), steps.data_ptr(), len(steps), found.data_ptr()
-        self._find_scales(*pointers, *groups.shape)
+        tables = shares.data_ptr(), len(shares), steps.data_ptr(), len(steps)
+        self._find_scales(*address_of(groups), *tables, found.data_ptr(), *groups.shape)
         return found
 
     def squared_errors(
         self, groups: torch.Tensor, divisors: torch.Tensor, importance: torch.Tensor, workspace: Workspace
     ) -> torch.Tensor:
-        """As the function of this name, for bf16 and groups of no more than SEARCH_GROUP."""
+        """As the function of this name, for bf16 or float16 and groups of no more than SEARCH_GROUP."""
         errors, importance = torch.empty(len(groups)), importance.contiguous()
-        pointers = groups.data_ptr(), divisors.data_ptr(), importance.data_ptr(), len(importance), errors.data_ptr()
-        self._squared_errors(*pointers, *groups.shape)
+        tables = divisors.data_ptr(), importance.data_ptr(), len(importance)
+        self._squared_errors(*address_of(groups), *tables, errors.data_ptr(), *groups.shape)
         return errors
 
     def spread_of(self, factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
@@ -2253,26 +2276,31 @@ class Kernel:
         return words
 
     def works(self) -> bool:
-        """Try it before the compiler is relied upon: the largest at each place of a group, and half-way cases, some of
-        them beyond the codes, at each mantissa that a float16 scale can have. Groups of 376 are, in
-        pairs, some rounds of each loop that the compiler makes of these: of 64 and 32 with AVX-512, 32 and 16 with
-        AVX2, 16 and 8 with NEON, and a rest.
+        """Try it before the compiler is relied upon."""
+        works = all(map(self._rounding_works, (torch.bfloat16, torch.float16)))
+        if self.search:
+            works = works and all(map(self._search_works, (torch.bfloat16, torch.float16))) and self._feedback_works()
+        return works
+
+    def _rounding_works(self, dtype: torch.dtype) -> bool:
+        """Try the largest at each place of a group, and half-way cases, some of them beyond the codes, at each mantissa
+        that a float16 scale can have. Groups of 376 are, in pairs, some rounds of each loop that the compiler makes of
+        these: of 64 and 32 with AVX-512, 32 and 16 with AVX2, 16 and 8 with NEON, and a rest.
         """
         workspace, size = Workspace(), 376
-        largest = self.max_abs(torch.eye(size).neg().bfloat16(), workspace)
+        largest = self.max_abs(torch.eye(size).neg().to(dtype), workspace)
         scales = 1 + torch.arange(1024) / 1024
         scales[::2].neg_()
         halves = torch.arange(-8.5, 8.5, 0.5).repeat(12)[:size]
-        groups = (scales[:, None] * halves).bfloat16()
+        groups = (scales[:, None] * halves).to(dtype)
         expected = pack_int4(divide_to_codes(groups, scales, workspace), workspace, with_offset=True).clone()
         words = self.round_and_pack(groups, scales.reciprocal(), True, workspace)
-        works = torch.equal(largest, torch.ones(size)) and torch.equal(words, expected)
-        return works and (not self.search or (self._search_works() and self._feedback_works()))
+        return torch.equal(largest, torch.ones(size)) and torch.equal(words, expected)
 
-    def _search_works(self) -> bool:
+    def _search_works(self, dtype: torch.dtype) -> bool:
         """Try the search on random weights."""
         workspace, size = Workspace(), 376
-        groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5).bfloat16()
+        groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5).to(dtype)
         weights, importance = groups.to(torch.float32), torch.arange(2.0 * size).view(2, size) * 0.618 % 1
         divisors, shares = 1 + torch.arange(1024) / 1024, shares_of(importance)
         divisors[::2].neg_()
@@ -5207,7 +5235,7 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
 
 def kernel_for(plan: Plan) -> Kernel | None:
     """The compiled kernel if the plan has work for it. It is never needed, and so the user is only told."""
-    if all(info.dtype != "BF16" for info in plan.quantized) and FEEDBACK not in plan.options.rule:
+    if all(info.dtype not in ("BF16", "F16") for info in plan.quantized) and FEEDBACK not in plan.options.rule:
         return None
     try:
         return compile_kernel(plan.options.scale == "mse")

@@ -20,7 +20,7 @@ SEEDED = torch.Generator().manual_seed(1)
 
 @pytest.fixture(scope="module", params=["torch", "compiled"])
 def kernel(request) -> q.Kernel | None:
-    """What quantizes bf16 weights."""
+    """What quantizes weights of 16 bits."""
     return compiled() if request.param == "compiled" else None
 
 
@@ -64,23 +64,54 @@ def test_division_is_true_division_not_by_a_reciprocal():
     assert stored.float().tolist() == expected[1]
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_kernel_has_the_codes_of_the_division_at_every_significand(scale_dtype):
-    bits = {torch.bfloat16: 7, torch.float16: 10}[scale_dtype]
-    scales = 1 + torch.arange(2**bits) / 2**bits  # one binade: all others are alike
+SIGNIFICANDS = {torch.bfloat16: 1 + torch.arange(2**7) / 2**7, torch.float16: 1 + torch.arange(2**10) / 2**10}
+
+
+@pytest.mark.parametrize("dtype", SIGNIFICANDS, ids=str)
+@pytest.mark.parametrize("scale_dtype", SIGNIFICANDS, ids=str)
+def test_the_kernel_has_the_codes_of_the_division_at_every_significand(dtype, scale_dtype):
+    scales = SIGNIFICANDS[scale_dtype]  # one binade: all others are alike
     scales = torch.cat([scales, -scales])
-    significands = 1 + torch.arange(2**7) / 2**7
+    significands = SIGNIFICANDS[dtype]
     weights = torch.cat([significands * 2.0**power for power in range(-3, 4)])  # 1 / 8 to 16
     weights = torch.cat([weights, -weights])
     half_way = 0
     for some in scales.split(128):
         quotients = weights / some[:, None]
-        groups = weights.bfloat16().repeat(len(some), 1)
+        groups = weights.to(dtype).repeat(len(some), 1)
         assert torch.equal(groups[0].float(), weights)  # the dtype has them all
         codes = q.unpack_int4(compiled().round_and_pack(groups, 1 / some, False, q.Workspace()))
         assert torch.equal(codes, quotients.double().round().clamp(-8, 7).to(torch.int8))
         half_way += int((quotients.abs() % 1 == 0.5).sum())
     assert half_way > 600
+
+
+@pytest.mark.parametrize("scale", [2.0**-24, 3 * 2.0**-24, 101 * 2.0**-24, 2.0**-14, -(2.0**-15)])
+def test_the_kernel_knows_every_float16_also_with_subnormal_scales(scale):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    every = every[torch.isfinite(every)].view(-1, 64)
+    expected = (every.double() / scale).round().clamp(-8, 7).to(torch.int8)
+    divisors = torch.full((len(every),), scale)
+    assert torch.equal(q.unpack_int4(compiled().round_and_pack(every, 1 / divisors, False, q.Workspace())), expected)
+
+
+def test_the_kernel_finds_the_largest_of_every_float16_and_of_what_is_not_finite():
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    largest = compiled().max_abs(every[:, None].repeat(1, 8), q.Workspace())
+    assert torch.equal(largest.nan_to_num(-1), every.float().abs().nan_to_num(-1))
+
+
+def test_a_subnormal_scale_takes_the_slow_way_alone():
+    weight = torch.randn(1000, 64, generator=SEEDED).bfloat16()
+    weight[7] *= 2.0**-129
+    weight[8] *= 2.0**-132
+    kernel, outputs = CountingKernel(), []
+    for some in (kernel, None):
+        words, scales = q.quantize_groups(weight, torch.bfloat16, q.Workspace(), kernel=some)
+        outputs.append((words.clone(), scales.clone()))
+    assert 0 < outputs[0][1][7] < torch.finfo(torch.bfloat16).smallest_normal
+    assert all(map(torch.equal, *outputs))
+    assert kernel.calls["round_and_pack"] == 1
 
 
 @pytest.mark.parametrize("weight", [2.0**100, -(2.0**100), 2.0**30, -(2.0**30)])
@@ -96,7 +127,10 @@ def test_the_kernel_clamps_a_code_however_large_the_quotient(weight):
         ("reciprocal +", "(reciprocal * 1.001f) +"),
         ("zero + 7 : bits", "zero + 6 : bits"),
         ("zero - 8 : bits", "zero - 7 : bits"),
-        ("0x7FFF", "0xFFFF"),
+        ("magnitude = weights[i] & 0x7FFF", "magnitude = weights[i] & 0xFFFF"),
+        ("0x1p112f", "0x1p111f"),
+        ("magnitude.bits |= wide.bits & 0x80000000;", ""),
+        ("(uint32)(weight & 0x7FFF)", "(uint32)(weight & 0x7FFE)"),
         ("= (low", "= i >= 128 ? 0 : (low"),  # where the longest vectors end
         ("= (low", "= half >= 64 && i < half / 64 * 64 ? 0 : (low"),  # in whole vectors only
         ("= (low", "= half % 64 >= 32 && i >= half / 64 * 64 && i < half / 32 * 32 ? 0 : (low"),
@@ -176,7 +210,7 @@ class CountingKernel:
         return getattr(self._kernel, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
 def test_the_kernel_works_where_its_codes_are_the_divisions_and_nowhere_else(dtype, scale_dtype, search):
@@ -186,11 +220,11 @@ def test_the_kernel_works_where_its_codes_are_the_divisions_and_nowhere_else(dty
         outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), search=search, kernel=some)
         results.append([tensor.clone() for tensor in outputs])
     assert all(map(torch.equal, *results))
-    bf16 = dtype == torch.bfloat16
-    assert kernel.calls["max_abs"] == bf16
-    assert kernel.calls["find_scales"] == (bf16 and search)
-    assert kernel.calls["squared_errors"] == (bf16 and search)
-    assert kernel.calls["round_and_pack"] == (bf16 and scale_dtype != torch.float32)
+    known = dtype.itemsize == 2
+    assert kernel.calls["max_abs"] == known
+    assert kernel.calls["find_scales"] == (known and search)
+    assert kernel.calls["squared_errors"] == (known and search)
+    assert kernel.calls["round_and_pack"] == (known and scale_dtype != torch.float32)
 
 
 def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_path, monkeypatch):
@@ -205,8 +239,8 @@ def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_pat
     assert q.main([*arguments, str(tmp_path / "mse"), "--scale", "mse"]) == 0
     assert kernel.calls == {"max_abs": 1, "find_scales": 1, "squared_errors": 1, "round_and_pack": 1}
     monkeypatch.setattr(q, "compile_kernel", lambda search: pytest.fail("compiled without need"))
-    folder = save_model(tmp_path / "half", {"m.weight": torch.randn(72, 256, generator=SEEDED).half()})
-    assert q.main(["--input_dir", str(folder), *arguments[2:], str(tmp_path / "half_out")]) == 0
+    folder = save_model(tmp_path / "float", {"m.weight": torch.randn(72, 256, generator=SEEDED)})
+    assert q.main(["--input_dir", str(folder), *arguments[2:], str(tmp_path / "float_out")]) == 0
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,10 @@ IMPORTANCE = {
 
 @pytest.mark.parametrize("group_size", [8, 24, 32, 64, 128, 264, q.SEARCH_GROUP, q.SEARCH_GROUP + 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel, kind, group_size):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel, dtype, kind, group_size):
     noise = GAUSSIAN[: 400 * group_size].view(400, group_size)
-    weights = KINDS[kind](noise).bfloat16()
+    weights = KINDS[kind](noise).to(dtype)
     weights[5] = 0
     for name, make in IMPORTANCE.items():
         importance = make(noise[100:104])
