@@ -9,6 +9,10 @@ Contenders, each a process of its own, in turn, several rounds, on the same bf16
     ours       quantize_int4.py, int4
     mse        quantize_int4.py --scale mse
     feedback   quantize_int4.py --scale mse --importance FILE, with factors of rank 32
+    verify     quantize_int4.py --verify of what `ours` makes
+    restore    quantize_int4.py --restore of the same
+    cat        cat of the input, from the disk: the caches are dropped before, which takes root
+    cold       quantize_int4.py, int4, likewise
     llama      llama.cpp's llama_model_quantize, Q4_0 (groups of 32), on a GGUF of the same weights
     llmc       llm-compressor's model_free_ptq, W4A16
     obvious    load all, round(w / s), eight shifts into int32, save_file
@@ -18,7 +22,8 @@ Groups of 64 but for Q4_0. The peers take part if they are installed: `pip insta
 tile17 to tile21: ours, with tiles of 2^17 to 2^21 weights.
 
 Seconds run from opening the input until the last byte is on the disk, for all, without the start of Python and the
-imports. Memory is the most anonymous memory (RssAnon) of the process at any time.
+imports. Memory is the most anonymous memory (RssAnon) of the process at any time, cached how much more the page cache
+holds after it.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,6 +58,8 @@ GROUP_SIZE = 64  # divides both
 PACKED_RATIO = (4 + 16 / GROUP_SIZE) / 16  # bytes of output a byte of input
 GGUF_NAME = "model.gguf"
 STATISTICS_NAME, RANK = "statistics.safetensors", 32
+FINISHED_NAME = "finished"  # a folder that `ours` made
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 def write_input(folder: Path, gigabytes: float) -> int:
@@ -130,6 +138,21 @@ def run_mse(source: Path, target: Path, threads: int) -> None:
     run_ours(source, target, threads, "--scale=mse")
 
 
+def run_verify(source: Path, target: Path, threads: int) -> None:
+    run_ours(source, source.parent / FINISHED_NAME, threads, "--verify")
+
+
+def run_restore(source: Path, target: Path, threads: int) -> None:
+    import quantize_int4
+
+    options = ["--restore", "--min_free_gb=0", f"--threads={threads}"]
+    assert quantize_int4.main([str(source.parent / FINISHED_NAME), str(target), *options]) == 0
+
+
+def run_cat(source: Path, target: Path, threads: int) -> None:
+    subprocess.run(["cat", *sorted(source.iterdir())], stdout=subprocess.DEVNULL, check=True)
+
+
 def run_floor(source: Path, target: Path, threads: int) -> None:
     """Read every byte into a small buffer; write (4 + 16 / group size) bits a weight from another."""
     target.mkdir()
@@ -201,10 +224,14 @@ def run_llm_compressor(source: Path, target: Path, threads: int) -> None:
 class Contender:
     run: Callable[[Path, Path, int], None]
     modules: tuple[str, ...] = ("quantize_int4",)  # imported before the clock starts
+    cold: bool = False  # the page cache is empty at the start
 
     @property
-    def installed(self) -> bool:
-        return all(importlib.util.find_spec(module) for module in self.modules)
+    def missing(self) -> str:
+        """What it takes and is not there."""
+        if self.cold and not os.access(DROP_CACHES, os.W_OK):
+            return "root, to drop the caches"
+        return ", ".join(module for module in self.modules if not importlib.util.find_spec(module))
 
 
 CONTENDERS = {
@@ -212,6 +239,10 @@ CONTENDERS = {
     "ours": Contender(run_ours),
     "mse": Contender(run_mse),
     "feedback": Contender(run_feedback),
+    "verify": Contender(run_verify),
+    "restore": Contender(run_restore),
+    "cat": Contender(run_cat, cold=True),
+    "cold": Contender(run_ours, cold=True),
     "llama": Contender(run_llama, ("llama_cpp", "gguf")),
     "llmc": Contender(run_llm_compressor, ("llmcompressor",)),
     "obvious": Contender(run_obvious),
@@ -219,11 +250,25 @@ CONTENDERS = {
 TILES = {f"tile{bits}": Contender(partial(run_ours, tile=1 << bits)) for bits in range(17, 22)}
 
 
-def measure(name: str, source: Path, target: Path, threads: int) -> tuple[float, float]:
-    """Seconds and peak anonymous bytes of one contender in a process of its own."""
+@dataclass(frozen=True)
+class Result:
+    seconds: float
+    peak: int  # bytes of anonymous memory
+    cached: int  # bytes by which the page cache grew
+
+
+def measure(name: str, source: Path, target: Path, threads: int) -> Result:
+    """Run one contender in a process of its own."""
     arguments = [sys.executable, __file__, "--run", name, str(source), str(target), "--threads", str(threads)]
     os.sync()  # the disk is done with what the contender before left to it
-    peak = 0
+    if (CONTENDERS | TILES)[name].cold:
+        DROP_CACHES.write_text("3")
+        subprocess.run([sys.executable, "-c", "import quantize_int4"], cwd=ROOT, check=True)  # torch is in the cache
+    else:
+        subprocess.run(
+            ["cat", *(path for path in source.parent.rglob("*") if path.is_file())], stdout=subprocess.DEVNULL
+        )
+    peak, cached = 0, psutil.virtual_memory().cached
     with tempfile.TemporaryFile("w+") as log:
         with subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT) as process:
             while process.poll() is None:
@@ -235,18 +280,20 @@ def measure(name: str, source: Path, target: Path, threads: int) -> tuple[float,
     seconds = re.search(r"^seconds (\S+)$", text, re.MULTILINE)
     if process.returncode or not seconds:
         sys.exit(f"{name} failed:\n{text}")
-    shutil.rmtree(target)
-    return float(seconds[1]), peak
+    cached = psutil.virtual_memory().cached - cached
+    shutil.rmtree(target, ignore_errors=True)  # --verify makes none
+    return Result(float(seconds[1]), peak, cached)
 
 
-def print_table(results: dict[str, list[tuple[float, float]]], weights: int) -> None:
-    medians = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in results.items()}
-    print(f"{'':<10}{'seconds':>9}{'GB/s':>8}{'Mweights/s':>12}{'memory GB':>11}{'x floor':>9}{'x ours':>9}")
+def print_table(results: dict[str, list[Result]], weights: int) -> None:
+    medians = {name: statistics.median(run.seconds for run in runs) for name, runs in results.items()}
+    titles = f"{'memory GB':>11}{'cached GB':>11}{'x floor':>9}{'x ours':>9}"
+    print(f"{'':<10}{'seconds':>9}{'GB/s':>8}{'Mweights/s':>12}{titles}")
     for name, seconds in medians.items():
-        peak = statistics.median(peak for _, peak in results[name])
+        peak, cached = (statistics.median(getattr(run, kind) for run in results[name]) for kind in ("peak", "cached"))
         ratios = [f"{seconds / medians[other]:9.2f}" if other in medians else f"{'':>9}" for other in ("floor", "ours")]
         print(f"{name:<10}{seconds:9.2f}{weights * 2 / seconds / 1e9:8.2f}{weights / seconds / 1e6:12.0f}", end="")
-        print(f"{peak / 1e9:11.2f}{''.join(ratios)}".rstrip())
+        print(f"{peak / 1e9:11.2f}{cached / 1e9:11.2f}{''.join(ratios)}".rstrip())
 
 
 def run_contender(name: str, source: Path, target: Path, threads: int) -> None:
@@ -275,7 +322,10 @@ def main() -> None:
         name, source, target = args.run
         run_contender(name, Path(source), Path(target), args.threads)
         return
-    names = args.only or [name for name, contender in CONTENDERS.items() if contender.installed]
+    missing = {name: contender.missing for name, contender in CONTENDERS.items() if contender.missing}
+    names = args.only or [name for name in CONTENDERS if name not in missing]
+    for name, what in missing.items() if not args.only else ():
+        print(f"not run: {name}, which needs {what}")
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         source, target = Path(scratch) / "in", Path(scratch) / "out"
         weights = write_input(source, args.gb)
@@ -283,6 +333,10 @@ def main() -> None:
             write_statistics(source)
         if "llama" in names:
             write_gguf(source, Path(scratch) / GGUF_NAME)
+        if {"verify", "restore"} & {*names}:
+            folders = [str(source), str(source.parent / FINISHED_NAME)]
+            options = [f"--group_size={GROUP_SIZE}", "--min_free_gb=0"]
+            subprocess.run([sys.executable, ROOT / "quantize_int4.py", *folders, *options], stdout=subprocess.DEVNULL)
         results = {name: [] for name in names}
         for round_number in range(args.rounds + 1):
             for name in names:
