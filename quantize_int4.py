@@ -266,6 +266,7 @@ if ARGUMENTS:
         )
     show_on_terminal("loading torch ...")
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
+warnings.filterwarnings("ignore", message="Validating sparse tensor")  # torch 2.14; such tensors are refused
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
