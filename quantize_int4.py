@@ -287,7 +287,7 @@ CODES_PER_WORD = 8  # 4-bit codes in an int32
 # grid of 70 from 6.8 to 13.7 gains no more than 0.16 % of the relative RMS error.
 SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
 SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
-SEARCH_GROUP = 1024  # the largest group for which the sums of the search fit 32 bits
+MAX_GROUP = 1024  # columns of a group that the kernel takes: the sums of its search fit 32 bits
 MAX_RANK = 64  # of a factor of second moments
 MAX_FACTOR = 1 << 21  # numbers in it; a worker holds eight times as many
 # Of error feedback. What few tokens say of columns' correlation is believed by four fifths; the best is flat between a
@@ -1583,7 +1583,7 @@ def quantize_groups(
     feedback: Feedback | None = None,
     kernel: Kernel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 4-bit codes, packed, and scales of groups of weights.
+    """Quantize groups of weights to symmetric 4-bit codes, packed, and scales.
 
     groups:      (n, group_size), any float dtype
     with_offset: nibbles hold the code plus 8 (`pack_int4`)
@@ -1591,7 +1591,7 @@ def quantize_groups(
     importance:  for the search, float32 (k, group_size) with n a multiple of k: how much each column's error counts,
                  for k groups that make up a row
     feedback:    for the search, what each column's error changes in those after it
-    kernel:      does the work on weights of 16 bits; the result is the same
+    kernel:      does the work in groups of up to MAX_GROUP; the result is the same
     returns:     words int32 (n, group_size // 8) and scales `scale_dtype` (n,), both in the workspace
 
     scale = max|w| / 7, and code = clamp(round(w / scale)), where scale is the stored value read back, the division is
@@ -1599,37 +1599,41 @@ def quantize_groups(
     and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
     """
     scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
-    if search and groups.shape[1] > SEARCH_GROUP:
-        kernel = None
-    if feedback:
-        quantize = kernel.quantize_with_feedback if kernel else quantize_with_feedback
-        words = quantize(groups, scales, importance, feedback, with_offset, workspace)
-        if not torch.isfinite(scales).all():
-            raise NotQuantizable(scales)
-        return words, scales
-    if groups.dtype.itemsize != 2:
-        kernel = None
-    largest = kernel.max_abs(groups, workspace) if kernel else max_abs(groups, workspace)
-    scales.copy_(largest.div_(CODE_MAX))
-    if search:
-        scales.copy_(search_scales(groups, scales, importance, workspace, kernel))
-    divisors = divisors_of(scales)
-    least, most = map(float, torch.aminmax(divisors.abs()))  # both NaN if any is
-    if not math.isfinite(most - least):
+    if search and importance is None:
+        importance = torch.ones(1, groups.shape[1])
+    quantize = kernel.quantize if kernel and groups.shape[1] <= MAX_GROUP else quantize_with_torch
+    words = quantize(groups, scales, importance if search else None, feedback, with_offset, workspace)
+    if not torch.isfinite(scales).all():
         raise NotQuantizable(scales)
-    if kernel is None or scale_dtype.itemsize != 2:
-        return pack_int4(divide_to_codes(groups, divisors, workspace), workspace, with_offset), scales
-    words, smallest = kernel.round_and_pack(groups, 1 / divisors, with_offset, workspace), 2**-126  # normal float32
-    if least < smallest:
-        few = (divisors.abs() < smallest).nonzero()[:, 0]
-        words[few] = pack_int4(divide_to_codes(groups[few], divisors[few], other := Workspace()), other, with_offset)
     return words, scales
+
+
+def quantize_with_torch(
+    groups: torch.Tensor,
+    scales: torch.Tensor,
+    importance: torch.Tensor | None,
+    feedback: Feedback | None,
+    with_offset: bool,
+    workspace: Workspace,
+) -> torch.Tensor:
+    """Return the words and fill in the scales of `quantize_groups`; without importance by the largest weight."""
+    weights = workspace.tensor("weights", torch.float32, *groups.shape)
+    scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
+    weights.copy_(groups)
+    codes = workspace.tensor("codes", torch.int16, *groups.shape)
+    if feedback:
+        round_with_feedback(weights, scales, importance, feedback, codes, workspace)
+    else:
+        if importance is not None:
+            scales.copy_(search_scales(weights, scales, importance, workspace))
+        codes.copy_(round_to_codes(weights, divisors_of(scales), weights))
+    return pack_int4(codes, workspace, with_offset)
 
 
 def quantize_to_int8(
     groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in 8 bits: scale = max|w| / 127, and words of four bytes, each a code plus 128, the first code's lowest.
+    """Quantize to 8 bits: scale = max|w| / 127, and words of four bytes, each a code plus 128, the first code's lowest.
 
     groups:  (n, group_size), any float dtype
     returns: words int32 (n, group_size // 4) and scales `scale_dtype` (n,), both in the workspace
@@ -1650,39 +1654,21 @@ def divisors_of(scales: torch.Tensor) -> torch.Tensor:
     return divisors.masked_fill_(divisors == 0, 1)
 
 
-def divide_to_codes(groups: torch.Tensor, divisors: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """clamp(round(w / divisor)), int16 (n, group_size)."""
-    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
-    return workspace.tensor("codes", torch.int16, *groups.shape).copy_(round_to_codes(weights, divisors, weights))
-
-
 def round_to_codes(weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
     return torch.div(weights, divisors[:, None], out=out).round_().clamp_(CODE_MIN, CODE_MAX)
 
 
 def search_scales(
-    groups: torch.Tensor,
-    absmax_scales: torch.Tensor,
-    importance: torch.Tensor | None,
-    workspace: Workspace,
-    kernel: Kernel | None,
+    weights: torch.Tensor, absmax_scales: torch.Tensor, importance: torch.Tensor, workspace: Workspace
 ) -> torch.Tensor:
-    """Each group's scale of least squared error, or the absmax scale where that is no worse. Scales of either sign.
+    """Find each group's scale of least squared error, of either sign, or take the absmax scale if that is no worse.
 
-    groups (n, group_size); absmax_scales (n,), whose dtype rounds the result
+    weights: float32 (n, group_size); absmax_scales: (n,), whose dtype rounds the result
     """
-    if importance is None:
-        importance = torch.ones(1, groups.shape[1])
-    shares = shares_of(importance)
-    if kernel:
-        weights, find, errors = groups, kernel.find_scales, kernel.squared_errors
-    else:
-        weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
-        find, errors = find_scales, squared_errors
-    found = find(weights, shares, workspace).to(absmax_scales.dtype)
+    found = find_scales(weights, shares_of(importance), workspace).to(absmax_scales.dtype)
     found_errors, absmax_errors = (
-        errors(weights, divisors_of(scales), importance, workspace) for scales in (found, absmax_scales)
+        squared_errors(weights, divisors_of(scales), importance, workspace) for scales in (found, absmax_scales)
     )
     return torch.where((found_errors < absmax_errors) & (found != 0), found, absmax_scales)
 
@@ -1708,7 +1694,7 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
         for role in ("parts", "weighed", "codes", "products")
     )
     by_row, shares = (-1, *shares.shape), shares.to(torch.int32)
-    sum_dtype = torch.int32 if weights.shape[1] <= SEARCH_GROUP else torch.int64  # which takes eight times as long
+    sum_dtype = torch.int32 if weights.shape[1] <= MAX_GROUP else torch.int64  # which takes eight times as long
     lowest, highest = torch.aminmax(weights, dim=-1)
     largest = torch.where(-lowest > highest, lowest, highest)
     factors = torch.where(largest.abs() > 1e-30, largest.reciprocal() * -(1 << 14), 0)  # beyond, it might be infinite
@@ -1775,28 +1761,27 @@ def spread_of(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     return spread
 
 
-def quantize_with_feedback(
-    groups: torch.Tensor,
+def round_with_feedback(
+    weights: torch.Tensor,
     scales: torch.Tensor,
     importance: torch.Tensor,
     feedback: Feedback,
-    with_offset: bool,
+    codes: torch.Tensor,
     workspace: Workspace,
-) -> torch.Tensor:
-    """Words as from `pack_int4`, int32 (n, group_size // 8), of whole rows; fills in the scales (n,).
+) -> None:
+    """Fill in the scales (n,) and the codes int16 (n, group_size) of whole rows of weights, float32 (n, group_size).
 
     A group's scale is searched for its weights as the errors of the groups before change them. Then column by column is
     rounded as those before change it, by MAX_CHANGE scales at most.
     """
     groups_per_row, group_size = importance.shape
-    weights = groups.view(-1, groups_per_row, group_size).to(torch.float32)
-    codes = workspace.tensor("codes", torch.int16, *weights.shape)
+    weights, codes = (tensor.view(-1, groups_per_row, group_size) for tensor in (weights, codes))
     carried = torch.zeros(len(weights), feedback.factor.shape[1])  # c of each row
     for group in range(groups_per_row):
         factor, spread = (part.unflatten(0, importance.shape)[group] for part in (feedback.factor, feedback.spread))
         changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(weights[:, group].T, spread)], 1)
         absmax = (changed.abs().amax(1) / CODE_MAX).to(scales.dtype)
-        found = search_scales(changed, absmax, importance[group : group + 1], workspace, None)
+        found = search_scales(changed, absmax, importance[group : group + 1], workspace)
         scales.view(-1, groups_per_row)[:, group] = found
         divisors, steps = divisors_of(found), found.to(torch.float32)
         most = divisors.abs() * MAX_CHANGE
@@ -1806,7 +1791,6 @@ def quantize_with_feedback(
             code = ((weight + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
             carried += (weight - code * steps)[:, None] * factor[i]
             codes[:, group, i] = code
-    return pack_int4(codes.view(groups.shape), workspace, with_offset)
 
 
 def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
@@ -1880,16 +1864,67 @@ typedef __UINT32_TYPE__ uint32;
 typedef __INT16_TYPE__ int16;
 typedef __INT32_TYPE__ int32;
 typedef union { uint32 bits; float value; } word;
+enum { BF16, FLOAT16, FLOAT32 };
+
+/* A multiple of 8 that the compiler sees as one, which spares it code for the rest. */
+#define WHOLE(size) ((size) & ~7L)
 
 /* A bf16 is the upper half of a float. A float16's exponent is less by 112, and 31 for infinity and NaN. */
-static inline float widen(uint16 weight, int is_float16) {
+static inline float widen(uint16 weight, int dtype) {
     word wide = {(uint32)weight << 16}, magnitude = {(uint32)(weight & 0x7FFF) << 13};
-    if (!is_float16)
+    if (dtype == BF16)
         return wide.value;
     magnitude.value *= 0x1p112f;
     magnitude.bits |= (weight & 0x7FFF) >= 0x7C00 ? 0x7F800000 : 0;
     magnitude.bits |= wide.bits & 0x80000000;
     return magnitude.value;
+}
+
+static void widen_group(const void *restrict weights, int dtype, float *restrict wide, long group_size) {
+    for (long i = 0; dtype == BF16 && i < group_size; i++)
+        wide[i] = widen(((const uint16 *)weights)[i], BF16);
+    for (long i = 0; dtype == FLOAT16 && i < group_size; i++)
+        wide[i] = widen(((const uint16 *)weights)[i], FLOAT16);
+    for (long i = 0; dtype == FLOAT32 && i < group_size; i++)
+        wide[i] = ((const float *)weights)[i];
+}
+
+/* A scale as its dtype stores it, which drops some of a float's bits: none for float32, 13 for float16, 16 for bf16. */
+static inline float round_scale(float scale, int dropped) {
+    word all = {.value = scale}, magnitude = {all.bits & 0x7FFFFFFF};
+    if (!dropped || magnitude.bits >= 0x7F800000)
+        return scale;
+    if (dropped == 13 && magnitude.bits < 0x38800000)
+        magnitude.value = magnitude.value + 0.5f - 0.5f;  /* subnormal: a multiple of 2^-24 */
+    else {
+        magnitude.bits += (1 << (dropped - 1)) - 1 + (magnitude.bits >> dropped & 1);
+        magnitude.bits &= -(1 << dropped);
+    }
+    if (dropped == 13 && magnitude.bits >= 0x47800000)
+        magnitude.bits = 0x7F800000;
+    magnitude.bits |= all.bits & 0x80000000;
+    return magnitude.value;
+}
+
+/* The largest magnitude, as bits: without sign these have the order of the values, and NaN is above all. */
+static inline int16 largest_of_16(const uint16 *restrict weights, long group_size) {
+    int16 most = 0;
+    for (long i = 0; i < group_size; i++) {
+        int16 magnitude = weights[i] & 0x7FFF;
+        most = magnitude > most ? magnitude : most;
+    }
+    return most;
+}
+
+static float absmax_scale(const float *restrict weights, int dropped, long group_size) {
+    int32 most = 0;
+    for (long i = 0; i < group_size; i++) {
+        word weight = {.value = weights[i]};
+        int32 magnitude = weight.bits & 0x7FFFFFFF;
+        most = magnitude > most ? magnitude : most;
+    }
+    word largest = {most};
+    return round_scale(largest.value / 7, dropped);
 }
 
 /* Of a code to which 1.5 * 2^23 was added; `zero` has the bits of code 0. On integers it is a third of the time. */
@@ -1900,46 +1935,62 @@ static inline int32 clamp(float sum, int32 zero) {
     return (bits < zero - 8 ? zero - 8 : bits) - zero;
 }
 
-void max_abs(const uint16 *restrict weights, int is_float16, float *restrict largest, long groups, long group_size) {
-    for (long group = 0; group < groups; group++, weights += group_size) {
-        int16 most = 0;
-        for (long i = 0; i < group_size; i++) {
-            int16 magnitude = weights[i] & 0x7FFF;
-            most = magnitude > most ? magnitude : most;
-        }
-        largest[group] = widen(most, is_float16);
-    }
-}
-
+/* With w * (1 / scale) instead of w / scale no code differs, for weights and scales of 11 significant bits or less.
+   Their quotient, if below 8, is half-way between two integers or at least 2^-13 away from there, since both are
+   multiples of a unit of at least scale / 2^12; larger ones are clamped either way. The product is off by less than
+   2^-19; adding 192 rounds it to a multiple of 2^-16, which makes half-way cases exact again and moves no other one
+   across; adding 1.5 * 2^23 rounds it to an integer, half to even. */
 static inline uint32 code(float weight, float reciprocal) {
     return clamp(weight * reciprocal + 192.0f + 12582912.0f, 0x4B4000C0) & 15;
 }
 
-static inline void pack(const uint32 *restrict pairs, const int is_float16, const float *restrict reciprocals,
-                        uint8 *restrict packed, uint8 offset, long groups, long group_size) {
-    long half = group_size / 2;
-    for (long group = 0; group < groups; group++, pairs += half, packed += half)
-        for (long i = 0; i < half; i++) {
-            uint32 low = code(widen(pairs[i], is_float16), reciprocals[group]);
-            uint32 high = code(widen(pairs[i] >> 16, is_float16), reciprocals[group]);
-            packed[i] = (low | high << 4) ^ offset;
-        }
+static inline void pack_16(const uint32 *restrict pairs, const int dtype, float reciprocal, uint8 *restrict packed,
+                           uint8 offset, long half) {
+    for (long i = 0; i < half; i++) {
+        uint32 low = code(widen(pairs[i], dtype), reciprocal), high = code(widen(pairs[i] >> 16, dtype), reciprocal);
+        packed[i] = (low | high << 4) ^ offset;
+    }
 }
 
-void round_and_pack(const uint32 *restrict pairs, int is_float16, const float *restrict reciprocals,
-                    uint8 *restrict packed, uint8 offset, long groups, long group_size) {
-    if (is_float16)  /* a loop for each dtype */
-        pack(pairs, 1, reciprocals, packed, offset, groups, group_size);
-    else
-        pack(pairs, 0, reciprocals, packed, offset, groups, group_size);
+static void pack(const float *restrict weights, float scale, uint8 *restrict packed, uint8 offset, long group_size) {
+    int32 codes[MAX_GROUP];
+    for (long i = 0; i < group_size; i++)
+        codes[i] = clamp(weights[i] / (scale ? scale : 1) + 12582912.0f, 0x4B400000);
+    for (long i = 0; i < group_size / 2; i++)
+        packed[i] = ((codes[2 * i] & 15) | codes[2 * i + 1] << 4) ^ offset;
 }
-"""
-# What the search and error feedback need besides; only compiled for these, since it takes the compiler three times as
-# long. A group's weights are floats here: as they are, or as the errors before them changed them.
-SEARCH_KERNEL_SOURCE = r"""
+
+/* Many groups of 16 bits, scaled by their largest weight. First the scales of some, then their codes: while one group's
+   division waits for its largest weight, the next ones go on. */
+static inline void quantize_16(const uint16 *restrict weights, const int dtype, int dropped, uint8 offset,
+                               uint8 *restrict packed, float *restrict scales, long groups, const long group_size) {
+    for (long first = 0; first < groups; first += 32)
+        for (long pass = 0; pass < 2; pass++)
+            for (long group = first; group < groups && group < first + 32; group++) {
+                const uint16 *own = weights + group * group_size;
+                float scale = scales[group], wide[MAX_GROUP];
+                if (pass == 0)
+                    scales[group] = round_scale(widen(largest_of_16(own, group_size), dtype) / 7, dropped);
+                else if (scale >= 0x1p-126f || !scale)
+                    pack_16((const uint32 *)own, dtype, 1 / (scale ? scale : 1), packed + group * group_size / 2,
+                            offset, group_size / 2);
+                else {  /* a scale whose reciprocal is not normal, or not a number */
+                    widen_group(own, dtype, wide, group_size);
+                    pack(wide, scale, packed + group * group_size / 2, offset, group_size);
+                }
+            }
+}
+
+/* Eight doubles or floats at once are what the compiler makes of these on any processor. */
+typedef double doubles __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(32)));
+typedef int32 ints __attribute__((vector_size(32)));
+
+#define FOLD(lanes) ((lanes[0] + lanes[4] + (lanes[2] + lanes[6])) + (lanes[1] + lanes[5] + (lanes[3] + lanes[7])))
+
 static float find_scale(const float *restrict weights, const int16 *restrict share, const int16 *restrict steps,
                         long count, long group_size) {
-    int16 parts[SEARCH_GROUP], weighed[SEARCH_GROUP];
+    int16 parts[MAX_GROUP], weighed[MAX_GROUP];
     uint32 lowest = 0;  /* as integers without sign, negative weights are the largest */
     int32 highest = 0;
     for (long i = 0; i < group_size; i++) {
@@ -1975,7 +2026,8 @@ static float find_scale(const float *restrict weights, const int16 *restrict sha
 
 static float squared_error(const float *restrict weights, float divisor, const float *restrict counts,
                            long group_size) {
-    float terms[SEARCH_GROUP], lanes[8] = {0};
+    float terms[MAX_GROUP];
+    floats lanes = {0};
     for (long i = 0; i < group_size; i++) {
         float error = clamp(weights[i] / divisor + 12582912.0f, 0x4B400000) * divisor - weights[i];
         terms[i] = error * error * counts[i];
@@ -1983,79 +2035,20 @@ static float squared_error(const float *restrict weights, float divisor, const f
     for (long i = 0; i < group_size; i += 8)
         for (long lane = 0; lane < 8; lane++)
             lanes[lane] += terms[i + lane];
-    for (long half = 4; half; half /= 2)
-        for (long lane = 0; lane < half; lane++)
-            lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    return FOLD(lanes);
 }
 
-static void widen_group(const uint16 *restrict weights, int is_float16, float *restrict wide, long group_size) {
-    for (long i = 0; i < group_size; i++)
-        wide[i] = widen(weights[i], is_float16);
-}
-
-/* A multiple of 8 that the compiler sees as one, which spares it code for the rest. */
-#define WHOLE(size) ((size) & ~7L)
-
-void find_scales(const uint16 *restrict weights, int is_float16, const int16 *restrict shares, long rows,
-                 const int16 *restrict steps, long count, float *restrict found, long groups, long group_size) {
-    float wide[SEARCH_GROUP];
-    for (long group = 0; group < groups; group++, weights += group_size) {
-        widen_group(weights, is_float16, wide, WHOLE(group_size));
-        found[group] = find_scale(wide, shares + group % rows * group_size, steps, count, WHOLE(group_size));
-    }
-}
-
-void squared_errors(const uint16 *restrict weights, int is_float16, const float *restrict divisors,
-                    const float *restrict importance, long rows, float *restrict errors, long groups,
-                    long group_size) {
-    float wide[SEARCH_GROUP];
-    for (long group = 0; group < groups; group++, weights += group_size) {
-        widen_group(weights, is_float16, wide, WHOLE(group_size));
-        const float *counts = importance + group % rows * group_size;
-        errors[group] = squared_error(wide, divisors[group], counts, WHOLE(group_size));
-    }
-}
-
-/* A scale as its dtype stores it, which drops some of a float's bits: none for float32, 13 for float16, 16 for bf16. */
-static float round_scale(float scale, int dropped) {
-    word all = {.value = scale}, magnitude = {all.bits & 0x7FFFFFFF};
-    if (!dropped || magnitude.bits >= 0x7F800000)
-        return scale;
-    if (dropped == 13 && magnitude.bits < 0x38800000)
-        magnitude.value = magnitude.value + 0.5f - 0.5f;  /* subnormal: a multiple of 2^-24 */
-    else {
-        magnitude.bits += (1 << (dropped - 1)) - 1 + (magnitude.bits >> dropped & 1);
-        magnitude.bits &= -(1 << dropped);
-    }
-    if (dropped == 13 && magnitude.bits >= 0x47800000)
-        magnitude.bits = 0x7F800000;
-    magnitude.bits |= all.bits & 0x80000000;
-    return magnitude.value;
-}
-
-static float choose_scale(const float *weights, const int16 *share, const float *counts, const int16 *steps, long count,
-                          int dropped, long group_size) {
-    int32 most = 0;
-    for (long i = 0; i < group_size; i++) {
-        word weight = {.value = weights[i]};
-        int32 magnitude = weight.bits & 0x7FFFFFFF;
-        most = magnitude > most ? magnitude : most;
-    }
-    word largest = {most};
-    float absmax = round_scale(largest.value / 7, dropped);
+/* The scale of least squared error if there are steps to search it by, else that of the largest weight. */
+static float choose_scale(const float *restrict weights, const int16 *restrict share, const float *restrict counts,
+                          const int16 *restrict steps, long count, int dropped, long group_size) {
+    float absmax = absmax_scale(weights, dropped, group_size);
+    if (!count)
+        return absmax;
     float found = round_scale(find_scale(weights, share, steps, count, group_size), dropped);
     float found_error = squared_error(weights, found ? found : 1, counts, group_size);
     float absmax_error = squared_error(weights, absmax ? absmax : 1, counts, group_size);
     return found && found_error < absmax_error ? found : absmax;
 }
-
-/* Eight doubles or floats at once are what the compiler makes of these on any processor. */
-typedef double doubles __attribute__((vector_size(64)));
-typedef float floats __attribute__((vector_size(32)));
-typedef int32 ints __attribute__((vector_size(32)));
-
-#define FOLD(lanes) ((lanes[0] + lanes[4] + (lanes[2] + lanes[6])) + (lanes[1] + lanes[5] + (lanes[3] + lanes[7])))
 
 void spread_of(const float *restrict factor, const float *restrict rest, float *restrict spread, long columns,
                long rank) {
@@ -2114,8 +2107,8 @@ static void round_group(const float *restrict weights, const float *restrict cou
                         const float *restrict factor, const float *restrict spread, long rank,
                         const int16 *restrict steps, long count, int dropped, uint8 offset, floats *restrict carried,
                         uint8 *restrict packed, float *restrict scales, long height, long columns, long group_size) {
-    floats block[SEARCH_GROUP], divisors = {0}, sizes = {0}, most = {0};
-    float lines[8][SEARCH_GROUP];
+    floats block[MAX_GROUP], divisors = {0}, sizes = {0}, most = {0};
+    float lines[8][MAX_GROUP];
     for (long i = 0; i < group_size; i++) {
         for (long row = 0; row < 8; row++)
             block[i][row] = row < height ? weights[row * columns + i] : 0;
@@ -2142,26 +2135,45 @@ static void round_group(const float *restrict weights, const float *restrict cou
                 (((int32)block[i][row] & 15) | ((int32)block[i + 1][row] & 15) << 4) ^ offset;
 }
 
-void quantize_with_feedback(const float *restrict weights, const float *restrict importance,
-                            const int16 *restrict shares, const float *restrict factor, const float *restrict spread,
-                            long rank, const int16 *restrict steps, long count, int dropped, uint8 offset,
-                            uint8 *restrict packed, float *restrict scales, long rows, long columns, long group_size) {
-    for (long row = 0; row < rows; row += 8) {
-        floats carried[64] = {0};
-        for (long column = 0; column < columns; column += group_size) {
-            long first = row * columns + column;
-            round_group(weights + first, importance + column, shares + column, factor + column * rank,
-                        spread + column * rank, rank, steps, count, dropped, offset, carried, packed + first / 2,
-                        scales + first / group_size, rows - row < 8 ? rows - row : 8, columns, WHOLE(group_size));
+/* Groups of weights, `in_row` of them a row, and what their columns count. With feedback if there is a rank. */
+void quantize(const void *restrict weights, int dtype, const float *restrict importance, const int16 *restrict shares,
+              long in_row, const float *restrict factor, const float *restrict spread, long rank,
+              const int16 *restrict steps, long count, int dropped, uint8 offset, uint8 *restrict packed,
+              float *restrict scales, long groups, long group_size) {
+    long columns = in_row * group_size, rows = groups / in_row, bytes = dtype == FLOAT32 ? 4 : 2;
+    if (rank) {
+        for (long row = 0; row < rows; row += 8) {
+            floats carried[64] = {0};
+            for (long column = 0; column < columns; column += group_size) {
+                long first = row * columns + column;
+                round_group((const float *)weights + first, importance + column, shares + column,
+                            factor + column * rank, spread + column * rank, rank, steps, count, dropped, offset,
+                            carried, packed + first / 2, scales + first / group_size,
+                            rows - row < 8 ? rows - row : 8, columns, WHOLE(group_size));
+            }
         }
-    }
+    } else if (count || dtype == FLOAT32 || !dropped) {
+        for (long group = 0; group < groups; group++) {
+            float wide[MAX_GROUP];
+            long column = group % in_row * group_size;
+            widen_group((const char *)weights + group * group_size * bytes, dtype, wide, WHOLE(group_size));
+            scales[group] = choose_scale(wide, shares + column, importance + column, steps, count, dropped,
+                                         WHOLE(group_size));
+            pack(wide, scales[group], packed + group * group_size / 2, offset, WHOLE(group_size));
+        }
+    } else if (group_size == 32)  /* a size that the compiler knows takes a third of the time */
+        dtype == BF16 ? quantize_16(weights, BF16, dropped, offset, packed, scales, groups, 32)
+                      : quantize_16(weights, FLOAT16, dropped, offset, packed, scales, groups, 32);
+    else
+        dtype == BF16 ? quantize_16(weights, BF16, dropped, offset, packed, scales, groups, group_size)
+                      : quantize_16(weights, FLOAT16, dropped, offset, packed, scales, groups, group_size);
 }
 """
 # Of the processor what torch uses, as it or ATEN_CPU_CAPABILITY says. Nothing is linked, so that no C library's files
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
     *("-x", "c", "-O3", "-shared", "-fPIC", "-nostdlib"),
-    *("-ffp-contract=off", "-fno-trapping-math", f"-DSEARCH_GROUP={SEARCH_GROUP}", f"-DMAX_CHANGE={MAX_CHANGE}"),
+    *("-ffp-contract=off", "-fno-trapping-math", f"-DMAX_GROUP={MAX_GROUP}", f"-DMAX_CHANGE={MAX_CHANGE}"),
     *{
         "AVX2": ("-mavx2", "-mfma"),
         "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
@@ -2169,181 +2181,120 @@ KERNEL_FLAGS = (
 )
 
 
-KERNEL_FUNCTIONS = {  # the types of their arguments: a pointer, a long, an int, a uint8
-    "max_abs": "pipll",
-    "round_and_pack": "pippull",
-}
-SEARCH_KERNEL_FUNCTIONS = {
-    "find_scales": "piplplpll",
-    "squared_errors": "pipplpll",
-    "spread_of": "pppll",
-    "quantize_with_feedback": "ppppplpliupplll",
-}
-ARGUMENT_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "u": ctypes.c_uint8}
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of the source's enum
+SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of a float's
 
 
 class NoKernel(Exception):
     """Why there is none."""
 
 
-def address_of(weights: torch.Tensor) -> tuple[int, int]:
-    """Where weights lie, and whether they are float16 rather than bf16."""
-    return weights.data_ptr(), int(weights.dtype == torch.float16)
-
-
 class Kernel:
     """The compiled functions. Their tensors must be contiguous, as those of a workspace are."""
 
-    def __init__(self, library: Path, search: bool):
+    def __init__(self, library: Path):
         functions = ctypes.CDLL(str(library))  # calls release the interpreter lock
-        self.search = search  # whether it has the functions for it
-        for name, types in (KERNEL_FUNCTIONS | (SEARCH_KERNEL_FUNCTIONS if search else {})).items():
-            function = getattr(functions, name)
-            function.argtypes, function.restype = [ARGUMENT_TYPES[letter] for letter in types], None
-            setattr(self, f"_{name}", function)
+        self._quantize, self._spread_of = functions.quantize, functions.spread_of
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        self._quantize.argtypes = [pointer, ctypes.c_int, pointer, pointer, number, pointer, pointer, number]
+        self._quantize.argtypes += [pointer, number, ctypes.c_int, ctypes.c_uint8, pointer, pointer, number, number]
+        self._spread_of.argtypes = [pointer, pointer, pointer, number, number]
 
-    def max_abs(self, groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """As the function of this name, for bf16 or float16."""
-        largest = workspace.tensor("largest", torch.float32, groups.shape[0])
-        self._max_abs(*address_of(groups), largest.data_ptr(), *groups.shape)
-        return largest
-
-    def round_and_pack(
-        self, groups: torch.Tensor, reciprocals: torch.Tensor, with_offset: bool, workspace: Workspace
-    ) -> torch.Tensor:
-        """Words as from `pack_int4`, int32 (n, group_size // 8), of bf16 or float16 groups (n, group_size) and the
-        float32 reciprocals (n,) of their scales, numbers of 16 bits of which no bf16 may be subnormal.
-
-        With w * (1 / scale) instead of w / scale no code differs. The quotient of a weight and a scale of 11 bits or
-        less, if below 8, is half-way between two integers or at least 2^-13 away from there: both are multiples of a
-        unit that is at least scale / 2^12; larger ones are clamped either way. The
-        product is off by less than 2^-19; adding 192 rounds it to a multiple of 2^-16, which makes half-way cases exact
-        again and moves no other one across; adding 1.5 * 2^23 rounds it to an integer, half to even.
-        """
-        n, group_size = groups.shape
-        words = workspace.tensor("words", torch.int32, n, group_size // CODES_PER_WORD)
-        offset = OFFSET_BITS & 0xFF if with_offset else 0
-        addresses = *address_of(groups), reciprocals.data_ptr(), words.data_ptr()
-        self._round_and_pack(*addresses, offset, n, group_size)
-        return words
-
-    def find_scales(self, groups: torch.Tensor, shares: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-        """As the function of this name, for bf16 or float16 and groups of no more than SEARCH_GROUP."""
-        steps, shares = search_multipliers(), shares.to(torch.int16)
-        found = torch.empty(len(groups))
-        tables = shares.data_ptr(), len(shares), steps.data_ptr(), len(steps)
-        self._find_scales(*address_of(groups), *tables, found.data_ptr(), *groups.shape)
-        return found
-
-    def squared_errors(
-        self, groups: torch.Tensor, divisors: torch.Tensor, importance: torch.Tensor, workspace: Workspace
-    ) -> torch.Tensor:
-        """As the function of this name, for bf16 or float16 and groups of no more than SEARCH_GROUP."""
-        errors, importance = torch.empty(len(groups)), importance.contiguous()
-        tables = divisors.data_ptr(), importance.data_ptr(), len(importance)
-        self._squared_errors(*address_of(groups), *tables, errors.data_ptr(), *groups.shape)
-        return errors
-
-    def spread_of(self, factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        """As the function of this name."""
-        spread = torch.empty_like(factor)
-        self._spread_of(factor.data_ptr(), rest.data_ptr(), spread.data_ptr(), *factor.shape)
-        return spread
-
-    def quantize_with_feedback(
+    def quantize(
         self,
         groups: torch.Tensor,
         scales: torch.Tensor,
-        importance: torch.Tensor,
-        feedback: Feedback,
+        importance: torch.Tensor | None,
+        feedback: Feedback | None,
         with_offset: bool,
         workspace: Workspace,
     ) -> torch.Tensor:
-        """As the function of this name, for groups of no more than SEARCH_GROUP."""
-        (n, group_size), columns = groups.shape, importance.numel()
-        steps, shares = search_multipliers(), shares_of(importance).to(torch.int16)
-        words = workspace.tensor("words", torch.int32, n, group_size // CODES_PER_WORD)
-        found = workspace.tensor("found", torch.float32, n)
-        dropped = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}[scales.dtype]  # bits of a float
-        weights = workspace.tensor("weights", torch.float32, n, group_size).copy_(groups)
-        inputs = weights, importance, shares, feedback.factor, feedback.spread
-        self._quantize_with_feedback(
-            *(tensor.data_ptr() for tensor in inputs),
-            feedback.factor.shape[1],
-            *(steps.data_ptr(), len(steps), dropped, OFFSET_BITS & 0xFF if with_offset else 0),
-            *(words.data_ptr(), found.data_ptr(), n * group_size // columns, columns, group_size),
+        """Do what `quantize_with_torch` does, in groups of up to MAX_GROUP."""
+        if feedback or groups.dtype not in KERNEL_DTYPES:
+            groups = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
+        steps, counts, shares = (torch.empty(0, dtype=torch.int16),) * 3
+        if importance is not None:
+            steps, counts, shares = search_multipliers(), importance.contiguous(), shares_of(importance).to(torch.int16)
+        factors = (feedback.factor, feedback.spread) if feedback else (counts, counts)
+        words = workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // CODES_PER_WORD)
+        found = workspace.tensor("found", torch.float32, len(groups))
+        self._quantize(
+            *(groups.data_ptr(), KERNEL_DTYPES.index(groups.dtype)),
+            *(counts.data_ptr(), shares.data_ptr(), max(len(counts), 1)),
+            *(factors[0].data_ptr(), factors[1].data_ptr(), factors[0].shape[1] if feedback else 0),
+            *(steps.data_ptr(), len(steps), SCALE_BITS_DROPPED[scales.dtype], OFFSET_BITS & 0xFF if with_offset else 0),
+            *(words.data_ptr(), found.data_ptr(), *groups.shape),
         )
         scales.copy_(found)
         return words
 
+    def spread_of(self, factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        """Do what the function of this name does."""
+        spread = torch.empty_like(factor)
+        self._spread_of(factor.data_ptr(), rest.data_ptr(), spread.data_ptr(), *factor.shape)
+        return spread
+
     def works(self) -> bool:
-        """Try it before the compiler is relied upon."""
-        works = all(map(self._rounding_works, (torch.bfloat16, torch.float16)))
-        if self.search:
-            works = works and all(map(self._search_works, (torch.bfloat16, torch.float16))) and self._feedback_works()
-        return works
+        """Compare it with torch before the compiler is relied upon."""
+        for groups, importance, feedbacks in (rounding_trial(), search_trial(), feedback_trial(self)):
+            if feedbacks and not torch.equal(feedbacks[0].spread, feedbacks[1].spread):
+                return False
+            dtypes = KERNEL_DTYPES if feedbacks is None else (torch.float32,)
+            for dtype, scale_dtype in itertools.product(dtypes, SCALE_BITS_DROPPED):
+                results = []
+                for quantize, feedback in zip((self.quantize, quantize_with_torch), feedbacks or (None, None)):
+                    scales, workspace = torch.empty(len(groups), dtype=scale_dtype), Workspace()
+                    words = quantize(groups.to(dtype), scales, importance, feedback, True, workspace)
+                    results += [words, scales]
+                if not (torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])):
+                    return False
+        return True
 
-    def _rounding_works(self, dtype: torch.dtype) -> bool:
-        """Try the largest at each place of a group, and half-way cases, some of them beyond the codes, at each mantissa
-        that a float16 scale can have. Groups of 376 are, in pairs, some rounds of each loop that the compiler makes of
-        these: of 64 and 32 with AVX-512, 32 and 16 with AVX2, 16 and 8 with NEON, and a rest.
-        """
-        workspace, size = Workspace(), 376
-        largest = self.max_abs(torch.eye(size).neg().to(dtype), workspace)
-        scales = 1 + torch.arange(1024) / 1024
-        scales[::2].neg_()
-        halves = torch.arange(-8.5, 8.5, 0.5).repeat(12)[:size]
-        groups = (scales[:, None] * halves).to(dtype)
-        expected = pack_int4(divide_to_codes(groups, scales, workspace), workspace, with_offset=True).clone()
-        words = self.round_and_pack(groups, scales.reciprocal(), True, workspace)
-        return torch.equal(largest, torch.ones(size)) and torch.equal(words, expected)
 
-    def _search_works(self, dtype: torch.dtype) -> bool:
-        """Try the search on random weights."""
-        workspace, size = Workspace(), 376
-        groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5).to(dtype)
-        weights, importance = groups.to(torch.float32), torch.arange(2.0 * size).view(2, size) * 0.618 % 1
-        divisors, shares = 1 + torch.arange(1024) / 1024, shares_of(importance)
-        divisors[::2].neg_()
-        pairs = [
-            (self.find_scales(groups, shares, workspace), find_scales(weights, shares, workspace)),
-            (
-                self.squared_errors(groups, divisors, importance, workspace),
-                squared_errors(weights, divisors, importance, workspace),
-            ),
-        ]
-        return all(itertools.starmap(torch.equal, pairs))
+Trial = tuple[torch.Tensor, torch.Tensor | None, tuple[Feedback, Feedback] | None]  # weights, importance, feedback
 
-    def _feedback_works(self) -> bool:
-        """Try feedback on as many rows as are not whole rounds of the loop over eight, on absmax scales that are
-        half-way cases (in groups that count nothing), and on a weak column behind strong ones, where changes are
-        bounded."""
-        workspace, rows, size, rank = Workspace(), 20, 40, 16
-        weights = torch.randn(rows * 4, size, generator=torch.Generator().manual_seed(0)).mul_(5)
-        importance = torch.arange(4.0 * size).view(4, size) * 0.618 % 1
-        importance[0], importance[3, -8:-1], importance[3, -1] = 0, 40, 0.1
-        factor = (torch.arange(4.0 * size * rank) * 0.414 % 1).view(-1, rank)
-        factor[-8:] = 1
-        factor *= importance.view(-1, 1).sqrt() / 4
-        feedback, expected = (Feedback.of(importance.flatten(), factor, kernel) for kernel in (self, None))
-        pairs = [(feedback.spread, expected.spread)]
-        for dtype in (torch.float16, torch.bfloat16):
-            weights[::4, 7] = 7 * 64 * (1 + torch.finfo(dtype).eps * (0.5 + torch.arange(rows)))
-            results = []
-            for function in (self.quantize_with_feedback, quantize_with_feedback):
-                scales = torch.empty(rows * 4, dtype=dtype)
-                results.append((function(weights, scales, importance, feedback, True, workspace).clone(), scales))
-            pairs += zip(*results)
-        return all(itertools.starmap(torch.equal, pairs))
+
+def rounding_trial() -> Trial:
+    """Make groups with the largest weight at each place, and half-way cases at many scales.
+
+    Groups of 376 are, in pairs, some rounds of each loop that the compiler makes: of 64 and 32 with AVX-512, 32 and 16
+    with AVX2, 16 and 8 with NEON, and a rest.
+    """
+    size = 376
+    scales = (1 + torch.arange(size) / 32) * 2.0 ** (torch.arange(size) % 9 - 23)  # subnormal ones in float16, too
+    halves = torch.arange(-6.5, 7, 0.5).repeat(14)[:size]
+    groups = scales[:, None] * halves
+    return groups.fill_diagonal_(0) + torch.diag(scales * 7 * (-1) ** torch.arange(size)), None, None
+
+
+def search_trial() -> Trial:
+    """Make random groups, two to a row, half of them so close to whole codes that two scales are nearly as good."""
+    rows, size = 1024, 376
+    groups = torch.randn(rows, size, generator=torch.Generator().manual_seed(0)).mul_(5)
+    close = groups[::4].round().clamp(-7, 7) + groups[1::4] * 2.0 ** -(6 + torch.arange(rows // 4) % 12)[:, None]
+    groups[::4], groups[1::4] = close, close.flip(0, 1)
+    return groups, torch.arange(2.0 * size).view(2, size) * 0.618 % 1, None
+
+
+def feedback_trial(kernel: Kernel) -> Trial:
+    """Make as many rows as are not whole rounds of the loop over eight, with absmax scales that are half-way cases (in
+    groups that count nothing), and with a weak column behind strong ones, where changes are bounded."""
+    rows, size, rank = 20, 40, 16
+    weights = torch.randn(rows * 4, size, generator=torch.Generator().manual_seed(0)).mul_(5)
+    importance = torch.arange(4.0 * size).view(4, size) * 0.618 % 1
+    importance[0], importance[3, -8:-1], importance[3, -1] = 0, 40, 0.1
+    factor = (torch.arange(4.0 * size * rank) * 0.414 % 1).view(-1, rank)
+    factor[-8:] = 1
+    factor *= importance.view(-1, 1).sqrt() / 4
+    for number, dtype in enumerate((torch.float16, torch.bfloat16)):
+        half_way = 7 * 64 * (1 + torch.finfo(dtype).eps * (0.5 + torch.arange(rows // 2)))
+        weights[4 * number :: 8, 7] = half_way
+    return weights, importance, tuple(Feedback.of(importance.flatten(), factor, k) for k in (kernel, None))
 
 
 @functools.cache
-def compile_kernel(search: bool) -> Kernel:
-    """Compile the kernel, with or without what --scale mse needs, by the system's C compiler or the one that CC names.
-
-    Takes 0.1 s, or 0.5 s for mse. NoKernel if it fails.
-    """
-    source = KERNEL_SOURCE + (SEARCH_KERNEL_SOURCE if search else "")
+def compile_kernel() -> Kernel:
+    """Compile the kernel by the system's C compiler or the one that CC names. NoKernel if it fails."""
     compiler = os.environ.get("CC", "").split() or ["cc"]
     if not shutil.which(compiler[0]):
         raise NoKernel(f"there is no C compiler {compiler[0]!r}")
@@ -2352,13 +2303,13 @@ def compile_kernel(search: bool) -> Kernel:
             library = Path(folder) / "kernel.so"  # once loaded, the file is not needed
             subprocess.run(
                 [*compiler, *KERNEL_FLAGS, "-o", str(library), "-"],
-                input=source.encode(),
+                input=KERNEL_SOURCE.encode(),
                 env=os.environ | {"TMPDIR": folder},  # for the compiler's own files
                 capture_output=True,
                 check=True,
                 timeout=COMPILER_TIMEOUT_S,
             )
-            kernel = Kernel(library, search)
+            kernel = Kernel(library)
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.decode(errors="replace").split())
         raise NoKernel(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
@@ -5236,10 +5187,10 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
 
 def kernel_for(plan: Plan) -> Kernel | None:
     """The compiled kernel if the plan has work for it. It is never needed, and so the user is only told."""
-    if all(info.dtype not in ("BF16", "F16") for info in plan.quantized) and FEEDBACK not in plan.options.rule:
+    if all(tensor.packing is None or tensor.packing.bits == 8 for tensor in plan.tensors):
         return None
     try:
-        return compile_kernel(plan.options.scale == "mse")
+        return compile_kernel()
     except NoKernel as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"

@@ -56,7 +56,7 @@ def test_mse_is_never_worse_than_absmax_on_any_group(kind, scale_dtype):
 @pytest.fixture
 def kernel() -> q.Kernel:
     try:
-        return q.compile_kernel(True)
+        return q.compile_kernel()
     except q.NoKernel as reason:
         pytest.skip(str(reason))
 
@@ -78,7 +78,7 @@ IMPORTANCE = {
 }
 
 
-@pytest.mark.parametrize("group_size", [8, 24, 32, 64, 128, 264, q.SEARCH_GROUP, q.SEARCH_GROUP + 8])
+@pytest.mark.parametrize("group_size", [8, 24, 32, 64, 128, 264, q.MAX_GROUP, q.MAX_GROUP + 8])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel, dtype, kind, group_size):
