@@ -3620,12 +3620,12 @@ def sync_file(path: Path) -> None:
 class ShardWriter:
     """One output shard: tensors in any order and by any thread, under a temporary name until all are in."""
 
-    def __init__(self, folder: Path, shard: ShardPlan, fingerprint: str, jobs: int, finished: bool, compare: bool):
+    def __init__(self, folder: Path, shard: ShardPlan, fingerprint: str, finished: bool, compare: bool):
         self.final = folder / shard.name
         self.compare = compare  # with what an earlier run wrote, instead of writing
         self.temporary = unfinished_path(self.final, fingerprint)
         self.shard = shard
-        self.jobs_left = jobs
+        self.jobs_left = 0
         self.finished = finished
         self._fd: int | None = None
         self._cached: Ranges = []
@@ -3821,6 +3821,14 @@ class OutputFolder:
         except OSError:
             pass  # a network file system without such locks
 
+    def shard_writers(self) -> list[ShardWriter]:
+        return [
+            ShardWriter(
+                self.folder, shard, self.plan.fingerprint, shard.name in self.finished, shard.name in self.compare
+            )
+            for shard in self.plan.shards
+        ]
+
     def write_other_files(self) -> None:
         """Copies and the program's own files, each complete before it gets its name; the index once all is on disk."""
         for source in self.plan.copied:
@@ -3933,6 +3941,21 @@ def plan_tiles(job: Job, whole_rows: bool) -> Iterator[Tile]:
             yield Tile(row, min(height, job.stop - row), column, min(width, columns - column))
 
 
+class Stopped(Exception):
+    """Another thread failed, or a signal came: what this one does is not needed any more."""
+
+
+def wait_for(tasks: list[concurrent.futures.Future], meter: Meter, progress: Progress) -> None:
+    """Show the progress until all tasks are done; raises the error of the first that fails, or that of a signal."""
+    running = set(tasks)
+    while running:
+        done, running = concurrent.futures.wait(running, 0.1, concurrent.futures.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        check_signals()
+        progress.show(meter)
+
+
 class Conversion:
     """One run over a plan: the queue of jobs, the shards' writers, and what is done so far."""
 
@@ -3946,41 +3969,32 @@ class Conversion:
         self.guard = guard
         self.meter = Meter("restoring" if plan.options.restore else "quantizing")
         self.half_way: MemoryReading | None = None
+        self.writers = output.shard_writers()
         self._unsynced = 0  # bytes of input since a sync was last asked for
-        self._jobs: list[Job] = []
         self._jobs_left: Counter[str] = Counter()  # by tensor
+        self._ahead: deque[Job] = deque()  # that the disk reads already
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._faults: queue.SimpleQueue[Exception] = queue.SimpleQueue()
-        jobs_by_shard: Counter[int] = Counter()
-        for tensor in plan.tensors:
-            shards = self._shards_of(tensor)
-            if all(plan.shards[shard].name in output.finished - output.compare for shard in shards):
-                continue
-            jobs = list(plan_jobs(tensor, plan.options.format.transposed))
-            self._jobs += jobs
-            self._jobs_left[tensor.source.name] = len(jobs)
-            jobs_by_shard.update({shard: len(jobs) for shard in shards})
-            self.meter.tensors_total += 1
-            self.meter.tensors_done += not jobs  # a tensor of no elements is in the header already
-            self.meter.expect(self._kind_of_work(tensor), tensor.source.nbytes)
-        self._waiting = iter(self._jobs)
-        self._ahead: deque[Job] = deque()  # that the disk reads already
-        self.writers = [
-            ShardWriter(
-                output.folder,
-                shard,
-                plan.fingerprint,
-                jobs_by_shard[number],
-                finished=shard.name in output.finished,
-                compare=shard.name in output.compare,
-            )
-            for number, shard in enumerate(plan.shards)
-        ]
         self._to_sync: queue.SimpleQueue[ShardWriter | None] = queue.SimpleQueue()
+        jobs = [job for tensor in plan.tensors for job in self._plan_jobs(tensor)]
+        self._waiting = iter(jobs)
         for writer in self.writers:
             if not writer.jobs_left:
                 self._to_sync.put(writer)
+
+    def _plan_jobs(self, tensor: TensorPlan) -> list[Job]:
+        """List a tensor's jobs, unless an earlier run finished it, and book them."""
+        writers = self._writers_of(tensor)
+        if all(writer.finished and not writer.compare for writer in writers):
+            return []
+        jobs = list(plan_jobs(tensor, self.options.format.transposed))
+        self._jobs_left[tensor.source.name] = len(jobs)
+        for writer in writers:
+            writer.jobs_left += len(jobs)
+        self.meter.tensors_total += 1
+        self.meter.tensors_done += not jobs  # a tensor of no elements is in the header already
+        self.meter.expect(self._kind_of_work(tensor), tensor.source.nbytes)
+        return jobs
 
     def _kind_of_work(self, tensor: TensorPlan) -> str:
         """One of Meter.COSTS."""
@@ -3990,84 +4004,64 @@ class Conversion:
         feedback = importance is not None and importance.has_factor(tensor.source)
         return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else self.options.scale
 
-    def _shards_of(self, tensor: TensorPlan) -> set[int]:
-        return {self.placements[output.name].shard for output in tensor.outputs}
+    def _writers_of(self, tensor: TensorPlan) -> list[ShardWriter]:
+        return [self.writers[shard] for shard in {self.placements[output.name].shard for output in tensor.outputs}]
 
     def run(self, threads: int, progress: Progress) -> None:
         """Convert everything; returns when every shard has its final name."""
-        self._jobs_ahead = max(threads, DISK_READERS)
-        workers = [threading.Thread(target=self._guarded, args=(self._work,), daemon=True) for _ in range(threads)]
-        # Syncing a shard takes as long as the disk does, so it has a thread of its own.
-        finisher = threading.Thread(target=self._guarded, args=(self._finish_shards,), daemon=True)
+        self._jobs_ahead, self._workers = max(threads, DISK_READERS), threads
         try:
-            for thread in [*workers, finisher]:
-                thread.start()
-            for thread in workers:
-                self._wait_for(thread, progress)
-            self._to_sync.put(None)
-            self._wait_for(finisher, progress)
-            self._raise_fault()
+            # Syncing a shard takes as long as the disk does, so it has a thread of its own.
+            with concurrent.futures.ThreadPoolExecutor(threads + 1) as pool:
+                try:
+                    tasks = [pool.submit(task) for task in [self._work] * threads + [self._finish_shards]]
+                    wait_for(tasks, self.meter, progress)
+                finally:
+                    self._stop.set()
+                    self._to_sync.put(None)
         finally:
-            self._stop.set()
-            self._to_sync.put(None)
-            for thread in [*workers, finisher]:
-                if thread.ident:
-                    thread.join()
             for writer in self.writers:
                 writer.close()
             self.checkpoint.drop_all_read()
 
-    def _wait_for(self, thread: threading.Thread, progress: Progress) -> None:
-        while thread.is_alive():
-            thread.join(timeout=0.1)
-            check_signals()
-            progress.show(self.meter)
-            self._raise_fault()
-
-    def _raise_fault(self) -> None:
-        if not self._faults.empty():
-            raise self._faults.get()
-
-    def _guarded(self, task) -> None:
-        """Run a thread's task; its error stops all others and is raised in the main thread."""
-        try:
-            with torch.inference_mode():
-                task()
-        except Exception as fault:
-            self._stop.set()
-            self._faults.put(fault)
-
+    @torch.inference_mode()
     def _work(self) -> None:
+        """Do jobs until there are no more; the last worker to stop tells the finisher."""
         workspace = Workspace()
-        while not self._stop.is_set():
-            while self._to_sync.qsize() > MAX_WAITING_SHARDS and not self._stop.is_set():
+        while job := self._take_job():
+            while self._to_sync.qsize() > MAX_WAITING_SHARDS:
                 time.sleep(0.01)
-            if not (job := self._take_job()):
-                return
+                self._check_stop()
             self.guard.check()
             convert = self._restore if job.tensor.scales else self._quantize if job.tensor.packing else self._copy
             started = time.monotonic()
-            if convert(job, workspace):
-                self.checkpoint.finish_reading(job.tensor.source, job.offset, job.nbytes)
-                self._count(job, time.monotonic() - started)
+            convert(job, workspace)
+            self.checkpoint.finish_reading(job.tensor.source, job.offset, job.nbytes)
+            self._count(job, time.monotonic() - started)
+        with self._lock:
+            self._workers -= 1
+            if not self._workers:
+                self._to_sync.put(None)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
 
     def _take_job(self) -> Job | None:
-        """The next job, for one worker alone; meanwhile the disk reads for those after it."""
+        """Take the next job, for one worker alone; meanwhile the disk reads for those after it."""
         with self._lock:
             for job in itertools.islice(self._waiting, 1 + self._jobs_ahead - len(self._ahead)):
                 self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
                 self._ahead.append(job)
             return self._ahead.popleft() if self._ahead else None
 
-    def _quantize(self, job: Job, workspace: Workspace) -> bool:
-        """Quantize the job's rows tile by tile; False if the run was stopped meanwhile."""
+    def _quantize(self, job: Job, workspace: Workspace) -> None:
+        """Quantize the job's rows tile by tile."""
         form, packing, search = self.options.format, job.tensor.packing, self.options.scale == "mse"
         outputs = job.tensor.outputs[:2]  # words and scales
         staged = self._stage(job, workspace) if form.transposed else ()
         importance, feedback = self._statistics(job.tensor)
         for tile in plan_tiles(job, whole_rows=feedback is not None):
-            if self._stop.is_set():
-                return False
             groups = self._read_groups(job.tensor, tile, workspace)  # source dtype (n, group_size)
             dtype, first = FLOAT_DTYPES[outputs[1].dtype], tile.column // packing.group_size
             groups_per_row = packing.columns_of(tile.columns) // packing.group_size
@@ -4097,16 +4091,12 @@ class Conversion:
             self._write_lines(job, output, workspace.bytes_of(role, lines))
         for output in job.tensor.outputs[2:] if job.start == 0 else ():
             self._write(output, 0, memoryview(output.content()))
-        return True
 
-    def _restore(self, job: Job, workspace: Workspace) -> bool:
-        """Decode the job's rows by quarters of a tile, of which torch makes several temporary tensors; False if the run
-        was stopped meanwhile."""
+    def _restore(self, job: Job, workspace: Workspace) -> None:
+        """Decode the job's rows by quarters of a tile, of which torch makes several temporary tensors."""
         packing, (output,) = job.tensor.packing, job.tensor.outputs
         step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
         for start in range(job.start, job.stop, step):
-            if self._stop.is_set():
-                return False
             words, scales = (
                 self._read_rows(info, start, min(start + step, job.stop), workspace)
                 for info in (job.tensor.source, job.tensor.scales)
@@ -4115,7 +4105,6 @@ class Conversion:
             dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], *weights.shape).copy_(weights)
             row_bytes = output.nbytes // output.shape[0]
             self._write(output, start * row_bytes, workspace.bytes_of("dense", dense))
-        return True
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
         """Rows of words or scales, as (rows, columns)."""
@@ -4174,17 +4163,15 @@ class Conversion:
         factor = torch.nn.functional.pad(factor, (0, 0, 0, padding))
         return importance, Feedback.of(mean_squares, factor, self.kernel)
 
-    def _copy(self, job: Job, workspace: Workspace) -> bool:
-        """Copy the job's bytes as they are; False if the run was stopped meanwhile."""
+    def _copy(self, job: Job, workspace: Workspace) -> None:
+        """Copy the job's bytes as they are."""
         for start in range(job.start, job.stop, COPY_BYTES):
-            if self._stop.is_set():
-                return False
             buffer = workspace.buffer("raw", min(COPY_BYTES, job.stop - start))
             self.checkpoint.read_into(job.tensor.source, start, buffer)
             self._write(job.tensor.outputs[0], start, buffer)
-        return True
 
     def _write(self, output: OutputTensor, offset: int, buffer: memoryview) -> None:
+        self._check_stop()
         placement = self.placements[output.name]
         self.writers[placement.shard].write(buffer, placement.offset + offset)
 
@@ -4202,8 +4189,7 @@ class Conversion:
             sync = self._unsynced >= SYNC_BYTES
             if sync:
                 self._unsynced = 0
-            for shard in self._shards_of(job.tensor):
-                writer = self.writers[shard]
+            for writer in self._writers_of(job.tensor):
                 writer.jobs_left -= 1
                 if sync or writer.jobs_left == 0:
                     self._to_sync.put(writer)
@@ -4667,13 +4653,7 @@ class Verification:
                 else:
                     tasks.append(pool.submit(self._compare, info, names))
             try:
-                running = set(tasks)
-                while running:
-                    done, running = concurrent.futures.wait(running, 0.1, concurrent.futures.FIRST_EXCEPTION)
-                    for task in done:
-                        task.result()
-                    check_signals()
-                    progress.show(self.meter)
+                wait_for(tasks, self.meter, progress)
             finally:
                 pool.shutdown(cancel_futures=True)
         self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._infos.keys() - expected)]
@@ -4758,19 +4738,20 @@ class Verification:
             return Packing(8, columns // scales[1])
         return Packing(4, self.group_size)
 
+    @torch.inference_mode()
     def _compare(self, info: TensorInfo, names: list[str]) -> None:
+        """Compare one tensor with what it became."""
         self.guard.check()
         started, problem, error = time.monotonic(), None, None
-        with torch.inference_mode():
-            outputs = [self._infos[name] for name in names]
-            try:
-                if names == [info.name]:
-                    self._compare_kept(info, outputs[0])
-                else:
-                    self._compare_layout(info, outputs)
-                    error = self._compare_quantized(info, [self._read_tensor(output) for output in outputs])
-            except Mismatch as mismatch:
-                problem = f"{info.name!r}: {mismatch}"
+        outputs = [self._infos[name] for name in names]
+        try:
+            if names == [info.name]:
+                self._compare_kept(info, outputs[0])
+            else:
+                self._compare_layout(info, outputs)
+                error = self._compare_quantized(info, [self._read_tensor(output) for output in outputs])
+        except Mismatch as mismatch:
+            problem = f"{info.name!r}: {mismatch}"
         with self._lock:
             self.meter.book(self._kind_of_work(info), info.nbytes, time.monotonic() - started)
             self.meter.tensors_done += 1
@@ -4825,16 +4806,10 @@ class Verification:
 
     def _compare_layout(self, info: TensorInfo, outputs: list[TensorInfo]) -> None:
         """Shapes and dtypes, and the bytes of what follows from them alone."""
-        columns, group_size = info.shape[1], self.packing_of(info).group_size
         for planned, found in zip(self._outputs(info), outputs):
             if (found.shape, found.dtype) != (planned.shape, planned.dtype):
                 raise Mismatch(f"{planned.name} is {found.dtype} {found.shape}, not {planned.dtype} {planned.shape}")
-            constant = {
-                "weight_shape": lambda: torch.tensor(info.shape),
-                "qzeros": lambda shape=found.shape: torch.full(shape, 0x77777777, dtype=torch.int32),
-                "g_idx": lambda: torch.arange(columns, dtype=torch.int32) // group_size,
-            }.get(planned.name.rpartition(".")[2])
-            if constant and not torch.equal(self._read_tensor(found), constant()):
+            if planned.content and self._read(found) != planned.content():
                 raise Mismatch(f"{planned.name} does not hold what its shape calls for")
 
     def _compare_codes(
