@@ -1573,61 +1573,58 @@ class NotQuantizable(Exception):
         self.scales = scales
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How 4-bit scales and codes are chosen and stored."""
+
+    with_offset: bool = False  # nibbles hold the code plus 8 (`pack_int4`)
+    # How much each column's error counts, for k groups that make up a row: float32 (k, group_size). Each scale is then
+    # chosen for least squared error (`search_scales`), without it by the largest weight.
+    importance: torch.Tensor | None = None
+    feedback: Feedback | None = None  # what each column's error changes in those after it; needs importance
+    kernel: Kernel | None = None  # which does the work in groups of up to MAX_GROUP; the result is the same
+
+    def of_groups(self, first: int, count: int) -> Rounding:
+        """Take the part for some groups of each row."""
+        return self if self.importance is None else replace(self, importance=self.importance[first : first + count])
+
+
 def quantize_groups(
-    groups: torch.Tensor,
-    scale_dtype: torch.dtype,
-    workspace: Workspace,
-    with_offset: bool = False,
-    search: bool = False,
-    importance: torch.Tensor | None = None,
-    feedback: Feedback | None = None,
-    kernel: Kernel | None = None,
+    groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace, rounding: Rounding
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize groups of weights to symmetric 4-bit codes, packed, and scales.
 
-    groups:      (n, group_size), any float dtype
-    with_offset: nibbles hold the code plus 8 (`pack_int4`)
-    search:      choose each scale for least squared error (`search_scales`) rather than by the largest weight
-    importance:  for the search, float32 (k, group_size) with n a multiple of k: how much each column's error counts,
-                 for k groups that make up a row
-    feedback:    for the search, what each column's error changes in those after it
-    kernel:      does the work in groups of up to MAX_GROUP; the result is the same
-    returns:     words int32 (n, group_size // 8) and scales `scale_dtype` (n,), both in the workspace
+    groups:  (n, group_size), any float dtype
+    returns: words int32 (n, group_size // 8) and scales `scale_dtype` (n,), both in the workspace
 
     scale = max|w| / 7, and code = clamp(round(w / scale)), where scale is the stored value read back, the division is
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
     and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
     """
     scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
-    if search and importance is None:
-        importance = torch.ones(1, groups.shape[1])
-    quantize = kernel.quantize if kernel and groups.shape[1] <= MAX_GROUP else quantize_with_torch
-    words = quantize(groups, scales, importance if search else None, feedback, with_offset, workspace)
+    by_kernel = rounding.kernel and groups.shape[1] <= MAX_GROUP
+    quantize = rounding.kernel.quantize if by_kernel else quantize_with_torch
+    words = quantize(groups, scales, workspace, rounding)
     if not torch.isfinite(scales).all():
         raise NotQuantizable(scales)
     return words, scales
 
 
 def quantize_with_torch(
-    groups: torch.Tensor,
-    scales: torch.Tensor,
-    importance: torch.Tensor | None,
-    feedback: Feedback | None,
-    with_offset: bool,
-    workspace: Workspace,
+    groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
 ) -> torch.Tensor:
-    """Return the words and fill in the scales of `quantize_groups`; without importance by the largest weight."""
+    """Return the words and fill in the scales of `quantize_groups`."""
     weights = workspace.tensor("weights", torch.float32, *groups.shape)
     scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
     weights.copy_(groups)
     codes = workspace.tensor("codes", torch.int16, *groups.shape)
-    if feedback:
-        round_with_feedback(weights, scales, importance, feedback, codes, workspace)
+    if rounding.feedback:
+        round_with_feedback(weights, scales, codes, workspace, rounding)
     else:
-        if importance is not None:
-            scales.copy_(search_scales(weights, scales, importance, workspace))
+        if rounding.importance is not None:
+            scales.copy_(search_scales(weights, scales, rounding.importance, workspace))
         codes.copy_(round_to_codes(weights, divisors_of(scales), weights))
-    return pack_int4(codes, workspace, with_offset)
+    return pack_int4(codes, workspace, rounding.with_offset)
 
 
 def quantize_to_int8(
@@ -1762,18 +1759,14 @@ def spread_of(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
 
 
 def round_with_feedback(
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    importance: torch.Tensor,
-    feedback: Feedback,
-    codes: torch.Tensor,
-    workspace: Workspace,
+    weights: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, workspace: Workspace, rounding: Rounding
 ) -> None:
     """Fill in the scales (n,) and the codes int16 (n, group_size) of whole rows of weights, float32 (n, group_size).
 
     A group's scale is searched for its weights as the errors of the groups before change them. Then column by column is
     rounded as those before change it, by MAX_CHANGE scales at most.
     """
+    importance, feedback = rounding.importance, rounding.feedback
     groups_per_row, group_size = importance.shape
     weights, codes = (tensor.view(-1, groups_per_row, group_size) for tensor in (weights, codes))
     carried = torch.zeros(len(weights), feedback.factor.shape[1])  # c of each row
@@ -2201,15 +2194,10 @@ class Kernel:
         self._spread_of.argtypes = [pointer, pointer, pointer, number, number]
 
     def quantize(
-        self,
-        groups: torch.Tensor,
-        scales: torch.Tensor,
-        importance: torch.Tensor | None,
-        feedback: Feedback | None,
-        with_offset: bool,
-        workspace: Workspace,
+        self, groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
     ) -> torch.Tensor:
         """Do what `quantize_with_torch` does, in groups of up to MAX_GROUP."""
+        importance, feedback = rounding.importance, rounding.feedback
         if feedback or groups.dtype not in KERNEL_DTYPES:
             groups = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
         steps, counts, shares = (torch.empty(0, dtype=torch.int16),) * 3
@@ -2222,7 +2210,12 @@ class Kernel:
             *(groups.data_ptr(), KERNEL_DTYPES.index(groups.dtype)),
             *(counts.data_ptr(), shares.data_ptr(), max(len(counts), 1)),
             *(factors[0].data_ptr(), factors[1].data_ptr(), factors[0].shape[1] if feedback else 0),
-            *(steps.data_ptr(), len(steps), SCALE_BITS_DROPPED[scales.dtype], OFFSET_BITS & 0xFF if with_offset else 0),
+            *(
+                steps.data_ptr(),
+                len(steps),
+                SCALE_BITS_DROPPED[scales.dtype],
+                OFFSET_BITS & 0xFF * rounding.with_offset,
+            ),
             *(words.data_ptr(), found.data_ptr(), *groups.shape),
         )
         scales.copy_(found)
@@ -2243,9 +2236,8 @@ class Kernel:
             for dtype, scale_dtype in itertools.product(dtypes, SCALE_BITS_DROPPED):
                 results = []
                 for quantize, feedback in zip((self.quantize, quantize_with_torch), feedbacks or (None, None)):
-                    scales, workspace = torch.empty(len(groups), dtype=scale_dtype), Workspace()
-                    words = quantize(groups.to(dtype), scales, importance, feedback, True, workspace)
-                    results += [words, scales]
+                    scales, rounding = torch.empty(len(groups), dtype=scale_dtype), Rounding(True, importance, feedback)
+                    results += [quantize(groups.to(dtype), scales, Workspace(), rounding), scales]
                 if not (torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])):
                     return False
         return True
@@ -4057,23 +4049,17 @@ class Conversion:
 
     def _quantize(self, job: Job, workspace: Workspace) -> None:
         """Quantize the job's rows tile by tile."""
-        form, packing, search = self.options.format, job.tensor.packing, self.options.scale == "mse"
-        outputs = job.tensor.outputs[:2]  # words and scales
+        form, packing, outputs = self.options.format, job.tensor.packing, job.tensor.outputs[:2]  # words and scales
         staged = self._stage(job, workspace) if form.transposed else ()
-        importance, feedback = self._statistics(job.tensor)
-        for tile in plan_tiles(job, whole_rows=feedback is not None):
+        rounding, scale_dtype = self._rounding(job.tensor), FLOAT_DTYPES[outputs[1].dtype]
+        for tile in plan_tiles(job, whole_rows=rounding.feedback is not None):
             groups = self._read_groups(job.tensor, tile, workspace)  # source dtype (n, group_size)
-            dtype, first = FLOAT_DTYPES[outputs[1].dtype], tile.column // packing.group_size
-            groups_per_row = packing.columns_of(tile.columns) // packing.group_size
-            weighed = None if importance is None else importance[first : first + groups_per_row]
+            in_row = rounding.of_groups(tile.column // packing.group_size, len(groups) // tile.rows)
             try:
-                words, scales = (
-                    quantize_to_int8(groups, dtype, workspace)
-                    if packing.bits == 8
-                    else quantize_groups(
-                        groups, dtype, workspace, form.with_offset, search, weighed, feedback, self.kernel
-                    )
-                )
+                if packing.bits == 8:
+                    words, scales = quantize_to_int8(groups, scale_dtype, workspace)
+                else:
+                    words, scales = quantize_groups(groups, scale_dtype, workspace, in_row)
             except NotQuantizable as error:
                 raise QuantizeError(describe_bad_value(job.tensor, tile, groups, error.scales)) from None
             for number, (role, groupwise, width) in enumerate(
@@ -4148,20 +4134,23 @@ class Conversion:
             padded[:, tile.columns :].zero_()
         return workspace.tensor(role, dtype, tile.rows * padded_columns // group_size, group_size)
 
-    def _statistics(self, tensor: TensorPlan) -> tuple[torch.Tensor | None, Feedback | None]:
-        """What the weight's columns count, float32 (groups of a row, group_size), and how their errors are passed on;
-        columns padded with zeros."""
-        found = tensor.packing.bits == 4 and self.options.importance and self.options.importance.get(tensor.source)
-        if not found:
-            return None, None
-        mean_squares, factor = found
-        padding = tensor.packing.columns_of(len(mean_squares)) - len(mean_squares)
-        mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
-        importance = mean_squares.view(-1, tensor.packing.group_size)
+    def _rounding(self, tensor: TensorPlan) -> Rounding:
+        """Say how a weight is rounded, by its statistics if there are some, whose columns are padded with zeros."""
+        info, packing = tensor.source, tensor.packing
+        rounding = Rounding(self.options.format.with_offset, kernel=self.kernel)
+        if self.options.scale == "absmax" or packing.bits == 8:
+            return rounding
+        columns = packing.columns_of(info.shape[1])
+        mean_squares, factor = (self.options.importance and self.options.importance.get(info)) or (
+            torch.ones(columns),
+            None,
+        )
+        mean_squares = torch.nn.functional.pad(mean_squares, (0, columns - len(mean_squares)))
+        rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
         if factor is None:
-            return importance, None
-        factor = torch.nn.functional.pad(factor, (0, 0, 0, padding))
-        return importance, Feedback.of(mean_squares, factor, self.kernel)
+            return rounding
+        factor = torch.nn.functional.pad(factor, (0, 0, 0, columns - len(factor)))
+        return replace(rounding, feedback=Feedback.of(mean_squares, factor, self.kernel))
 
     def _copy(self, job: Job, workspace: Workspace) -> None:
         """Copy the job's bytes as they are."""

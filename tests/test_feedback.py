@@ -83,10 +83,8 @@ def test_every_code_is_that_of_dense_gptq_but_for_ties(kernel, rank):
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
     kernel = q.compile_kernel() if kernel else None
     feedback = q.Feedback.of(mean_squares, factor.clone(), kernel)
-    importance = mean_squares.view(-1, GROUP_SIZE)
-    words, scales = q.quantize_groups(
-        weights.view(-1, GROUP_SIZE), torch.float16, q.Workspace(), False, True, importance, feedback, kernel
-    )
+    rounding = q.Rounding(False, mean_squares.view(-1, GROUP_SIZE), feedback, kernel)
+    words, scales = q.quantize_groups(weights.view(-1, GROUP_SIZE), torch.float16, q.Workspace(), rounding)
     codes = q.unpack_int4(words).view(ROWS, COLUMNS).double()
     scales = scales.double().view(ROWS, -1).repeat_interleave(GROUP_SIZE, 1)
 
@@ -103,9 +101,8 @@ def test_changes_are_bounded_by_two_scales():
     mean_squares[-9:-1], factor[-9:-1] = 40, (40 / 8) ** 0.5  # strong columns before a weak one
     weights = seeded(400, 64).bfloat16()
     feedback = q.Feedback.of(mean_squares, factor.clone(), None)
-    words, scales = q.quantize_groups(
-        weights, torch.float16, q.Workspace(), False, True, mean_squares.view(1, 64), feedback
-    )
+    rounding = q.Rounding(False, mean_squares.view(1, 64), feedback)
+    words, scales = q.quantize_groups(weights, torch.float16, q.Workspace(), rounding)
     codes, scales = q.unpack_int4(words), scales.float()[:, None]
     steps = ((weights.float() - codes * scales) / scales).abs()[codes.abs() < 7]
     assert 2 < steps.max() <= 2.5 + 1e-3
@@ -177,9 +174,9 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = []
         for some in (kernel, None):
-            arguments = weights.view(-1, group_size), scale_dtype, q.Workspace(), False, True
+            rounding = q.Rounding(False, mean_squares.view(3, -1), feedback, some)
             try:
-                output = q.quantize_groups(*arguments, mean_squares.view(3, -1), feedback, some)
+                output = q.quantize_groups(weights.view(-1, group_size), scale_dtype, q.Workspace(), rounding)
             except q.NotQuantizable as error:
                 output = (torch.isfinite(error.scales),)
             results.append([tensor.clone() for tensor in output])

@@ -34,7 +34,7 @@ def compiled() -> q.Kernel:
 def quantize_weight(weight: torch.Tensor, group_size: int, scale_dtype=torch.float16, kernel=None):
     """Codes (rows, columns) and scales (rows, groups) of a weight that needs no padding."""
     groups = weight.clone().view(-1, group_size)
-    words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), kernel=kernel)
+    words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(kernel=kernel))
     return q.unpack_int4(words).view(weight.shape), scales.view(len(weight), -1).clone()
 
 
@@ -42,7 +42,7 @@ def test_golden_bits_by_hand(kernel):
     # max is 7, so the scale is 1.0 = 0x3C00; halves round to even: 3.5 -> 4, 2.5 -> 2, -2.5 -> -2
     weight = torch.tensor([[7, -7, 1, -1, 0, 3.5, 2.5, -2.5]], dtype=torch.bfloat16)
     for with_offset, expected in ((False, 0xE_2_4_0_F_1_9_7), (True, 0x6_A_C_8_7_9_1_F)):
-        words, scales = q.quantize_groups(weight, torch.float16, q.Workspace(), with_offset, kernel=kernel)
+        words, scales = q.quantize_groups(weight, torch.float16, q.Workspace(), q.Rounding(with_offset, kernel=kernel))
         assert scales.view(torch.int16).tolist() == [0x3C00]
         assert words.item() & 0xFFFFFFFF == expected  # nibbles, element 0 lowest: -2 2 4 0 -1 1 -7 7
 
@@ -76,7 +76,7 @@ def test_the_kernel_has_the_codes_of_the_division_at_every_significand(dtype, sc
     half_way = 0
     for largest in significands * 2:  # one binade: all others are alike
         groups = torch.cat([weights, torch.full((len(weights), 8), largest, dtype=dtype)], 1)
-        words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), kernel=compiled())
+        words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(kernel=compiled()))
         quotients = groups.double() / scales[:, None].double()
         assert torch.equal(q.unpack_int4(words), quotients.round().clamp(-8, 7).to(torch.int8))
         half_way += int((quotients.abs() % 1 == 0.5).sum())
@@ -91,13 +91,13 @@ def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and
         results = []
         for kernel in (compiled(), None):
             try:
-                outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), kernel=kernel)
+                outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(kernel=kernel))
                 outputs = [tensor.clone() for tensor in outputs]
             except q.NotQuantizable as error:
                 outputs = [error.scales.clone()]
             finite = torch.isfinite(outputs[-1])
             finite_groups = groups[finite].clone()
-            words, scales = q.quantize_groups(finite_groups, scale_dtype, q.Workspace(), kernel=kernel)
+            words, scales = q.quantize_groups(finite_groups, scale_dtype, q.Workspace(), q.Rounding(kernel=kernel))
             results.append((finite, words, scales))
         assert all(map(torch.equal, *results))
         assert 0 < finite.sum() < len(groups)
@@ -190,9 +190,9 @@ def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_a_kilobyte_or_
     dtype, scale_dtype, group_size, search
 ):
     groups = torch.randn(300, group_size, generator=SEEDED).to(dtype)
-    kernel, results = CountingKernel(), []
+    kernel, results, importance = CountingKernel(), [], torch.ones(1, group_size) if search else None
     for some in (kernel, None):
-        outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), search=search, kernel=some)
+        outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(False, importance, kernel=some))
         results.append([tensor.clone() for tensor in outputs])
     assert all(map(torch.equal, *results))
     assert kernel.calls["quantize"] == (group_size <= q.MAX_GROUP)
@@ -375,9 +375,9 @@ def test_no_bad_value_passes(value, dtype):
     groups = torch.randn(4, 128).to(dtype)
     groups[2, 77] = value
     for kernel in (compiled(), None):
-        for search in (False, True):
+        for importance in (None, torch.ones(1, 128)):
             with pytest.raises(q.NotQuantizable) as error:
-                q.quantize_groups(groups, torch.float16, q.Workspace(), search=search, kernel=kernel)
+                q.quantize_groups(groups, torch.float16, q.Workspace(), q.Rounding(False, importance, kernel=kernel))
             assert torch.isfinite(error.value.scales).tolist() == [True, True, False, True]
 
 

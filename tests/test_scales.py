@@ -17,8 +17,9 @@ TARGETS = {128: (0.1174, 0.0967), 64: (0.1077, 0.0899), 32: (0.0971, 0.0811)}  #
 def errors(weights, group_size, search, scale_dtype=torch.float16, importance=None):
     """Squared error of each group and the scales, by tiles as the program does it."""
     workspace, result, all_scales = q.Workspace(), [], []
+    rounding = q.Rounding(importance=torch.ones(1, group_size) if search and importance is None else importance)
     for tile in weights.view(-1, group_size).split(1 << 13):
-        words, scales = q.quantize_groups(tile.clone(), scale_dtype, workspace, False, search, importance)
+        words, scales = q.quantize_groups(tile.clone(), scale_dtype, workspace, rounding)
         squares = (q.unpack_int4(words) * scales.float()[:, None] - tile.float()).square()
         if importance is not None:
             squares = squares.view(-1, *importance.shape) * importance
@@ -71,7 +72,7 @@ KINDS = {
     "not finite": lambda noise: torch.where(noise > 2, torch.inf, torch.where(noise < -2, torch.nan, noise)),
 }
 IMPORTANCE = {
-    "none": lambda noise: None,
+    "none": lambda noise: torch.ones(1, noise.shape[1]),
     "smooth": lambda noise: noise.square(),
     "steep": lambda noise: noise.mul(9).exp() * torch.tensor([[1], [0], [1e-20], [1e20]]),
     "padded": lambda noise: noise.square() * (torch.arange(noise.numel()).view_as(noise) < noise.numel() - 5),
@@ -91,9 +92,8 @@ def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel,
             results = []
             for some in (kernel, None):
                 try:
-                    output = q.quantize_groups(
-                        weights, scale_dtype, q.Workspace(), False, True, importance, kernel=some
-                    )
+                    rounding = q.Rounding(importance=importance, kernel=some)
+                    output = q.quantize_groups(weights, scale_dtype, q.Workspace(), rounding)
                 except q.NotQuantizable as error:
                     output = error.scales.nan_to_num(), torch.isfinite(error.scales)
                 results.append([tensor.clone() for tensor in output])
@@ -104,9 +104,10 @@ def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel,
 @pytest.mark.parametrize("group_size", [32, 264])
 def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size, weighed):
     groups = GAUSSIAN[: 2000 * group_size].view(-1, group_size).bfloat16()
-    importance = GAUSSIAN[: 2 * group_size].view(2, -1).square() if weighed else None
-    _, scales = q.quantize_groups(groups, torch.float16, q.Workspace(), False, True, importance, kernel=kernel)
-    weights, counts = groups.double(), torch.ones(1, 1) if importance is None else importance.double().repeat(1000, 1)
+    importance = GAUSSIAN[: 2 * group_size].view(2, -1).square() if weighed else torch.ones(2, group_size)
+    rounding = q.Rounding(importance=importance, kernel=kernel)
+    _, scales = q.quantize_groups(groups, torch.float16, q.Workspace(), rounding)
+    weights, counts = groups.double(), importance.double().repeat(1000, 1)
     largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
 
     steps = torch.tensor(q.SEARCH_STEPS).double()[:, None, None]
@@ -174,8 +175,8 @@ def test_a_dead_column_with_the_largest_weight_does_not_zero_its_group(kernel, c
     weights[:, 7] = 200
     importance = torch.ones(1, 64)
     importance[0, 7] = 0
-    arguments = weights, torch.bfloat16, q.Workspace(), False, True, importance
-    _, scales = q.quantize_groups(*arguments, kernel=kernel if compiled else None)
+    rounding = q.Rounding(importance=importance, kernel=kernel if compiled else None)
+    _, scales = q.quantize_groups(weights, torch.bfloat16, q.Workspace(), rounding)
     assert (scales != 0).all()
 
 
