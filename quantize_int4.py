@@ -2940,9 +2940,8 @@ def plan_files(
 def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what each weight of a folder that this program packed is decoded to: the dtype that config.json names, or
     else that of most tensors that were kept."""
-    marks = [read_metadata(path) for path in checkpoint.files]
-    if not all(METADATA_KEY in found for found in marks) or not (checkpoint.folder / INDEX_NAME).exists():
-        raise QuantizeError(f"{checkpoint.folder} is no folder that this program finished: --restore reads no other")
+    if not (checkpoint.folder / INDEX_NAME).exists():
+        raise QuantizeError(f"{checkpoint.folder} is unfinished: give the command that began it again")
     form, infos = options.format, checkpoint.tensors
     described = checkpoint.folder / QUANTIZE_CONFIG_NAME
     padded = read_json(described).get("padded_weights", {}) if form.name == "int4" else {}
@@ -3413,18 +3412,22 @@ def what_differs(earlier: dict, facts: dict) -> str:
     """Say what is not as it was for the run that left a shard with such facts."""
     if earlier.get("version") != facts["version"]:
         return "it was made by another version of this program"
-    was, now = earlier["options"], facts["options"]
-    changed = [f"--{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
-    if was.get("importance") and now["importance"]:
-        changed = [text if "--importance" not in text else "--importance was another file" for text in changed]
-    if changed:
-        return ", ".join(changed).replace(" was None", " was not given").replace(" is None", " is not given")
+    if changed := describe_changes(earlier["options"], facts["options"]):
+        return changed
     was, now = earlier["sources"], facts["sources"]
     if others := sorted(was.keys() ^ now.keys()):
         return f"the weights were in other files ({quote_names(others)})"
     if others := sorted(name for name in now if was[name][0] != now[name][0]):
         return f"{quote_names(others)} had another size"
     return f"tensors, {CONFIG_NAME} or another file that is copied changed"
+
+
+def describe_changes(was: dict, now: dict) -> str:
+    """Say which options are not as they were."""
+    changed = [f"--{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+    if was.get("importance") and now["importance"]:
+        changed = [text if "--importance" not in text else "--importance was another file" for text in changed]
+    return ", ".join(changed).replace(" was None", " was not given").replace(" is None", " is not given")
 
 
 def plan_shards(
@@ -3942,8 +3945,9 @@ def wait_for(tasks: list[concurrent.futures.Future], meter: Meter, progress: Pro
     running = set(tasks)
     while running:
         done, running = concurrent.futures.wait(running, 0.1, concurrent.futures.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
+        errors = [error for task in done if (error := task.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
         check_signals()
         progress.show(meter)
 
@@ -4007,6 +4011,8 @@ class Conversion:
             with concurrent.futures.ThreadPoolExecutor(threads + 1) as pool:
                 try:
                     tasks = [pool.submit(task) for task in [self._work] * threads + [self._finish_shards]]
+                    for task in tasks:
+                        task.add_done_callback(self._stop_after_error)
                     wait_for(tasks, self.meter, progress)
                 finally:
                     self._stop.set()
@@ -4015,6 +4021,10 @@ class Conversion:
             for writer in self.writers:
                 writer.close()
             self.checkpoint.drop_all_read()
+
+    def _stop_after_error(self, task: concurrent.futures.Future) -> None:
+        if task.exception():
+            self._stop.set()
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -4536,22 +4546,27 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_layout(folder: Path) -> tuple[Format, int]:
-    """Format and group size of a finished folder, from its config files alone, as any reader would."""
-    with contextlib.suppress(AttributeError, TypeError):  # of a file that is no such config
-        for name in (CONFIG_NAME, QUANTIZE_CONFIG_NAME):
-            config = read_json(folder / name) if (folder / name).exists() else {}
-            config = config.get("quantization_config") or {} if name == CONFIG_NAME else config
-            form = FORMATS.get(config.get("format")) or FORMATS.get(config.get("quant_method"))
-            group = config.get("config_groups", {}).get("group_0", {}).get("weights", config)
-            if form and group.get("group_size", 0) > 0:
-                return form, int(group["group_size"])
-    raise QuantizeError(f"{folder}: neither {CONFIG_NAME} nor {QUANTIZE_CONFIG_NAME} describes a quantization")
+def read_facts(folder: Path) -> dict:
+    """Read how a finished folder was made (`describe_facts`), which each of its shards says."""
+    for path in sorted(folder.glob("model-*.safetensors")):
+        if facts := read_metadata(path).get(FACTS_KEY):
+            return json.loads(facts)
+    raise QuantizeError(f"{folder}: no shard in it says how it was made: only this program's own folders can be read")
 
 
-def compile_targets(targets: list[str]) -> list[re.Pattern]:
-    """The names in an `ignore` or `targets` of compressed-tensors: whole ones, and what follows `re:`."""
-    return [re.compile(target[3:] if target[:3] == "re:" else rf"{re.escape(target)}$") for target in targets]
+def options_of(facts: dict, importance: Importance | None = None) -> Options:
+    """Return the options that a folder was made with; of the statistics no more is known than what is given here."""
+    values = facts["options"]
+    return Options(
+        FORMATS[values["format"]],
+        values["group_size"],
+        round(values["shard_size_gb"] * GB),
+        tuple(values["exclude"]),
+        values["quantize_embeddings"],
+        tuple(values["int8"]),
+        values["scale"],
+        importance,
+    )
 
 
 class Mismatch(Exception):
@@ -4559,57 +4574,63 @@ class Mismatch(Exception):
 
 
 class Verification:
-    """Compares a finished folder with its source. Its decoding shares nothing with the packing."""
+    """Compares a finished folder with the plan of how it was made, and each weight with its source. The decoding shares
+    nothing with the packing."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path, guard: MemoryGuard, importance: Importance | None):
         self.checkpoint = checkpoint
         self.folder = folder
         self.importance = importance
         self.guard = guard
-        self.format, self.group_size = read_layout(folder)
+        self.facts = read_facts(folder)
+        if self.facts["version"] != FORMAT_VERSION:
+            raise QuantizeError(f"{folder} was made by another version of this program: verify it with that one")
+        self._refuse_another_source()
+        self.plan = plan_conversion(checkpoint, options_of(self.facts, importance))
         self.problems: list[str] = []
         self.errors: dict[str, WeightErrors] = {}  # of each quantized weight
         self.kept = 0
         self.rule = "absmax"  # by which scales and codes were chosen
-        self._hashes: dict[str, str] = {}  # SHA-256 of the files beside the shards, as the shards tell
-        self.facts: dict = {}  # of the run that made the folder
         self._lock = threading.Lock()
         self._files: dict[Path, SafetensorsFile] = {}
         self._infos: dict[str, TensorInfo] = {}  # of the output's tensors
         self._open_shards()
-        self._refuse_another_source()
-        self.sources = separate_experts(checkpoint, find_expert_stacks(checkpoint), self._infos.keys())
-        self.roles = find_roles(self.sources, checkpoint.config)
         self.meter = Meter("verifying")
-        self.meter.tensors_total = len(self.sources)
-        for info in self.sources:
-            self.meter.expect(self._kind_of_work(info), info.nbytes)
+        self.meter.tensors_total = len(self.plan.tensors)
+        for tensor in self.plan.tensors:
+            self.meter.expect(self._kind_of_work(tensor), tensor.source.nbytes)
 
     def _open_shards(self) -> None:
-        """Find each tensor in a shard that the library opens; the index and the shards must agree both ways."""
-        weight_map = read_weight_map(self.folder / INDEX_NAME)
+        """Find each tensor in its shard, which the library opens, and nothing else there; and the other files."""
+        hashes, planned = {}, {name: shard.name for shard in self.plan.shards for name in shard.tensors}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 self._files[path] = SafetensorsFile(path)
                 with safe_open(path, framework="pt") as file:  # and no longer: pages that it maps cannot be dropped
-                    names, metadata = file.keys(), file.metadata() or {}
+                    metadata = file.metadata() or {}
             except (SafetensorError, OSError, RuntimeError, QuantizeError) as error:
                 self.problems.append(f"{path.name}: cannot be opened ({error})")
                 continue
-            self._infos |= self._files[path].infos
-            for name in names:
-                if weight_map.get(name) != path.name:
-                    self.problems.append(f"{name!r} is in {path.name}, by the index in {weight_map.get(name)}")
+            for name, info in self._files[path].infos.items():
+                if planned.get(name) == path.name:
+                    self._infos[name] = info
+                else:
+                    where = f"belongs in {planned[name]}" if name in planned else "is nothing that the source becomes"
+                    self.problems.append(f"{name!r} is in {path.name}, it {where}")
             self.rule = metadata.get(RULE_KEY, self.rule)
-            self._hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
-            self.facts = json.loads(metadata.get(FACTS_KEY, "{}"))
-        self.problems += [f"{name!r} is in the index but in no shard" for name in weight_map if name not in self._infos]
+            hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
+        hashes[INDEX_NAME] = hashlib.sha256(self.plan.index()).hexdigest()
+        for name, digest in sorted(hashes.items()):
+            if not (self.folder / name).is_file():
+                self.problems.append(f"{name} is missing")
+            elif hash_file(self.folder / name) != digest:
+                self.problems.append(f"{name} is not as it was written")
 
     def _refuse_another_source(self) -> None:
         """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""
-        was = {name: size for name, (size, _) in self.facts.get("sources", {}).items()}
+        was = {name: size for name, (size, _) in self.facts["sources"].items()}
         now = {file.path.name: file.state[0] for file in self.checkpoint.files.values()}
-        if was and was != now:
+        if was != now:
             others = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
             raise QuantizeError(
                 f"{self.folder} was not made from {self.checkpoint.folder}: {quote_names(others)} had other names or"
@@ -4619,130 +4640,40 @@ class Verification:
     @property
     def source_is_newer(self) -> bool:
         """Whether a file of the source has another time than when the folder was made from it."""
-        was = self.facts.get("sources", {})
-        return any(was.get(file.path.name, file.state)[1] != file.state[1] for file in self.checkpoint.files.values())
+        times = {name: time for name, (_, time) in self.facts["sources"].items()}
+        return any(times[file.path.name] != file.state[1] for file in self.checkpoint.files.values())
 
-    def _kind_of_work(self, info: TensorInfo) -> str:
-        return "kept" if info.name in self._infos else "mse"
+    def _kind_of_work(self, tensor: TensorPlan) -> str:
+        return "mse" if tensor.packing else "kept"
 
     def run(self, threads: int, progress: Progress) -> None:
         """Compare every tensor; problems are collected, not raised."""
-        if self.importance:
-            packed = [info for info in self.sources if len(self._output_names(info)) > 1]
-            self.importance.match(packed, self.sources, expert_naming(self.checkpoint.config))
-        expected = set()
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            tasks = []
-            for info in self.sources:
-                names = self._output_names(info)
-                expected.update(names)
-                missing = [name for name in names if name not in self._infos]
-                if missing:
-                    self.problems.append(f"{info.name!r}: the output lacks {quote_names(missing)}")
-                else:
-                    tasks.append(pool.submit(self._compare, info, names))
             try:
-                wait_for(tasks, self.meter, progress)
+                wait_for([pool.submit(self._compare, tensor) for tensor in self.plan.tensors], self.meter, progress)
             finally:
                 pool.shutdown(cancel_futures=True)
-        self.problems += [f"{name!r} is nothing the source has" for name in sorted(self._infos.keys() - expected)]
-        self._check_other_files()
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
-    def _check_other_files(self) -> None:
-        """The files beside the shards, and what readers take from them: total size, true shapes, kept layers."""
-        for name, digest in sorted(self._hashes.items()):
-            if not (self.folder / name).is_file():
-                self.problems.append(f"{name} is missing")
-            elif hash_file(self.folder / name) != digest:
-                self.problems.append(f"{name} is not as it was written")
-        total = sum(info.nbytes for info in self._infos.values())
-        stated = (read_json(self.folder / INDEX_NAME).get("metadata") or {}).get("total_size")
-        if stated != total:
-            self.problems.append(f"{INDEX_NAME} says total_size {stated}, the tensors have {total} bytes")
-        matrices = [info for info in self.sources if len(info.shape) == 2]
-        packed = [info for info in matrices if info.name not in self._infos]
-        if self.format.name == "int4":
-            padded = {info.name: list(info.shape) for info in packed if info.shape[1] % self.group_size}
-            path = self.folder / QUANTIZE_CONFIG_NAME
-            if path.exists() and read_json(path).get("padded_weights") != padded:
-                self.problems.append(f"{QUANTIZE_CONFIG_NAME}: padded_weights are not those that need padding")
-        elif (self.folder / CONFIG_NAME).exists():
-            try:
-                self._check_patterns(matrices)
-            except (KeyError, TypeError, AttributeError, re.error) as error:
-                self.problems.append(f"{CONFIG_NAME}: quantization_config cannot be read ({error!r})")
-
-    def _check_patterns(self, matrices: list[TensorInfo]) -> None:
-        """config.json's entries for layers that are kept match all of these and no packed layer, and a packed layer's
-        group of config.json has its width."""
-        config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
-        if self.format.name == "gptq":
-            kept = [re.compile(entry.removeprefix("-:")) for entry in config["dynamic"]]
-        else:
-            kept = compile_targets(config["ignore"])
-        groups = [
-            (compile_targets(group["targets"]), Packing(group["weights"]["num_bits"], group["weights"]["group_size"]))
-            for group in config.get("config_groups", {}).values()
-        ]
-        for info in matrices:
-            module, is_packed = info.name.removesuffix(".weight"), info.name not in self._infos
-            if not info.name.endswith(".weight"):
-                continue
-            # An engine asks for a layer's experts as one module, too.
-            asked = [module, match[1]] if (match := EXPERT_PATTERN.match(info.name)) and is_packed else [module]
-            caught = next((p.pattern for p in kept if any(map(p.match, asked))), None)
-            if caught and is_packed:
-                self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
-            elif not caught and not is_packed and (module, self.format.name) != ("lm_head", "gptq"):  # has its own key
-                self.problems.append(f"{CONFIG_NAME}: no entry keeps {module!r}, which is not packed")
-            if is_packed and groups:  # names count before the class, which the first group has
-                stated = next(
-                    (packing for targets, packing in groups if any(p.match(module) for p in targets)), groups[0][1]
-                )
-                if stated != self.packing_of(info):
-                    self.problems.append(
-                        f"{CONFIG_NAME}: {module!r} is {stated}, by its tensors' shapes {self.packing_of(info)}"
-                    )
-
-    def _output_names(self, info: TensorInfo) -> list[str]:
-        if info.name in self._infos or len(info.shape) != 2:
-            return [info.name]
-        return [output.name for output in self._outputs(info)]
-
-    def _outputs(self, info: TensorInfo) -> tuple[OutputTensor, ...]:
-        return self.format.outputs(info, self.packing_of(info), model_dtype(self.checkpoint.config))
-
-    def packing_of(self, info: TensorInfo) -> Packing:
-        """Of a packed weight: 8 bits, which only compressed-tensors has, by the shapes of its words and scales."""
-        module, columns = info.name.removesuffix(".weight"), info.shape[1]
-        names = module + ".weight_packed", module + ".weight_scale"
-        if not self._infos.keys() >= {*names}:
-            return Packing(4, self.group_size)
-        words, scales = (self._infos[name].shape for name in names)
-        if len(words) == len(scales) == 2 and words[1] * 4 == columns and scales[1]:
-            return Packing(8, columns // scales[1])
-        return Packing(4, self.group_size)
-
     @torch.inference_mode()
-    def _compare(self, info: TensorInfo, names: list[str]) -> None:
+    def _compare(self, tensor: TensorPlan) -> None:
         """Compare one tensor with what it became."""
         self.guard.check()
-        started, problem, error = time.monotonic(), None, None
-        outputs = [self._infos[name] for name in names]
+        started, problem, error, info = time.monotonic(), None, None, tensor.source
+        outputs = [self._infos[output.name] for output in tensor.outputs if output.name in self._infos]
         try:
-            if names == [info.name]:
-                self._compare_kept(info, outputs[0])
+            self._compare_layout(tensor, outputs)
+            if tensor.packing:
+                error = self._compare_quantized(tensor, [self._read_tensor(output) for output in outputs])
             else:
-                self._compare_layout(info, outputs)
-                error = self._compare_quantized(info, [self._read_tensor(output) for output in outputs])
+                self._compare_kept(info, outputs[0])
         except Mismatch as mismatch:
             problem = f"{info.name!r}: {mismatch}"
         with self._lock:
-            self.meter.book(self._kind_of_work(info), info.nbytes, time.monotonic() - started)
+            self.meter.book(self._kind_of_work(tensor), info.nbytes, time.monotonic() - started)
             self.meter.tensors_done += 1
             if problem:
                 self.problems.append(problem)
@@ -4765,17 +4696,15 @@ class Verification:
         return torch.frombuffer(self._read(info), dtype=dtype).view(info.shape)
 
     def _compare_kept(self, info: TensorInfo, output: TensorInfo) -> None:
-        if (output.shape, output.dtype) != (info.shape, info.dtype):
-            raise Mismatch(f"kept as {output.dtype} {output.shape}, the source is {info.dtype} {info.shape}")
         for start in range(0, info.nbytes, COPY_BYTES):
             source = bytearray(min(COPY_BYTES, info.nbytes - start))
             self.checkpoint.read_into(info, start, memoryview(source))
             if self._read(output, start, len(source)) != source:
                 raise Mismatch("kept, but its bytes differ from the source's")
 
-    def _compare_quantized(self, info: TensorInfo, outputs: list[torch.Tensor]) -> WeightErrors:
+    def _compare_quantized(self, tensor: TensorPlan, outputs: list[torch.Tensor]) -> WeightErrors:
         """Measure the errors of a weight; raises at the first difference beyond what the scale allows."""
-        packing, (rows, columns) = self.packing_of(info), info.shape
+        info, packing, (rows, columns) = tensor.source, tensor.packing, tensor.source.shape
         dtype = FLOAT_DTYPES[info.dtype]
         statistics = self.importance.get(info) if self.importance else None
         moments = SecondMoments(*statistics) if statistics else None
@@ -4793,12 +4722,16 @@ class Verification:
         relative = (squares[:, 0] / squares[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return WeightErrors(*relative.tolist())
 
-    def _compare_layout(self, info: TensorInfo, outputs: list[TensorInfo]) -> None:
-        """Shapes and dtypes, and the bytes of what follows from them alone."""
-        for planned, found in zip(self._outputs(info), outputs):
-            if (found.shape, found.dtype) != (planned.shape, planned.dtype):
-                raise Mismatch(f"{planned.name} is {found.dtype} {found.shape}, not {planned.dtype} {planned.shape}")
-            if planned.content and self._read(found) != planned.content():
+    def _compare_layout(self, tensor: TensorPlan, outputs: list[TensorInfo]) -> None:
+        """Compare shapes and dtypes, and the bytes of what follows from these alone."""
+        found = {output.name: output for output in outputs}
+        if missing := [output.name for output in tensor.outputs if output.name not in found]:
+            raise Mismatch(f"the output lacks {quote_names(missing)}")
+        for planned in tensor.outputs:
+            output = found[planned.name]
+            if (output.shape, output.dtype) != (planned.shape, planned.dtype):
+                raise Mismatch(f"{planned.name} is {output.dtype} {output.shape}, not {planned.dtype} {planned.shape}")
+            if planned.content and self._read(output) != planned.content():
                 raise Mismatch(f"{planned.name} does not hold what its shape calls for")
 
     def _compare_codes(
@@ -4851,7 +4784,7 @@ class Verification:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and the scale of each, float32 (rows, columns): through the bytes, which hold the low nibble first."""
         words, scales = outputs[:2]
-        if self.format.transposed:
+        if self.plan.options.format.transposed:
             words, scales = words[:, first:last].T, scales[:, first:last].T
         else:
             words, scales = words[first:last], scales[first:last]
@@ -4859,7 +4792,7 @@ class Verification:
         if packing.bits == 4:
             codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
         codes, half = codes.to(torch.float32), packing.code_max + 1
-        codes = codes - half if self.format.with_offset else codes - 2 * half * (codes >= half)
+        codes = codes - half if self.plan.options.format.with_offset else codes - 2 * half * (codes >= half)
         scales = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)
         return codes[:, :columns], scales[:, :columns]
 
@@ -4948,11 +4881,10 @@ class SecondMoments:
 def print_verification(verification: Verification) -> None:
     """Errors by kind of layer, and the worst weights by name."""
     kinds: dict[str, list[WeightErrors]] = {}
-    for info in verification.sources:
-        if info.name in verification.errors:
-            kind = kind_of(info.name, verification.roles.get(info.name))
-            kind += ", 8 bits" if verification.packing_of(info).bits == 8 else ""
-            kinds.setdefault(kind, []).append(verification.errors[info.name])
+    for tensor in verification.plan.tensors:
+        if tensor.source.name in verification.errors:
+            kind = tensor.kind + (", 8 bits" if tensor.packing.bits == 8 else "")
+            kinds.setdefault(kind, []).append(verification.errors[tensor.source.name])
     outputs = verification.importance is not None
     say()
     say(f"{'Verified':<24}{'weights':>7}{'relative RMS error':>23}{'of their outputs' if outputs else '':>20}".rstrip())
@@ -5012,7 +4944,7 @@ def run(args: argparse.Namespace) -> None:
         finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
         plan = None
         if args.verify and finished:
-            refuse_other_options(args, checkpoint)
+            refuse_other_options(args)
         else:
             plan = plan_and_convert(args, form, checkpoint, progress)
         if args.verify and not args.dry_run:
@@ -5050,30 +4982,26 @@ def make_options(args: argparse.Namespace, form: Format, group_size: int | None)
     )
 
 
-def refuse_other_options(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """A finished folder is verified as what it is; where options are given, it must be what they ask for."""
-    form, group_size = read_layout(args.output_dir)
-    for option, asked, found in (("format", args.format, form.name), ("group_size", args.group_size, group_size)):
-        if asked not in (None, found):
-            raise QuantizeError(
-                f"{args.output_dir} is finished with --{option} {found}, not {asked}: --overwrite converts it again"
-            )
-    options = make_options(args, form, group_size)
-    if args.scale or options != Options(form, group_size, 4 * GB, (), False, scale=options.scale):
-        plan = plan_conversion(checkpoint, options)
-        found = read_metadata(args.output_dir / plan.shards[0].name)
-        if found.get(METADATA_KEY) != plan.fingerprint:
-            facts = json.loads(found.get(FACTS_KEY, "{}"))
-            raise QuantizeError(
-                f"{args.output_dir} is finished otherwise: {what_differs(facts, plan.facts)}: --overwrite converts it"
-                " again; without such options --verify takes the folder as it is"
-            )
+def refuse_other_options(args: argparse.Namespace) -> None:
+    """Refuse to verify a finished folder as what it is not; without options it is taken as it is."""
+    made, size = read_facts(args.output_dir)["options"], args.shard_size_gb
+    asked = {name: getattr(args, name) for name in ("format", "group_size", "scale", "exclude", "int8")}
+    asked |= {"quantize_embeddings": args.quantize_embeddings, "shard_size_gb": size if size != 4.0 else None}
+    asked["importance"] = args.importance and hash_file(args.importance)
+    if others := {name: value for name, value in asked.items() if value and value != made[name]}:
+        raise QuantizeError(
+            f"{args.output_dir} is finished otherwise: {describe_changes(made, made | others)}: --overwrite converts it"
+            " again; without such options --verify takes the folder as it is"
+        )
 
 
 def plan_and_convert(args: argparse.Namespace, form: Format, checkpoint: Checkpoint, progress: Progress) -> Plan | None:
     """Print the plan and carry it out; returns it if a folder was written."""
     if args.restore:
-        plan = plan_restoration(checkpoint, replace(make_options(args, *read_layout(args.input_dir)), restore=True))
+        size = int(args.shard_size_gb * GB)
+        plan = plan_restoration(
+            checkpoint, replace(options_of(read_facts(args.input_dir)), shard_size=size, restore=True)
+        )
     else:
         plan = plan_conversion(checkpoint, make_options(args, form, args.group_size))
     if args.list:

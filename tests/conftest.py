@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
@@ -83,10 +85,16 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def edit_shard(shard: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a shard, and nothing in its metadata."""
+    with safe_open(shard, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, shard, metadata=metadata)
+
+
 def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     """One model.safetensors without an index, and a config.json."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "llama"}\n')

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli
+from conftest import assert_refused, edit_shard, folder_bytes, quantize, read_tensors, run_cli
 from reference import pack_words, reference_quantize
 from safetensors.torch import save_file
 from small_models import (
@@ -161,10 +161,9 @@ def test_a_resumed_run_over_stacks_writes_the_bytes_of_an_uninterrupted_one(tmp_
 def test_verify_names_a_wrong_expert_of_a_stack(tmp_path):
     source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
     quantize(source, tmp_path / "out", "--group_size", 64)
-    tensors = read_tensors(tmp_path / "out")
     one, other = (f"{MOE}.experts.{expert}.up_proj.qweight" for expert in (1, 2))
-    tensors[one], tensors[other] = tensors[other], tensors[one]
-    save_file(tensors, tmp_path / "out" / "model-00001.safetensors")
+    swap = lambda tensors: tensors.update({one: tensors[other], other: tensors[one]})  # noqa: E731
+    edit_shard(tmp_path / "out" / "model-00001.safetensors", swap)
     result = run_cli(source, tmp_path / "out", "--verify")
     assert_refused(result, "2 problems")
     assert f"WRONG:     '{MOE}.experts.1.up_proj.weight'" in result.stdout

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli, save_model
-from safetensors.torch import load_file, save_file
+from conftest import assert_refused, edit_shard, folder_bytes, quantize, read_tensors, run_cli, save_model
+from safetensors.torch import save_file
 from small_models import BESIDE, MOE, SEPARATE, E, H, assert_same_tensors, gated, save
 
 import quantize_int4 as q
@@ -292,17 +292,17 @@ def finished(model, tmp_path):
 
 def move_a_code(folder, by):
     """Move the first code of the middle of the range."""
-    shard = folder / "model-00001.safetensors"
-    with q.safe_open(shard, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(shard)
-    words = tensors[f"{NAME}.qweight"]
-    codes = q.unpack_int4(words).to(torch.int16)
-    row, column = (int(i) for i in (codes == 0).nonzero()[0])
-    codes[row, column] += by
-    words.copy_(q.pack_int4(codes, q.Workspace()))
-    save_file(tensors, shard, metadata=metadata)
-    return row, column
+    moved = []
+
+    def change(tensors):
+        codes = q.unpack_int4(tensors[f"{NAME}.qweight"]).to(torch.int16)
+        row, column = (int(i) for i in (codes == 0).nonzero()[0])
+        codes[row, column] += by
+        tensors[f"{NAME}.qweight"].copy_(q.pack_int4(codes, q.Workspace()))
+        moved.extend((row, column))
+
+    edit_shard(folder / "model-00001.safetensors", change)
+    return moved
 
 
 @pytest.mark.parametrize("by", [-1, 1])

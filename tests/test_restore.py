@@ -115,17 +115,19 @@ def test_the_plan_counts_what_is_restored_and_a_dry_run_writes_nothing(tiny, tmp
 
 
 def test_a_checkpoint_that_is_not_quantized_is_refused(tiny, tmp_path):
-    assert_refused(run_cli(tiny, tmp_path / "back", "--restore"), "describes a quantization")
+    assert_refused(run_cli(tiny, tmp_path / "back", "--restore"), "no shard in it says how it was made")
 
 
-@pytest.mark.parametrize("missing", ["marks", "index"])
-def test_a_folder_that_another_program_packed_or_that_is_unfinished_is_refused(tmp_path, missing):
+@pytest.mark.parametrize(
+    ("missing", "problem"), [("marks", "no shard in it says how it was made"), ("index", "is unfinished")]
+)
+def test_a_folder_that_another_program_packed_or_that_is_unfinished_is_refused(tmp_path, missing, problem):
     quantize(save(tmp_path / "in", PROJECTION), tmp_path / "out")
     if missing == "index":
         (tmp_path / "out" / "model.safetensors.index.json").unlink()
     else:  # codes of another program may mean something else
         save_file(read_tensors(tmp_path / "out"), tmp_path / "out" / "model-00001.safetensors")
-    assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), "no folder that this program finished")
+    assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), problem)
 
 
 @pytest.mark.parametrize(
