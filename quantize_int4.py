@@ -2340,7 +2340,7 @@ class Format:
     name: str
     words_suffix: str  # replaces ".weight" in the name of the int32 words
     scales_suffix: str
-    describe: Callable[[Plan], dict[str, dict]]  # file name -> what quantization adds to that JSON file
+    describe: Callable[[list[TensorPlan], Options], dict[str, dict]]  # file name -> what is added to that JSON file
     scale_dtype: str | None = "F16"  # None: the weight's own
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
@@ -2392,12 +2392,12 @@ def zeros_and_group_index(module: str, rows: int, columns: int, group_size: int)
     ]
 
 
-def describe_int4(plan: Plan) -> dict[str, dict]:
+def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
     """All that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it."""
-    group_size = plan.options.group_size
+    group_size, weights = options.group_size, [tensor.source for tensor in tensors if tensor.packing]
     description = {
         "quant_method": "int4_weight_only",
-        "format": plan.options.format.name,
+        "format": options.format.name,
         "producer": f"quantize_int4.py {__version__}",
         "bits": 4,
         "group_size": group_size,
@@ -2409,15 +2409,15 @@ def describe_int4(plan: Plan) -> dict[str, dict]:
         },
         "dequantize": "weight[r, c] = code[r, c] * scales[r, c // group_size]",
         "padding": "columns are padded with zeros to a multiple of group_size; drop those past the true shape",
-        "padded_weights": {info.name: list(info.shape) for info in plan.quantized if info.shape[1] % group_size},
-        "quantized_weights": len(plan.quantized),
-        "kept_weights": [tensor.source.name for tensor in plan.tensors if not tensor.quantized],
+        "padded_weights": {info.name: list(info.shape) for info in weights if info.shape[1] % group_size},
+        "quantized_weights": len(weights),
+        "kept_weights": [tensor.source.name for tensor in tensors if not tensor.packing],
     }
     # Without a quant_method transformers (5.23) and vLLM (0.29) stop. At one that they do not know transformers would
     # only warn, and then fill the weights with random numbers.
     mark = {
         "quant_method": None,
-        "format": plan.options.format.name,
+        "format": options.format.name,
         "bits": 4,
         "group_size": group_size,
         "about": f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no"
@@ -2426,7 +2426,7 @@ def describe_int4(plan: Plan) -> dict[str, dict]:
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
-def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
+def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) -> dict[str, dict]:
     """config.json's `quantization_config`, by the compressed-tensors package (quant_config.py): a group of layers for
     each packing, that with most weights first, for whatever is `Linear`, and by name what the others hold.
 
@@ -2434,7 +2434,7 @@ def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
     scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
     """
     members: dict[Packing, list[TensorInfo]] = {}
-    for tensor in plan.tensors:
+    for tensor in tensors:
         if tensor.packing:
             members.setdefault(tensor.packing, []).append(tensor.source)
     first, *others = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
@@ -2468,30 +2468,31 @@ def describe_compressed_tensors(plan: Plan) -> dict[str, dict]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_kept_layers(plan))],
+        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_kept_layers(tensors))],
     }
     return {CONFIG_NAME: {"quantization_config": description}}
 
 
-def describe_gptq(plan: Plan) -> dict[str, dict]:
+def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
     """GPTQ v1: quantize_config.json, and the same in config.json. (GPTQModel, quantization/config.py)"""
     description = {
         "bits": 4,
-        "group_size": plan.options.group_size,
+        "group_size": options.group_size,
         "desc_act": False,
         "sym": True,
         "lm_head": False,
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "dynamic": {f"-:{pattern}": {} for pattern in patterns_of_kept_layers(plan)},
+        "dynamic": {f"-:{pattern}": {} for pattern in patterns_of_kept_layers(tensors)},
     }
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": description}}
 
 
-def patterns_of_kept_layers(plan: Plan) -> list[str]:
-    """Regular expressions for the modules that are kept, of which engines know lm_head anyway."""
-    kept = [tensor.source for tensor in plan.tensors if not tensor.packing and tensor.source.name != "lm_head.weight"]
-    return patterns_of_modules([pair for info in kept for pair in modules_of(info)], plan.quantized)
+def patterns_of_kept_layers(tensors: list[TensorPlan]) -> list[str]:
+    """Make regular expressions for the modules that are kept, of which engines know lm_head anyway."""
+    kept = [tensor.source for tensor in tensors if not tensor.packing and tensor.source.name != "lm_head.weight"]
+    packed = [tensor.source for tensor in tensors if tensor.packing]
+    return patterns_of_modules([pair for info in kept for pair in modules_of(info)], packed)
 
 
 def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[TensorInfo]) -> list[str]:
@@ -2781,10 +2782,6 @@ class TensorPlan:
     kind: str = ""  # of a layer, for the tables
 
     @property
-    def quantized(self) -> bool:
-        return self.packing is not None
-
-    @property
     def bytes_read(self) -> int:
         return self.source.nbytes + (self.scales.nbytes if self.scales else 0)
 
@@ -2801,44 +2798,25 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """All that is decided before the first weight is read."""
+
     options: Options
     fingerprint: str  # of sources and options: two runs with the same one write the same bytes
     facts: dict  # what of these a user can change: see `describe_facts`
-    tensors: tuple[TensorPlan, ...]
-    shards: tuple[ShardPlan, ...]
+    tensors: list[TensorPlan]
+    shards: list[ShardPlan]
     placements: dict[str, Placement]  # by output tensor
-    copied: tuple[Path, ...]
-    left_out: tuple[str, ...]
+    written: dict[str, bytes]  # the files that describe the model and its shards, the index last
+    copied: list[Path]
+    left_out: list[str]
     stacks: int  # of experts, that are read as one weight an expert
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-    model_config: dict | None  # config.json of the input
-
-    @property
-    def quantized(self) -> list[TensorInfo]:
-        return [tensor.source for tensor in self.tensors if tensor.quantized]
+    warnings: list[str]
+    notes: list[str]
 
     @property
     def total_size(self) -> int:
         """Bytes of all output tensors."""
         return sum(output.nbytes for tensor in self.tensors for output in tensor.outputs)
-
-    def config_files(self) -> dict[str, bytes]:
-        """The files that describe the quantization, by name."""
-        if self.options.restore:
-            config = {key: value for key, value in (self.model_config or {}).items() if key != "quantization_config"}
-            return {CONFIG_NAME: _json_bytes(config)} if config else {}
-        files = self.options.format.describe(self)
-        if self.model_config is None:
-            files.pop(CONFIG_NAME, None)  # of int4; it would be a config without a model
-        elif CONFIG_NAME in files:
-            files[CONFIG_NAME] = self.model_config | files[CONFIG_NAME]
-        return {name: _json_bytes(value) for name, value in files.items()}
-
-    def index(self) -> bytes:
-        weight_map = {name: shard.name for shard in self.shards for name in shard.tensors}
-        index = {"metadata": {"total_size": self.total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        return _json_bytes(index)
 
 
 def _json_bytes(value: dict) -> bytes:
@@ -2877,7 +2855,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
             tensors.append(keep(info, reasons[info.name]))
     refuse_clashing_names(tensors)
     refuse_useless_int8(wider, tensors)
-    if not any(tensor.quantized for tensor in tensors):
+    if not any(tensor.packing for tensor in tensors):
         raise QuantizeError(
             f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
             f" {tensors[0].source.name!r} ({tensors[0].kept_because}): lower --group_size or drop --exclude if that"
@@ -2885,7 +2863,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         )
     if options.format.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
-    warnings = tuple(what_is_missing(sources, roles, checkpoint.config, options))
+    warnings = list(what_is_missing(sources, roles, checkpoint.config, options))
     notes = notes_on_tensors(tensors, options, checkpoint.config)
     if not asked and options.format.for_engines:
         notes.insert(0, f"groups of {options.group_size}: the largest of 128, 64 and 32 that divides all columns")
@@ -2906,7 +2884,7 @@ def plan_files(
     tensors: list[TensorPlan],
     options: Options,
     stacks: int = 0,
-    warnings: tuple[str, ...] = (),
+    warnings: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> Plan:
     """Decide where each byte goes, and what becomes of the other files."""
@@ -2914,27 +2892,43 @@ def plan_files(
     if options.restore:
         left_out += [f"{path.name} (of the quantization)" for path in copied if path.name == QUANTIZE_CONFIG_NAME]
         copied = [path for path in copied if path.name != QUANTIZE_CONFIG_NAME]
-    plan = Plan(
-        options=options,
-        fingerprint="",
-        facts=describe_facts(checkpoint, options),
-        tensors=tuple(tensors),
-        shards=(),
-        placements={},
-        copied=tuple(copied),
-        left_out=tuple(left_out),
-        stacks=stacks,
-        warnings=warnings,
-        notes=(*checkpoint.notes, *notes),
-        model_config=checkpoint.config if checkpoint.has_config else None,
-    )
-    written = plan.config_files()  # takes the place of a copy
-    plan = replace(plan, copied=tuple(path for path in copied if path.name not in written))
-    hashes = {path.name: hash_file(path) for path in plan.copied}
+    written = describe_model(checkpoint, tensors, options)
+    copied = [path for path in copied if path.name not in written]
+    hashes = {path.name: hash_file(path) for path in copied}
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
-    fingerprint = make_fingerprint(plan.facts, [tensor.source for tensor in tensors], hashes)
-    shards, placements = plan_shards(tensors, options, fingerprint, plan.facts, hashes)
-    return replace(plan, fingerprint=fingerprint, shards=shards, placements=placements)
+    facts = describe_facts(checkpoint, options)
+    fingerprint = make_fingerprint(facts, [tensor.source for tensor in tensors], hashes)
+    shards, placements = plan_shards(tensors, options, fingerprint, facts, hashes)
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    total_size = sum(output.nbytes for tensor in tensors for output in tensor.outputs)
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    return Plan(
+        options=options,
+        fingerprint=fingerprint,
+        facts=facts,
+        tensors=tensors,
+        shards=shards,
+        placements=placements,
+        written=written | {INDEX_NAME: _json_bytes(index)},
+        copied=copied,
+        left_out=left_out,
+        stacks=stacks,
+        warnings=list(warnings),
+        notes=[*checkpoint.notes, *notes],
+    )
+
+
+def describe_model(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options) -> dict[str, bytes]:
+    """Make config.json and what else describes the quantization; by name."""
+    if options.restore:
+        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        return {CONFIG_NAME: _json_bytes(config)} if config else {}
+    files = options.format.describe(tensors, options)
+    if CONFIG_NAME in files and checkpoint.has_config:
+        files[CONFIG_NAME] = checkpoint.config | files[CONFIG_NAME]
+    elif CONFIG_NAME in files:
+        del files[CONFIG_NAME]  # of int4; it would be a config without a model
+    return {name: _json_bytes(value) for name, value in files.items()}
 
 
 def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -3324,12 +3318,12 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
             f"stacks of experts are read as one weight an expert, named as by most models, e.g. {separated[0].name!r};"
             " whether this model's loaders know them so was not tried"
         )
-    if conv1d := find_conv1d([tensor.source for tensor in tensors if tensor.quantized], config):
+    if conv1d := find_conv1d([tensor.source for tensor in tensors if tensor.packing], config):
         notes.append(
             f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs, as"
             " the columns do"
         )
-    stacks = [t.source for t in tensors if not t.quantized and len(t.source.shape) == 3 and t.source.shape[1] > 1]
+    stacks = [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]
     if stacks:
         size = format_bytes(sum(info.nbytes for info in stacks))
         notes.append(
@@ -3341,12 +3335,12 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
             " they had one; load the folder without these, or --restore it to dense weights"
         )
     experts = [t for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
-    if options.format.name == "gptq" and any(tensor.quantized for tensor in experts):
+    if options.format.name == "gptq" and any(tensor.packing for tensor in experts):
         notes.append(
             "engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves them"
             " random without an error): use --format compressed-tensors"
         )
-    kept = any(not tensor.quantized for tensor in experts) and not types_among(config, "llama4 llama4_text")
+    kept = any(not tensor.packing for tensor in experts) and not types_among(config, "llama4 llama4_text")
     if options.format.name == "compressed-tensors" and kept:
         notes.append(
             "experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder random, with no"
@@ -3432,7 +3426,7 @@ def describe_changes(was: dict, now: dict) -> str:
 
 def plan_shards(
     tensors: list[TensorPlan], options: Options, fingerprint: str, facts: dict, hashes: dict[str, str]
-) -> tuple[tuple[ShardPlan, ...], dict[str, Placement]]:
+) -> tuple[list[ShardPlan], dict[str, Placement]]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
     shard_size = options.shard_size
     metadata = {"format": "pt", METADATA_KEY: fingerprint, RULE_KEY: options.rule}
@@ -3464,7 +3458,7 @@ def plan_shards(
             placements[output.name] = Placement(number, len(data) + start)
         names = tuple(output.name for output in outputs)
         shards.append(ShardPlan(f"model-{number + 1:05}.safetensors", data, len(data) + ends[-1], names))
-    return tuple(shards), placements
+    return shards, placements
 
 
 def _shard_bytes(outputs: Iterable[OutputTensor]) -> int:
@@ -3689,7 +3683,6 @@ class OutputFolder:
     def __init__(self, folder: Path, plan: Plan, overwrite: bool):
         self.folder = folder
         self.plan = plan
-        self.written = {**plan.config_files(), INDEX_NAME: plan.index()}  # the index last
         self.overwrite = overwrite
         self.compare: set[str] = set()  # shards that are final, but were made when the sources had other times
         # Names of shards and other files that are final and as planned, and leftovers of earlier runs.
@@ -3714,7 +3707,11 @@ class OutputFolder:
             )
 
     def planned_names(self) -> set[str]:
-        return {*(shard.name for shard in self.plan.shards), *(path.name for path in self.plan.copied), *self.written}
+        return {
+            *(shard.name for shard in self.plan.shards),
+            *(path.name for path in self.plan.copied),
+            *self.plan.written,
+        }
 
     def _survey(self, overwrite: bool) -> tuple[set[str], list[Path]]:
         """Sort what is in the folder: what this run need not write again, and what it is to remove. The user's own
@@ -3774,8 +3771,8 @@ class OutputFolder:
             if same and metadata.get(FACTS_KEY) != json.dumps(self.plan.facts):
                 self.compare.add(path.name)
             return path.name in self.compare
-        if path.name in self.written:
-            return path.read_bytes() == self.written[path.name]
+        if path.name in self.plan.written:
+            return path.read_bytes() == self.plan.written[path.name]
         source = next((source for source in self.plan.copied if source.name == path.name), None)
         return source is not None and filecmp.cmp(path, source, shallow=False)
 
@@ -3783,7 +3780,7 @@ class OutputFolder:
         """What the disk must still hold, less what will be removed from it first."""
         shards = sum(shard.size for shard in self.plan.shards if shard.name not in self.finished)
         copied = sum(path.stat().st_size for path in self.plan.copied if path.name not in self.finished)
-        written = sum(len(data) for name, data in self.written.items() if name not in self.finished)
+        written = sum(len(data) for name, data in self.plan.written.items() if name not in self.finished)
         return shards + copied + written
 
     def free_disk(self) -> int:
@@ -3830,7 +3827,7 @@ class OutputFolder:
             if source.name not in self.finished:
                 with reading(source) as file:
                     self._write_file(source.name, iter(lambda file=file: file.read(COPY_BYTES), b""))
-        for name, data in self.written.items():
+        for name, data in self.plan.written.items():
             if name == INDEX_NAME:
                 sync_file(self.folder)
             if name not in self.finished:
@@ -3912,7 +3909,7 @@ class Tile:
 
 def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
     info = tensor.source
-    if tensor.quantized:
+    if tensor.packing:
         rows, columns = info.shape
         step = max(1, (TRANSPOSED_JOB_WEIGHTS if transposed else JOB_WEIGHTS) // columns)
         for start in range(0, rows, step):
@@ -4338,7 +4335,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     for note in plan.notes:
         say_paragraph("Note:", note)
     say_paragraph("Copied:", ", ".join(path.name for path in plan.copied) or "no other files")
-    say_paragraph("Written:", ", ".join(sorted(output.written)))
+    say_paragraph("Written:", ", ".join(sorted(plan.written)))
     if plan.left_out:
         say_paragraph("Left out:", ", ".join(plan.left_out))
     if finished := sum(shard.name in output.finished for shard in plan.shards):
@@ -4375,7 +4372,7 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     """What all buffers come to: for each job at work or ahead what was read around the page cache; for each worker raw
     weights, padded ones and magnitudes, float32 weights, a search's four of this size, codes, words and scales, staged
     lines."""
-    itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.quantized), default=0)
+    itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
     searched = (4, 4, 4, 4) if plan.options.scale == "mse" else ()
     words = 1 if plan.options.int8 else 0.5
     buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, words, 0.1)]
@@ -4506,7 +4503,7 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
     """Say what was done, and what it took."""
     seconds = time.monotonic() - progress.started
     before = sum(tensor.bytes_read for tensor in plan.tensors)
-    quantized = sum(tensor.quantized for tensor in plan.tensors)
+    quantized = sum(tensor.packing is not None for tensor in plan.tensors)
     rate = format_bytes(conversion.meter.bytes_total / max(seconds, 1e-9))
     smaller = "" if plan.options.restore else f" ({three_digits(before / max(plan.total_size, 1))} times smaller)"
     verb = "restored" if plan.options.restore else "quantized"
@@ -4619,7 +4616,7 @@ class Verification:
                     self.problems.append(f"{name!r} is in {path.name}, it {where}")
             self.rule = metadata.get(RULE_KEY, self.rule)
             hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
-        hashes[INDEX_NAME] = hashlib.sha256(self.plan.index()).hexdigest()
+        hashes[INDEX_NAME] = hashlib.sha256(self.plan.written[INDEX_NAME]).hexdigest()
         for name, digest in sorted(hashes.items()):
             if not (self.folder / name).is_file():
                 self.problems.append(f"{name} is missing")

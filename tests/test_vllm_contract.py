@@ -260,8 +260,8 @@ def read_plan(planned):
         assert tensors.keys().isdisjoint(header)
         tensors |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         holders |= dict.fromkeys(header, shard.name)
-    config = planned.config_files()["config.json"]
-    return Folder(tensors, holders, json.loads(planned.index()), json.loads(config))
+    config = planned.written["config.json"]
+    return Folder(tensors, holders, json.loads(planned.written["model.safetensors.index.json"]), json.loads(config))
 
 
 def write_nano(folder):
