@@ -2839,20 +2839,11 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     sources = separate_experts(checkpoint, stacks, whole)
     roles = find_roles(sources, checkpoint.config)
     asked = options.group_size
-    for size in [asked] if asked else MARLIN_GROUP_SIZES if options.format.for_engines else [DEFAULT_GROUP_SIZE]:
-        options = replace(options, group_size=size)
-        reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
-        packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
-        narrow = any(EXPERT_PATTERN.match(name) and str(reasons[name]).startswith("narrow") for name in reasons)
-        if not narrow and not any(i.shape[1] % packings[i.name].group_size for i in sources if i.name in packings):
+    sizes = [asked] if asked else MARLIN_GROUP_SIZES if options.format.for_engines else [DEFAULT_GROUP_SIZE]
+    for options in (replace(options, group_size=size) for size in sizes):
+        tensors = plan_tensors(sources, roles, options, patterns, wider, model_dtype(checkpoint.config))
+        if all(map(fits_groups, tensors)):
             break
-    tensors = []
-    for info in sources:
-        if packing := packings.get(info.name):
-            outputs = options.format.outputs(info, packing, model_dtype(checkpoint.config))
-            tensors.append(TensorPlan(info, None, packing, outputs, kind=kind_of(info.name, roles.get(info.name))))
-        else:
-            tensors.append(keep(info, reasons[info.name]))
     refuse_clashing_names(tensors)
     refuse_useless_int8(wider, tensors)
     if not any(tensor.packing for tensor in tensors):
@@ -2872,6 +2863,34 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         options.importance.match([tensor.source for tensor in packed], sources, expert_naming(checkpoint.config))
         notes.insert(0, options.importance.describe([t.source for t in packed if t.packing.bits == 4]))
     return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
+
+
+def plan_tensors(
+    sources: list[TensorInfo],
+    roles: dict[str, str],
+    options: Options,
+    patterns: list[re.Pattern],
+    wider: list[re.Pattern],
+    computed_in: str | None,
+) -> list[TensorPlan]:
+    """Decide for each tensor whether it is quantized, and what it becomes."""
+    reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
+    packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
+    tensors = []
+    for info in sources:
+        if packing := packings.get(info.name):
+            outputs = options.format.outputs(info, packing, computed_in)
+            tensors.append(TensorPlan(info, None, packing, outputs, kind=kind_of(info.name, roles.get(info.name))))
+        else:
+            tensors.append(keep(info, reasons[info.name]))
+    return tensors
+
+
+def fits_groups(tensor: TensorPlan) -> bool:
+    """Whether a weight's columns are whole groups; an expert that is too narrow for one does not fit either."""
+    if tensor.packing:
+        return tensor.source.shape[1] % tensor.packing.group_size == 0
+    return not (EXPERT_PATTERN.match(tensor.source.name) and tensor.kept_because.startswith("narrow"))
 
 
 def keep(info: TensorInfo, reason: str) -> TensorPlan:
