@@ -44,8 +44,8 @@ has 8 bits in compressed-tensors: scale = max|weight| / 127, and weight_packed
 (rows, columns // 4) holds code + 128, the first code in the lowest byte.
 
 Where there is a C compiler (cc, or what CC names), a kernel compiled at the
-start does the arithmetic of 16-bit weights in half of torch's time or less; the
-result is the same. --restore makes a plain checkpoint of what a quantized
+start does the arithmetic in half of torch's time or less; the result is the
+same. --restore makes a plain checkpoint of what a quantized
 folder decodes to.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130
@@ -107,10 +107,15 @@ CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its
 SEE_HELP = " (see quantize_int4.py --help)"
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a person reads the stream; there is none in a process without standard streams."""
+    return stream is not None and stream.isatty()
+
+
 def paint(text: str, colour: str, stream: TextIO | None) -> str:
     """Colour a text for a terminal that shows colours; any other stream gets it as it is."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain or stream is None or not stream.isatty() else f"\033[{colour}m{text}\033[m"
+    return f"\033[{colour}m{text}\033[m" if is_terminal(stream) and not plain else text
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -132,7 +137,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """The options, each with its default and its check."""
+    """Declare the options, each with its default and its check."""
     summary, description = __doc__.split("\n\n", 1)
     parser = Parser(
         prog="quantize_int4.py",
@@ -217,13 +222,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def with_underscores(argument: str) -> str:
-    """--input-dir=a-b -> --input_dir=a-b"""
+    """Spell an option as it is declared: --input-dir=a-b -> --input_dir=a-b."""
     option, equals, value = argument.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
 
 
 def number_argument(kind: type, rule: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argparse type: a number that `accept` accepts, as `rule` says in words."""
+    """Make an argparse type of a number that `accept` accepts, as `rule` says in words."""
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -235,6 +240,7 @@ def number_argument(kind: type, rule: str, accept: Callable[[float], bool]) -> C
 
 
 def regex_argument(text: str) -> str:
+    """Check a regular expression; an argparse type."""
     try:
         re.compile(text)
     except re.error as error:
@@ -243,15 +249,14 @@ def regex_argument(text: str) -> str:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; for a pipe COLUMNS, or 80."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    return shutil.get_terminal_size().columns if terminal or os.environ.get("COLUMNS") else 80
+    """Return the columns of the terminal; for a pipe COLUMNS, or 80."""
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) or os.environ.get("COLUMNS") else 80
 
 
 def show_on_terminal(text: str) -> None:
     """Print without a new line, if there is a terminal to see it."""
     with contextlib.suppress(OSError):
-        if sys.stdout is not None and sys.stdout.isatty():
+        if is_terminal(sys.stdout):
             print(text, end="", flush=True)
 
 
@@ -527,7 +532,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def quote_names(names: Iterable[str], most: int = 3) -> str:
-    """'a', 'b', 'c' and 4 more"""
+    """Quote the first names and count the others: 'a', 'b', 'c' and 4 more."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more
@@ -595,7 +600,8 @@ class DirectReads:
         return DirectRead(start, end, self._pool.submit(self._read, fd, start, end))
 
     def _read(self, fd: int, start: int, end: int) -> tuple[mmap.mmap, int] | None:
-        """A buffer, and where in it the bytes begin; None if they cannot be read so, which is for others to explain."""
+        """Return a buffer, and where in it the bytes begin; None if they cannot be read so, which is for others to
+        explain."""
         position = first = start // DIRECT_BLOCK * DIRECT_BLOCK
         nbytes = -(-(end - first) // DIRECT_BLOCK) * DIRECT_BLOCK
         buffer = self._take(nbytes)
@@ -684,7 +690,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file, and where the tensors' bytes begin. ValueError if it has none."""
+    """Read the JSON header of a safetensors file, and where the tensors' bytes begin. ValueError if it has none."""
     with open(path, "rb") as file:
         length, size = file.read(8), os.fstat(file.fileno()).st_size
         header_size = int.from_bytes(length, "little")
@@ -705,9 +711,9 @@ def _dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file. Checks what the library checks (tensors without gap or overlap, their sizes,
-    the file's length), and unique names; `safe_open` itself maps the file in a way that fails for files beyond the
-    machine's memory."""
+    """Read what one safetensors file holds. Checks what the library checks (tensors without gap or overlap, their
+    sizes, the file's length), and unique names; `safe_open` itself maps the file in a way that fails for files beyond
+    the machine's memory."""
     check_signals()
     try:
         header, start = read_header(path)
@@ -739,6 +745,7 @@ def _tensor_info(name: str, entry: object, path: Path, start: int) -> TensorInfo
 
 
 def read_json(path: Path) -> dict:
+    """Read a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -880,7 +887,8 @@ class PickleFile(WeightsFile):
         return TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, self._offset(name, tensor))
 
     def _offset(self, name: str, tensor: torch.Tensor) -> int | None:
-        """Where the tensor lies in the file, from where it lies in torch's memory map; None if not as one piece."""
+        """Find where the tensor lies in the file, from where it lies in torch's memory map; None if not as one
+        piece."""
         address = tensor.data_ptr()
         if tensor.is_contiguous() and name not in self._factors:
             for start, end, offset in self._maps:
@@ -889,7 +897,7 @@ class PickleFile(WeightsFile):
         return None
 
     def _read_stored(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """A tensor that is not in one piece is read through the map, by rows (of the first dimension)."""
+        """Fill `buffer`, if the tensor is not in one piece through the map, by rows (of the first dimension)."""
         if info.offset is not None:
             super()._read_stored(info, offset, buffer)
             return
@@ -908,14 +916,15 @@ class PickleFile(WeightsFile):
 
 
 def is_byteswapped(path: Path) -> bool:
-    """Whether torch.load swaps a pickle's bytes in memory, since it comes from a machine of the other byte order."""
+    """Tell whether torch.load swaps a pickle's bytes in memory, since it comes from a machine of the other byte
+    order."""
     with zipfile.ZipFile(path) as archive:
         records = [name for name in archive.namelist() if name.endswith("/byteorder")]
         return any(archive.read(name).decode() != sys.byteorder for name in records)
 
 
 def read_memory_maps() -> list[tuple[int, int, int]]:
-    """First address, end, and offset in its file of each memory map of this process. (proc(5); none but on Linux)"""
+    """List first address, end, and offset in its file of each memory map of this process. (proc(5), Linux alone)"""
     with contextlib.suppress(OSError):
         lines = re.findall(r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", Path("/proc/self/maps").read_text(), re.MULTILINE)
         return [(int(start, 16), int(end, 16), int(offset, 16)) for start, end, offset in lines]
@@ -923,7 +932,7 @@ def read_memory_maps() -> list[tuple[int, int, int]]:
 
 
 def load_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of a pickled state dict, mapped and not read, and notes on what else it held."""
+    """Load the tensors of a pickled state dict, mapped and not read, and make notes on what else it held."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -1059,6 +1068,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, config_folder: Path | None = None) -> Checkpoint:
+        """Open a folder's weights, and config.json there or in another folder."""
         for path in filter(None, (folder, config_folder)):
             if not path.is_dir():
                 hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path))
@@ -1108,8 +1118,8 @@ class Checkpoint:
 
 
 def common_wrapper(names: Collection[str], config: dict) -> str:
-    """What stands before every name though it is no part of the model: data parallelism's `module`, or whatever a whole
-    language model, body and head, was put into. Nothing if there is none.
+    """Find what stands before every name though it is no part of the model: data parallelism's `module`, or whatever a
+    whole language model, body and head, was put into. Nothing if there is none.
 
     Where config.json has configs for a model's parts, such a prefix is one of these, as Qwen-Omni's `thinker`.
     """
@@ -1123,7 +1133,7 @@ def common_wrapper(names: Collection[str], config: dict) -> str:
 
 
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the files that hold the model's weights, and the index if there is one. Safetensors come first."""
+    """Name the files that hold the model's weights, and read the index if there is one. Safetensors come first."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_")))
     safetensors = [name for name in names if name.endswith(".safetensors")]
     # Mistral's own copy of the weights beside Hugging Face's. `plan_other_files` names it among what is left out.
@@ -1169,7 +1179,7 @@ def is_pickled_weights(path: Path) -> bool:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name of an index, all of which must lie beside it."""
+    """Read an index, tensor name -> file name; all files must lie beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
@@ -1210,7 +1220,8 @@ def remedy_for_missing_shard(index: Path, weight_map: dict[str, str]) -> str:
 
 
 def config_values(config: dict, *keys: str) -> list:
-    """What config.json says under any of `keys`, and then its language model's own config (`text_config` and alike)."""
+    """List what config.json says under any of `keys`, and then its language model's own config (`text_config` and
+    alike)."""
     values = [config[key] for key in keys if config.get(key) is not None]
     for key, nested in config.items():
         if isinstance(nested, dict) and re.match(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key):
@@ -1219,7 +1230,7 @@ def config_values(config: dict, *keys: str) -> list:
 
 
 def model_dtype(config: dict) -> str | None:
-    """The dtype that engines compute in, by its safetensors name; None if config.json names none."""
+    """Return the dtype that engines compute in, by its safetensors name; None if config.json names none."""
     names = (str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype"))
     return next((MODEL_DTYPES[name] for name in names if name in MODEL_DTYPES), None)
 
@@ -1288,17 +1299,17 @@ class ExpertStack:
 
 
 def types_among(config: dict, model_types: str) -> list[str]:
-    """Those of some types of models, separated by blanks, that config.json names."""
+    """List those of some types of models, separated by blanks, that config.json names."""
     return [name for name in config_values(config, "model_type") if name in model_types.split()]
 
 
 def expert_naming(config: dict) -> ExpertNaming | None:
-    """The row of this model's type."""
+    """Find the row of this model's type."""
     return next((row for row in EXPERT_NAMINGS if types_among(config, row.model_types)), None)
 
 
 def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
-    """Every tensor that holds a layer's routed experts together, by its name."""
+    """Find every tensor that holds a layer's routed experts together, by its name."""
     naming = expert_naming(checkpoint.config)
     stacks: dict[str, ExpertStack] = {}
     layers: dict[str, dict[str, TensorInfo]] = {}  # by where the experts are, and by role
@@ -1325,7 +1336,8 @@ def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
 
 
 def holds_experts(info: TensorInfo, config: dict) -> bool:
-    """Whether it is a 3-D stack of matrices, called experts or as many as config.json counts, or DBRX's 2-D kind."""
+    """Tell whether it is a 3-D stack of matrices, called experts or as many as config.json counts, or DBRX's 2-D
+    kind."""
     if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", info.name):
         return False
     if len(info.shape) == 2:
@@ -1339,7 +1351,7 @@ def holds_experts(info: TensorInfo, config: dict) -> bool:
 def are_transposed(
     module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: ExpertNaming | None
 ) -> bool:
-    """Whether a layer's stacks hold matrices (in, out). ValueError if they are not to be read, with the reason.
+    """Tell whether a layer's stacks hold matrices (in, out). ValueError if they are not to be read, with the reason.
 
     The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
     are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
@@ -1375,7 +1387,7 @@ def are_transposed(
 def expert_weights(
     stack: TensorInfo, module: str, role: str, naming: ExpertNaming | None, transposed: bool
 ) -> tuple[TensorInfo, ...]:
-    """The 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
+    """List the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
     experts, out_features, in_features = stack.shape
     if transposed:
         out_features, in_features = in_features, out_features
@@ -1391,20 +1403,20 @@ def expert_weights(
 
 
 def projections_of(role: str, naming: ExpertNaming | None) -> tuple[str, ...]:
-    """What the weights of a stack are called, in their order."""
+    """Name the weights of a stack, in their order."""
     gate, up, down = (naming or EXPERT_NAMINGS[0]).projections
     return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
 
 
 def renamed(name: str, naming: ExpertNaming | None) -> str:
-    """A tensor's name in a state dict, as `save_pretrained` has it."""
+    """Rename a tensor of a state dict as `save_pretrained` does."""
     return functools.reduce(lambda name, rename: re.sub(*rename, name), naming.renames if naming else (), name)
 
 
 def separate_experts(
     checkpoint: Checkpoint, stacks: dict[str, ExpertStack], whole: Collection[str]
 ) -> list[TensorInfo]:
-    """The checkpoint's tensors, with the weights of stacks in place of these, but for those that stay `whole`.
+    """List the checkpoint's tensors, with the weights of stacks in place of these, but for those that stay `whole`.
 
     Where a state dict is read so, other tensors, too, get the names that go with the weights'.
     """
@@ -1419,7 +1431,7 @@ def separate_experts(
 
 
 def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
-    """Whether a 2-D weight is called as embeddings, routers or heads are, and is none of these by another sign."""
+    """Tell whether a 2-D weight is called as embeddings, routers or heads are, and is none of these by another sign."""
     numbered_with_bias = re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names  # linear layers in a row
     if EMBEDDING_PATTERN.search(info.name) and not numbered_with_bias:
         return "embeddings"
@@ -1429,14 +1441,14 @@ def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
 
 
 def kind_of(name: str, role: str | None) -> str:
-    """What the tables call a weight's layer."""
+    """Name the kind of a weight's layer for the tables."""
     return {"heads": "head"}.get(role, role) or next(
         (kind for kind, pattern in LAYER_KINDS if pattern.search(name)), "other"
     )
 
 
 def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
-    """Which weights are embeddings, heads and routers, by name: as these are called, or by their shape and place.
+    """Find which weights are embeddings, heads and routers, by name: as these are called, or by their shape and place.
 
     A weight with as many rows as there are words is an embedding or a head, unless it is one of a layer's projections
     or joins a tower to the language model, where it may be so wide by chance. A router stands beside a layer's experts
@@ -1491,11 +1503,11 @@ class Packing:
 
     @property
     def code_max(self) -> int:
-        """The largest code; the smallest is one further from zero."""
+        """Return the largest code; the smallest is one further from zero."""
         return (1 << (self.bits - 1)) - 1
 
     def columns_of(self, columns: int) -> int:
-        """`columns` rounded up to whole groups."""
+        """Round `columns` up to whole groups."""
         return -(-columns // self.group_size) * self.group_size
 
 
@@ -1508,14 +1520,14 @@ class Workspace:
         self._tensors: dict[tuple, torch.Tensor] = {}
 
     def buffer(self, role: str, nbytes: int) -> memoryview:
-        """`nbytes` writable bytes, the same ones at each call for this role."""
+        """Return `nbytes` writable bytes, the same ones at each call for this role."""
         if len(self._buffers.get(role, b"")) < nbytes:
             self._tensors.clear()  # some lie over the old buffer
             self._buffers[role] = allocate(nbytes)
         return memoryview(self._buffers[role])[:nbytes]
 
     def tensor(self, role: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        """The role's buffer as a tensor; of two dtypes, it is the same bytes."""
+        """Return the role's buffer as a tensor; of two dtypes, it is the same bytes."""
         key = (role, dtype, shape)
         if key not in self._tensors:
             buffer = self.buffer(role, math.prod(shape) * dtype.itemsize)
@@ -1523,7 +1535,8 @@ class Workspace:
         return self._tensors[key]
 
     def bytes_of(self, role: str, tensor: torch.Tensor) -> memoryview:
-        """The bytes of a tensor that lies in the role's buffer from its start. Torch offers this through numpy only."""
+        """Return the bytes of a tensor that lies in the role's buffer from its start. Torch offers this through numpy
+        only."""
         assert tensor.is_contiguous() and tensor.data_ptr() == self.tensor(role, torch.uint8, 1).data_ptr()
         return self.buffer(role, tensor.nbytes)
 
@@ -1533,7 +1546,7 @@ def whole_pages(nbytes: float) -> int:
 
 
 def allocate(nbytes: int) -> mmap.mmap:
-    """Anonymous memory, in huge pages where the system has them: 5 % faster than in pages of 4 kB."""
+    """Take anonymous memory, in huge pages where the system has them: 5 % faster than in pages of 4 kB."""
     try:
         memory = mmap.mmap(-1, whole_pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
@@ -1547,7 +1560,8 @@ def allocate(nbytes: int) -> mmap.mmap:
 
 
 def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Largest magnitude of each group: (n, group_size) of any float dtype -> float32 (n,). NaN counts as largest.
+    """Find the largest magnitude of each group: (n, group_size) of any float dtype -> float32 (n,). NaN counts as
+    largest.
 
     Taken on the bits: for floats without sign the order of the bits is the order of the values, and torch compares
     integers several times faster than floats, of which any might be NaN.
@@ -1558,7 +1572,7 @@ def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
 
 
 def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
-    """Sums along the last dimension, a multiple of SUM_LANES, in one order on every machine: by lanes, then folded."""
+    """Sum along the last dimension, a multiple of SUM_LANES, in one order on every machine: by lanes, then folded."""
     lanes = functools.reduce(torch.add, terms.unflatten(-1, (-1, SUM_LANES)).unbind(-2))
     while lanes.shape[-1] > 1:
         lanes = torch.add(*lanes.chunk(2, -1))
@@ -1646,13 +1660,13 @@ def quantize_to_int8(
 
 
 def divisors_of(scales: torch.Tensor) -> torch.Tensor:
-    """The scales as float32 (n,) of its own; 1 for 0, by which weights that are too small for a scale round to 0."""
+    """Copy the scales as float32 (n,), with 1 for 0, by which weights that are too small for a scale round to 0."""
     divisors = scales.to(torch.float32, copy=True)
     return divisors.masked_fill_(divisors == 0, 1)
 
 
 def round_to_codes(weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
+    """Put clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
     return torch.div(weights, divisors[:, None], out=out).round_().clamp_(CODE_MIN, CODE_MAX)
 
 
@@ -1671,12 +1685,12 @@ def search_scales(
 
 
 def shares_of(importance: torch.Tensor) -> torch.Tensor:
-    """Each column's part of its group's importance, 2^14 for the largest; float32 (k, group_size), as that."""
+    """Return each column's part of its group's importance, 2^14 for the largest; float32 (k, group_size), as that."""
     return (importance / divisors_of(importance.amax(-1))[:, None]).mul_(1 << 14).round_()
 
 
 def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """The best of the scales that SEARCH_STEPS lead to, float32 (n,); 0 if there is none.
+    """Find the best of the scales that SEARCH_STEPS lead to, float32 (n,); 0 if there is none.
 
     Codes reach -8 but only 7, so the scale is given the sign that puts the largest weight on the longer side. For each
     step the weights are rounded with scale = -largest / step; for the codes so found the best scale is
@@ -1711,14 +1725,14 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
 
 
 def search_multipliers() -> torch.Tensor:
-    """SEARCH_STEPS for parts of 2^14: the product is the code with 25 fractional bits."""
+    """Return SEARCH_STEPS for parts of 2^14: the product is the code with 25 fractional bits."""
     return torch.tensor(SEARCH_STEPS).mul_(1 << 11).round_().to(torch.int16)
 
 
 def squared_errors(
     weights: torch.Tensor, divisors: torch.Tensor, importance: torch.Tensor, workspace: Workspace
 ) -> torch.Tensor:
-    """Each group's squared error, weighed, float32 (n,)."""
+    """Return each group's squared error, weighed, float32 (n,)."""
     errors = workspace.tensor("search codes", torch.float32, *weights.shape)
     round_to_codes(weights, divisors, errors).mul_(divisors[:, None]).sub_(weights)
     errors.mul_(errors).view(-1, *importance.shape).mul_(importance)
@@ -1738,7 +1752,7 @@ class Feedback:
 
     @classmethod
     def of(cls, mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel | None) -> Feedback:
-        """From the second moments diag(mean_squares - row sums of factor^2) + factor factor^T."""
+        """Prepare it from the second moments diag(mean_squares - row sums of factor^2) + factor factor^T."""
         factor = torch.nn.functional.pad(factor, (0, -factor.shape[1] % SUM_LANES)) * math.sqrt(FACTOR_SHARE)
         rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
         rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
@@ -1746,7 +1760,8 @@ class Feedback:
 
 
 def spread_of(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """U of `Feedback` by V and d (columns,): from the last column to the first, each of which updates the inverse."""
+    """Return U of `Feedback` by V and d (columns,): from the last column to the first, each of which updates the
+    inverse."""
     spread, rank = torch.empty_like(factor), factor.shape[1]
     inverse = torch.eye(rank, dtype=torch.float64)
     for column in range(len(factor) - 1, -1, -1):
@@ -1787,7 +1802,7 @@ def round_with_feedback(
 
 
 def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
-    """Weights, approximately: each code times its group's scale.
+    """Decode weights, approximately: each code times its group's scale.
 
     words:   int32 (rows, columns // codes_per_word)
     scales:  any float dtype (rows, columns // group_size)
@@ -1801,7 +1816,7 @@ def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with
 def dequantize_int4(
     qweight: torch.Tensor, scales: torch.Tensor, group_size: int, columns: int | None = None
 ) -> torch.Tensor:
-    """Weights of the `int4` layout, approximately: each code times its group's scale.
+    """Decode weights of the `int4` layout, approximately: each code times its group's scale.
 
     qweight: int32 (rows, padded // 8)
     scales:  float16 (rows, padded // group_size)
@@ -1823,7 +1838,7 @@ def dequantize_int4(
 
 
 def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = False) -> torch.Tensor:
-    """Codes in the low four bits of int16 (rows, columns), destroyed -> int32 (rows, columns // 8) in the workspace:
+    """Pack codes, int16 (rows, columns), which is destroyed, to words, int32 (rows, columns // 8) in the workspace:
     two's complement nibbles, or nibbles that hold the code plus 8, `with_offset`.
 
     On pairs of codes as int32 0x000H000L: times 0x1001000, the top byte is 0xHL, which is shifted down and then all
@@ -1838,7 +1853,7 @@ def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = Fal
 
 
 def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
-    """int32 (rows, columns // 8) -> int8 (rows, columns)."""
+    """Unpack words, int32 (rows, columns // 8), to codes, int8 (rows, columns)."""
     words = words ^ OFFSET_BITS if with_offset else words
     shifts = torch.arange(
         28, -4, -4, dtype=torch.int32, device=words.device
@@ -1847,7 +1862,7 @@ def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernel: what `quantize_groups` does to weights of 16 bits, in C. The same bytes in half of torch's time or less.
+# Kernel: what `quantize_with_torch` does, in C. The same bytes in half the time or less.
 # ---------------------------------------------------------------------------------------------------------------------
 
 KERNEL_SOURCE = r"""
@@ -2354,11 +2369,11 @@ class Format:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the names of all tensors that a weight becomes."""
+        """List the ends of the names of all tensors that a weight becomes."""
         return self.words_suffix, self.scales_suffix, *self.other_suffixes
 
     def outputs(self, info: TensorInfo, packing: Packing, computed_in: str | None) -> tuple[OutputTensor, ...]:
-        """What replaces a weight: words, scales, then tensors that follow from its shape.
+        """List what replaces a weight: words, scales, then tensors that follow from its shape.
 
         computed_in: `model_dtype`. Engines round scales to it when they load them, so codes must be made for these.
         """
@@ -2374,12 +2389,12 @@ class Format:
 
 
 def shape_tensor(module: str, rows: int, columns: int, _group_size: int) -> list[OutputTensor]:
-    """compressed-tensors: `weight_shape`, without which transformers cannot unpack."""
+    """Add compressed-tensors' `weight_shape`, without which transformers cannot unpack."""
     return [OutputTensor(module + ".weight_shape", "I64", (2,), lambda: struct.pack("<2q", rows, columns))]
 
 
 def zeros_and_group_index(module: str, rows: int, columns: int, group_size: int) -> list[OutputTensor]:
-    """gptq: `qzeros`, which version 1 stores less one, and `g_idx`, each column's group."""
+    """Add gptq's `qzeros`, which version 1 stores less one, and `g_idx`, each column's group."""
     zeros = (columns // group_size, rows // CODES_PER_WORD)
     return [
         OutputTensor(module + ".qzeros", "I32", zeros, lambda: b"\x77" * (4 * math.prod(zeros))),
@@ -2393,7 +2408,7 @@ def zeros_and_group_index(module: str, rows: int, columns: int, group_size: int)
 
 
 def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
-    """All that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it."""
+    """Describe all that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it."""
     group_size, weights = options.group_size, [tensor.source for tensor in tensors if tensor.packing]
     description = {
         "quant_method": "int4_weight_only",
@@ -2427,8 +2442,8 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
 
 
 def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) -> dict[str, dict]:
-    """config.json's `quantization_config`, by the compressed-tensors package (quant_config.py): a group of layers for
-    each packing, that with most weights first, for whatever is `Linear`, and by name what the others hold.
+    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py): a group of layers
+    for each packing, that with most weights first, for whatever is `Linear`, and by name what the others hold.
 
     The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same quantization
     scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
@@ -2474,7 +2489,7 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
 
 
 def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
-    """GPTQ v1: quantize_config.json, and the same in config.json. (GPTQModel, quantization/config.py)"""
+    """Make GPTQ v1's quantize_config.json, and the same in config.json. (GPTQModel, quantization/config.py)"""
     description = {
         "bits": 4,
         "group_size": options.group_size,
@@ -2496,7 +2511,7 @@ def patterns_of_kept_layers(tensors: list[TensorPlan]) -> list[str]:
 
 
 def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[TensorInfo]) -> list[str]:
-    """Regular expressions for modules, one for all layer numbers where that matches no weight of the others.
+    """Make regular expressions for modules, one for all layer numbers where that matches no weight of the others.
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
     transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
@@ -2514,7 +2529,7 @@ def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[Ten
 
 
 def modules_of(info: TensorInfo) -> Iterator[tuple[str, str]]:
-    """Modules that engines look up for a tensor, and how a pattern for each has to end."""
+    """List the modules that engines look up for a tensor, and how a pattern for each has to end."""
     name = info.name
     if len(info.shape) < 2:
         return
@@ -2529,14 +2544,14 @@ def modules_of(info: TensorInfo) -> Iterator[tuple[str, str]]:
 
 
 def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
-    """The shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
+    """Find the shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
     `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
     parts = module.split(".")
     numbered = [place for place, part in enumerate(parts) if part.isdigit()]
     container = max(numbered[0] - 1, 0) if numbered else len(parts) - 1
 
     def tails(begin: int, unless: str = "") -> Iterator[str]:
-        """All layers' pattern, then this layer's."""
+        """Make all layers' pattern, then this layer's."""
         for number in (r"\d+", None):
             tail = r"\.".join((part.isdigit() and number) or re.escape(part) for part in parts[begin:])
             yield unless + r"(.*\.)?" + tail + end
@@ -2600,7 +2615,7 @@ FORMATS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan: all that is decided before the first weight is read
+# Statistics of the layers' inputs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2664,7 +2679,7 @@ class Importance:
             )
 
     def describe(self, weights: list[TensorInfo]) -> str:
-        """How many of these have what, in words for the plan."""
+        """Say how many of these have what, in words for the plan."""
         named = [weight for weight in weights if weight.name in self._found]
         weighed, ranks = 0, []
         for _, factor in filter(None, map(self.get, named)):
@@ -2683,7 +2698,8 @@ class Importance:
         return info.name in self._found and f"{self._found[info.name][0]}.factor" in self._factors
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """A weight's mean squares, float32 (columns,), and its factor, float32 (columns, rank), or None if it has none.
+        """Read a weight's mean squares, float32 (columns,), and its factor, float32 (columns, rank), or None if it has
+        none.
 
         None if the file does not name the weight, or if no data reached the layer.
         """
@@ -2704,7 +2720,7 @@ class Importance:
         return vector, self._check_factor(name, self._read(name, row), vector) if name in self._factors else None
 
     def _read(self, name: str, row: int | None) -> torch.Tensor:
-        """A tensor of the file, or a row of one: none of the file's other bytes."""
+        """Read a tensor of the file, or a row of one: none of the file's other bytes."""
         return self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row]
 
     def _check_factor(self, name: str, factor: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
@@ -2735,9 +2751,15 @@ class Importance:
 
 
 def name_without_wrappers(name: str) -> str:
-    """A weight's name from its layers' container on, or its last part where it lies in no layer."""
+    """Shorten a weight's name to what stands from its layers' container on, or its last part where it lies in no
+    layer."""
     match = LAYER_PATTERN.match(name)
     return name[match.start(2) :] if match else ".".join(name.split(".")[-2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: all that is decided before the first weight is read
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -2756,7 +2778,7 @@ class Options:
 
     @property
     def rule(self) -> str:
-        """How scales and codes are chosen, in words."""
+        """Say in words how scales and codes are chosen."""
         if not self.importance:
             return self.scale
         return f"{self.scale} {FEEDBACK if self.importance.has_factors else WEIGHED}"
@@ -2815,7 +2837,7 @@ class Plan:
 
     @property
     def total_size(self) -> int:
-        """Bytes of all output tensors."""
+        """Add up the bytes of all output tensors."""
         return sum(output.nbytes for tensor in self.tensors for output in tensor.outputs)
 
 
@@ -2887,7 +2909,7 @@ def plan_tensors(
 
 
 def fits_groups(tensor: TensorPlan) -> bool:
-    """Whether a weight's columns are whole groups; an expert that is too narrow for one does not fit either."""
+    """Tell whether a weight's columns are whole groups; an expert that is too narrow for one does not fit either."""
     if tensor.packing:
         return tensor.source.shape[1] % tensor.packing.group_size == 0
     return not (EXPERT_PATTERN.match(tensor.source.name) and tensor.kept_because.startswith("narrow"))
@@ -2980,7 +3002,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
 
 
 def as_rows(info: TensorInfo, form: Format) -> TensorInfo:
-    """A weight's words or scales as (rows, columns), of a format that may hold them the other way."""
+    """Describe a weight's words or scales as (rows, columns), of a format that may hold them the other way."""
     if not form.transposed:
         return info
     columns, rows = info.shape
@@ -2988,7 +3010,7 @@ def as_rows(info: TensorInfo, form: Format) -> TensorInfo:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """A second quantization would quietly multiply the first one's error."""
+    """Refuse a second quantization, which would quietly multiply the first one's error."""
     remedy = "already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
     if config_values(checkpoint.config, "quantization_config"):
         config = checkpoint.config_folder / CONFIG_NAME
@@ -3003,7 +3025,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def refuse_unmerged(checkpoint: Checkpoint) -> None:
-    """What is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
+    """Refuse what is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
     if info := low_rank_update(checkpoint.tensors):
         raise QuantizeError(f"tensor {info.name_in_file!r} ({info.file.name}) {ADAPTER}")
     for info in checkpoint.tensors.values():
@@ -3024,7 +3046,7 @@ def refuse_unmerged(checkpoint: Checkpoint) -> None:
 
 
 def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
-    """The first of two matrices (rank, in) and (out, rank) that lie inside the module of a weight (out, in)."""
+    """Find the first of two matrices (rank, in) and (out, rank) that lie inside the module of a weight (out, in)."""
     inside: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.items():
         for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
@@ -3042,7 +3064,8 @@ def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
 def compile_patterns(
     option: str, sources: tuple[str, ...], checkpoint: Checkpoint, stacks: dict[str, ExpertStack]
 ) -> list[re.Pattern]:
-    """An option's patterns, each of which must match a tensor's name in the file or that of an expert's weight."""
+    """Compile an option's patterns, each of which must match a tensor's name in the file or that of an expert's
+    weight."""
     patterns = [re.compile(source) for source in sources]
     weights = [weight for stack in stacks.values() for weight in stack.weights]
     for pattern in patterns:
@@ -3064,12 +3087,12 @@ def hint_for_pattern(pattern: str, names: list[str]) -> str:
 
 
 def is_named(pattern: re.Pattern, info: TensorInfo) -> bool:
-    """Whether a pattern of an option means this tensor, by its name or that of the stack that it is read from."""
+    """Tell whether a pattern of an option means this tensor, by its name or that of the stack that it is read from."""
     return bool(pattern.search(info.name) or pattern.search(info.name_in_file))
 
 
 def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]) -> bool:
-    """Whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
+    """Tell whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
     excluded = any(is_named(pattern, stack.info) for pattern in patterns) or (
         bool(stack.weights) and all(any(is_named(pattern, w) for pattern in patterns) for w in stack.weights)
     )
@@ -3077,8 +3100,8 @@ def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]
 
 
 def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options) -> None:
-    """Stacks of experts that cannot become one weight an expert: most of the model would stay in full precision, and
-    engines would load it and leave its experts unfilled."""
+    """Refuse stacks of experts that cannot become one weight an expert: most of the model would stay in full precision,
+    and engines would load it and leave its experts unfilled."""
     only_stacked = types_among(config, STACKED_ON_THE_HUB) if options.format.for_engines else []
     renamed = types_among(config, RENAMED_ALL_OVER) if options.format.for_engines else []
     refused = [stack for stack in stacks if stack.problem or only_stacked or renamed]
@@ -3101,7 +3124,7 @@ def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options)
 
 
 def pattern_of(infos: Iterable[TensorInfo]) -> str:
-    """A pattern for --exclude that means tensors of these names, in any layer."""
+    """Make a pattern for --exclude that means tensors of these names, in any layer."""
     modules = (info.name.removesuffix(".weight") for info in infos)
     tails = {
         r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")[-2:])
@@ -3111,7 +3134,7 @@ def pattern_of(infos: Iterable[TensorInfo]) -> str:
 
 
 def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
-    """Why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
+    """Say why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
     for pattern in patterns:
         if is_named(pattern, info):
             return f"--exclude {pattern.pattern}"
@@ -3133,7 +3156,8 @@ def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern
 
 
 def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.Pattern]) -> dict[str, Packing]:
-    """Each weight's packing: 8 bits for what --int8 means, in groups of 128 where these fit, else what was asked for.
+    """Choose each weight's packing: 8 bits for what --int8 means, in groups of 128 where these fit, else what was asked
+    for.
 
     Engines hold routed experts as one, so 128 must fit all of them.
     """
@@ -3149,7 +3173,7 @@ def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.
 
 
 def refuse_useless_int8(wider: list[re.Pattern], tensors: list[TensorPlan]) -> None:
-    """Whoever names layers for 8 bits expects that they are quantized."""
+    """Refuse a pattern for 8 bits that means only what is kept: whoever gives one expects more."""
     for pattern in wider:
         named = [tensor for tensor in tensors if is_named(pattern, tensor.source)]
         if not any(tensor.packing for tensor in named):
@@ -3160,7 +3184,7 @@ def refuse_useless_int8(wider: list[re.Pattern], tensors: list[TensorPlan]) -> N
 
 
 def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, checkpoint: Checkpoint) -> None:
-    """Whatever would make a folder that converts well and then does not load, or loads as noise."""
+    """Refuse whatever would make a folder that converts well and then does not load, or loads as noise."""
     form, group_size, config = options.format, options.group_size, checkpoint.config_folder / CONFIG_NAME
     if options.quantize_embeddings:
         raise QuantizeError(
@@ -3201,7 +3225,7 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
 
 
 def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
-    """The weights of GPT-2's Conv1D layers: all of a layer's, where its model has them."""
+    """Find the weights of GPT-2's Conv1D layers: all of a layer's, where its model has them."""
     inside = [info for info in weights if re.search(r"\.\d+\.", info.name)]
     fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
     if types_among(config, CONV1D_MODELS) or any(n == 3 * m for m, n in fused):
@@ -3210,7 +3234,7 @@ def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
 
 
 def refuse_split_layers(tensors: list[TensorPlan]) -> None:
-    """Layers that engines fuse must be quantized together or kept together."""
+    """Refuse a fate of its own for one of the layers that engines fuse."""
     fused: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
         if len(tensor.source.shape) > 1:
@@ -3228,7 +3252,7 @@ def refuse_split_layers(tensors: list[TensorPlan]) -> None:
 
 
 def fused_keys(name: str) -> Iterator[str]:
-    """What a weight is fused into: its own projections', and its layer's experts."""
+    """Name what a weight is fused into: its own projections', and its layer's experts."""
     module = name.removesuffix(".weight")
     parent, _, last = module.rpartition(".")
     for group in FUSED_LAYERS:
@@ -3241,7 +3265,7 @@ def fused_keys(name: str) -> Iterator[str]:
 
 
 def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
-    """`X.weight` becomes `X.scales`: a checkpoint that has such a tensor of its own would lose one of the two."""
+    """Refuse a checkpoint that has an `X.scales` of its own beside `X.weight`: it would lose one of the two."""
     makers: dict[str, TensorInfo] = {}
     for info, output in ((tensor.source, output) for tensor in tensors for output in tensor.outputs):
         twin = makers.setdefault(output.name, info)
@@ -3254,7 +3278,8 @@ def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
 
 
 def what_is_missing(tensors: list[TensorInfo], roles: dict[str, str], config: dict, options: Options) -> Iterator[str]:
-    """What the model has, by config.json or its other layers, and the checkpoint has not: loaders make it up."""
+    """Warn of what the model has, by config.json or its other layers, and the checkpoint has not: loaders make it
+    up."""
     yield from missing_layers(tensors, config)
     yield from missing_projections(tensors, min(config_values(config, *EXPERT_COUNTS), default=0))
     generates = re.compile(r"For(CausalLM|ConditionalGeneration)$|LMHeadModel$")
@@ -3276,7 +3301,7 @@ def what_is_missing(tensors: list[TensorInfo], roles: dict[str, str], config: di
 
 
 def missing_layers(tensors: list[TensorInfo], config: dict) -> Iterator[str]:
-    """The layers of the language model, or of both its encoder and decoder, that config.json counts."""
+    """Find missing layers of the language model, or of both its encoder and decoder, that config.json counts."""
     containers: dict[str, set[int]] = {}
     for info in tensors:
         if match := LAYER_PATTERN.match(info.name):
@@ -3297,7 +3322,7 @@ def missing_layers(tensors: list[TensorInfo], config: dict) -> Iterator[str]:
 
 
 def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str]:
-    """Experts of a layer that are not there, and weights that a few layers or experts lack beside their others."""
+    """Find experts of a layer that are not there, and weights that a few layers or experts lack beside their others."""
     blocks: dict[tuple[str, str], dict[int, set[str]]] = {}  # by container and module: number -> its weights
     for info in tensors:
         if len(info.shape) == 2 and (match := re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)):
@@ -3319,7 +3344,7 @@ def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str
 
 
 def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> list[str]:
-    """What the owner of the checkpoint should know before the conversion rather than after the copy."""
+    """Say what the owner of the checkpoint should know before the conversion rather than after the copy."""
     notes = []
     if not options.format.for_engines:
         notes.append(
@@ -3369,7 +3394,7 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
 
 
 def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """Files beside the weights: those that are copied, and why the others are not."""
+    """List the files beside the weights that are copied, and why the others are not."""
     copied, left_out = [], []
     for path in sorted(checkpoint.config_folder.iterdir()):
         if path in checkpoint.files or path.name == INDEX_NAME:
@@ -3399,8 +3424,8 @@ def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 
 
 def describe_facts(checkpoint: Checkpoint, options: Options) -> dict:
-    """What decides the output and the user can change: the options by their names, and the files of weights with size
-    and time."""
+    """Collect what decides the output and the user can change: the options by their names, and the files of weights
+    with size and time."""
     values = vars(options) | {
         "format": options.format.name,
         "shard_size_gb": options.shard_size / GB,
@@ -3481,7 +3506,7 @@ def plan_shards(
 
 
 def _shard_bytes(outputs: Iterable[OutputTensor]) -> int:
-    """Bytes that tensors take up in a shard, an upper bound of their header entries included."""
+    """Count the bytes that tensors take up in a shard, an upper bound of their header entries included."""
     entry = {"dtype": "F8_E4M3FNUZ", "shape": [], "data_offsets": [10**14, 10**14]}
     return sum(o.nbytes + len(json.dumps({o.name: {**entry, "shape": o.shape}})) for o in outputs)
 
@@ -3509,7 +3534,7 @@ class MemoryGuard:
         self._lock = threading.Lock()
 
     def read(self) -> MemoryReading:
-        """The tightest of the machine and the control groups that this process is in."""
+        """Read the tightest of the machine and the control groups that this process is in."""
         machine = psutil.virtual_memory()
         readings = [MemoryReading(machine.total - machine.available, machine.available)]
         readings += filter(None, (read_cgroup(folder, machine.total) for folder in self._cgroups))
@@ -3517,7 +3542,7 @@ class MemoryGuard:
         return min(readings, key=lambda reading: reading.available)
 
     def own(self) -> int:
-        """Anonymous memory of this process: all but mapped files, which the kernel takes back at will."""
+        """Count the anonymous memory of this process: all but mapped files, which the kernel takes back at will."""
         info = self._process.memory_info()
         return info.rss - getattr(info, "shared", 0)
 
@@ -3539,7 +3564,7 @@ class MemoryGuard:
 def find_cgroups(
     controller: str, membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[Path]:
-    """Folders of the control groups whose limits hold for this process: its own and all above it.
+    """List the folders of the control groups whose limits hold for this process: its own and all above it.
 
     cgroup v2 lists `0::/path` under one tree, v1 `N:controller:/path` under `controller/`. Inside a container the path
     may be the host's and not exist there; the tree's root is then the container's own group.
@@ -3561,12 +3586,12 @@ def find_cgroups(
 
 
 def page_cache() -> int:
-    """Bytes of files that the system holds in memory."""
+    """Count the bytes of files that the system holds in memory."""
     return getattr(psutil.virtual_memory(), "cached", 0)
 
 
 def shares_memory_with_gpu(system: Path = Path("/")) -> bool:
-    """Whether this is a machine of NVIDIA's with one memory for CPU and GPU: a Jetson or a DGX Spark."""
+    """Tell whether this is a machine of NVIDIA's with one memory for CPU and GPU: a Jetson or a DGX Spark."""
     for name in ("proc/device-tree/compatible", "sys/class/dmi/id/product_name", "sys/class/dmi/id/product_family"):
         with contextlib.suppress(OSError):
             if re.search(r"nvidia,tegra|DGX.Spark|GB10", (system / name).read_text(errors="replace"), re.IGNORECASE):
@@ -3575,7 +3600,8 @@ def shares_memory_with_gpu(system: Path = Path("/")) -> bool:
 
 
 def usable_cores(cgroup_folders: list[Path] | None = None) -> int:
-    """The cores this process may run on, by its affinity and by the CPU quotas (`docker run --cpus`) it is under."""
+    """Count the cores this process may run on, by its affinity and by the CPU quotas (`docker run --cpus`) it is
+    under."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in find_cgroups("cpu") if cgroup_folders is None else cgroup_folders:
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # v2: "quota period"; v1
@@ -3587,7 +3613,7 @@ def usable_cores(cgroup_folders: list[Path] | None = None) -> int:
 
 
 def read_cgroup(folder: Path, machine_total: int) -> MemoryReading | None:
-    """Use and limit of a control group, v2 or v1; None where it sets no limit."""
+    """Read use and limit of a control group, v2 or v1; None where it sets no limit."""
     for limit_name, usage_name, prefix in (
         ("memory.max", "memory.current", ""),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -3671,7 +3697,7 @@ class ShardWriter:
             drop_pages(self._fd, self._cached)
 
     def finish(self) -> None:
-        """All bytes are in: sync them, then give the file its final name."""
+        """Sync the file, whose bytes are all in, and give it its final name."""
         if self.finished:
             if self.compare:  # all was equal: from now on it is of the source files' new times
                 write_at(self._open(), memoryview(self.shard.header), 0)
@@ -3714,10 +3740,11 @@ class OutputFolder:
 
     @property
     def nothing_to_write(self) -> bool:
-        """Whether all is there, though some of it may have to be compared with the source."""
+        """Tell whether all is there, though some of it may have to be compared with the source."""
         return not self.remove and self.finished == self.planned_names()
 
     def refuse_unwritable(self) -> None:
+        """Refuse a folder into which this user cannot write."""
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise QuantizeError(
@@ -3774,7 +3801,8 @@ class OutputFolder:
         return finished, remove
 
     def _is_own(self, path: Path, own_files: set[tuple[str, str]]) -> bool:
-        """Whether an earlier run wrote just this file, by what its shards say; an index follows from the shards."""
+        """Tell whether an earlier run wrote just this file, by what its shards say; an index follows from the
+        shards."""
         if path.name == INDEX_NAME:
             return bool(own_files)
         return path.name in dict(own_files) and path.is_file() and (path.name, hash_file(path)) in own_files
@@ -3796,14 +3824,14 @@ class OutputFolder:
         return source is not None and filecmp.cmp(path, source, shallow=False)
 
     def bytes_to_write(self) -> int:
-        """What the disk must still hold, less what will be removed from it first."""
+        """Count what the disk must still hold, less what will be removed from it first."""
         shards = sum(shard.size for shard in self.plan.shards if shard.name not in self.finished)
         copied = sum(path.stat().st_size for path in self.plan.copied if path.name not in self.finished)
         written = sum(len(data) for name, data in self.plan.written.items() if name not in self.finished)
         return shards + copied + written
 
     def free_disk(self) -> int:
-        """Bytes free for this user once leftovers are removed."""
+        """Count the bytes that are free for this user once leftovers are removed."""
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         return shutil.disk_usage(existing).free + sum(path.stat().st_blocks * 512 for path in self.remove)
 
@@ -3823,7 +3851,8 @@ class OutputFolder:
         sync_file(self.folder)
 
     def _lock(self) -> None:
-        """Two runs into one folder would mix their bytes. The lock is the folder's own and dies with the process."""
+        """Keep another run out of the folder, with which bytes would mix. The lock is the folder's own and dies with
+        the process."""
         self._lock_fd = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3833,6 +3862,7 @@ class OutputFolder:
             pass  # a network file system without such locks
 
     def shard_writers(self) -> list[ShardWriter]:
+        """Make a writer for each shard, in the plan's order."""
         return [
             ShardWriter(
                 self.folder, shard, self.plan.fingerprint, shard.name in self.finished, shard.name in self.compare
@@ -3841,7 +3871,8 @@ class OutputFolder:
         ]
 
     def write_other_files(self) -> None:
-        """Copies and the program's own files, each complete before it gets its name; the index once all is on disk."""
+        """Write copies and the program's own files, each complete before it gets its name; the index once all is on
+        disk."""
         for source in self.plan.copied:
             if source.name not in self.finished:
                 with reading(source) as file:
@@ -3884,7 +3915,7 @@ class OutputFolder:
 
 
 def read_metadata(shard: Path) -> dict[str, str]:
-    """A shard's `__metadata__`, where this program leaves its marks; empty for a file without."""
+    """Read a shard's `__metadata__`, where this program leaves its marks; empty for a file without."""
     try:
         metadata = read_header(shard)[0].get("__metadata__") if shard.is_file() else None
     except (OSError, ValueError, RecursionError):
@@ -3893,6 +3924,7 @@ def read_metadata(shard: Path) -> dict[str, str]:
 
 
 def hash_file(path: Path) -> str:
+    """Hash a file: SHA-256, as hexadecimal digits."""
     digest = hashlib.sha256()
     with reading(path) as file:
         while data := file.read(COPY_BYTES):
@@ -3927,6 +3959,7 @@ class Tile:
 
 
 def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
+    """Cut a tensor into jobs: some rows of a weight each, or some bytes of what is kept."""
     info = tensor.source
     if tensor.packing:
         rows, columns = info.shape
@@ -3943,7 +3976,8 @@ def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
 
 
 def plan_tiles(job: Job, whole_rows: bool) -> Iterator[Tile]:
-    """Whole rows, as many as make a tile; a row longer than a tile is cut between groups, unless `whole_rows`."""
+    """Cut a job into whole rows, as many as make a tile; a row longer than a tile is cut between groups, unless
+    `whole_rows`."""
     columns, group_size = job.tensor.source.shape[1], job.tensor.packing.group_size
     width = columns if whole_rows else min(columns, max(1, TILE_WEIGHTS // group_size) * group_size)
     height = max(1, TILE_WEIGHTS // columns)
@@ -4009,7 +4043,7 @@ class Conversion:
         return jobs
 
     def _kind_of_work(self, tensor: TensorPlan) -> str:
-        """One of Meter.COSTS."""
+        """Name one of Meter.COSTS."""
         if tensor.scales or not tensor.packing:
             return "restored" if tensor.scales else "kept"
         importance = self.options.importance
@@ -4119,7 +4153,7 @@ class Conversion:
             self._write(output, start * row_bytes, workspace.bytes_of("dense", dense))
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
-        """Rows of words or scales, as (rows, columns)."""
+        """Read rows of words or scales, as (rows, columns)."""
         row_bytes = info.nbytes // info.shape[0]
         raw = workspace.buffer(info.dtype, (stop - start) * row_bytes)
         self.checkpoint.read_into(info, start * row_bytes, raw)
@@ -4127,7 +4161,7 @@ class Conversion:
         return workspace.tensor(info.dtype, dtype, stop - start, info.shape[1])
 
     def _stage(self, job: Job, workspace: Workspace) -> list[torch.Tensor]:
-        """Room for the job's part of transposed words and scales: (columns, rows of the job)."""
+        """Make room for the job's part of transposed words and scales: (columns, rows of the job)."""
         words, scales = job.tensor.outputs[:2]
         rows = job.stop - job.start
         return [
@@ -4147,7 +4181,7 @@ class Conversion:
             self._write(output, start, lines[number * width : (number + 1) * width])
 
     def _read_groups(self, tensor: TensorPlan, tile: Tile, workspace: Workspace) -> torch.Tensor:
-        """A tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
+        """Read a tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
         info, group_size = tensor.source, tensor.packing.group_size
         dtype = FLOAT_DTYPES[info.dtype]
         raw = workspace.buffer("raw", tile.rows * tile.columns * dtype.itemsize)
@@ -4247,7 +4281,7 @@ def describe_bad_value(tensor: TensorPlan, tile: Tile, groups: torch.Tensor, sca
 
 
 def printable(text: str) -> str:
-    """Without control characters: names come from files, and a terminal obeys what it is sent."""
+    """Escape control characters: names come from files, and a terminal obeys what it is sent."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
@@ -4276,7 +4310,7 @@ def say_paragraph(label: str, text: str) -> None:
 
 
 def format_bytes(nbytes: float) -> str:
-    """Decimal units, three significant digits: 63.2 GB, 17.1 MB, 812 bytes."""
+    """Give a size in decimal units and three significant digits: 63.2 GB, 17.1 MB, 812 bytes."""
     for unit, size in (("TB", 1000 * GB), ("GB", GB), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= 0.9995 * size:
             return f"{three_digits(nbytes / size)} {unit}"
@@ -4284,13 +4318,13 @@ def format_bytes(nbytes: float) -> str:
 
 
 def three_digits(number: float) -> str:
-    """1.52, 63.2, 812, 0.0967"""
+    """Give a number in three significant digits: 1.52, 63.2, 812, 0.0967."""
     digits = 2 - math.floor(math.log10(abs(number) * 1.0005)) if number else 2
     return f"{number:,.{max(digits, 0)}f}"
 
 
 def format_seconds(seconds: float) -> str:
-    """7.32 s, 3:05, 1:02:03"""
+    """Give a duration: 7.32 s, 3:05, 1:02:03."""
     if seconds < 59.95:
         return f"{three_digits(seconds)} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -4388,7 +4422,7 @@ def print_list(plan: Plan) -> None:
 
 
 def buffer_bytes(plan: Plan, threads: int) -> int:
-    """What all buffers come to: for each job at work or ahead what was read around the page cache; for each worker raw
+    """Add up all buffers: for each job at work or ahead what was read around the page cache; for each worker raw
     weights, padded ones and magnitudes, float32 weights, a search's four of this size, codes, words and scales, staged
     lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
@@ -4433,7 +4467,7 @@ class Meter:
             self._seconds[kind] += seconds
 
     def share_done(self) -> float:
-        """The part of all work that is done, from 0 to 1, by the time that it takes."""
+        """Return the part of all work that is done, from 0 to 1, by the time that it takes."""
         spent, guess = self._seconds.total(), sum(self._done[kind] * self.COSTS[kind] for kind in self._done)
         if not spent or not guess:
             return 0.0
@@ -4442,7 +4476,7 @@ class Meter:
         return min(1.0, spent / sum(costs))
 
     def seconds_left(self, elapsed: float) -> float | None:
-        """None before it means something."""
+        """Estimate the rest; None before that means something."""
         share = self.share_done()
         return None if elapsed < 2 or share < 0.02 else elapsed / share * (1 - share)
 
@@ -4452,7 +4486,7 @@ class Progress:
 
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
-        self.terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.terminal = is_terminal(sys.stdout)
         self.stages = [("Baseline", guard.read())]
         self._cached = page_cache()
         self._shown = False
@@ -4465,7 +4499,7 @@ class Progress:
 
     @property
     def more_cached(self) -> int:
-        """Bytes by which the page cache has grown."""
+        """Count the bytes by which the page cache has grown."""
         return page_cache() - self._cached
 
     def mark(self, stage: str) -> None:
@@ -4473,6 +4507,7 @@ class Progress:
         self.stages.append((stage, self.guard.read()))
 
     def show(self, meter: Meter) -> None:
+        """Print how far it is, if the last time is long enough ago."""
         now = time.monotonic()
         if now < self._next:
             return
@@ -4483,7 +4518,7 @@ class Progress:
         self._shown = True
 
     def _describe(self, meter: Meter, elapsed: float, room: int) -> str:
-        """What fits the line, the first first."""
+        """Say what fits the line, the first first."""
         done, total = meter.bytes_done, meter.bytes_total
         if done == total:
             return f"{meter.task}: {count_of(meter.tensors_total, 'tensor')} done, waiting for the disk"
@@ -4511,7 +4546,7 @@ class Progress:
 
 
 def format_estimate(seconds: float) -> str:
-    """40 s, 3 min, 2 h: as exact as an estimate is."""
+    """Give a duration as exact as an estimate is: 40 s, 3 min, 2 h."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{round(seconds / size):,} {unit}"
@@ -4655,7 +4690,7 @@ class Verification:
 
     @property
     def source_is_newer(self) -> bool:
-        """Whether a file of the source has another time than when the folder was made from it."""
+        """Tell whether a file of the source has another time than when the folder was made from it."""
         times = {name: time for name, (_, time) in self.facts["sources"].items()}
         return any(times[file.path.name] != file.state[1] for file in self.checkpoint.files.values())
 
@@ -4702,7 +4737,7 @@ class Verification:
             self._files[output.file].drop_read(output.offset, output.offset + output.nbytes)
 
     def _read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
-        """Bytes of the output. Not through the library's memory map, whose pages would stay in the page cache."""
+        """Read bytes of the output. Not through the library's memory map, whose pages would stay in the page cache."""
         buffer = bytearray(info.nbytes if nbytes is None else nbytes)
         self._files[info.file].read_into(info, offset, memoryview(buffer))
         return buffer
@@ -4760,7 +4795,8 @@ class Verification:
         moments: SecondMoments | None,
         first: int,
     ) -> None:
-        """Every code is the nearest one, and absmax scales are what they have to be. All float32 (rows, columns).
+        """Require every code to be the nearest one, and absmax scales to be what they have to. All float32 (rows,
+        columns).
 
         With error feedback the nearest one to the weight as the errors before it changed it, where the statistics are
         at hand, else one within MAX_CHANGE scales more.
@@ -4798,7 +4834,8 @@ class Verification:
     def _decode(
         self, outputs: list[torch.Tensor], first: int, last: int, columns: int, packing: Packing
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and the scale of each, float32 (rows, columns): through the bytes, which hold the low nibble first."""
+        """Decode codes and the scale of each, float32 (rows, columns): through the bytes, which hold the low nibble
+        first."""
         words, scales = outputs[:2]
         if self.plan.options.format.transposed:
             words, scales = words[:, first:last].T, scales[:, first:last].T
@@ -4816,7 +4853,7 @@ class Verification:
 def worse_than_absmax(
     weights: torch.Tensor, decoded: torch.Tensor, dtype: torch.dtype, packing: Packing
 ) -> torch.Tensor:
-    """Whether a weight's group has a larger squared error than its absmax scale would give; (rows, columns)."""
+    """Tell whether a weight's group has a larger squared error than its absmax scale would give; (rows, columns)."""
     scales = absmax_scales(weights, dtype, packing)[:, : weights.shape[1]]
     codes = (weights / torch.where(scales == 0, 1, scales)).round().clamp(CODE_MIN, CODE_MAX)
     padding = -weights.shape[1] % packing.group_size
@@ -4830,7 +4867,7 @@ def worse_than_absmax(
 
 
 def absmax_scales(weights: torch.Tensor, dtype: torch.dtype, packing: Packing) -> torch.Tensor:
-    """What the scale of each weight has to be, float32 (rows, columns padded to whole groups)."""
+    """Return what the scale of each weight has to be, float32 (rows, columns padded to whole groups)."""
     padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % packing.group_size))
     largest = padded.unflatten(1, (-1, packing.group_size)).abs().amax(2)
     return (largest / packing.code_max).to(dtype).to(torch.float32).repeat_interleave(packing.group_size, 1)
@@ -4854,7 +4891,7 @@ class SecondMoments:
         self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def output_energy(self, rows: torch.Tensor) -> float:
-        """The trace of R H R^T for rows R, float32 (rows, columns)."""
+        """Return the trace of R H R^T for rows R, float32 (rows, columns)."""
         rows, rest = rows.to(torch.float64), self.mean_squares
         if self.factor is None:
             return float((rows.square() @ rest).sum())
@@ -4875,7 +4912,7 @@ class SecondMoments:
         return torch.cat(changes, 1)[:, : errors.shape[1] - padding].to(torch.float32)
 
     def _split(self, packing: Packing) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """For each group V, H_g^-1 V P, and U above its diagonal.
+        """Return for each group V, H_g^-1 V P, and U above its diagonal.
 
         With all later columns free, a group's own second moments are H_g = diag(d) + V P V^T, where P =
         (I + V_later^T diag(1 / d) V_later)^-1. These are split into U D U^T, U unit upper triangular.
@@ -4895,7 +4932,7 @@ class SecondMoments:
 
 
 def print_verification(verification: Verification) -> None:
-    """Errors by kind of layer, and the worst weights by name."""
+    """Print errors by kind of layer, and the worst weights by name."""
     kinds: dict[str, list[WeightErrors]] = {}
     for tensor in verification.plan.tensors:
         if tensor.source.name in verification.errors:
@@ -4942,6 +4979,7 @@ def print_verification(verification: Verification) -> None:
 
 
 def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:
+    """Refuse to write into the input folder."""
     source, target = input_dir.resolve(), output_dir.resolve()
     if target == source or source in target.parents:
         where = "the input folder itself" if target == source else f"inside the input folder {input_dir}"
@@ -4970,7 +5008,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def format_asked_for(args: argparse.Namespace) -> Format:
-    """The row of --format."""
+    """Find the row of --format."""
     name = args.format or "int4"
     if name not in FORMATS:
         raise UsageError(f"--format {name!r} is none of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
@@ -4978,12 +5016,12 @@ def format_asked_for(args: argparse.Namespace) -> Format:
 
 
 def default_scale(asked: str | None, form: Format) -> str:
-    """The seed's rule for its own layout, the closer one for engines."""
+    """Choose the seed's rule for its own layout, the closer one for engines."""
     return asked or ("mse" if form.for_engines else "absmax")
 
 
 def make_options(args: argparse.Namespace, form: Format, group_size: int | None) -> Options:
-    """What the arguments mean for this format."""
+    """Read what the arguments mean for this format."""
     if args.importance and default_scale(args.scale, form) != "mse":
         raise UsageError("--importance needs --scale mse")
     return Options(
@@ -5094,7 +5132,7 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
 
 
 def kernel_for(plan: Plan) -> Kernel | None:
-    """The compiled kernel if the plan has work for it. It is never needed, and so the user is only told."""
+    """Compile the kernel if the plan has work for it. It is never needed, and so the user is only told."""
     if all(tensor.packing is None or tensor.packing.bits == 8 for tensor in plan.tensors):
         return None
     try:
@@ -5128,7 +5166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe_error(error: Exception) -> str:
-    """An error in one line: what is wrong and what to do."""
+    """Describe an error in one line: what is wrong and what to do."""
     if isinstance(error, QuantizeError):
         return str(error)
     if isinstance(error, OSError):
