@@ -15,6 +15,10 @@ read as one weight an expert and projection. All else is kept bit for bit. The
 plan is made from the headers and printed before the first weight is read
 (--dry_run stops there).
 
+Words: a module X has a weight, the tensor X.weight: rows (outputs) by columns
+(inputs). A group is group_size columns of a row, which share a scale. A shard is
+a file of output tensors.
+
 Formats of the output (--format): each weight `X.weight` of shape (rows,
 columns) is replaced by these tensors:
 
@@ -769,16 +773,26 @@ class WeightsFile:
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _file_state(os.stat(self.fd))
-        self._cached = cached_ranges(self.fd)  # before this run reads it
+        self._cached: Ranges | None = None
+        self._lock = threading.Lock()
         self._direct_fd: int | None = None  # to read around the page cache
         with contextlib.suppress(OSError, AttributeError):  # a file system or system without
             self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         self._ahead: dict[tuple[str, int], DirectRead] = {}  # by tensor and offset
         self._not_dropped = 0  # bytes that were read since all that this run read was last dropped
 
+    def cached_before(self) -> Ranges:
+        """Tell what was in the page cache before this run read tensors: it is asked before the first is read, and not
+        at the opening, since it takes 10 ms a gigabyte."""
+        with self._lock:
+            if self._cached is None:
+                self._cached = cached_ranges(self.fd)
+            return self._cached
+
     def drop_read(self, start: int = 0, end: int = 1 << 62) -> None:
         """Let the page cache forget what this run brought there of the file, or of some of its bytes."""
-        drop_pages(self.fd, self._cached, start, end)
+        if self._cached is not None:
+            drop_pages(self.fd, self._cached, start, end)
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
@@ -791,7 +805,7 @@ class WeightsFile:
         if info.offset is None or info.stride:
             return
         start, end = info.offset + offset, info.offset + offset + nbytes
-        cached = any(first < end and start < last for first, last in self._cached)
+        cached = any(first < end and start < last for first, last in self.cached_before())
         if not cached and self._direct_fd is not None and nbytes <= DIRECT_BYTES:
             self._ahead[info.name, offset] = reads.start(self._direct_fd, start, end)
         elif hasattr(os, "posix_fadvise"):
@@ -836,6 +850,7 @@ class WeightsFile:
         position = info.offset + offset
         if any(read.copy_into(buffer, position) for read in list(self._ahead.values())):
             return
+        self.cached_before()
         while len(buffer):
             with naming(self.path):
                 count = os.preadv(self.fd, [buffer], position)
@@ -901,6 +916,7 @@ class PickleFile(WeightsFile):
         if info.offset is not None:
             super()._read_stored(info, offset, buffer)
             return
+        self.cached_before()
         if os.fstat(self.fd).st_size < self.state[0]:  # reading the map beyond the file's end would be a SIGBUS
             self.refuse_shortened()
         tensor, offset = self._tensors[info.name_in_file], offset + info.start
@@ -4657,6 +4673,7 @@ class Verification:
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 self._files[path] = SafetensorsFile(path)
+                self._files[path].cached_before()
                 with safe_open(path, framework="pt") as file:  # and no longer: pages that it maps cannot be dropped
                     metadata = file.metadata() or {}
             except (SafetensorError, OSError, RuntimeError, QuantizeError) as error:
