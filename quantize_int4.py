@@ -16,8 +16,8 @@ plan is made from the headers and printed before the first weight is read
 (--dry_run stops there).
 
 Words: a module X has a weight, the tensor X.weight: rows (outputs) by columns
-(inputs). A group is group_size columns of a row, which share a scale. A shard is
-a file of output tensors.
+(inputs). A group is group_size columns of a row, which share a scale. A shard
+is a file of output tensors.
 
 Formats of the output (--format): each weight `X.weight` of shape (rows,
 columns) is replaced by these tensors:
