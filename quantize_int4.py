@@ -1890,6 +1890,9 @@ typedef __INT32_TYPE__ int32;
 typedef union { uint32 bits; float value; } word;
 enum { BF16, FLOAT16, FLOAT32 };
 
+/* A function that the compiler works on once, not at each call. */
+#define SEPARATE static __attribute__((noinline))
+
 /* A multiple of 8 that the compiler sees as one, which spares it code for the rest. */
 #define WHOLE(size) ((size) & ~7L)
 
@@ -1904,7 +1907,7 @@ static inline float widen(uint16 weight, int dtype) {
     return magnitude.value;
 }
 
-static void widen_group(const void *restrict weights, int dtype, float *restrict wide, long group_size) {
+SEPARATE void widen_group(const void *restrict weights, int dtype, float *restrict wide, long group_size) {
     for (long i = 0; dtype == BF16 && i < group_size; i++)
         wide[i] = widen(((const uint16 *)weights)[i], BF16);
     for (long i = 0; dtype == FLOAT16 && i < group_size; i++)
@@ -1940,7 +1943,7 @@ static inline int16 largest_of_16(const uint16 *restrict weights, long group_siz
     return most;
 }
 
-static float absmax_scale(const float *restrict weights, int dropped, long group_size) {
+SEPARATE float absmax_scale(const float *restrict weights, int dropped, long group_size) {
     int32 most = 0;
     for (long i = 0; i < group_size; i++) {
         word weight = {.value = weights[i]};
@@ -1976,7 +1979,7 @@ static inline void pack_16(const uint32 *restrict pairs, const int dtype, float 
     }
 }
 
-static void pack(const float *restrict weights, float scale, uint8 *restrict packed, uint8 offset, long group_size) {
+SEPARATE void pack(const float *restrict weights, float scale, uint8 *restrict packed, uint8 offset, long group_size) {
     int32 codes[MAX_GROUP];
     for (long i = 0; i < group_size; i++)
         codes[i] = clamp(weights[i] / (scale ? scale : 1) + 12582912.0f, 0x4B400000);
@@ -2004,6 +2007,8 @@ static inline void quantize_16(const uint16 *restrict weights, const int dtype, 
                 }
             }
 }
+
+#if SEARCH  /* which takes the compiler as long again */
 
 /* Eight doubles or floats at once are what the compiler makes of these on any processor. */
 typedef double doubles __attribute__((vector_size(64)));
@@ -2159,12 +2164,17 @@ static void round_group(const float *restrict weights, const float *restrict cou
                 (((int32)block[i][row] & 15) | ((int32)block[i + 1][row] & 15) << 4) ^ offset;
 }
 
+#else
+#define choose_scale(weights, share, counts, steps, count, dropped, size) absmax_scale(weights, dropped, size)
+#endif
+
 /* Groups of weights, `in_row` of them a row, and what their columns count. With feedback if there is a rank. */
 void quantize(const void *restrict weights, int dtype, const float *restrict importance, const int16 *restrict shares,
               long in_row, const float *restrict factor, const float *restrict spread, long rank,
               const int16 *restrict steps, long count, int dropped, uint8 offset, uint8 *restrict packed,
               float *restrict scales, long groups, long group_size) {
     long columns = in_row * group_size, rows = groups / in_row, bytes = dtype == FLOAT32 ? 4 : 2;
+#if SEARCH
     if (rank) {
         for (long row = 0; row < rows; row += 8) {
             floats carried[64] = {0};
@@ -2176,7 +2186,10 @@ void quantize(const void *restrict weights, int dtype, const float *restrict imp
                             rows - row < 8 ? rows - row : 8, columns, WHOLE(group_size));
             }
         }
-    } else if (count || dtype == FLOAT32 || !dropped) {
+        return;
+    }
+#endif
+    if (count || dtype == FLOAT32 || !dropped) {
         for (long group = 0; group < groups; group++) {
             float wide[MAX_GROUP];
             long column = group % in_row * group_size;
@@ -2216,13 +2229,16 @@ class NoKernel(Exception):
 class Kernel:
     """The compiled functions. Their tensors must be contiguous, as those of a workspace are."""
 
-    def __init__(self, library: Path):
+    def __init__(self, library: Path, search: bool):
         functions = ctypes.CDLL(str(library))  # calls release the interpreter lock
-        self._quantize, self._spread_of = functions.quantize, functions.spread_of
+        self.search = search  # whether it has more than absmax scales
+        self._quantize = functions.quantize
         pointer, number = ctypes.c_void_p, ctypes.c_long
         self._quantize.argtypes = [pointer, ctypes.c_int, pointer, pointer, number, pointer, pointer, number]
         self._quantize.argtypes += [pointer, number, ctypes.c_int, ctypes.c_uint8, pointer, pointer, number, number]
-        self._spread_of.argtypes = [pointer, pointer, pointer, number, number]
+        if search:
+            self._spread_of = functions.spread_of
+            self._spread_of.argtypes = [pointer, pointer, pointer, number, number]
 
     def quantize(
         self, groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
@@ -2260,7 +2276,8 @@ class Kernel:
 
     def works(self) -> bool:
         """Compare it with torch before the compiler is relied upon."""
-        for groups, importance, feedbacks in (rounding_trial(), search_trial(), feedback_trial(self)):
+        trials = [rounding_trial()] + ([search_trial(), feedback_trial(self)] if self.search else [])
+        for groups, importance, feedbacks in trials:
             if feedbacks and not torch.equal(feedbacks[0].spread, feedbacks[1].spread):
                 return False
             dtypes = KERNEL_DTYPES if feedbacks is None else (torch.float32,)
@@ -2316,8 +2333,9 @@ def feedback_trial(kernel: Kernel) -> Trial:
 
 
 @functools.cache
-def compile_kernel() -> Kernel:
-    """Compile the kernel by the system's C compiler or the one that CC names. NoKernel if it fails."""
+def compile_kernel(search: bool) -> Kernel:
+    """Compile the kernel, with or without what --scale mse needs, by the system's C compiler or the one that CC names.
+    NoKernel if it fails."""
     compiler = os.environ.get("CC", "").split() or ["cc"]
     if not shutil.which(compiler[0]):
         raise NoKernel(f"there is no C compiler {compiler[0]!r}")
@@ -2325,14 +2343,14 @@ def compile_kernel() -> Kernel:
         with tempfile.TemporaryDirectory(prefix="quantize_int4.", ignore_cleanup_errors=True) as folder:
             library = Path(folder) / "kernel.so"  # once loaded, the file is not needed
             subprocess.run(
-                [*compiler, *KERNEL_FLAGS, "-o", str(library), "-"],
+                [*compiler, *KERNEL_FLAGS, f"-DSEARCH={int(search)}", "-o", str(library), "-"],
                 input=KERNEL_SOURCE.encode(),
                 env=os.environ | {"TMPDIR": folder},  # for the compiler's own files
                 capture_output=True,
                 check=True,
                 timeout=COMPILER_TIMEOUT_S,
             )
-            kernel = Kernel(library)
+            kernel = Kernel(library, search)
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.decode(errors="replace").split())
         raise NoKernel(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
@@ -5153,7 +5171,7 @@ def kernel_for(plan: Plan) -> Kernel | None:
     if all(tensor.packing is None or tensor.packing.bits == 8 for tensor in plan.tensors):
         return None
     try:
-        return compile_kernel()
+        return compile_kernel(plan.options.scale == "mse")
     except NoKernel as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"

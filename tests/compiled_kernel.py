@@ -8,4 +8,4 @@ import quantize_int4
 
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
 with contextlib.suppress(quantize_int4.NoKernel):
-    quantize_int4.compile_kernel()
+    quantize_int4.compile_kernel(False), quantize_int4.compile_kernel(True)

@@ -81,7 +81,7 @@ def dense_gptq(weights, scales, moments, codes):
 def test_every_code_is_that_of_dense_gptq_but_for_ties(kernel, rank):
     weights = (seeded(ROWS, COLUMNS) * 0.02).bfloat16()
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
-    kernel = q.compile_kernel() if kernel else None
+    kernel = q.compile_kernel(True) if kernel else None
     feedback = q.Feedback.of(mean_squares, factor.clone(), kernel)
     rounding = q.Rounding(False, mean_squares.view(-1, GROUP_SIZE), feedback, kernel)
     words, scales = q.quantize_groups(weights.view(-1, GROUP_SIZE), torch.float16, q.Workspace(), rounding)
@@ -169,7 +169,7 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
     weights = KINDS[kind](seeded(36, group_size * 3)).bfloat16()
     weights[5] = 0
     mean_squares, factor = statistics_of(correlated_inputs(group_size * 3), 11)
-    kernel = q.compile_kernel()
+    kernel = q.compile_kernel(True)
     feedback = q.Feedback.of(mean_squares, factor, None)
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = []
@@ -186,7 +186,7 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
 @pytest.mark.parametrize("rank", [1, 8, 33, 64])
 def test_the_kernel_and_torch_find_the_same_spread(rank):
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
-    spreads = [q.Feedback.of(mean_squares, factor.clone(), kernel).spread for kernel in (q.compile_kernel(), None)]
+    spreads = [q.Feedback.of(mean_squares, factor.clone(), kernel).spread for kernel in (q.compile_kernel(True), None)]
     assert torch.equal(*spreads)
     assert spreads[0].abs().max() > 0
 

@@ -26,7 +26,7 @@ def kernel(request) -> q.Kernel | None:
 
 def compiled() -> q.Kernel:
     try:
-        return q.compile_kernel()
+        return q.compile_kernel(True)
     except q.NoKernel as reason:
         pytest.skip(str(reason))
 
@@ -168,7 +168,7 @@ def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wro
     assert q.KERNEL_SOURCE.count(right) == 1
     monkeypatch.setattr(q, "KERNEL_SOURCE", q.KERNEL_SOURCE.replace(right, wrong))
     with pytest.raises(q.NoKernel, match="rounds otherwise"):
-        q.compile_kernel.__wrapped__()
+        q.compile_kernel.__wrapped__(True)
 
 
 class CountingKernel:
@@ -200,13 +200,13 @@ def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_a_kilobyte_or_
 
 def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_path, monkeypatch):
     kernel = CountingKernel()
-    monkeypatch.setattr(q, "compile_kernel", lambda: kernel)
+    monkeypatch.setattr(q, "compile_kernel", lambda search: kernel)
     monkeypatch.setattr(q, "stop_on_signals", lambda: None)  # they are pytest's here
     folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
     arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
     assert q.main([*arguments, str(tmp_path / "out")]) == 0
     assert kernel.calls == {"quantize": 1}
-    monkeypatch.setattr(q, "compile_kernel", lambda: pytest.fail("compiled without need"))
+    monkeypatch.setattr(q, "compile_kernel", lambda search: pytest.fail("compiled without need"))
     eights = ["--format", "compressed-tensors", "--int8", "m"]
     assert q.main([*arguments, str(tmp_path / "eights"), *eights]) == 0
 
@@ -227,7 +227,7 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2 if script == "sleep 30" else 60)
     with pytest.raises(q.NoKernel, match=reason):
-        q.compile_kernel.__wrapped__()
+        q.compile_kernel.__wrapped__(True)
     assert not list(temporary.iterdir())
 
 

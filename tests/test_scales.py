@@ -57,7 +57,7 @@ def test_mse_is_never_worse_than_absmax_on_any_group(kind, scale_dtype):
 @pytest.fixture
 def kernel() -> q.Kernel:
     try:
-        return q.compile_kernel()
+        return q.compile_kernel(True)
     except q.NoKernel as reason:
         pytest.skip(str(reason))
 
