@@ -49,8 +49,7 @@ has 8 bits in compressed-tensors: scale = max|weight| / 127, and weight_packed
 
 Where there is a C compiler (cc, or what CC names), a kernel compiled at the
 start does the arithmetic in half of torch's time or less; the result is the
-same. --restore makes a plain checkpoint of what a quantized
-folder decodes to.
+same. --restore makes a plain checkpoint of what a quantized folder decodes to.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130
 and 143 stopped by SIGHUP, SIGINT and SIGTERM. A run that was stopped, killed
@@ -624,10 +623,11 @@ class DirectReads:
                 return buffer
         return allocate(nbytes)
 
-    def finish(self, read: DirectRead) -> None:
-        """Take the buffer back."""
+    def finish(self, read: DirectRead) -> bool:
+        """Take the buffer back; False if there is none, since the bytes could not be read so."""
         if found := read.result.result():
             self._free.put(found[0])
+        return found is not None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -813,9 +813,10 @@ class WeightsFile:
 
     def finish_reading(self, info: TensorInfo, offset: int, nbytes: int, reads: DirectReads) -> None:
         """Forget bytes of a tensor that were read, as the page cache is to, unless they were there before."""
-        if read := self._ahead.pop((info.name, offset), None):
-            reads.finish(read)
-        elif info.offset is not None and not info.stride:
+        read = self._ahead.pop((info.name, offset), None)
+        if read and reads.finish(read):
+            return
+        if info.offset is not None and not info.stride:
             self.drop_read(info.offset + offset, info.offset + offset + nbytes)
         else:  # other rows lie in the same pages
             self._not_dropped += nbytes
@@ -848,7 +849,9 @@ class WeightsFile:
         fails while it is read is an error message, not a SIGBUS.
         """
         position = info.offset + offset
-        if any(read.copy_into(buffer, position) for read in list(self._ahead.values())):
+        # Only this tensor's: two of a pickle may share their bytes, and the other's buffer may be in use again.
+        own = [read for (name, _), read in list(self._ahead.items()) if name == info.name]
+        if any(read.copy_into(buffer, position) for read in own):
             return
         self.cached_before()
         while len(buffer):
@@ -2261,7 +2264,7 @@ class Kernel:
                 steps.data_ptr(),
                 len(steps),
                 SCALE_BITS_DROPPED[scales.dtype],
-                OFFSET_BITS & 0xFF * rounding.with_offset,
+                OFFSET_BITS & 0xFF if rounding.with_offset else 0,
             ),
             *(words.data_ptr(), found.data_ptr(), *groups.shape),
         )
@@ -2860,6 +2863,7 @@ class Plan:
     fingerprint: str  # of sources and options: two runs with the same one write the same bytes
     facts: dict  # what of these a user can change: see `describe_facts`
     tensors: list[TensorPlan]
+    total_size: int  # bytes of all output tensors
     shards: list[ShardPlan]
     placements: dict[str, Placement]  # by output tensor
     written: dict[str, bytes]  # the files that describe the model and its shards, the index last
@@ -2868,11 +2872,6 @@ class Plan:
     stacks: int  # of experts, that are read as one weight an expert
     warnings: list[str]
     notes: list[str]
-
-    @property
-    def total_size(self) -> int:
-        """Add up the bytes of all output tensors."""
-        return sum(output.nbytes for tensor in self.tensors for output in tensor.outputs)
 
 
 def _json_bytes(value: dict) -> bytes:
@@ -2982,6 +2981,7 @@ def plan_files(
         fingerprint=fingerprint,
         facts=facts,
         tensors=tensors,
+        total_size=total_size,
         shards=shards,
         placements=placements,
         written=written | {INDEX_NAME: _json_bytes(index)},

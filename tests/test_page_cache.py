@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import mmap
 import os
 import subprocess
 import sys
@@ -122,12 +124,27 @@ def test_the_summary_says_what_the_cache_holds_more_than_before(checkpoint, tmp_
     assert "the page cache holds " in quantize(checkpoint, tmp_path / "out").stdout
 
 
+def test_a_tensor_takes_nothing_from_the_read_of_another_that_shares_its_bytes(tmp_path):
+    tied = torch.arange(4096.0)
+    torch.save({"one.weight": tied, "other.weight": tied}, tmp_path / "model.pth")
+    forget(tmp_path / "model.pth")
+    with contextlib.closing(q.Checkpoint.open(tmp_path)) as checkpoint:
+        one, other = (checkpoint.tensors[f"{name}.weight"] for name in ("one", "other"))
+        file = checkpoint.files[one.file]
+        ahead = q.DirectRead(one.offset, one.offset + one.nbytes, concurrent.futures.Future())
+        ahead.result.set_result((mmap.mmap(-1, one.nbytes), 0))  # a buffer that is already in use for other bytes
+        file._ahead[one.name, 0] = ahead
+        found = bytearray(other.nbytes)
+        checkpoint.read_into(other, 0, memoryview(found))
+        assert found == tied.numpy().tobytes()
+
+
 def test_bytes_that_cannot_be_read_around_the_cache_are_left_to_others(tmp_path):
     reads, folder = q.DirectReads(), os.open(tmp_path, os.O_RDONLY)
     with contextlib.closing(reads):
         read = reads.start(folder, 0, 100)  # of a folder
         assert not read.copy_into(memoryview(bytearray(10)), 0)
-        reads.finish(read)
+        assert not reads.finish(read)
         (tmp_path / "file").write_bytes(bytes(range(100)))
         file = os.open(tmp_path / "file", os.O_RDONLY)
         assert not reads.start(file, 90, 110).copy_into(memoryview(bytearray(10)), 90)  # which ends before

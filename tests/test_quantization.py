@@ -186,7 +186,7 @@ class CountingKernel:
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, q.MAX_GROUP, q.MAX_GROUP + 8])
 @pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
-def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_a_kilobyte_or_less(
+def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_up_to_a_thousand_columns(
     dtype, scale_dtype, group_size, search
 ):
     groups = torch.randn(300, group_size, generator=SEEDED).to(dtype)
