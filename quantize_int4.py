@@ -4654,6 +4654,11 @@ def options_of(facts: dict, importance: Importance | None = None) -> Options:
     )
 
 
+def compile_targets(targets: list[str]) -> list[re.Pattern]:
+    """Compile the names in an `ignore` or `targets` of compressed-tensors: whole ones, and what follows `re:`."""
+    return [re.compile(target[3:] if target[:3] == "re:" else rf"{re.escape(target)}$") for target in targets]
+
+
 class Mismatch(Exception):
     """A difference between output and source, in words."""
 
@@ -4711,6 +4716,39 @@ class Verification:
                 self.problems.append(f"{name} is missing")
             elif hash_file(self.folder / name) != digest:
                 self.problems.append(f"{name} is not as it was written")
+        if self.plan.options.format.for_engines and (self.folder / CONFIG_NAME).exists():
+            try:
+                self._check_patterns()
+            except (KeyError, TypeError, AttributeError, re.error) as error:
+                self.problems.append(f"{CONFIG_NAME}: quantization_config cannot be read ({error!r})")
+
+    def _check_patterns(self) -> None:
+        """Read config.json as an engine does: its entries for kept layers must match all of these and no packed one,
+        and a packed layer's group must have its width."""
+        config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
+        gptq = self.plan.options.format.name == "gptq"
+        kept = [f"re:{entry.removeprefix('-:')}" for entry in config["dynamic"]] if gptq else config["ignore"]
+        kept = compile_targets(kept)
+        groups = [
+            (compile_targets(group["targets"]), Packing(group["weights"]["num_bits"], group["weights"]["group_size"]))
+            for group in config.get("config_groups", {}).values()
+        ]
+        for tensor in self.plan.tensors:
+            info, packing = tensor.source, tensor.packing
+            module = info.name.removesuffix(".weight")
+            if len(info.shape) != 2 or module == info.name:
+                continue
+            # An engine asks for a layer's experts as one module, too.
+            asked = [module, match[1]] if (match := EXPERT_PATTERN.match(info.name)) and packing else [module]
+            caught = next((pattern.pattern for pattern in kept if any(map(pattern.match, asked))), None)
+            if caught and packing:
+                self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
+            elif not caught and not packing and (module, gptq) != ("lm_head", True):  # which has a key of its own
+                self.problems.append(f"{CONFIG_NAME}: no entry keeps {module!r}, which is not packed")
+            if packing and groups:  # names count before the class, which the first group has
+                named = (stated for targets, stated in groups if any(target.match(module) for target in targets))
+                if (stated := next(named, groups[0][1])) != packing:
+                    self.problems.append(f"{CONFIG_NAME}: {module!r} is {stated}, by its tensors' shapes {packing}")
 
     def _refuse_another_source(self) -> None:
         """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""

@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -195,6 +196,15 @@ def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change, scale):
     result = run_cli(source, tmp_path / "out", "--verify")
     assert result.returncode == 1
     assert CHANGES[change] in result.stdout
+
+
+def test_verify_finds_an_entry_that_gives_a_layer_another_width(tmp_path):
+    source = save(tmp_path / "in", MODEL)
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn")
+    config = read_config(tmp_path / "out")
+    config["quantization_config"]["config_groups"]["group_1"]["targets"].append(r"re:.*up_proj$")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert "'model.layers.0.mlp.up_proj' is" in run_cli(source, tmp_path / "out", "--verify").stdout
 
 
 # --- README's recipes -------------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 from conftest import assert_refused, quantize, read_tensors, run_cli
-from small_models import BESIDE, FORMATS, INNER, MOE, PROJECTION, SEPARATE, E, H, is_kept, random, save
+from small_models import BESIDE, FORMATS, INNER, MOE, PROJECTION, SEPARATE, E, H, is_kept, random, read_config, save
 
 # --- entries for what is kept ---------------------------------------------------------------------------------------
 
@@ -86,6 +87,18 @@ def test_the_entry_lm_head_stands_for_no_module_inside_it(tmp_path):
     options = ["--format", "compressed-tensors", "--group_size", 64, "--verify"]
     quantize(save(tmp_path / "in", tensors), tmp_path / "out", *options)
     assert "lm_head.dense.weight_packed" in read_tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize("entry", ["re:.*experts$", "re:.*experts.*", f"{MOE}.experts.1.up_proj"])
+def test_verify_finds_an_entry_that_keeps_packed_experts(tmp_path, entry):
+    source = save(tmp_path / "in", BESIDE | SEPARATE)
+    quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64)
+    config = read_config(tmp_path / "out")
+    config["quantization_config"]["ignore"].append(entry)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    result = run_cli(source, tmp_path / "out", "--verify")
+    assert_refused(result, "found")
+    assert re.search(rf"the entry .* keeps '{re.escape(MOE)}.experts.1.up_proj', which is packed", result.stdout)
 
 
 WORDS_COUNT = 512

@@ -173,6 +173,25 @@ def test_a_tensor_in_another_shard_is_found(tiny, tmp_path):
     assert_found(tiny, tmp_path / "out", f"{next(iter(kept))!r} is in {one.name}, it belongs in {other.name}")
 
 
+def test_a_wrong_true_shape_is_found(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    path = tmp_path / "out" / "quantize_config.json"
+    edit_json(path, lambda config: config["padded_weights"].update({f"{EXPERT}.weight": [256, 191]}))
+    assert_found(tiny, tmp_path / "out", "quantize_config.json is not as it was written")
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_an_entry_that_keeps_a_packed_layer_is_found(tiny, tmp_path, form):
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
+
+    def change(config):
+        config = config["quantization_config"]
+        config["ignore"].append("re:.*o_proj") if "ignore" in config else config["dynamic"].update({"-:.*o_proj": {}})
+
+    edit_json(tmp_path / "out" / "config.json", change)
+    assert_found(tiny, tmp_path / "out", "o_proj", "which is packed")
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
 def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
     quantize(tiny, tmp_path / "out")
@@ -180,6 +199,22 @@ def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
     assert_found(tiny, tmp_path / "out", f"{name} is not as it was written")
     (tmp_path / "out" / name).unlink()
     assert_found(tiny, tmp_path / "out", f"{name} is missing")
+
+
+@pytest.mark.parametrize(("form", "key"), [("compressed-tensors", "ignore"), ("gptq", "dynamic")])
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ([], "no entry keeps 'backbone.layers.1.mixer.gate'"),
+        (["re:-:("], "cannot be read"),
+        (None, "cannot be read"),
+    ],
+    ids=["none", "no pattern", "null"],
+)
+def test_wrong_entries_for_kept_layers_are_found(tiny, tmp_path, form, key, entries, problem):
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
+    edit_json(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update({key: entries}))
+    assert_found(tiny, tmp_path / "out", problem)
 
 
 OTHER_OPTIONS = [["--scale", "mse"], ["--exclude", "o_proj"], ["--quantize_embeddings"], ["--shard_size_gb", 0.0001]]
