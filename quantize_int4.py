@@ -287,7 +287,7 @@ if ARGUMENTS:
 # ---------------------------------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
-FORMAT_VERSION = 5  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+FORMAT_VERSION = 6  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
@@ -310,16 +310,17 @@ OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement 
 # (python tests/benchmark.py --only tile18 tile19 tile20)
 TILE_WEIGHTS = 1 << 20
 JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
-TRANSPOSED_JOB_WEIGHTS = 1 << 25  # the same where the job's words, half a byte a weight, are staged to be transposed
-DISK_READERS = 4  # threads that read ahead around the page cache; one alone does not keep an SSD busy
-DIRECT_BYTES = 1 << 24  # the most that is read so at a time: jobs of one worker each, but for the largest
+TRANSPOSED_JOB_WEIGHTS = 1 << 24  # the same where the job's words, half a byte a weight, are staged to be transposed
+DISK_READERS = 4  # threads that read ahead of the workers; one alone does not keep an SSD busy
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # to read around the page cache, where the system can
 DIRECT_BLOCK = 4096  # bytes, to which such reads are aligned
+READ_MARGIN = 2 * DIRECT_BLOCK  # that a buffer must have beyond what is read into it
 MAX_WAITING_SHARDS = 100  # for the disk; each may be an open file, and the system allows about a thousand
 SYNC_BYTES = 1 << 27  # of input, after which what came of it is synced and both leave the page cache
 LEAST_DROPPED = 1 << 20  # bytes between parts of a file that others had in the page cache
 MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
-COPY_BYTES = 1 << 20  # what a worker copies at a time of a tensor that is kept
+COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
 COMPILER_TIMEOUT_S = 10  # it takes 0.2
@@ -334,8 +335,7 @@ QUANTIZE_CONFIG_NAME = "quantize_config.json"
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
 FACTS_KEY = "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
 FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
-RULE_KEY = "quantize_int4_scale"  # there too: how scales and codes were chosen, which --verify must know
-WEIGHED, FEEDBACK = "weighed by importance", "with error feedback"  # of such a rule
+WEIGHED, FEEDBACK = "weighed by importance", "with error feedback"  # in `Options.rule`
 LEAST_STEP = 20  # scales that the largest weight of a searched group is at most: twice the last of SEARCH_STEPS
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
@@ -546,6 +546,7 @@ def quote_names(names: Iterable[str], most: int = 3) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 Ranges = list[tuple[int, int]]  # of bytes: start and end of each, in order
+_LOWEST_BIT = bytes(byte & 1 for byte in range(256))  # of mincore's bytes the others mean nothing
 
 
 def cached_ranges(fd: int) -> Ranges:
@@ -553,29 +554,21 @@ def cached_ranges(fd: int) -> Ranges:
     size, page = os.fstat(fd).st_size, mmap.PAGESIZE
     ranges: Ranges = []
     try:
-        library = ctypes.CDLL(None, use_errno=True)
-        map_file, unmap, ask = library.mmap, library.munmap, library.mincore
+        ask = ctypes.CDLL(None).mincore
+        for start in range(0, size, MINCORE_BYTES):
+            nbytes = min(MINCORE_BYTES, size - start)
+            resident = ctypes.create_string_buffer(-(-nbytes // page))
+            with mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE, offset=start) as pages:  # no page of which is touched
+                address = ctypes.addressof(first_byte := ctypes.c_char.from_buffer(pages))
+                failed = ask(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), resident)
+                del first_byte  # by which the map could not be closed
+            if failed:
+                return [(0, size)]
+            for run in re.finditer(rb"[^\0]+", resident.raw.translate(_LOWEST_BIT)):
+                ranges.append((start + run.start() * page, min(start + run.end() * page, size)))
     except (OSError, AttributeError):
         return [(0, size)]
-    map_file.restype, pointer, length = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-    map_file.argtypes = (pointer, length, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
-    unmap.argtypes, ask.argtypes = (pointer, length), (pointer, length, pointer)
-    for start in range(0, size, MINCORE_BYTES):
-        nbytes = min(MINCORE_BYTES, size - start)
-        pages = ctypes.create_string_buffer(-(-nbytes // page))
-        address = map_file(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
-        if address == pointer(-1).value:
-            return [(0, size)]
-        failed = ask(address, nbytes, pages)
-        unmap(address, nbytes)
-        if failed:
-            return [(0, size)]
-        for run in re.finditer(rb"[^\0]+", pages.raw.translate(_LOWEST_BIT)):
-            ranges.append((start + run.start() * page, min(start + run.end() * page, size)))
     return ranges
-
-
-_LOWEST_BIT = bytes(byte & 1 for byte in range(256))  # of mincore's bytes the others mean nothing
 
 
 def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
@@ -587,70 +580,6 @@ def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> N
             nbytes = min(first, end) - start
             os.posix_fadvise(fd, start, 0 if nbytes > 1 << 60 else nbytes, os.POSIX_FADV_DONTNEED)
         start = max(start, last)
-
-
-class DirectReads:
-    """Reads around the page cache, ahead of the workers, into buffers that are used again. (open(2), O_DIRECT)
-
-    A tenth of the processor's time of a read through the cache, which finds and frees each page; and nothing to drop.
-    """
-
-    def __init__(self):
-        self._pool = concurrent.futures.ThreadPoolExecutor(DISK_READERS)
-        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-
-    def start(self, fd: int, start: int, end: int) -> DirectRead:
-        return DirectRead(start, end, self._pool.submit(self._read, fd, start, end))
-
-    def _read(self, fd: int, start: int, end: int) -> tuple[mmap.mmap, int] | None:
-        """Return a buffer, and where in it the bytes begin; None if they cannot be read so, which is for others to
-        explain."""
-        position = first = start // DIRECT_BLOCK * DIRECT_BLOCK
-        nbytes = -(-(end - first) // DIRECT_BLOCK) * DIRECT_BLOCK
-        buffer = self._take(nbytes)
-        with contextlib.suppress(OSError):  # a file system without
-            while position < end:
-                count = os.preadv(fd, [memoryview(buffer)[position - first : nbytes]], position)
-                if count == 0 or (count % DIRECT_BLOCK and position + count < end):
-                    return None
-                position += count
-            return buffer, start - first
-        return None
-
-    def _take(self, nbytes: int) -> mmap.mmap:
-        with contextlib.suppress(queue.Empty):
-            if len(buffer := self._free.get_nowait()) >= nbytes:
-                return buffer
-        return allocate(nbytes)
-
-    def finish(self, read: DirectRead) -> bool:
-        """Take the buffer back; False if there is none, since the bytes could not be read so."""
-        if found := read.result.result():
-            self._free.put(found[0])
-        return found is not None
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class DirectRead:
-    """Bytes `start` to `end` of a file, which are being read."""
-
-    start: int
-    end: int
-    result: concurrent.futures.Future[tuple[mmap.mmap, int] | None]
-
-    def copy_into(self, buffer: memoryview, position: int) -> bool:
-        """Fill the buffer with the file's bytes from `position` on; False if this read does not have them."""
-        inside = self.start <= position and position + len(buffer) <= self.end
-        if not inside or (found := self.result.result()) is None:
-            return False
-        source = torch.frombuffer(
-            found[0], dtype=torch.uint8, count=len(buffer), offset=found[1] + position - self.start
-        )
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)  # which lets other threads run
-        return True
 
 
 @contextlib.contextmanager
@@ -773,12 +702,11 @@ class WeightsFile:
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _file_state(os.stat(self.fd))
+        self._direct_fd: int | None = None
+        with contextlib.suppress(OSError):  # a file system without
+            self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT) if O_DIRECT else None
         self._cached: Ranges | None = None
         self._lock = threading.Lock()
-        self._direct_fd: int | None = None  # to read around the page cache
-        with contextlib.suppress(OSError, AttributeError):  # a file system or system without
-            self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        self._ahead: dict[tuple[str, int], DirectRead] = {}  # by tensor and offset
         self._not_dropped = 0  # bytes that were read since all that this run read was last dropped
 
     def cached_before(self) -> Ranges:
@@ -788,6 +716,11 @@ class WeightsFile:
             if self._cached is None:
                 self._cached = cached_ranges(self.fd)
             return self._cached
+
+    def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
+        """Tell whether some of a tensor's bytes were in the page cache before this run."""
+        start = (info.offset or 0) + offset
+        return any(first < start + nbytes and start < last for first, last in self.cached_before())
 
     def drop_read(self, start: int = 0, end: int = 1 << 62) -> None:
         """Let the page cache forget what this run brought there of the file, or of some of its bytes."""
@@ -799,67 +732,74 @@ class WeightsFile:
         if _file_state(os.stat(self.fd)) != self.state or _file_state(os.stat(self.path)) != self.state:
             raise QuantizeError(f"{self.path} changed while it was read: {START_AGAIN}")
 
-    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int, reads: DirectReads) -> None:
-        """Let the disk start on bytes that will be read soon, around the page cache if they are not there; returns at
-        once. What is begun here, `finish_reading` ends."""
-        if info.offset is None or info.stride:
-            return
-        start, end = info.offset + offset, info.offset + offset + nbytes
-        cached = any(first < end and start < last for first, last in self.cached_before())
-        if not cached and self._direct_fd is not None and nbytes <= DIRECT_BYTES:
-            self._ahead[info.name, offset] = reads.start(self._direct_fd, start, end)
-        elif hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+    def read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None) -> memoryview:
+        """Read a tensor's bytes, row-major, from `offset` on, and leave the page cache as it was.
 
-    def finish_reading(self, info: TensorInfo, offset: int, nbytes: int, reads: DirectReads) -> None:
-        """Forget bytes of a tensor that were read, as the page cache is to, unless they were there before."""
-        read = self._ahead.pop((info.name, offset), None)
-        if read and reads.finish(read):
-            return
-        if info.offset is not None and not info.stride:
-            self.drop_read(info.offset + offset, info.offset + offset + nbytes)
-        else:  # other rows lie in the same pages
+        Returns a part of `memory`, which begins a page and has READ_MARGIN bytes more than are asked for.
+        """
+        memory = memoryview(bytearray(nbytes)) if memory is None else memory
+        if info.offset is None or info.stride:
+            self.cached_before()
+            (self._read_transposed if info.stride else self._read_line)(info, offset, memory[:nbytes])
             self._not_dropped += nbytes
-            if self._not_dropped >= SYNC_BYTES:
+            if self._not_dropped >= SYNC_BYTES:  # and not at once, since other rows lie in the same pages
                 self._not_dropped = 0
                 self.drop_read()
+            return memory[:nbytes]
+        start, end = info.offset + offset, info.offset + offset + nbytes
+        may_go_around = self._direct_fd is not None and start % 8 == 0 and len(memory) >= nbytes + READ_MARGIN
+        if may_go_around and not self.is_cached(info, offset, nbytes):
+            skip = start % DIRECT_BLOCK
+            if self._read_directly(memory[: -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK], start - skip, end):
+                return memory[skip : skip + nbytes]
+        self._read_piece(memory[:nbytes], start)
+        self.drop_read(start, end)
+        return memory[:nbytes]
 
-    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes, row-major, from `offset` on."""
-        if not info.stride:
-            self._read_stored(info, offset, buffer)
-            return
-        rows, columns = info.shape
-        itemsize = info.nbytes // (rows * columns)
-        first, last = offset // (columns * itemsize), -(-(offset + len(buffer)) // (columns * itemsize))
-        width = (last - first) * itemsize
-        lines = bytearray(columns * width)  # of each column, the part that is in these rows
-        for column in range(columns):
-            line = memoryview(lines)[column * width : (column + 1) * width]
-            self._read_stored(info, column * info.stride + first * itemsize, line)
-        words = torch.frombuffer(lines, dtype={2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize])
-        source = words.view(columns, -1).T.contiguous().view(-1).view(torch.uint8)
-        skip = offset - first * columns * itemsize
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source[skip : skip + len(buffer)])
+    def _read_directly(self, memory: memoryview, position: int, end: int) -> bool:
+        """Read whole blocks around the page cache: a tenth of the processor's time of a read through the cache, which
+        finds and frees each page. (open(2), O_DIRECT) False if the file cannot be read so, which is for others to
+        explain."""
+        with contextlib.suppress(OSError):  # some file systems open it so, and read it not
+            while position < end:
+                count = os.preadv(self._direct_fd, [memory], position)
+                if count == 0 or (count % DIRECT_BLOCK and position + count < end):
+                    return False
+                memory, position = memory[count:], position + count
+            return True
+        return False
 
-    def _read_stored(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on, as the bytes lie in the file.
+    def _read_piece(self, buffer: memoryview, position: int) -> None:
+        """Fill `buffer` with the file's bytes from `position` on.
 
         With `preadv` rather than through a memory map: as fast from the page cache, and a file that is truncated or
         fails while it is read is an error message, not a SIGBUS.
         """
-        position = info.offset + offset
-        # Only this tensor's: two of a pickle may share their bytes, and the other's buffer may be in use again.
-        own = [read for (name, _), read in list(self._ahead.items()) if name == info.name]
-        if any(read.copy_into(buffer, position) for read in own):
-            return
-        self.cached_before()
         while len(buffer):
             with naming(self.path):
                 count = os.preadv(self.fd, [buffer], position)
             if count == 0:
                 self.refuse_shortened()
             buffer, position = buffer[count:], position + count
+
+    def _read_transposed(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from a tensor that lies transposed: of each column, the part that is in these rows."""
+        rows, columns = info.shape
+        itemsize = info.nbytes // (rows * columns)
+        first, last = offset // (columns * itemsize), -(-(offset + len(buffer)) // (columns * itemsize))
+        width = (last - first) * itemsize
+        lines = bytearray(columns * width)
+        for column in range(columns):
+            line = memoryview(lines)[column * width : (column + 1) * width]
+            self._read_line(info, column * info.stride + first * itemsize, line)
+        words = torch.frombuffer(lines, dtype={2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize])
+        source = words.view(columns, -1).T.contiguous().view(-1).view(torch.uint8)
+        skip = offset - first * columns * itemsize
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source[skip : skip + len(buffer)])
+
+    def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on, as the tensor's bytes lie."""
+        self._read_piece(buffer, info.offset + offset)
 
     def refuse_shortened(self) -> None:
         raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
@@ -914,12 +854,11 @@ class PickleFile(WeightsFile):
                     return offset + address - start
         return None
 
-    def _read_stored(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+    def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer`, if the tensor is not in one piece through the map, by rows (of the first dimension)."""
         if info.offset is not None:
-            super()._read_stored(info, offset, buffer)
+            super()._read_line(info, offset, buffer)
             return
-        self.cached_before()
         if os.fstat(self.fd).st_size < self.state[0]:  # reading the map beyond the file's end would be a SIGBUS
             self.refuse_shortened()
         tensor, offset = self._tensors[info.name_in_file], offset + info.start
@@ -1031,7 +970,6 @@ class Checkpoint:
         self.folder = folder
         self.config_folder = config_folder  # of config.json and all other files that are copied
         self.files = {file.path: file for file in files}
-        self._reads = DirectReads()
         self.tensors: dict[str, TensorInfo] = {}
         self.notes = [note for file in files for note in getattr(file, "notes", [])]
         unlisted = []
@@ -1112,14 +1050,11 @@ class Checkpoint:
                 )
         return checkpoint
 
-    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        self.files[info.file].read_into(info, offset, buffer)
+    def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
+        return self.files[info.file].is_cached(info, offset, nbytes)
 
-    def read_ahead(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        self.files[info.file].read_ahead(info, offset, nbytes, self._reads)
-
-    def finish_reading(self, info: TensorInfo, offset: int, nbytes: int) -> None:
-        self.files[info.file].finish_reading(info, offset, nbytes, self._reads)
+    def read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None) -> memoryview:
+        return self.files[info.file].read(info, offset, nbytes, memory)
 
     def drop_all_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
@@ -1131,7 +1066,6 @@ class Checkpoint:
             file.check_unchanged()
 
     def close(self) -> None:
-        self._reads.close()
         for file in self.files.values():
             file.close()
 
@@ -3024,9 +2958,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
         words, scales = (as_rows(infos[module + suffix], form) for suffix in form.suffixes[:2])
         rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
         if form.name == "compressed-tensors":
-            true_shape = bytearray(16)
-            checkpoint.read_into(infos[f"{module}.weight_shape"], 0, memoryview(true_shape))
-            rows, columns = struct.unpack("<2q", true_shape)
+            rows, columns = struct.unpack("<2q", checkpoint.read(infos[f"{module}.weight_shape"], 0, 16))
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
         outputs = (OutputTensor(f"{module}.weight", dtype, shape),)
@@ -3469,6 +3401,7 @@ def describe_facts(checkpoint: Checkpoint, options: Options) -> dict:
     return {
         "version": FORMAT_VERSION,
         "options": json.loads(json.dumps(values)),
+        "rule": options.rule,
         "sources": {file.path.name: list(file.state) for file in checkpoint.files.values()},
     }
 
@@ -3507,8 +3440,7 @@ def plan_shards(
 ) -> tuple[list[ShardPlan], dict[str, Placement]]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
     shard_size = options.shard_size
-    metadata = {"format": "pt", METADATA_KEY: fingerprint, RULE_KEY: options.rule}
-    metadata |= {FACTS_KEY: json.dumps(facts), FILES_KEY: json.dumps(hashes)}
+    metadata = {"format": "pt", METADATA_KEY: fingerprint, FACTS_KEY: json.dumps(facts), FILES_KEY: json.dumps(hashes)}
     empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
     contents: list[list[OutputTensor]] = []
     used = shard_size
@@ -3967,77 +3899,163 @@ def hash_file(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Conversion: workers take jobs, read, quantize, pack and write each tile to its planned place
+# Jobs: workers take them in the input's order, each with the bytes that were read for it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """Part of one tensor: rows `start` to `stop` of a weight to quantize, bytes `start` to `stop` of one to keep."""
+    """A block of a tensor that lies in one piece, row-major: whole rows, or part of one row. Of a tensor that is kept,
+    which is taken as one row of bytes, too."""
 
     tensor: TensorPlan
-    start: int
-    stop: int
-    offset: int  # of the source's bytes
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A block of a weight that lies in one piece in the input and in the output: whole rows, or part of one row."""
-
     row: int
     rows: int
     column: int
     columns: int
+    offset: int  # of the source's bytes
+    nbytes: int
 
 
-def plan_jobs(tensor: TensorPlan, transposed: bool) -> Iterator[Job]:
-    """Cut a tensor into jobs: some rows of a weight each, or some bytes of what is kept."""
-    info = tensor.source
-    if tensor.packing:
-        rows, columns = info.shape
-        step = max(1, (TRANSPOSED_JOB_WEIGHTS if transposed else JOB_WEIGHTS) // columns)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            row_bytes = columns * DTYPE_BITS[info.dtype] // 8
-            yield Job(tensor, start, stop, start * row_bytes, (stop - start) * row_bytes)
-    else:
-        step = 8 * COPY_BYTES
-        for start in range(0, info.nbytes, step):
-            stop = min(start + step, info.nbytes)
-            yield Job(tensor, start, stop, start, stop - start)
+def plan_jobs(tensor: TensorPlan, weights: int, whole_rows: bool) -> Iterator[Job]:
+    """Cut a tensor into jobs of about so many `weights`; a row longer than a tile is cut between groups, unless they
+    must be `whole_rows`. A tensor of no elements has none."""
+    info, packing = tensor.source, tensor.packing
+    if not packing:
+        for start in range(0, info.nbytes, COPY_BYTES):
+            nbytes = min(COPY_BYTES, info.nbytes - start)
+            yield Job(tensor, 0, 1, start, nbytes, start, nbytes)
+        return
+    rows, columns = info.shape
+    width = columns if whole_rows else min(columns, max(1, TILE_WEIGHTS // packing.group_size) * packing.group_size)
+    height = max(1, weights // columns) if width == columns else 1
+    itemsize = info.nbytes // (rows * columns)
+    for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
+        row_count, column_count = min(height, rows - row), min(width, columns - column)
+        offset, nbytes = (row * columns + column) * itemsize, row_count * column_count * itemsize
+        yield Job(tensor, row, row_count, column, column_count, offset, nbytes)
 
 
-def plan_tiles(job: Job, whole_rows: bool) -> Iterator[Tile]:
-    """Cut a job into whole rows, as many as make a tile; a row longer than a tile is cut between groups, unless
-    `whole_rows`."""
-    columns, group_size = job.tensor.source.shape[1], job.tensor.packing.group_size
-    width = columns if whole_rows else min(columns, max(1, TILE_WEIGHTS // group_size) * group_size)
-    height = max(1, TILE_WEIGHTS // columns)
-    for row in range(job.start, job.stop, height):
-        for column in range(0, columns, width):
-            yield Tile(row, min(height, job.stop - row), column, min(width, columns - column))
+def read_block(
+    source: Checkpoint | WeightsFile,
+    info: TensorInfo,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    workspace: Workspace,
+) -> torch.Tensor:
+    """Read a block of a matrix that lies in one piece; of rows and of columns the first, and how many."""
+    start, count = rows[0] * info.shape[1] + columns[0], rows[1] * columns[1]
+    dtype = torch.int32 if info.dtype == "I32" else FLOAT_DTYPES[info.dtype]
+    memory = workspace.buffer(f"read {info.dtype}", count * dtype.itemsize + READ_MARGIN)
+    data = source.read(info, start * dtype.itemsize, count * dtype.itemsize, memory)
+    return torch.frombuffer(data, dtype=dtype).view(rows[1], columns[1])
+
+
+def kind_of_work(tensor: TensorPlan, options: Options) -> str:
+    """Name one of Meter.COSTS."""
+    if tensor.scales or not tensor.packing:
+        return "restored" if tensor.scales else "kept"
+    feedback = options.importance is not None and options.importance.has_factor(tensor.source)
+    return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else options.scale
 
 
 class Stopped(Exception):
     """Another thread failed, or a signal came: what this one does is not needed any more."""
 
 
-def wait_for(tasks: list[concurrent.futures.Future], meter: Meter, progress: Progress) -> None:
-    """Show the progress until all tasks are done; raises the error of the first that fails, or that of a signal."""
-    running = set(tasks)
-    while running:
-        done, running = concurrent.futures.wait(running, 0.1, concurrent.futures.FIRST_EXCEPTION)
-        errors = [error for task in done if (error := task.exception())]
-        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-            raise error
-        check_signals()
-        progress.show(meter)
+class Workers:
+    """Threads that do jobs, and others that read for them what is not in memory yet. The first error stops all."""
+
+    def __init__(self, jobs: list[Job], checkpoint: Checkpoint, options: Options, guard: MemoryGuard, meter: Meter):
+        self.checkpoint = checkpoint
+        self.options = options
+        self.guard = guard
+        self.meter = meter
+        self._jobs = iter(jobs)
+        self._left = Counter(job.tensor.source.name for job in jobs)  # jobs by tensor
+        meter.tensors_total = len(self._left)
+        self._ahead: deque[tuple[Job, concurrent.futures.Future | None]] = deque()
+        self._room = max((job.nbytes for job in jobs), default=0) + READ_MARGIN
+        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()  # buffers of that size
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        for job in jobs:
+            meter.expect(kind_of_work(job.tensor, options), job.nbytes)
+
+    def run(
+        self,
+        work: Callable[[Job, memoryview, Workspace], None],
+        threads: int,
+        progress: Progress,
+        beside: Collection[Callable[[], None]] = (),
+    ) -> None:
+        """Do all jobs in some threads, and what is to go on beside them in others; returns when all is done."""
+        with (
+            concurrent.futures.ThreadPoolExecutor(DISK_READERS) as self._readers,
+            concurrent.futures.ThreadPoolExecutor(threads + len(beside)) as pool,
+        ):
+            running = {pool.submit(task) for task in [functools.partial(self._work, work)] * threads + [*beside]}
+            try:
+                while running:
+                    done, running = concurrent.futures.wait(running, 0.1, concurrent.futures.FIRST_EXCEPTION)
+                    for task in done:
+                        task.result()
+                    check_signals()
+                    progress.show(self.meter)
+            finally:
+                self._stop.set()
+        self.checkpoint.drop_all_read()
+
+    def check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+    @torch.inference_mode()
+    def _work(self, work: Callable[[Job, memoryview, Workspace], None]) -> None:
+        """Do jobs until there are no more."""
+        workspace = Workspace()
+        while taken := self._take():
+            job, reading = taken
+            self.check_stop()
+            self.guard.check()
+            buffer, data = reading.result() if reading else self._read(job)
+            started = time.monotonic()
+            work(job, data, workspace)
+            self._free.put(buffer)
+            self._count(job, time.monotonic() - started)
+
+    def _take(self) -> tuple[Job, concurrent.futures.Future | None] | None:
+        """Take the next job, for one worker alone; meanwhile the disk reads for those after it. What is in memory
+        already, the worker itself reads: then it is in its processor's cache, too."""
+        with self._lock:
+            for job in itertools.islice(self._jobs, 1 + DISK_READERS - len(self._ahead)):
+                cached = self.checkpoint.is_cached(job.tensor.source, job.offset, job.nbytes)
+                self._ahead.append((job, None if cached else self._readers.submit(self._read, job)))
+            return self._ahead.popleft() if self._ahead else None
+
+    def _read(self, job: Job) -> tuple[mmap.mmap, memoryview]:
+        """Read a job's bytes into a buffer that no other job has now."""
+        try:
+            buffer = self._free.get_nowait()
+        except queue.Empty:
+            buffer = allocate(self._room)
+        return buffer, self.checkpoint.read(job.tensor.source, job.offset, job.nbytes, memoryview(buffer))
+
+    def _count(self, job: Job, seconds: float) -> None:
+        name = job.tensor.source.name
+        with self._lock:
+            self.meter.book(kind_of_work(job.tensor, self.options), job.nbytes, seconds)
+            self._left[name] -= 1
+            self.meter.tensors_done += self._left[name] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversion: quantize, pack and write each tile to its planned place
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Conversion:
-    """One run over a plan: the queue of jobs, the shards' writers, and what is done so far."""
+    """One run over a plan: what becomes of each job's bytes, and the shards' writers."""
 
     def __init__(
         self, checkpoint: Checkpoint, plan: Plan, output: OutputFolder, guard: MemoryGuard, kernel: Kernel | None
@@ -4046,18 +4064,13 @@ class Conversion:
         self.kernel = kernel
         self.options = plan.options
         self.placements = plan.placements
-        self.guard = guard
-        self.meter = Meter("restoring" if plan.options.restore else "quantizing")
-        self.half_way: MemoryReading | None = None
         self.writers = output.shard_writers()
+        self.meter = Meter("restoring" if plan.options.restore else "quantizing")
         self._unsynced = 0  # bytes of input since a sync was last asked for
-        self._jobs_left: Counter[str] = Counter()  # by tensor
-        self._ahead: deque[Job] = deque()  # that the disk reads already
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._to_sync: queue.SimpleQueue[ShardWriter | None] = queue.SimpleQueue()
+        self._to_sync: queue.Queue[ShardWriter] = queue.Queue()
         jobs = [job for tensor in plan.tensors for job in self._plan_jobs(tensor)]
-        self._waiting = iter(jobs)
+        self.workers = Workers(jobs, checkpoint, plan.options, guard, self.meter)
         for writer in self.writers:
             if not writer.jobs_left:
                 self._to_sync.put(writer)
@@ -4067,207 +4080,39 @@ class Conversion:
         writers = self._writers_of(tensor)
         if all(writer.finished and not writer.compare for writer in writers):
             return []
-        jobs = list(plan_jobs(tensor, self.options.format.transposed))
-        self._jobs_left[tensor.source.name] = len(jobs)
+        feedback = kind_of_work(tensor, self.options) == "feedback"
+        weights = TRANSPOSED_JOB_WEIGHTS if self.options.format.transposed else JOB_WEIGHTS
+        jobs = list(plan_jobs(tensor, weights, whole_rows=feedback or tensor.scales is not None))
         for writer in writers:
             writer.jobs_left += len(jobs)
-        self.meter.tensors_total += 1
-        self.meter.tensors_done += not jobs  # a tensor of no elements is in the header already
-        self.meter.expect(self._kind_of_work(tensor), tensor.source.nbytes)
         return jobs
-
-    def _kind_of_work(self, tensor: TensorPlan) -> str:
-        """Name one of Meter.COSTS."""
-        if tensor.scales or not tensor.packing:
-            return "restored" if tensor.scales else "kept"
-        importance = self.options.importance
-        feedback = importance is not None and importance.has_factor(tensor.source)
-        return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else self.options.scale
 
     def _writers_of(self, tensor: TensorPlan) -> list[ShardWriter]:
         return [self.writers[shard] for shard in {self.placements[output.name].shard for output in tensor.outputs}]
 
     def run(self, threads: int, progress: Progress) -> None:
         """Convert everything; returns when every shard has its final name."""
-        self._jobs_ahead, self._workers = max(threads, DISK_READERS), threads
         try:
             # Syncing a shard takes as long as the disk does, so it has a thread of its own.
-            with concurrent.futures.ThreadPoolExecutor(threads + 1) as pool:
-                try:
-                    tasks = [pool.submit(task) for task in [self._work] * threads + [self._finish_shards]]
-                    for task in tasks:
-                        task.add_done_callback(self._stop_after_error)
-                    wait_for(tasks, self.meter, progress)
-                finally:
-                    self._stop.set()
-                    self._to_sync.put(None)
+            self.workers.run(self._convert, threads, progress, beside=[self._finish_shards])
         finally:
             for writer in self.writers:
                 writer.close()
-            self.checkpoint.drop_all_read()
 
-    def _stop_after_error(self, task: concurrent.futures.Future) -> None:
-        if task.exception():
-            self._stop.set()
+    def _convert(self, job: Job, data: memoryview, workspace: Workspace) -> None:
+        """Do one job; its shard goes to the finisher, if that was the last one or a sync is due."""
+        while self._to_sync.qsize() > MAX_WAITING_SHARDS:
+            time.sleep(0.01)
+            self.workers.check_stop()
+        tensor = job.tensor
+        if not tensor.packing:
+            self._write(tensor.outputs[0], job.offset, data)
+        else:
+            (self._restore if tensor.scales else self._quantize)(job, data, workspace)
+        self._count(job)
 
-    @torch.inference_mode()
-    def _work(self) -> None:
-        """Do jobs until there are no more; the last worker to stop tells the finisher."""
-        workspace = Workspace()
-        while job := self._take_job():
-            while self._to_sync.qsize() > MAX_WAITING_SHARDS:
-                time.sleep(0.01)
-                self._check_stop()
-            self.guard.check()
-            convert = self._restore if job.tensor.scales else self._quantize if job.tensor.packing else self._copy
-            started = time.monotonic()
-            convert(job, workspace)
-            self.checkpoint.finish_reading(job.tensor.source, job.offset, job.nbytes)
-            self._count(job, time.monotonic() - started)
+    def _count(self, job: Job) -> None:
         with self._lock:
-            self._workers -= 1
-            if not self._workers:
-                self._to_sync.put(None)
-
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
-
-    def _take_job(self) -> Job | None:
-        """Take the next job, for one worker alone; meanwhile the disk reads for those after it."""
-        with self._lock:
-            for job in itertools.islice(self._waiting, 1 + self._jobs_ahead - len(self._ahead)):
-                self.checkpoint.read_ahead(job.tensor.source, job.offset, job.nbytes)
-                self._ahead.append(job)
-            return self._ahead.popleft() if self._ahead else None
-
-    def _quantize(self, job: Job, workspace: Workspace) -> None:
-        """Quantize the job's rows tile by tile."""
-        form, packing, outputs = self.options.format, job.tensor.packing, job.tensor.outputs[:2]  # words and scales
-        staged = self._stage(job, workspace) if form.transposed else ()
-        rounding, scale_dtype = self._rounding(job.tensor), FLOAT_DTYPES[outputs[1].dtype]
-        for tile in plan_tiles(job, whole_rows=rounding.feedback is not None):
-            groups = self._read_groups(job.tensor, tile, workspace)  # source dtype (n, group_size)
-            in_row = rounding.of_groups(tile.column // packing.group_size, len(groups) // tile.rows)
-            try:
-                if packing.bits == 8:
-                    words, scales = quantize_to_int8(groups, scale_dtype, workspace)
-                else:
-                    words, scales = quantize_groups(groups, scale_dtype, workspace, in_row)
-            except NotQuantizable as error:
-                raise QuantizeError(describe_bad_value(job.tensor, tile, groups, error.scales)) from None
-            for number, (role, groupwise, width) in enumerate(
-                (("words", words, packing.codes_per_word), ("scales", scales, packing.group_size))
-            ):
-                block = groupwise.view(tile.rows, -1)  # (rows, columns // width)
-                column = tile.column // width
-                if form.transposed:
-                    first = tile.row - job.start
-                    staged[number][column : column + block.shape[1], first : first + tile.rows].copy_(block.T)
-                else:
-                    start = (tile.row * outputs[number].shape[1] + column) * block.itemsize
-                    self._write(outputs[number], start, workspace.bytes_of(role, block))
-        for role, output, lines in zip(("staged words", "staged scales"), outputs, staged):
-            self._write_lines(job, output, workspace.bytes_of(role, lines))
-        for output in job.tensor.outputs[2:] if job.start == 0 else ():
-            self._write(output, 0, memoryview(output.content()))
-
-    def _restore(self, job: Job, workspace: Workspace) -> None:
-        """Decode the job's rows by quarters of a tile, of which torch makes several temporary tensors."""
-        packing, (output,) = job.tensor.packing, job.tensor.outputs
-        step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
-        for start in range(job.start, job.stop, step):
-            words, scales = (
-                self._read_rows(info, start, min(start + step, job.stop), workspace)
-                for info in (job.tensor.source, job.tensor.scales)
-            )
-            weights = dequantize(words, scales, packing, self.options.format.with_offset)[:, : output.shape[1]]
-            dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], *weights.shape).copy_(weights)
-            row_bytes = output.nbytes // output.shape[0]
-            self._write(output, start * row_bytes, workspace.bytes_of("dense", dense))
-
-    def _read_rows(self, info: TensorInfo, start: int, stop: int, workspace: Workspace) -> torch.Tensor:
-        """Read rows of words or scales, as (rows, columns)."""
-        row_bytes = info.nbytes // info.shape[0]
-        raw = workspace.buffer(info.dtype, (stop - start) * row_bytes)
-        self.checkpoint.read_into(info, start * row_bytes, raw)
-        dtype = torch.int32 if info.dtype == "I32" else FLOAT_DTYPES[info.dtype]
-        return workspace.tensor(info.dtype, dtype, stop - start, info.shape[1])
-
-    def _stage(self, job: Job, workspace: Workspace) -> list[torch.Tensor]:
-        """Make room for the job's part of transposed words and scales: (columns, rows of the job)."""
-        words, scales = job.tensor.outputs[:2]
-        rows = job.stop - job.start
-        return [
-            workspace.tensor("staged words", torch.int32, words.shape[0], rows),
-            workspace.tensor("staged scales", FLOAT_DTYPES[scales.dtype], scales.shape[0], rows),
-        ]
-
-    def _write_lines(self, job: Job, output: OutputTensor, lines: memoryview) -> None:
-        """Write the job's part of each line of `output` (columns, rows); in one piece if the job has all rows."""
-        columns, rows = output.shape
-        if len(lines) == output.nbytes:
-            self._write(output, 0, lines)
-            return
-        itemsize, width = output.nbytes // (columns * rows), len(lines) // columns
-        for number in range(columns):
-            start = (number * rows + job.start) * itemsize
-            self._write(output, start, lines[number * width : (number + 1) * width])
-
-    def _read_groups(self, tensor: TensorPlan, tile: Tile, workspace: Workspace) -> torch.Tensor:
-        """Read a tile's weights as (groups, group_size), rows padded with zeros to whole groups."""
-        info, group_size = tensor.source, tensor.packing.group_size
-        dtype = FLOAT_DTYPES[info.dtype]
-        raw = workspace.buffer("raw", tile.rows * tile.columns * dtype.itemsize)
-        self.checkpoint.read_into(info, (tile.row * info.shape[1] + tile.column) * dtype.itemsize, raw)
-        padded_columns, role = tensor.packing.columns_of(tile.columns), "raw"
-        if padded_columns != tile.columns:
-            role = "padded"
-            padded = workspace.tensor(role, dtype, tile.rows, padded_columns)
-            padded[:, : tile.columns].copy_(workspace.tensor("raw", dtype, tile.rows, tile.columns))
-            padded[:, tile.columns :].zero_()
-        return workspace.tensor(role, dtype, tile.rows * padded_columns // group_size, group_size)
-
-    def _rounding(self, tensor: TensorPlan) -> Rounding:
-        """Say how a weight is rounded, by its statistics if there are some, whose columns are padded with zeros."""
-        info, packing = tensor.source, tensor.packing
-        rounding = Rounding(self.options.format.with_offset, kernel=self.kernel)
-        if self.options.scale == "absmax" or packing.bits == 8:
-            return rounding
-        columns = packing.columns_of(info.shape[1])
-        mean_squares, factor = (self.options.importance and self.options.importance.get(info)) or (
-            torch.ones(columns),
-            None,
-        )
-        mean_squares = torch.nn.functional.pad(mean_squares, (0, columns - len(mean_squares)))
-        rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
-        if factor is None:
-            return rounding
-        factor = torch.nn.functional.pad(factor, (0, 0, 0, columns - len(factor)))
-        return replace(rounding, feedback=Feedback.of(mean_squares, factor, self.kernel))
-
-    def _copy(self, job: Job, workspace: Workspace) -> None:
-        """Copy the job's bytes as they are."""
-        for start in range(job.start, job.stop, COPY_BYTES):
-            buffer = workspace.buffer("raw", min(COPY_BYTES, job.stop - start))
-            self.checkpoint.read_into(job.tensor.source, start, buffer)
-            self._write(job.tensor.outputs[0], start, buffer)
-
-    def _write(self, output: OutputTensor, offset: int, buffer: memoryview) -> None:
-        self._check_stop()
-        placement = self.placements[output.name]
-        self.writers[placement.shard].write(buffer, placement.offset + offset)
-
-    def _count(self, job: Job, seconds: float) -> None:
-        """Book a finished job; its shard goes to the finisher, if that was the last one or a sync is due."""
-        name = job.tensor.source.name
-        with self._lock:
-            before = self.meter.bytes_done
-            self.meter.book(self._kind_of_work(job.tensor), job.nbytes, seconds)
-            if before * 2 < self.meter.bytes_total <= self.meter.bytes_done * 2:
-                self.half_way = self.guard.read()
-            self._jobs_left[name] -= 1
-            self.meter.tensors_done += self._jobs_left[name] == 0
             self._unsynced += job.nbytes
             sync = self._unsynced >= SYNC_BYTES
             if sync:
@@ -4278,34 +4123,134 @@ class Conversion:
                     self._to_sync.put(writer)
 
     def _finish_shards(self) -> None:
-        while (writer := self._to_sync.get()) is not None and not self._stop.is_set():
-            if writer.jobs_left:
-                writer.sync()
-            else:
-                self.checkpoint.check_unchanged()
-                writer.finish()
+        """Sync shards, and give them their final names when all is in."""
+        unfinished = len(self.writers)
+        while unfinished:
+            with contextlib.suppress(queue.Empty):
+                writer = self._to_sync.get(timeout=0.1)
+                if writer.jobs_left:
+                    writer.sync()
+                else:
+                    self.checkpoint.check_unchanged()
+                    writer.finish()
+                    unfinished -= 1
+            self.workers.check_stop()
+
+    def _quantize(self, job: Job, data: memoryview, workspace: Workspace) -> None:
+        """Quantize the job's rows tile by tile."""
+        tensor, packing, outputs = job.tensor, job.tensor.packing, job.tensor.outputs[:2]  # words and scales
+        scale_dtype = FLOAT_DTYPES[outputs[1].dtype]
+        block = torch.frombuffer(data, dtype=FLOAT_DTYPES[tensor.source.dtype]).view(job.rows, job.columns)
+        in_row = packing.columns_of(job.columns) // packing.group_size
+        rounding = self._rounding(tensor).of_groups(job.column // packing.group_size, in_row)
+        staged = self._stage(job, workspace) if self.options.format.transposed else ()
+        step = max(1, TILE_WEIGHTS // job.columns)
+        for row in range(0, job.rows, step):
+            groups = as_groups(block[row : row + step], packing, workspace)
+            try:
+                if packing.bits == 8:
+                    results = quantize_to_int8(groups, scale_dtype, workspace)
+                else:
+                    results = quantize_groups(groups, scale_dtype, workspace, rounding)
+            except NotQuantizable as error:
+                raise QuantizeError(describe_bad_value(job, row, groups, error.scales)) from None
+            for number, (role, width) in enumerate((("words", packing.codes_per_word), ("scales", packing.group_size))):
+                values = results[number].view(len(groups) // in_row, -1)  # (rows, columns // width)
+                if staged:
+                    staged[number][:, row : row + step].copy_(values.T)
+                else:
+                    start = (job.row + row) * outputs[number].shape[1] + job.column // width
+                    self._write(outputs[number], start * values.itemsize, workspace.bytes_of(role, values))
+        for role, output, lines in zip(("staged words", "staged scales"), outputs, staged):
+            self._write_lines(job, output, workspace.bytes_of(role, lines))
+        for output in tensor.outputs[2:] if job.row == job.column == 0 else ():
+            self._write(output, 0, memoryview(output.content()))
+
+    def _stage(self, job: Job, workspace: Workspace) -> list[torch.Tensor]:
+        """Make room for the job's part of transposed words and scales: (columns, rows of the job)."""
+        packing, scale_dtype = job.tensor.packing, FLOAT_DTYPES[job.tensor.outputs[1].dtype]
+        columns = packing.columns_of(job.columns)
+        return [
+            workspace.tensor("staged words", torch.int32, columns // packing.codes_per_word, job.rows),
+            workspace.tensor("staged scales", scale_dtype, columns // packing.group_size, job.rows),
+        ]
+
+    def _write_lines(self, job: Job, output: OutputTensor, lines: memoryview) -> None:
+        """Write the job's part of each line of `output` (columns, rows); in one piece if the job has all rows."""
+        columns, rows = output.shape
+        width = output.nbytes // columns // rows * job.rows
+        first = job.column * columns // job.tensor.packing.columns_of(job.tensor.source.shape[1])
+        if width * columns == len(lines) == output.nbytes:
+            self._write(output, 0, lines)
+            return
+        for number in range(len(lines) // width):
+            start = ((first + number) * rows + job.row) * (width // job.rows)
+            self._write(output, start, lines[number * width : (number + 1) * width])
+
+    def _rounding(self, tensor: TensorPlan) -> Rounding:
+        """Say how a weight is rounded, by its statistics if there are some, whose columns are padded with zeros."""
+        packing, importance = tensor.packing, self.options.importance
+        rounding = Rounding(self.options.format.with_offset, kernel=self.kernel)
+        if self.options.scale == "absmax" or packing.bits == 8:
+            return rounding
+        columns = packing.columns_of(tensor.source.shape[1])
+        mean_squares, factor = (importance and importance.get(tensor.source)) or (torch.ones(columns), None)
+        mean_squares = torch.nn.functional.pad(mean_squares, (0, columns - len(mean_squares)))
+        rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
+        if factor is None:
+            return rounding
+        factor = torch.nn.functional.pad(factor, (0, 0, 0, columns - len(factor)))
+        return replace(rounding, feedback=Feedback.of(mean_squares, factor, self.kernel))
+
+    def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> None:
+        """Decode the job's rows by quarters of a tile, of which torch makes several temporary tensors."""
+        tensor, (output,) = job.tensor, job.tensor.outputs
+        words = torch.frombuffer(data, dtype=torch.int32).view(job.rows, -1)
+        groups = (0, tensor.scales.shape[1])
+        scales = read_block(self.checkpoint, tensor.scales, (job.row, job.rows), groups, workspace)
+        step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
+        for row in range(0, job.rows, step):
+            rows = slice(row, row + step)
+            weights = dequantize(words[rows], scales[rows], tensor.packing, self.options.format.with_offset)
+            weights = weights[:, : output.shape[1]]
+            dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], *weights.shape).copy_(weights)
+            start = (job.row + row) * output.shape[1] * dense.itemsize
+            self._write(output, start, workspace.bytes_of("dense", dense))
+
+    def _write(self, output: OutputTensor, offset: int, buffer: memoryview) -> None:
+        self.workers.check_stop()
+        placement = self.placements[output.name]
+        self.writers[placement.shard].write(buffer, placement.offset + offset)
 
 
-def describe_bad_value(tensor: TensorPlan, tile: Tile, groups: torch.Tensor, scales: torch.Tensor) -> str:
+def as_groups(weights: torch.Tensor, packing: Packing, workspace: Workspace) -> torch.Tensor:
+    """View weights (rows, columns) as (groups, group_size), with rows padded with zeros to whole groups."""
+    rows, columns = weights.shape
+    padded_columns = packing.columns_of(columns)
+    if padded_columns != columns:
+        padded = workspace.tensor("padded", weights.dtype, rows, padded_columns)
+        padded[:, :columns].copy_(weights)
+        padded[:, columns:].zero_()
+        weights = padded
+    return weights.view(-1, packing.group_size)
+
+
+def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
     """Name the first weight of a tile that is not finite or too large for the scale's dtype."""
-    info, group_size = tensor.source, groups.shape[1]
+    info, group_size = job.tensor.source, groups.shape[1]
     bad_group = int((~torch.isfinite(scales)).nonzero()[0])
     weights = groups[bad_group].to(torch.float64)
     magnitudes = torch.where(torch.isnan(weights), torch.inf, weights.abs())
-    position = int(magnitudes.argmax())
-    groups_per_row = -(-tile.columns // group_size)
-    row = tile.row + bad_group // groups_per_row
-    column = tile.column + bad_group % groups_per_row * group_size + position
-    value = float(weights[position])
-    largest = torch.finfo(scales.dtype).max * tensor.packing.code_max
-    problem = (
-        "is not finite"
-        if not math.isfinite(value)
-        else f"needs a scale beyond {str(scales.dtype).removeprefix('torch.')} (weights up to {largest:.6g})"
-    )
+    row, group = divmod(bad_group, -(-job.columns // group_size))
+    column = job.column + group * group_size + int(magnitudes.argmax())
+    value = float(weights[magnitudes.argmax()])
+    problem = "is not finite"
+    if math.isfinite(value):
+        largest = torch.finfo(scales.dtype).max * job.tensor.packing.code_max
+        problem = f"needs a scale beyond {str(scales.dtype).removeprefix('torch.')} (weights up to {largest:.6g})"
     return (
-        f"tensor {info.name!r} ({info.file.name}), row {row}, column {column}: {value:.6g} {problem}: mend the"
-        " checkpoint, or keep this tensor as it is with --exclude"
+        f"tensor {info.name!r} ({info.file.name}), row {job.row + first_row + row}, column {column}: {value:.6g}"
+        f" {problem}: mend the checkpoint, or keep this tensor as it is with --exclude"
     )
 
 
@@ -4456,19 +4401,19 @@ def print_list(plan: Plan) -> None:
 
 
 def buffer_bytes(plan: Plan, threads: int) -> int:
-    """Add up all buffers: for each job at work or ahead what was read around the page cache; for each worker raw
-    weights, padded ones and magnitudes, float32 weights, a search's four of this size, codes, words and scales, staged
-    lines."""
+    """Add up all buffers: the bytes of each job at work or ahead; for each worker padded weights, magnitudes, float32
+    weights, a search's four of this size, codes, words and scales, staged lines."""
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
     searched = (4, 4, 4, 4) if plan.options.scale == "mse" else ()
     words = 1 if plan.options.int8 else 0.5
-    buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, itemsize, 4, *searched, 2, words, 0.1)]
+    buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, 4, *searched, 2, words, 0.1)]
     if plan.options.importance:
         buffers += [plan.options.importance.largest_factor * 4] * 8
+    job_weights = TRANSPOSED_JOB_WEIGHTS if plan.options.format.transposed else JOB_WEIGHTS
     if plan.options.format.transposed:
-        buffers += [TRANSPOSED_JOB_WEIGHTS * nbytes for nbytes in (0.5, 0.1)]
-    ahead = (threads + max(threads, DISK_READERS)) * whole_pages(JOB_WEIGHTS * itemsize + DIRECT_BLOCK)
-    return threads * sum(map(whole_pages, buffers)) + ahead
+        buffers += [job_weights * nbytes for nbytes in (0.5, 0.1)]
+    jobs = (threads + DISK_READERS) * whole_pages(max(job_weights * itemsize, COPY_BYTES) + READ_MARGIN)
+    return threads * sum(map(whole_pages, buffers)) + jobs
 
 
 class Meter:
@@ -4523,7 +4468,7 @@ class Progress:
         self.terminal = is_terminal(sys.stdout)
         self.stages = [("Baseline", guard.read())]
         self._cached = page_cache()
-        self._shown = False
+        self._shown = self._half_way = False
         self.restart()
 
     def restart(self) -> None:
@@ -4541,7 +4486,10 @@ class Progress:
         self.stages.append((stage, self.guard.read()))
 
     def show(self, meter: Meter) -> None:
-        """Print how far it is, if the last time is long enough ago."""
+        """Print how far it is, if the last time is long enough ago; and note the memory half-way."""
+        if not self._half_way and meter.bytes_done * 2 >= meter.bytes_total:
+            self._half_way = True
+            self.mark(f"Mid-{meter.task.replace('izing', 'ization')}")
         now = time.monotonic()
         if now < self._next:
             return
@@ -4671,7 +4619,6 @@ class Verification:
         self.checkpoint = checkpoint
         self.folder = folder
         self.importance = importance
-        self.guard = guard
         self.facts = read_facts(folder)
         if self.facts["version"] != FORMAT_VERSION:
             raise QuantizeError(f"{folder} was made by another version of this program: verify it with that one")
@@ -4679,26 +4626,51 @@ class Verification:
         self.plan = plan_conversion(checkpoint, options_of(self.facts, importance))
         self.problems: list[str] = []
         self.errors: dict[str, WeightErrors] = {}  # of each quantized weight
-        self.kept = 0
-        self.rule = "absmax"  # by which scales and codes were chosen
-        self._lock = threading.Lock()
+        self.kept = 0  # tensors that are as in the source
         self._files: dict[Path, SafetensorsFile] = {}
         self._infos: dict[str, TensorInfo] = {}  # of the output's tensors
+        self._mismatches: list[tuple[str, int, str]] = []  # tensor, row, what is wrong
+        self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
+        self._moments = functools.lru_cache(4)(self._read_moments)
+        self._lock = threading.Lock()
         self._open_shards()
-        self.meter = Meter("verifying")
-        self.meter.tensors_total = len(self.plan.tensors)
+        self._compare_other_files()
+        jobs = []
         for tensor in self.plan.tensors:
-            self.meter.expect(self._kind_of_work(tensor), tensor.source.nbytes)
+            try:
+                self._compare_layout(tensor)
+                jobs += plan_jobs(tensor, JOB_WEIGHTS, whole_rows=importance is not None)
+            except Mismatch as mismatch:
+                self._mismatches.append((tensor.source.name, 0, str(mismatch)))
+        self.meter = Meter("verifying")
+        self.workers = Workers(jobs, checkpoint, self.plan.options, guard, self.meter)
+
+    def _refuse_another_source(self) -> None:
+        """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""
+        was = {name: size for name, (size, _) in self.facts["sources"].items()}
+        now = {file.path.name: file.state[0] for file in self.checkpoint.files.values()}
+        if was != now:
+            others = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+            raise QuantizeError(
+                f"{self.folder} was not made from {self.checkpoint.folder}: {quote_names(others)} had other names or"
+                " sizes: give the checkpoint that it was made from"
+            )
+
+    @property
+    def source_is_newer(self) -> bool:
+        """Tell whether a file of the source has another time than when the folder was made from it."""
+        times = {name: time for name, (_, time) in self.facts["sources"].items()}
+        return any(times[file.path.name] != file.state[1] for file in self.checkpoint.files.values())
 
     def _open_shards(self) -> None:
-        """Find each tensor in its shard, which the library opens, and nothing else there; and the other files."""
-        hashes, planned = {}, {name: shard.name for shard in self.plan.shards for name in shard.tensors}
+        """Find each tensor in its shard, which the library opens, too, and nothing else there."""
+        planned = {name: shard.name for shard in self.plan.shards for name in shard.tensors}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 self._files[path] = SafetensorsFile(path)
                 self._files[path].cached_before()
-                with safe_open(path, framework="pt") as file:  # and no longer: pages that it maps cannot be dropped
-                    metadata = file.metadata() or {}
+                with safe_open(path, framework="pt"):  # and no longer: pages that it maps cannot be dropped
+                    pass
             except (SafetensorError, OSError, RuntimeError, QuantizeError) as error:
                 self.problems.append(f"{path.name}: cannot be opened ({error})")
                 continue
@@ -4708,9 +4680,12 @@ class Verification:
                 else:
                     where = f"belongs in {planned[name]}" if name in planned else "is nothing that the source becomes"
                     self.problems.append(f"{name!r} is in {path.name}, it {where}")
-            self.rule = metadata.get(RULE_KEY, self.rule)
-            hashes |= json.loads(metadata.get(FILES_KEY, "{}"))
-        hashes[INDEX_NAME] = hashlib.sha256(self.plan.written[INDEX_NAME]).hexdigest()
+
+    def _compare_other_files(self) -> None:
+        """Compare the files beside the shards with what these say of them, and config.json with the plan."""
+        hashes = {INDEX_NAME: hashlib.sha256(self.plan.written[INDEX_NAME]).hexdigest()}
+        for path in self._files:
+            hashes |= json.loads(read_metadata(path).get(FILES_KEY, "{}"))
         for name, digest in sorted(hashes.items()):
             if not (self.folder / name).is_file():
                 self.problems.append(f"{name} is missing")
@@ -4718,11 +4693,11 @@ class Verification:
                 self.problems.append(f"{name} is not as it was written")
         if self.plan.options.format.for_engines and (self.folder / CONFIG_NAME).exists():
             try:
-                self._check_patterns()
+                self._compare_patterns()
             except (KeyError, TypeError, AttributeError, re.error) as error:
                 self.problems.append(f"{CONFIG_NAME}: quantization_config cannot be read ({error!r})")
 
-    def _check_patterns(self) -> None:
+    def _compare_patterns(self) -> None:
         """Read config.json as an engine does: its entries for kept layers must match all of these and no packed one,
         and a packed layer's group must have its width."""
         config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
@@ -4750,113 +4725,91 @@ class Verification:
                 if (stated := next(named, groups[0][1])) != packing:
                     self.problems.append(f"{CONFIG_NAME}: {module!r} is {stated}, by its tensors' shapes {packing}")
 
-    def _refuse_another_source(self) -> None:
-        """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""
-        was = {name: size for name, (size, _) in self.facts["sources"].items()}
-        now = {file.path.name: file.state[0] for file in self.checkpoint.files.values()}
-        if was != now:
-            others = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-            raise QuantizeError(
-                f"{self.folder} was not made from {self.checkpoint.folder}: {quote_names(others)} had other names or"
-                " sizes: give the checkpoint that it was made from"
-            )
-
-    @property
-    def source_is_newer(self) -> bool:
-        """Tell whether a file of the source has another time than when the folder was made from it."""
-        times = {name: time for name, (_, time) in self.facts["sources"].items()}
-        return any(times[file.path.name] != file.state[1] for file in self.checkpoint.files.values())
-
-    def _kind_of_work(self, tensor: TensorPlan) -> str:
-        return "mse" if tensor.packing else "kept"
+    def _compare_layout(self, tensor: TensorPlan) -> None:
+        """Compare shapes and dtypes, and the bytes of what follows from these alone."""
+        if missing := [output.name for output in tensor.outputs if output.name not in self._infos]:
+            raise Mismatch(f"the output lacks {quote_names(missing)}")
+        for planned in tensor.outputs:
+            found = self._infos[planned.name]
+            if (found.shape, found.dtype) != (planned.shape, planned.dtype):
+                raise Mismatch(f"{planned.name} is {found.dtype} {found.shape}, not {planned.dtype} {planned.shape}")
+            if planned.content and self._files[found.file].read(found, 0, found.nbytes) != planned.content():
+                raise Mismatch(f"{planned.name} does not hold what its shape calls for")
 
     def run(self, threads: int, progress: Progress) -> None:
         """Compare every tensor; problems are collected, not raised."""
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            try:
-                wait_for([pool.submit(self._compare, tensor) for tensor in self.plan.tensors], self.meter, progress)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        self.workers.run(self._compare, threads, progress)
+        wrong = {name: text for name, _, text in sorted(self._mismatches, reverse=True)}  # the first of each tensor
+        names = [tensor.source.name for tensor in self.plan.tensors]
+        self.problems += [f"{name!r}: {wrong[name]}" for name in names if name in wrong]
+        self.kept = sum(not tensor.packing and tensor.source.name not in wrong for tensor in self.plan.tensors)
+        for name, squares in self._squares.items():
+            if name not in wrong:
+                tiny = torch.finfo(torch.float64).tiny
+                self.errors[name] = WeightErrors(*(squares[:, 0] / squares[:, 1].clamp_min(tiny)).sqrt().tolist())
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
-    @torch.inference_mode()
-    def _compare(self, tensor: TensorPlan) -> None:
-        """Compare one tensor with what it became."""
-        self.guard.check()
-        started, problem, error, info = time.monotonic(), None, None, tensor.source
-        outputs = [self._infos[output.name] for output in tensor.outputs if output.name in self._infos]
+    def _compare(self, job: Job, data: memoryview, workspace: Workspace) -> None:
+        """Compare a job's part of a tensor with what it became."""
+        name = job.tensor.source.name
         try:
-            self._compare_layout(tensor, outputs)
-            if tensor.packing:
-                error = self._compare_quantized(tensor, [self._read_tensor(output) for output in outputs])
+            if job.tensor.packing:
+                squares = self._compare_quantized(job, data, workspace)
+                with self._lock:
+                    self._squares[name] = self._squares.get(name, 0) + squares
             else:
-                self._compare_kept(info, outputs[0])
+                output = self._infos[job.tensor.outputs[0].name]
+                memory = workspace.buffer("kept", job.nbytes + READ_MARGIN)
+                written = self._files[output.file].read(output, job.offset, job.nbytes, memory)
+                if not torch.equal(*(torch.frombuffer(part, dtype=torch.uint8) for part in (data, written))):
+                    raise Mismatch("kept, but its bytes differ from the source's")
         except Mismatch as mismatch:
-            problem = f"{info.name!r}: {mismatch}"
-        with self._lock:
-            self.meter.book(self._kind_of_work(tensor), info.nbytes, time.monotonic() - started)
-            self.meter.tensors_done += 1
-            if problem:
-                self.problems.append(problem)
-            elif error is None:
-                self.kept += 1
-            else:
-                self.errors[info.name] = error
-        self.checkpoint.finish_reading(info, 0, info.nbytes)
-        for output in outputs:
-            self._files[output.file].drop_read(output.offset, output.offset + output.nbytes)
+            with self._lock:
+                self._mismatches.append((name, job.row, str(mismatch)))
 
-    def _read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
-        """Read bytes of the output. Not through the library's memory map, whose pages would stay in the page cache."""
-        buffer = bytearray(info.nbytes if nbytes is None else nbytes)
-        self._files[info.file].read_into(info, offset, memoryview(buffer))
-        return buffer
-
-    def _read_tensor(self, info: TensorInfo) -> torch.Tensor:
-        dtype = {"I32": torch.int32, "I64": torch.int64, **FLOAT_DTYPES}[info.dtype]
-        return torch.frombuffer(self._read(info), dtype=dtype).view(info.shape)
-
-    def _compare_kept(self, info: TensorInfo, output: TensorInfo) -> None:
-        for start in range(0, info.nbytes, COPY_BYTES):
-            source = bytearray(min(COPY_BYTES, info.nbytes - start))
-            self.checkpoint.read_into(info, start, memoryview(source))
-            if self._read(output, start, len(source)) != source:
-                raise Mismatch("kept, but its bytes differ from the source's")
-
-    def _compare_quantized(self, tensor: TensorPlan, outputs: list[torch.Tensor]) -> WeightErrors:
-        """Measure the errors of a weight; raises at the first difference beyond what the scale allows."""
-        info, packing, (rows, columns) = tensor.source, tensor.packing, tensor.source.shape
-        dtype = FLOAT_DTYPES[info.dtype]
-        statistics = self.importance.get(info) if self.importance else None
-        moments = SecondMoments(*statistics) if statistics else None
-        squares = torch.zeros(2, 2, dtype=torch.float64)  # of error and weight, as they are and of the outputs
-        for first in range(0, rows, step := max(1, VERIFY_WEIGHTS // columns)):
-            last = min(first + step, rows)
-            raw = bytearray((last - first) * columns * dtype.itemsize)
-            self.checkpoint.read_into(info, first * columns * dtype.itemsize, memoryview(raw))
-            weights = torch.frombuffer(raw, dtype=dtype).view(-1, columns).to(torch.float32)
-            codes, scales = self._decode(outputs, first, last, columns, packing)
-            self._compare_codes(weights, codes, scales, outputs[1].dtype, packing, moments, first)
-            for number, values in enumerate((weights - codes * scales, weights)):
+    def _compare_quantized(self, job: Job, data: memoryview, workspace: Workspace) -> torch.Tensor:
+        """Measure the squares of errors and weights; raises at the first difference beyond what the scale allows."""
+        info, packing = job.tensor.source, job.tensor.packing
+        moments = self._moments(info) if self.importance else None
+        block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
+        words, scales = (
+            self._read_part(job, output, width, workspace)
+            for output, width in zip(job.tensor.outputs, (packing.codes_per_word, packing.group_size))
+        )
+        squares = torch.zeros(2, 2, dtype=torch.float64)
+        step = max(1, VERIFY_WEIGHTS // job.columns)
+        for row in range(0, job.rows, step):
+            weights = block[row : row + step].to(torch.float32)
+            codes = self._decode(words[row : row + step], packing)[:, : job.columns]
+            steps = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
+            steps = steps[:, : job.columns]
+            self._compare_codes(weights, codes, steps, scales.dtype, packing, moments, job.row + row)
+            for number, values in enumerate((weights - codes * steps, weights)):
                 squares[0, number] += values.square().sum(dtype=torch.float64)
                 squares[1, number] += moments.output_energy(values) if moments else math.nan
-        relative = (squares[:, 0] / squares[:, 1].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-        return WeightErrors(*relative.tolist())
+        return squares
 
-    def _compare_layout(self, tensor: TensorPlan, outputs: list[TensorInfo]) -> None:
-        """Compare shapes and dtypes, and the bytes of what follows from these alone."""
-        found = {output.name: output for output in outputs}
-        if missing := [output.name for output in tensor.outputs if output.name not in found]:
-            raise Mismatch(f"the output lacks {quote_names(missing)}")
-        for planned in tensor.outputs:
-            output = found[planned.name]
-            if (output.shape, output.dtype) != (planned.shape, planned.dtype):
-                raise Mismatch(f"{planned.name} is {output.dtype} {output.shape}, not {planned.dtype} {planned.shape}")
-            if planned.content and self._read(output) != planned.content():
-                raise Mismatch(f"{planned.name} does not hold what its shape calls for")
+    def _read_moments(self, info: TensorInfo) -> SecondMoments | None:
+        statistics = self.importance.get(info)
+        return SecondMoments(*statistics) if statistics else None
+
+    def _read_part(self, job: Job, output: OutputTensor, width: int, workspace: Workspace) -> torch.Tensor:
+        """Read a job's part of words or scales, one for each `width` columns, as (rows, columns // width)."""
+        info = as_rows(self._infos[output.name], self.plan.options.format)
+        columns = job.tensor.packing.columns_of(job.columns) // width
+        file = self._files[info.file]
+        return read_block(file, info, (job.row, job.rows), (job.column // width, columns), workspace)
+
+    def _decode(self, words: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Decode codes, float32 (rows, columns): through the bytes, which hold the low nibble first."""
+        codes, half = words.contiguous().view(torch.uint8), packing.code_max + 1
+        if packing.bits == 4:
+            codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
+        codes = codes.to(torch.float32)
+        return codes - half if self.plan.options.format.with_offset else codes - 2 * half * (codes >= half)
 
     def _compare_codes(
         self,
@@ -4874,8 +4827,8 @@ class Verification:
         With error feedback the nearest one to the weight as the errors before it changed it, where the statistics are
         at hand, else one within MAX_CHANGE scales more.
         """
-        rounding, at_end = torch.finfo(scale_dtype), codes.abs() >= packing.code_max
-        searched, feedback = packing.bits == 4 and self.rule != "absmax", packing.bits == 4 and FEEDBACK in self.rule
+        rule, rounding = self.facts["rule"] if packing.bits == 4 else "absmax", torch.finfo(scale_dtype)
+        feedback, at_end = FEEDBACK in rule, codes.abs() >= packing.code_max
         decoded, steps, aims = codes * scales, torch.full_like(scales, 0.5 + 1e-5), weights
         if feedback and self.importance is None:
             steps += MAX_CHANGE
@@ -4886,11 +4839,11 @@ class Verification:
         # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
         slack = packing.code_max * rounding.eps / 2 * (scales.abs() * at_end + rounding.smallest_normal)
         wrong = ~((aims - decoded).abs() <= scales.abs() * steps + slack)
-        if searched:
+        if rule != "absmax":
             clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
             reach = scales.abs() * (LEAST_STEP + feedback * MAX_CHANGE)
             wrong &= ~(clipped & (aims.abs() > decoded.abs()) & (aims * decoded > 0) & (aims.abs() <= reach))
-            if self.rule == "mse":
+            if rule == "mse":
                 wrong |= worse_than_absmax(weights, decoded, scale_dtype, packing)
         elif not torch.equal(absmax_scales(weights, scale_dtype, packing)[:, : scales.shape[1]], scales):
             raise Mismatch(
@@ -4903,24 +4856,6 @@ class Verification:
                 f"row {first + row}, column {column} decodes to {float(decoded[row, column]):.6g}, the source has"
                 f" {float(weights[row, column]):.6g}, too far for a scale of {float(scales[row, column]):.6g}"
             )
-
-    def _decode(
-        self, outputs: list[torch.Tensor], first: int, last: int, columns: int, packing: Packing
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode codes and the scale of each, float32 (rows, columns): through the bytes, which hold the low nibble
-        first."""
-        words, scales = outputs[:2]
-        if self.plan.options.format.transposed:
-            words, scales = words[:, first:last].T, scales[:, first:last].T
-        else:
-            words, scales = words[first:last], scales[first:last]
-        codes = words.contiguous().view(torch.uint8)
-        if packing.bits == 4:
-            codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
-        codes, half = codes.to(torch.float32), packing.code_max + 1
-        codes = codes - half if self.plan.options.format.with_offset else codes - 2 * half * (codes >= half)
-        scales = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)
-        return codes[:, :columns], scales[:, :columns]
 
 
 def worse_than_absmax(
@@ -5025,7 +4960,7 @@ def print_verification(verification: Verification) -> None:
     say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
     for name, error in sorted(verification.errors.items(), key=lambda item: -item[1].rms)[:5]:
         say(f"  worst: {three_digits(error.rms)}  {shorten(name, terminal_width() - 18)}")
-    if FEEDBACK in verification.rule and not outputs:
+    if FEEDBACK in verification.facts["rule"] and not outputs:
         say_paragraph(
             "Note:",
             f"codes {FEEDBACK} are checked to be within {MAX_CHANGE + 0.5} scales of their weights; with the"
@@ -5194,8 +5129,6 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
     finally:
         progress.clear()
         output.clean_up()
-    if conversion.half_way:
-        progress.stages.append((f"Mid-{conversion.meter.task.replace('izing', 'ization')}", conversion.half_way))
     progress.mark("Compared" if compared else "Written")
     if compared:
         seconds = format_seconds(time.monotonic() - progress.started)

@@ -122,8 +122,8 @@ def test_a_shard_is_synced_while_it_is_still_being_written(tiny, tmp_path, monke
     """So that little is left to wait for at its end. Run in this process: the disk's work leaves no other trace."""
     count, fsync, early = q.Conversion._count, os.fsync, threading.Event()
 
-    def count_and_wait(conversion, job, seconds):
-        count(conversion, job, seconds)
+    def count_and_wait(conversion, job):
+        count(conversion, job)
         assert early.wait(60)
 
     def note(fd):

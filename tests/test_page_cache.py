@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import itertools
 import mmap
 import os
 import subprocess
@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint, write_sparse_checkpoint
 from conftest import SCRIPT, command, quantize, read_tensors
+from safetensors.torch import save_file
 
 import quantize_int4 as q
 
@@ -63,7 +64,7 @@ def test_nothing_that_a_run_reads_or_writes_stays_cached(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_nor_what_it_reads_through_the_cache_for_lack_of_another_way(checkpoint, tmp_path, direct):
-    quantize(checkpoint, tmp_path / "out", constants={} if direct else {"DIRECT_BYTES": 0})
+    quantize(checkpoint, tmp_path / "out", constants={} if direct else {"O_DIRECT": 0})
     assert cached_bytes(*checkpoint.iterdir()) < HEADERS
     quantize(checkpoint, tmp_path / "other", "--threads", 1)
     one, other = (read_tensors(tmp_path / name) for name in ("out", "other"))
@@ -124,34 +125,20 @@ def test_the_summary_says_what_the_cache_holds_more_than_before(checkpoint, tmp_
     assert "the page cache holds " in quantize(checkpoint, tmp_path / "out").stdout
 
 
-def test_a_tensor_takes_nothing_from_the_read_of_another_that_shares_its_bytes(tmp_path):
-    tied = torch.arange(4096.0)
-    torch.save({"one.weight": tied, "other.weight": tied}, tmp_path / "model.pth")
-    forget(tmp_path / "model.pth")
-    with contextlib.closing(q.Checkpoint.open(tmp_path)) as checkpoint:
-        one, other = (checkpoint.tensors[f"{name}.weight"] for name in ("one", "other"))
-        file = checkpoint.files[one.file]
-        ahead = q.DirectRead(one.offset, one.offset + one.nbytes, concurrent.futures.Future())
-        ahead.result.set_result((mmap.mmap(-1, one.nbytes), 0))  # a buffer that is already in use for other bytes
-        file._ahead[one.name, 0] = ahead
-        found = bytearray(other.nbytes)
-        checkpoint.read_into(other, 0, memoryview(found))
-        assert found == tied.numpy().tobytes()
-
-
-def test_bytes_that_cannot_be_read_around_the_cache_are_left_to_others(tmp_path):
-    reads, folder = q.DirectReads(), os.open(tmp_path, os.O_RDONLY)
-    with contextlib.closing(reads):
-        read = reads.start(folder, 0, 100)  # of a folder
-        assert not read.copy_into(memoryview(bytearray(10)), 0)
-        assert not reads.finish(read)
-        (tmp_path / "file").write_bytes(bytes(range(100)))
-        file = os.open(tmp_path / "file", os.O_RDONLY)
-        assert not reads.start(file, 90, 110).copy_into(memoryview(bytearray(10)), 90)  # which ends before
-        assert not reads.start(file, 10, 20).copy_into(memoryview(bytearray(10)), 15)  # not asked for
-        found = bytearray(4)
-        assert reads.start(file, 10, 20).copy_into(memoryview(found), 12)
-        assert found == bytes([12, 13, 14, 15])
+def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
+    """Tied tensors of a pickle lie in the same bytes; in a safetensors file a tensor may begin anywhere."""
+    tied = torch.arange(40_000.0)
+    torch.save({"one.weight": tied, "other.weight": tied[1000:2000]}, tmp_path / "model.pth")
+    tensors = {"odd.mask": torch.ones(4099).bool(), "m.weight": tied.bfloat16(), "n.weight": tied[:5].half()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    forget(*tmp_path.iterdir())
+    files = q.PickleFile(tmp_path / "model.pth"), q.SafetensorsFile(tmp_path / "model.safetensors")
+    expected = {"one.weight": tied, "other.weight": tied[1000:2000], **tensors}
+    for file, (name, info) in itertools.chain(*(itertools.product([each], each.infos.items()) for each in files)):
+        for start, nbytes in ((0, info.nbytes), (info.nbytes // 2, info.nbytes - info.nbytes // 2), (0, 1)):
+            found = file.read(info, start, nbytes, memoryview(mmap.mmap(-1, nbytes + q.READ_MARGIN)))
+            whole = expected[name].view(torch.uint8).numpy().tobytes()
+            assert bytes(found) == whole[start : start + nbytes] == bytes(file.read(info, start, nbytes))
 
 
 @pytest.fixture

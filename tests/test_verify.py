@@ -247,9 +247,9 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
 
     quantize(tiny, tmp_path / "out")
     with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
-        verification = q.Verification(checkpoint, tmp_path / "out", Guard(), None)
+        verification = q.Verification(checkpoint, tmp_path / "out", guard := Guard(), None)
         with pytest.raises(q.MemoryGuardError):
-            verification.run(1, q.Progress(verification.guard))
+            verification.run(1, q.Progress(guard))
     assert verification.meter.tensors_done == 3
 
 
