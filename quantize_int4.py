@@ -1579,16 +1579,17 @@ def allocate(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Find the largest magnitude of each group: (n, group_size) of any float dtype -> float32 (n,). NaN counts as
-    largest.
+def scale_by_absmax(groups: torch.Tensor, scales: torch.Tensor, code_max: int, workspace: Workspace) -> torch.Tensor:
+    """Put max|w| / code_max of each group, (n, group_size) of any float dtype, into `scales`, NaN counting as largest;
+    return the groups as float32 in the workspace.
 
     Taken on the bits: for floats without sign the order of the bits is the order of the values, and torch compares
     integers several times faster than floats, of which any might be NaN.
     """
     magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, *groups.shape))
     bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[groups.dtype.itemsize])
-    return torch.amax(bits, -1).view(groups.dtype).to(torch.float32)
+    scales.copy_(torch.amax(bits, -1).view(groups.dtype).to(torch.float32).div_(code_max))
+    return workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
 
 
 def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
@@ -1635,10 +1636,9 @@ def quantize_groups(
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
     and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
     """
-    scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
+    scales = workspace.tensor("scales", scale_dtype, len(groups))
     by_kernel = rounding.kernel and groups.shape[1] <= MAX_GROUP
-    quantize = rounding.kernel.quantize if by_kernel else quantize_with_torch
-    words = quantize(groups, scales, workspace, rounding)
+    words = (rounding.kernel.quantize if by_kernel else quantize_with_torch)(groups, scales, workspace, rounding)
     if not torch.isfinite(scales).all():
         raise NotQuantizable(scales)
     return words, scales
@@ -1648,16 +1648,14 @@ def quantize_with_torch(
     groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
 ) -> torch.Tensor:
     """Return the words and fill in the scales of `quantize_groups`."""
-    weights = workspace.tensor("weights", torch.float32, *groups.shape)
-    scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
-    weights.copy_(groups)
-    codes = workspace.tensor("codes", torch.int16, *groups.shape)
+    weights = scale_by_absmax(groups, scales, CODE_MAX, workspace)
     if rounding.feedback:
-        round_with_feedback(weights, scales, codes, workspace, rounding)
+        round_with_feedback(weights, scales, workspace, rounding)
     else:
         if rounding.importance is not None:
             scales.copy_(search_scales(weights, scales, rounding.importance, workspace))
-        codes.copy_(round_to_codes(weights, divisors_of(scales), weights))
+        round_to_codes(weights, divisors_of(scales), weights)
+    codes = workspace.tensor("codes", torch.int16, *groups.shape).copy_(weights)
     return pack_int4(codes, workspace, rounding.with_offset)
 
 
@@ -1669,14 +1667,13 @@ def quantize_to_int8(
     groups:  (n, group_size), any float dtype
     returns: words int32 (n, group_size // 4) and scales `scale_dtype` (n,), both in the workspace
     """
-    scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
-    scales.copy_(max_abs(groups, workspace).div_(127))
+    scales = workspace.tensor("scales", scale_dtype, len(groups))
+    weights = scale_by_absmax(groups, scales, 127, workspace)
     if not torch.isfinite(scales).all():
         raise NotQuantizable(scales)
-    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
-    torch.div(weights, divisors_of(scales)[:, None], out=weights).round_().clamp_(-128, 127).add_(128)
-    workspace.tensor("words", torch.uint8, *groups.shape).copy_(weights)
-    return workspace.tensor("words", torch.int32, groups.shape[0], groups.shape[1] // 4), scales
+    codes = round_to_codes(weights, divisors_of(scales), weights, code_max=127)
+    workspace.tensor("words", torch.uint8, *groups.shape).copy_(codes.add_(128))
+    return workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // 4), scales
 
 
 def divisors_of(scales: torch.Tensor) -> torch.Tensor:
@@ -1685,9 +1682,11 @@ def divisors_of(scales: torch.Tensor) -> torch.Tensor:
     return divisors.masked_fill_(divisors == 0, 1)
 
 
-def round_to_codes(weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def round_to_codes(
+    weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor, code_max: int = CODE_MAX
+) -> torch.Tensor:
     """Put clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
-    return torch.div(weights, divisors[:, None], out=out).round_().clamp_(CODE_MIN, CODE_MAX)
+    return torch.div(weights, divisors[:, None], out=out).round_().clamp_(-code_max - 1, code_max)
 
 
 def search_scales(
@@ -1788,32 +1787,29 @@ def spread_of(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     return spread
 
 
-def round_with_feedback(
-    weights: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, workspace: Workspace, rounding: Rounding
-) -> None:
-    """Fill in the scales (n,) and the codes int16 (n, group_size) of whole rows of weights, float32 (n, group_size).
+def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding) -> None:
+    """Replace whole rows of weights, float32 (n, group_size), by their codes, and fill in the scales (n,).
 
     A group's scale is searched for its weights as the errors of the groups before change them. Then column by column is
     rounded as those before change it, by MAX_CHANGE scales at most.
     """
-    importance, feedback = rounding.importance, rounding.feedback
-    groups_per_row, group_size = importance.shape
-    weights, codes = (tensor.view(-1, groups_per_row, group_size) for tensor in (weights, codes))
+    shape, feedback = rounding.importance.shape, rounding.feedback  # groups of a row, and columns of a group
+    weights, scales = weights.view(-1, *shape), scales.view(-1, shape[0])
+    factors, spreads = feedback.factor.unflatten(0, shape), feedback.spread.unflatten(0, shape)
     carried = torch.zeros(len(weights), feedback.factor.shape[1])  # c of each row
-    for group in range(groups_per_row):
-        factor, spread = (part.unflatten(0, importance.shape)[group] for part in (feedback.factor, feedback.spread))
-        changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(weights[:, group].T, spread)], 1)
+    for group, (factor, spread) in enumerate(zip(factors, spreads)):
+        columns = weights[:, group].T
+        changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(columns, spread)], 1)
         absmax = (changed.abs().amax(1) / CODE_MAX).to(scales.dtype)
-        found = search_scales(changed, absmax, importance[group : group + 1], workspace)
-        scales.view(-1, groups_per_row)[:, group] = found
+        found = search_scales(changed, absmax, rounding.importance[group : group + 1], workspace)
+        scales[:, group] = found
         divisors, steps = divisors_of(found), found.to(torch.float32)
         most = divisors.abs() * MAX_CHANGE
-        for i in range(group_size):
-            weight = weights[:, group, i]
-            change = sum_in_lanes(carried * spread[i]).clamp_(-most, most)
-            code = ((weight + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
-            carried += (weight - code * steps)[:, None] * factor[i]
-            codes[:, group, i] = code
+        for column, v, u in zip(columns, factor, spread):
+            change = sum_in_lanes(carried * u).clamp_(-most, most)
+            codes = ((column + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
+            carried += (column - codes * steps)[:, None] * v
+            column.copy_(codes)
 
 
 def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
@@ -1870,9 +1866,8 @@ def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = Fal
 def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
     """Unpack words, int32 (rows, columns // 8), to codes, int8 (rows, columns)."""
     words = words ^ OFFSET_BITS if with_offset else words
-    shifts = torch.arange(
-        28, -4, -4, dtype=torch.int32, device=words.device
-    )  # code i to the top, then back with its sign
+    # code i to the top, then back with its sign
+    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
 
 
