@@ -294,6 +294,7 @@ CODES_PER_WORD = 8  # 4-bit codes in an int32
 # Of `search_scales`. Placed for least error on Gaussian, Laplace and Student-t (5) weights in groups of 32 to 128; a
 # grid of 70 from 6.8 to 13.7 gains no more than 0.16 % of the relative RMS error.
 SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
+SEARCH_MULTIPLIERS = [round(step * (1 << 11)) for step in SEARCH_STEPS]  # of parts of 2^14: codes times 2^25
 SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
 MAX_GROUP = 1024  # columns of a group that the kernel takes: the sums of its search fit 32 bits
 MAX_RANK = 64  # of a factor of second moments
@@ -1512,16 +1513,17 @@ def allocate(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def max_abs(groups: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Find the largest magnitude of each group: (n, group_size) of any float dtype -> float32 (n,). NaN counts as
-    largest.
+def scale_by_absmax(groups: torch.Tensor, scales: torch.Tensor, code_max: int, workspace: Workspace) -> torch.Tensor:
+    """Put max|w| / code_max of each group, (n, group_size) of any float dtype, into `scales`, NaN counting as largest;
+    return the groups as float32 in the workspace.
 
     Taken on the bits: for floats without sign the order of the bits is the order of the values, and torch compares
     integers several times faster than floats, of which any might be NaN.
     """
     magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, *groups.shape))
     bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[groups.dtype.itemsize])
-    return torch.amax(bits, -1).view(groups.dtype).to(torch.float32)
+    scales.copy_(torch.amax(bits, -1).view(groups.dtype).to(torch.float32).div_(code_max))
+    return workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
 
 
 def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
@@ -1568,10 +1570,9 @@ def quantize_groups(
     float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
     and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
     """
-    scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
+    scales = workspace.tensor("scales", scale_dtype, len(groups))
     by_kernel = rounding.kernel and groups.shape[1] <= MAX_GROUP
-    quantize = rounding.kernel.quantize if by_kernel else quantize_with_torch
-    words = quantize(groups, scales, workspace, rounding)
+    words = (rounding.kernel.quantize if by_kernel else quantize_with_torch)(groups, scales, workspace, rounding)
     if not torch.isfinite(scales).all():
         raise NotQuantizable(scales)
     return words, scales
@@ -1581,16 +1582,14 @@ def quantize_with_torch(
     groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
 ) -> torch.Tensor:
     """Return the words and fill in the scales of `quantize_groups`."""
-    weights = workspace.tensor("weights", torch.float32, *groups.shape)
-    scales.copy_(max_abs(groups, workspace).div_(CODE_MAX))
-    weights.copy_(groups)
-    codes = workspace.tensor("codes", torch.int16, *groups.shape)
+    weights = scale_by_absmax(groups, scales, CODE_MAX, workspace)
     if rounding.feedback:
-        round_with_feedback(weights, scales, codes, workspace, rounding)
+        round_with_feedback(weights, scales, workspace, rounding)
     else:
         if rounding.importance is not None:
             scales.copy_(search_scales(weights, scales, rounding.importance, workspace))
-        codes.copy_(round_to_codes(weights, divisors_of(scales), weights))
+        round_to_codes(weights, divisors_of(scales), weights)
+    codes = workspace.tensor("codes", torch.int16, *groups.shape).copy_(weights)
     return pack_int4(codes, workspace, rounding.with_offset)
 
 
@@ -1602,14 +1601,13 @@ def quantize_to_int8(
     groups:  (n, group_size), any float dtype
     returns: words int32 (n, group_size // 4) and scales `scale_dtype` (n,), both in the workspace
     """
-    scales = workspace.tensor("scales", scale_dtype, groups.shape[0])
-    scales.copy_(max_abs(groups, workspace).div_(127))
+    scales = workspace.tensor("scales", scale_dtype, len(groups))
+    weights = scale_by_absmax(groups, scales, 127, workspace)
     if not torch.isfinite(scales).all():
         raise NotQuantizable(scales)
-    weights = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
-    torch.div(weights, divisors_of(scales)[:, None], out=weights).round_().clamp_(-128, 127).add_(128)
-    workspace.tensor("words", torch.uint8, *groups.shape).copy_(weights)
-    return workspace.tensor("words", torch.int32, groups.shape[0], groups.shape[1] // 4), scales
+    codes = round_to_codes(weights, divisors_of(scales), weights, code_max=127)
+    workspace.tensor("words", torch.uint8, *groups.shape).copy_(codes.add_(128))
+    return workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // 4), scales
 
 
 def divisors_of(scales: torch.Tensor) -> torch.Tensor:
@@ -1618,9 +1616,11 @@ def divisors_of(scales: torch.Tensor) -> torch.Tensor:
     return divisors.masked_fill_(divisors == 0, 1)
 
 
-def round_to_codes(weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def round_to_codes(
+    weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor, code_max: int = CODE_MAX
+) -> torch.Tensor:
     """Put clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
-    return torch.div(weights, divisors[:, None], out=out).round_().clamp_(CODE_MIN, CODE_MAX)
+    return torch.div(weights, divisors[:, None], out=out).round_().clamp_(-code_max - 1, code_max)
 
 
 def search_scales(
@@ -1665,7 +1665,7 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
     parts.copy_(torch.mul(weights, factors[:, None], out=products.view(torch.float32)).round_())
     torch.mul(parts.view(by_row), shares, out=weighed.view(by_row)).add_(1 << 13).bitwise_right_shift_(14)
     best_gain, best_scales = torch.zeros_like(largest), torch.zeros_like(largest)
-    for step in search_multipliers().tolist():
+    for step in SEARCH_MULTIPLIERS:
         torch.mul(parts, step, out=codes).bitwise_right_shift_(16)
         codes.add_(1 << 8).bitwise_right_shift_(9).clamp_(CODE_MIN, CODE_MAX)
         products_sum = torch.mul(weighed, codes, out=products).sum(-1, dtype=sum_dtype).to(torch.float32)
@@ -1675,11 +1675,6 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
         better = gain > best_gain
         best_gain, best_scales = torch.where(better, gain, best_gain), torch.where(better, scales, best_scales)
     return best_scales * -largest
-
-
-def search_multipliers() -> torch.Tensor:
-    """Return SEARCH_STEPS for parts of 2^14: the product is the code with 25 fractional bits."""
-    return torch.tensor(SEARCH_STEPS).mul_(1 << 11).round_().to(torch.int16)
 
 
 def squared_errors(
@@ -1726,32 +1721,29 @@ def spread_of(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     return spread
 
 
-def round_with_feedback(
-    weights: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, workspace: Workspace, rounding: Rounding
-) -> None:
-    """Fill in the scales (n,) and the codes int16 (n, group_size) of whole rows of weights, float32 (n, group_size).
+def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding) -> None:
+    """Replace whole rows of weights, float32 (n, group_size), by their codes, and fill in the scales (n,).
 
     A group's scale is searched for its weights as the errors of the groups before change them. Then column by column is
     rounded as those before change it, by MAX_CHANGE scales at most.
     """
-    importance, feedback = rounding.importance, rounding.feedback
-    groups_per_row, group_size = importance.shape
-    weights, codes = (tensor.view(-1, groups_per_row, group_size) for tensor in (weights, codes))
+    shape, feedback = rounding.importance.shape, rounding.feedback  # groups of a row, and columns of a group
+    weights, scales = weights.view(-1, *shape), scales.view(-1, shape[0])
+    factors, spreads = feedback.factor.unflatten(0, shape), feedback.spread.unflatten(0, shape)
     carried = torch.zeros(len(weights), feedback.factor.shape[1])  # c of each row
-    for group in range(groups_per_row):
-        factor, spread = (part.unflatten(0, importance.shape)[group] for part in (feedback.factor, feedback.spread))
-        changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(weights[:, group].T, spread)], 1)
+    for group, (factor, spread) in enumerate(zip(factors, spreads)):
+        columns = weights[:, group].T
+        changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(columns, spread)], 1)
         absmax = (changed.abs().amax(1) / CODE_MAX).to(scales.dtype)
-        found = search_scales(changed, absmax, importance[group : group + 1], workspace)
-        scales.view(-1, groups_per_row)[:, group] = found
+        found = search_scales(changed, absmax, rounding.importance[group : group + 1], workspace)
+        scales[:, group] = found
         divisors, steps = divisors_of(found), found.to(torch.float32)
         most = divisors.abs() * MAX_CHANGE
-        for i in range(group_size):
-            weight = weights[:, group, i]
-            change = sum_in_lanes(carried * spread[i]).clamp_(-most, most)
-            code = ((weight + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
-            carried += (weight - code * steps)[:, None] * factor[i]
-            codes[:, group, i] = code
+        for column, v, u in zip(columns, factor, spread):
+            change = sum_in_lanes(carried * u).clamp_(-most, most)
+            codes = ((column + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
+            carried += (column - codes * steps)[:, None] * v
+            column.copy_(codes)
 
 
 def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
@@ -1808,9 +1800,8 @@ def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = Fal
 def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
     """Unpack words, int32 (rows, columns // 8), to codes, int8 (rows, columns)."""
     words = words ^ OFFSET_BITS if with_offset else words
-    shifts = torch.arange(
-        28, -4, -4, dtype=torch.int32, device=words.device
-    )  # code i to the top, then back with its sign
+    # code i to the top, then back with its sign
+    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
 
 
@@ -1825,195 +1816,248 @@ typedef __UINT32_TYPE__ uint32;
 typedef __INT16_TYPE__ int16;
 typedef __INT32_TYPE__ int32;
 typedef union { uint32 bits; float value; } word;
+
+/* Eight floats or doubles at once are what the compiler makes of these on any processor. */
+typedef float floats __attribute__((vector_size(32)));
+typedef double doubles __attribute__((vector_size(64)));
+
 enum { BF16, FLOAT16, FLOAT32 };
 
-/* A function that the compiler works on once, not at each call. */
-#define SEPARATE static __attribute__((noinline))
+typedef struct {  /* as class Work */
+    const char *weights;
+    uint8 *packed;
+    float *scales;
+    const float *importance;
+    const int16 *shares;
+    const float *factor, *spread;
+    long dtype, groups, group_size, in_row, rank, dropped, offset;
+} work;
+
+#define MAX(one, other) ((one) > (other) ? (one) : (other))
+#define MIN(one, other) ((one) < (other) ? (one) : (other))
 
 /* A multiple of 8 that the compiler sees as one, which spares it code for the rest. */
 #define WHOLE(size) ((size) & ~7L)
 
+/* A function that the compiler works on once, not at each call. */
+#define SEPARATE static __attribute__((noinline))
+
+/* Add up a term of each k in the order of `sum_in_lanes`; `declared` are the eight lanes. */
+#define SUM(declared, count, term) ({                                                               \
+    declared = {0};                                                                                 \
+    for (long start = 0; start < (count); start += 8)                                               \
+        for (long lane = 0, k = start; lane < 8; lane++, k++)                                       \
+            lanes[lane] += (term);                                                                  \
+    (lanes[0] + lanes[4] + (lanes[2] + lanes[6])) + (lanes[1] + lanes[5] + (lanes[3] + lanes[7]));  \
+})
+
 /* A bf16 is the upper half of a float. A float16's exponent is less by 112, and 31 for infinity and NaN. */
 static inline float widen(uint16 weight, int dtype) {
-    word wide = {(uint32)weight << 16}, magnitude = {(uint32)(weight & 0x7FFF) << 13};
-    if (dtype == BF16)
-        return wide.value;
-    magnitude.value *= 0x1p112f;
-    magnitude.bits |= (weight & 0x7FFF) >= 0x7C00 ? 0x7F800000 : 0;
-    magnitude.bits |= wide.bits & 0x80000000;
-    return magnitude.value;
+    word wide = {(uint32)weight << 16};
+    if (dtype == FLOAT16) {
+        wide.bits = (wide.bits & 0x80000000) | (uint32)(weight & 0x7FFF) << 13;
+        wide.value *= 0x1p112f;
+        wide.bits |= (weight & 0x7FFF) >= 0x7C00 ? 0x7F800000 : 0;
+    }
+    return wide.value;
 }
 
-SEPARATE void widen_group(const void *restrict weights, int dtype, float *restrict wide, long group_size) {
-    for (long i = 0; dtype == BF16 && i < group_size; i++)
-        wide[i] = widen(((const uint16 *)weights)[i], BF16);
-    for (long i = 0; dtype == FLOAT16 && i < group_size; i++)
-        wide[i] = widen(((const uint16 *)weights)[i], FLOAT16);
-    for (long i = 0; dtype == FLOAT32 && i < group_size; i++)
-        wide[i] = ((const float *)weights)[i];
+/* One of a pair of weights, of which the odd one is in the higher bits. */
+static inline float read(const void *restrict weights, int dtype, long pair, long odd) {
+    if (dtype == FLOAT32)
+        return ((const float *)weights)[2 * pair + odd];
+    return widen(((const uint32 *)weights)[pair] >> 16 * odd, dtype);
+}
+
+/* The largest magnitude, found by its bits: without sign these have the order of the values, and NaN is above all. */
+static inline float largest_of(const void *restrict weights, int dtype, long size) {
+    int32 most = 0;
+    int16 most_of_16 = 0;
+    for (long i = 0; dtype == FLOAT32 && i < size; i++)
+        most = MAX(most, ((const int32 *)weights)[i] & 0x7FFFFFFF);
+    for (long i = 0; dtype != FLOAT32 && i < size; i++) {
+        int16 magnitude = ((const int16 *)weights)[i] & 0x7FFF;
+        most_of_16 = MAX(most_of_16, magnitude);
+    }
+    word largest = {most};
+    return dtype == FLOAT32 ? largest.value : widen(most_of_16, dtype);
 }
 
 /* A scale as its dtype stores it, which drops some of a float's bits: none for float32, 13 for float16, 16 for bf16. */
 static inline float round_scale(float scale, int dropped) {
-    word all = {.value = scale}, magnitude = {all.bits & 0x7FFFFFFF};
-    if (!dropped || magnitude.bits >= 0x7F800000)
+    word rounded = {.value = scale};
+    float magnitude = MAX(scale, -scale);
+    if (!dropped || !(magnitude < __builtin_inff()))
         return scale;
-    if (dropped == 13 && magnitude.bits < 0x38800000)
-        magnitude.value = magnitude.value + 0.5f - 0.5f;  /* subnormal: a multiple of 2^-24 */
-    else {
-        magnitude.bits += (1 << (dropped - 1)) - 1 + (magnitude.bits >> dropped & 1);
-        magnitude.bits &= -(1 << dropped);
-    }
-    if (dropped == 13 && magnitude.bits >= 0x47800000)
-        magnitude.bits = 0x7F800000;
-    magnitude.bits |= all.bits & 0x80000000;
-    return magnitude.value;
+    if (dropped == 13 && magnitude < 0x1p-14f)
+        return scale + 0.75f - 0.75f;  /* subnormal: a multiple of 2^-24 */
+    if (dropped == 13 && magnitude >= 65520)
+        return __builtin_inff();
+    rounded.bits += (1 << (dropped - 1)) - 1 + (rounded.bits >> dropped & 1);
+    rounded.bits &= -(1 << dropped);
+    return rounded.value;
 }
 
-/* The largest magnitude, as bits: without sign these have the order of the values, and NaN is above all. */
-static inline int16 largest_of_16(const uint16 *restrict weights, long group_size) {
-    int16 most = 0;
-    for (long i = 0; i < group_size; i++) {
-        int16 magnitude = weights[i] & 0x7FFF;
-        most = magnitude > most ? magnitude : most;
-    }
-    return most;
-}
-
-SEPARATE float absmax_scale(const float *restrict weights, int dropped, long group_size) {
-    int32 most = 0;
-    for (long i = 0; i < group_size; i++) {
-        word weight = {.value = weights[i]};
-        int32 magnitude = weight.bits & 0x7FFFFFFF;
-        most = magnitude > most ? magnitude : most;
-    }
-    word largest = {most};
-    return round_scale(largest.value / 7, dropped);
-}
-
-/* Of a code to which 1.5 * 2^23 was added; `zero` has the bits of code 0. On integers it is a third of the time. */
-static inline int32 clamp(float sum, int32 zero) {
+/* The code of a quotient to which 1.5 * 2^23 was added, and which was rounded so. On integers it is a third of the
+   time. */
+static inline int32 code(float sum) {
     word rounded = {.value = sum};
-    int32 bits = rounded.bits;
-    bits = bits > zero + 7 ? zero + 7 : bits;
-    return (bits < zero - 8 ? zero - 8 : bits) - zero;
+    int32 bits = MIN((int32)rounded.bits, 0x4B400007);
+    return MAX(bits, 0x4B3FFFF8) - 0x4B400000;
 }
 
-/* With w * (1 / scale) instead of w / scale no code differs, for weights and scales of 11 significant bits or less.
+/* Divide weights by their scale and add 1.5 * 2^23, half of the sums for even columns, half for odd ones.
+
+   With w * (1 / scale) instead of w / scale no code differs, for weights and scales of 11 significant bits or less.
    Their quotient, if below 8, is half-way between two integers or at least 2^-13 away from there, since both are
    multiples of a unit of at least scale / 2^12; larger ones are clamped either way. The product is off by less than
    2^-19; adding 192 rounds it to a multiple of 2^-16, which makes half-way cases exact again and moves no other one
-   across; adding 1.5 * 2^23 rounds it to an integer, half to even. */
-static inline uint32 code(float weight, float reciprocal) {
-    return clamp(weight * reciprocal + 192.0f + 12582912.0f, 0x4B4000C0) & 15;
+   across; adding the rest rounds it to an integer, half to even. */
+static inline void divide(const void *restrict weights, int dtype, float scale, int dropped, float *restrict sums,
+                          long size) {
+    float divisor = scale ? scale : 1, reciprocal = 1 / divisor;
+    if (dtype != FLOAT32 && dropped && MAX(divisor, -divisor) >= 0x1p-126f)  /* else the reciprocal may be infinite */
+        for (long i = 0; i < size / 2; i++)
+            for (long odd = 0; odd < 2; odd++)
+                sums[odd * MAX_GROUP + i] = read(weights, dtype, i, odd) * reciprocal + 192.0f + (12582912.0f - 192.0f);
+    else
+        for (long i = 0; i < size / 2; i++)
+            for (long odd = 0; odd < 2; odd++)
+                sums[odd * MAX_GROUP + i] = read(weights, dtype, i, odd) / divisor + 12582912.0f;
 }
 
-static inline void pack_16(const uint32 *restrict pairs, const int dtype, float reciprocal, uint8 *restrict packed,
-                           uint8 offset, long half) {
-    for (long i = 0; i < half; i++) {
-        uint32 low = code(widen(pairs[i], dtype), reciprocal), high = code(widen(pairs[i] >> 16, dtype), reciprocal);
-        packed[i] = (low | high << 4) ^ offset;
-    }
+SEPARATE void pack(const float *restrict sums, uint8 offset, uint8 *restrict packed, long count) {
+    for (long i = 0; i < count / 2; i++)
+        packed[i] = ((code(sums[i]) & 15) | code(sums[MAX_GROUP + i]) << 4) ^ offset;
 }
 
-SEPARATE void pack(const float *restrict weights, float scale, uint8 *restrict packed, uint8 offset, long group_size) {
-    int32 codes[MAX_GROUP];
-    for (long i = 0; i < group_size; i++)
-        codes[i] = clamp(weights[i] / (scale ? scale : 1) + 12582912.0f, 0x4B400000);
-    for (long i = 0; i < group_size / 2; i++)
-        packed[i] = ((codes[2 * i] & 15) | codes[2 * i + 1] << 4) ^ offset;
-}
-
-/* Many groups of 16 bits, scaled by their largest weight. First the scales of some, then their codes: while one group's
-   division waits for its largest weight, the next ones go on. */
-static inline void quantize_16(const uint16 *restrict weights, const int dtype, int dropped, uint8 offset,
-                               uint8 *restrict packed, float *restrict scales, long groups, const long group_size) {
-    for (long first = 0; first < groups; first += 32)
-        for (long pass = 0; pass < 2; pass++)
-            for (long group = first; group < groups && group < first + 32; group++) {
-                const uint16 *own = weights + group * group_size;
-                float scale = scales[group], wide[MAX_GROUP];
-                if (pass == 0)
-                    scales[group] = round_scale(widen(largest_of_16(own, group_size), dtype) / 7, dropped);
-                else if (scale >= 0x1p-126f || !scale)
-                    pack_16((const uint32 *)own, dtype, 1 / (scale ? scale : 1), packed + group * group_size / 2,
-                            offset, group_size / 2);
-                else {  /* a scale whose reciprocal is not normal, or not a number */
-                    widen_group(own, dtype, wide, group_size);
-                    pack(wide, scale, packed + group * group_size / 2, offset, group_size);
-                }
-            }
-}
-
-#if SEARCH  /* which takes the compiler as long again */
-
-/* Eight doubles or floats at once are what the compiler makes of these on any processor. */
-typedef double doubles __attribute__((vector_size(64)));
-typedef float floats __attribute__((vector_size(32)));
-typedef int32 ints __attribute__((vector_size(32)));
-
-#define FOLD(lanes) ((lanes[0] + lanes[4] + (lanes[2] + lanes[6])) + (lanes[1] + lanes[5] + (lanes[3] + lanes[7])))
-
-static float find_scale(const float *restrict weights, const int16 *restrict share, const int16 *restrict steps,
-                        long count, long group_size) {
+/* As the script's function, but for one group, of which the largest magnitude is known. */
+SEPARATE float find_scale(const float *restrict weights, float most, const int16 *restrict share, long size) {
+    static const int16 steps[] = {SEARCH_MULTIPLIERS};
     int16 parts[MAX_GROUP], weighed[MAX_GROUP];
-    uint32 lowest = 0;  /* as integers without sign, negative weights are the largest */
-    int32 highest = 0;
-    for (long i = 0; i < group_size; i++) {
-        word weight = {.value = weights[i]};
-        lowest = weight.bits > lowest ? weight.bits : lowest;
-        highest = (int32)weight.bits > highest ? (int32)weight.bits : highest;
-    }
-    word low = {lowest}, high = {highest};
-    float largest = -low.value > high.value ? low.value : high.value;
-    float factor = largest > 1e-30f || largest < -1e-30f ? 1 / largest * -16384 : 0;
+    int positive = 0;
+    for (long i = 0; i < size; i++)
+        positive |= weights[i] == most;
+    float largest = positive ? most : -most, factor = most > 1e-30f ? 1 / largest * -16384 : 0;
     float best_gain = 0, best_scale = 0;
-    for (long i = 0; i < group_size; i++) {
+    for (long i = 0; i < size; i++) {
         word sum = {.value = weights[i] * factor + 12582912.0f};
         parts[i] = sum.bits;
         weighed[i] = (parts[i] * share[i] + 8192) >> 14;
     }
-    for (long step = 0; step < count; step++) {
+    for (long step = 0; step < (long)(sizeof steps / sizeof *steps); step++) {
         int products = 0, squares = 0;
-        for (long i = 0; i < group_size; i++) {
+        for (long i = 0; i < size; i++) {
             int16 code = parts[i] * steps[step] >> 16;
             code = (int16)(code + 256) >> 9;
-            code = code > 7 ? 7 : code;
-            code = code < -8 ? -8 : code;
+            code = MIN(code, 7);
+            code = MAX(code, -8);
             products += weighed[i] * code;
             squares += (int16)(code * code) * share[i];
         }
         float scale = (float)products / (float)squares, gain = (float)products * scale;
         best_scale = gain > best_gain ? scale : best_scale;
-        best_gain = gain > best_gain ? gain : best_gain;
+        best_gain = MAX(gain, best_gain);
     }
     return best_scale * -largest;
 }
 
-static float squared_error(const float *restrict weights, float divisor, const float *restrict counts,
-                           long group_size) {
-    float terms[MAX_GROUP];
-    floats lanes = {0};
-    for (long i = 0; i < group_size; i++) {
-        float error = clamp(weights[i] / divisor + 12582912.0f, 0x4B400000) * divisor - weights[i];
+static float squared_error(const float *restrict weights, float scale, const float *restrict counts, long size) {
+    float terms[MAX_GROUP], divisor = scale ? scale : 1;
+    for (long i = 0; i < size; i++) {
+        float error = code(weights[i] / divisor + 12582912.0f) * divisor - weights[i];
         terms[i] = error * error * counts[i];
     }
-    for (long i = 0; i < group_size; i += 8)
-        for (long lane = 0; lane < 8; lane++)
-            lanes[lane] += terms[i + lane];
-    return FOLD(lanes);
+    return SUM(floats lanes, size, terms[k]);
 }
 
-/* The scale of least squared error if there are steps to search it by, else that of the largest weight. */
-static float choose_scale(const float *restrict weights, const int16 *restrict share, const float *restrict counts,
-                          const int16 *restrict steps, long count, int dropped, long group_size) {
-    float absmax = absmax_scale(weights, dropped, group_size);
-    if (!count)
+/* The scale of least squared error where columns have importance, else that of the largest weight. */
+static inline float choose_scale(const work *all, const void *restrict weights, int dtype, long group) {
+    long size = WHOLE(all->group_size);
+    float largest = largest_of(weights, dtype, size), absmax = round_scale(largest / 7, all->dropped), wide[MAX_GROUP];
+    if (!SEARCH || !all->importance)  /* what is not needed takes the compiler as long again */
         return absmax;
-    float found = round_scale(find_scale(weights, share, steps, count, group_size), dropped);
-    float found_error = squared_error(weights, found ? found : 1, counts, group_size);
-    float absmax_error = squared_error(weights, absmax ? absmax : 1, counts, group_size);
-    return found && found_error < absmax_error ? found : absmax;
+    for (long i = 0; i < size / 2; i++)
+        for (long odd = 0; odd < 2; odd++)
+            wide[2 * i + odd] = read(weights, dtype, i, odd);
+    long column = group % all->in_row * size;
+    const float *counts = all->importance + column;
+    float found = round_scale(find_scale(wide, largest, all->shares + column, size), all->dropped);
+    float found_error = squared_error(wide, found, counts, size);
+    return found && found_error < squared_error(wide, absmax, counts, size) ? found : absmax;
+}
+
+/* First the scales of some groups, then their codes: while one group's division waits for its largest weight, the next
+   ones go on. */
+static inline void quantize_groups(const work *all, int dtype) {
+    float sums[2 * MAX_GROUP];
+    long size = WHOLE(all->group_size), bytes = size * (dtype == FLOAT32 ? 4 : 2), some = 2 * MAX_GROUP / size;
+    for (long first = 0; first < all->groups; first += some) {
+        const char *weights = all->weights + first * bytes;
+        float *scales = all->scales + first;
+        some = MIN(some, all->groups - first);
+        for (long i = 0; i < some; i++)
+            scales[i] = choose_scale(all, weights + i * bytes, dtype, first + i);
+        for (long i = 0; i < some; i++)
+            divide(weights + i * bytes, dtype, scales[i], all->dropped, sums + i * size / 2, size);
+        pack(sums, all->offset, all->packed + first * size / 2, some * size);
+    }
+}
+
+/* Rows with feedback, up to eight at once. */
+SEPARATE void quantize_rows(const work *all, long first, long rows) {
+    long size = WHOLE(all->group_size), columns = all->in_row * size, rank = WHOLE(all->rank);
+    float lines[8][2 * MAX_GROUP];
+    floats block[MAX_GROUP], carried[64] = {0}, scales = {0}, divisors, most, codes;
+    for (long column = 0; column < columns; column += size) {
+        const float *weights = (const float *)all->weights + first * columns + column;
+        const float *factor = all->factor + column * rank, *spread = all->spread + column * rank;
+        for (long i = 0; i < size; i++) {
+            for (long row = 0; row < 8; row++)
+                block[i][row] = row < rows ? weights[row * columns + i] : 0;
+            floats changed = block[i] + SUM(floats lanes[8], rank, spread[i * rank + k] * carried[k]);
+            for (long row = 0; row < 8; row++)
+                lines[row][i] = changed[row];
+        }
+        for (long row = 0; row < rows; row++) {
+            long group = (first + row) * all->in_row + column / size;
+            scales[row] = all->scales[group] = choose_scale(all, lines[row], FLOAT32, group);
+        }
+        for (long row = 0; row < 8; row++) {
+            divisors[row] = scales[row] ? scales[row] : 1;
+            most[row] = MAX_CHANGE * MAX(divisors[row], -divisors[row]);
+        }
+        for (long i = 0; i < size; i++) {
+            floats change = SUM(floats lanes[8], rank, spread[i * rank + k] * carried[k]);
+            for (long row = 0; row < 8; row++) {
+                change[row] = change[row] > most[row] ? most[row] : change[row];
+                change[row] = change[row] < -most[row] ? -most[row] : change[row];
+            }
+            floats sums = (block[i] + change) / divisors + 12582912.0f;
+            for (long row = 0; row < 8; row++) {
+                codes[row] = code(sums[row]);
+                lines[row][i % 2 * MAX_GROUP + i / 2] = sums[row];
+            }
+            floats error = block[i] - codes * scales;
+            for (long k = 0; k < rank; k++)
+                carried[k] += error * factor[i * rank + k];
+        }
+        for (long row = 0; row < rows; row++)
+            pack(lines[row], all->offset, all->packed + ((first + row) * columns + column) / 2, size);
+    }
+}
+
+void quantize(const work *all) {
+    long rows = all->groups / all->in_row;
+    if (SEARCH && all->rank)
+        for (long row = 0; row < rows; row += 8)
+            quantize_rows(all, row, MIN(rows - row, 8));
+    else if (all->dtype == BF16)
+        quantize_groups(all, BF16);
+    else if (all->dtype == FLOAT16)
+        quantize_groups(all, FLOAT16);
+    else
+        quantize_groups(all, FLOAT32);
 }
 
 void spread_of(const float *restrict factor, const float *restrict rest, float *restrict spread, long columns,
@@ -2022,139 +2066,30 @@ void spread_of(const float *restrict factor, const float *restrict rest, float *
     for (long k = 0; k < rank; k++)
         for (long i = 0; i < rank; i++)
             inverse[k][i / 8][i % 8] = k == i;
-    for (long column = columns - 1; column >= 0; column--) {
+    for (long column = columns - 1; SEARCH && column >= 0; column--) {
         const float *direction = factor + column * rank;
-        for (long i = 0; i < rank / 8; i++) {
-            doubles lanes[8] = {0};
-            for (long k = 0; k < rank; k += 8)
-                for (long lane = 0; lane < 8; lane++)
-                    lanes[lane] += inverse[k + lane][i] * direction[k + lane];
-            turned[i] = FOLD(lanes);
-        }
-        doubles lanes = {0};
         for (long i = 0; i < rank / 8; i++)
-            for (long lane = 0; lane < 8; lane++)
-                lanes[lane] += turned[i][lane] * direction[i * 8 + lane];
-        double divisor = rest[column] + FOLD(lanes), reciprocal = 1 / divisor;
+            turned[i] = SUM(doubles lanes[8], rank, inverse[k][i] * direction[k]);
+        double divisor = rest[column] + SUM(doubles lanes, rank, turned[k / 8][k % 8] * direction[k]);
         for (long k = 0; k < rank; k++) {
             spread[column * rank + k] = turned[k / 8][k % 8] / divisor;
             for (long i = 0; i < rank / 8; i++)
-                inverse[k][i] -= turned[k / 8][k % 8] * turned[i] * reciprocal;
+                inverse[k][i] -= turned[k / 8][k % 8] * turned[i] * (1 / divisor);
         }
     }
-}
-
-/* One column of eight rows: what the errors that they carry add to it. */
-static inline floats carried_to(const floats *carried, const float *spread, long rank) {
-    floats lanes[8] = {0};
-    for (long k = 0; k < rank; k += 8)
-        for (long lane = 0; lane < 8; lane++)
-            lanes[lane] += spread[k + lane] * carried[k + lane];
-    return FOLD(lanes);
-}
-
-#define CHOOSE(condition, one, other) (((one) & (condition)) | ((other) & ~(condition)))
-
-static inline floats bound(floats change, floats most) {
-    ints bits = CHOOSE(change > most, (ints)most, (ints)change);
-    return (floats)CHOOSE((floats)bits < -most, (ints)-most, bits);
-}
-
-static inline floats round_to_codes(floats quotients) {
-    ints bits = (ints)(quotients + 12582912.0f), most = {0}, least = {0};
-    most += 0x4B400007;
-    least += 0x4B3FFFF8;
-    bits = CHOOSE(bits > most, most, bits);
-    return (floats)CHOOSE(bits < least, least, bits) - 12582912.0f;
-}
-
-/* One group of eight rows, or of `height`, whose weights are `columns` apart. */
-static void round_group(const float *restrict weights, const float *restrict counts, const int16 *restrict share,
-                        const float *restrict factor, const float *restrict spread, long rank,
-                        const int16 *restrict steps, long count, int dropped, uint8 offset, floats *restrict carried,
-                        uint8 *restrict packed, float *restrict scales, long height, long columns, long group_size) {
-    floats block[MAX_GROUP], divisors = {0}, sizes = {0}, most = {0};
-    float lines[8][MAX_GROUP];
-    for (long i = 0; i < group_size; i++) {
-        for (long row = 0; row < 8; row++)
-            block[i][row] = row < height ? weights[row * columns + i] : 0;
-        floats changed = block[i] + carried_to(carried, spread + i * rank, rank);
-        for (long row = 0; row < 8; row++)
-            lines[row][i] = changed[row];
-    }
-    for (long row = 0; row < height; row++) {
-        sizes[row] = choose_scale(lines[row], share, counts, steps, count, dropped, group_size);
-        divisors[row] = sizes[row] ? sizes[row] : 1;
-        most[row] = MAX_CHANGE * (divisors[row] < 0 ? -divisors[row] : divisors[row]);
-        scales[row * (columns / group_size)] = sizes[row];
-    }
-    for (long i = 0; i < group_size; i++) {
-        floats weight = block[i], change = bound(carried_to(carried, spread + i * rank, rank), most);
-        block[i] = round_to_codes((weight + change) / divisors);
-        floats error = weight - block[i] * sizes;
-        for (long k = 0; k < rank; k++)
-            carried[k] += error * factor[i * rank + k];
-    }
-    for (long row = 0; row < height; row++)
-        for (long i = 0; i < group_size; i += 2)
-            packed[(row * columns + i) / 2] =
-                (((int32)block[i][row] & 15) | ((int32)block[i + 1][row] & 15) << 4) ^ offset;
-}
-
-#else
-#define choose_scale(weights, share, counts, steps, count, dropped, size) absmax_scale(weights, dropped, size)
-#endif
-
-/* Groups of weights, `in_row` of them a row, and what their columns count. With feedback if there is a rank. */
-void quantize(const void *restrict weights, int dtype, const float *restrict importance, const int16 *restrict shares,
-              long in_row, const float *restrict factor, const float *restrict spread, long rank,
-              const int16 *restrict steps, long count, int dropped, uint8 offset, uint8 *restrict packed,
-              float *restrict scales, long groups, long group_size) {
-    long columns = in_row * group_size, rows = groups / in_row, bytes = dtype == FLOAT32 ? 4 : 2;
-#if SEARCH
-    if (rank) {
-        for (long row = 0; row < rows; row += 8) {
-            floats carried[64] = {0};
-            for (long column = 0; column < columns; column += group_size) {
-                long first = row * columns + column;
-                round_group((const float *)weights + first, importance + column, shares + column,
-                            factor + column * rank, spread + column * rank, rank, steps, count, dropped, offset,
-                            carried, packed + first / 2, scales + first / group_size,
-                            rows - row < 8 ? rows - row : 8, columns, WHOLE(group_size));
-            }
-        }
-        return;
-    }
-#endif
-    if (count || dtype == FLOAT32 || !dropped) {
-        for (long group = 0; group < groups; group++) {
-            float wide[MAX_GROUP];
-            long column = group % in_row * group_size;
-            widen_group((const char *)weights + group * group_size * bytes, dtype, wide, WHOLE(group_size));
-            scales[group] = choose_scale(wide, shares + column, importance + column, steps, count, dropped,
-                                         WHOLE(group_size));
-            pack(wide, scales[group], packed + group * group_size / 2, offset, WHOLE(group_size));
-        }
-    } else if (group_size == 32)  /* a size that the compiler knows takes a third of the time */
-        dtype == BF16 ? quantize_16(weights, BF16, dropped, offset, packed, scales, groups, 32)
-                      : quantize_16(weights, FLOAT16, dropped, offset, packed, scales, groups, 32);
-    else
-        dtype == BF16 ? quantize_16(weights, BF16, dropped, offset, packed, scales, groups, group_size)
-                      : quantize_16(weights, FLOAT16, dropped, offset, packed, scales, groups, group_size);
 }
 """
 # Of the processor what torch uses, as it or ATEN_CPU_CAPABILITY says. Nothing is linked, so that no C library's files
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
-    *("-x", "c", "-O3", "-shared", "-fPIC", "-nostdlib"),
-    *("-ffp-contract=off", "-fno-trapping-math", f"-DMAX_GROUP={MAX_GROUP}", f"-DMAX_CHANGE={MAX_CHANGE}"),
+    *("-x", "c", "-O3", "-shared", "-fPIC", "-nostdlib", "-ffp-contract=off", "-fno-trapping-math"),
+    *(f"-DMAX_GROUP={MAX_GROUP}", f"-DMAX_CHANGE={MAX_CHANGE}"),
+    f"-DSEARCH_MULTIPLIERS={','.join(map(str, SEARCH_MULTIPLIERS))}",
     *{
         "AVX2": ("-mavx2", "-mfma"),
         "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     }.get(torch.backends.cpu.get_cpu_capability(), ()),
 )
-
-
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of the source's enum
 SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of a float's
 
@@ -2163,45 +2098,48 @@ class NoKernel(Exception):
     """Why there is none."""
 
 
+class Work(ctypes.Structure):
+    """What the compiled function gets: addresses of contiguous tensors, then numbers."""
+
+    _addresses = ("weights", "packed", "scales", "importance", "shares", "factor", "spread")
+    _numbers = ("dtype", "groups", "group_size", "in_row", "rank", "dropped", "offset")
+    _fields_ = (*zip(_addresses, [ctypes.c_void_p] * 7), *zip(_numbers, [ctypes.c_long] * 7))
+
+
 class Kernel:
-    """The compiled functions. Their tensors must be contiguous, as those of a workspace are."""
+    """The compiled functions, of which calls release the interpreter lock."""
 
     def __init__(self, library: Path, search: bool):
-        functions = ctypes.CDLL(str(library))  # calls release the interpreter lock
-        self.search = search  # whether it has more than absmax scales
-        self._quantize = functions.quantize
-        pointer, number = ctypes.c_void_p, ctypes.c_long
-        self._quantize.argtypes = [pointer, ctypes.c_int, pointer, pointer, number, pointer, pointer, number]
-        self._quantize.argtypes += [pointer, number, ctypes.c_int, ctypes.c_uint8, pointer, pointer, number, number]
-        if search:
-            self._spread_of = functions.spread_of
-            self._spread_of.argtypes = [pointer, pointer, pointer, number, number]
+        functions = ctypes.CDLL(str(library))
+        self._search = search  # whether it has more than absmax scales
+        self._quantize, self._spread_of = functions.quantize, functions.spread_of
+        self._spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
 
     def quantize(
         self, groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
     ) -> torch.Tensor:
         """Do what `quantize_with_torch` does, in groups of up to MAX_GROUP."""
-        importance, feedback = rounding.importance, rounding.feedback
+        importance, feedback, (count, group_size) = rounding.importance, rounding.feedback, groups.shape
         if feedback or groups.dtype not in KERNEL_DTYPES:
             groups = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
-        steps, counts, shares = (torch.empty(0, dtype=torch.int16),) * 3
+        words = workspace.tensor("words", torch.int32, count, group_size // CODES_PER_WORD)
+        found = workspace.tensor("found", torch.float32, count)
+        tensors = {"weights": groups, "packed": words, "scales": found}
         if importance is not None:
-            steps, counts, shares = search_multipliers(), importance.contiguous(), shares_of(importance).to(torch.int16)
-        factors = (feedback.factor, feedback.spread) if feedback else (counts, counts)
-        words = workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // CODES_PER_WORD)
-        found = workspace.tensor("found", torch.float32, len(groups))
-        self._quantize(
-            *(groups.data_ptr(), KERNEL_DTYPES.index(groups.dtype)),
-            *(counts.data_ptr(), shares.data_ptr(), max(len(counts), 1)),
-            *(factors[0].data_ptr(), factors[1].data_ptr(), factors[0].shape[1] if feedback else 0),
-            *(
-                steps.data_ptr(),
-                len(steps),
-                SCALE_BITS_DROPPED[scales.dtype],
-                OFFSET_BITS & 0xFF if rounding.with_offset else 0,
-            ),
-            *(words.data_ptr(), found.data_ptr(), *groups.shape),
+            tensors |= {"importance": importance.contiguous(), "shares": shares_of(importance).to(torch.int16)}
+        if feedback:
+            tensors |= {"factor": feedback.factor, "spread": feedback.spread}
+        work = Work(
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+            dtype=KERNEL_DTYPES.index(groups.dtype),
+            groups=count,
+            group_size=group_size,
+            in_row=1 if importance is None else len(importance),
+            rank=feedback.factor.shape[1] if feedback else 0,
+            dropped=SCALE_BITS_DROPPED[scales.dtype],
+            offset=OFFSET_BITS & 0xFF if rounding.with_offset else 0,
         )
+        self._quantize(ctypes.byref(work))
         scales.copy_(found)
         return words
 
@@ -2213,35 +2151,37 @@ class Kernel:
 
     def works(self) -> bool:
         """Compare it with torch before the compiler is relied upon."""
-        trials = [rounding_trial()] + ([search_trial(), feedback_trial(self)] if self.search else [])
-        for groups, importance, feedbacks in trials:
-            if feedbacks and not torch.equal(feedbacks[0].spread, feedbacks[1].spread):
+        for weights, importance, factor in [rounding_trial(), *((search_trial(), feedback_trial()) * self._search)]:
+            results = []
+            for kernel in (self, None):
+                feedback = None if factor is None else Feedback.of(importance.flatten(), factor, kernel)
+                results.append([feedback.spread] if feedback else [])
+                rounding, dtypes = Rounding(True, importance, feedback), (torch.float32,) if feedback else KERNEL_DTYPES
+                for dtype, scale_dtype in itertools.product(dtypes, SCALE_BITS_DROPPED):
+                    quantize = kernel.quantize if kernel else quantize_with_torch
+                    scales = torch.empty(len(weights), dtype=scale_dtype)
+                    results[-1] += [quantize(weights.to(dtype), scales, Workspace(), rounding), scales]
+            if not all(map(torch.equal, *results)):
                 return False
-            dtypes = KERNEL_DTYPES if feedbacks is None else (torch.float32,)
-            for dtype, scale_dtype in itertools.product(dtypes, SCALE_BITS_DROPPED):
-                results = []
-                for quantize, feedback in zip((self.quantize, quantize_with_torch), feedbacks or (None, None)):
-                    scales, rounding = torch.empty(len(groups), dtype=scale_dtype), Rounding(True, importance, feedback)
-                    results += [quantize(groups.to(dtype), scales, Workspace(), rounding), scales]
-                if not (torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])):
-                    return False
         return True
 
 
-Trial = tuple[torch.Tensor, torch.Tensor | None, tuple[Feedback, Feedback] | None]  # weights, importance, feedback
+Trial = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # weights, importance, factor
 
 
 def rounding_trial() -> Trial:
-    """Make groups with the largest weight at each place, and half-way cases at many scales.
+    """Make groups with the largest weight at each place, and half-way cases at many scales, of which some are half-way
+    cases of their own dtype.
 
     Groups of 376 are, in pairs, some rounds of each loop that the compiler makes: of 64 and 32 with AVX-512, 32 and 16
     with AVX2, 16 and 8 with NEON, and a rest.
     """
     size = 376
-    scales = (1 + torch.arange(size) / 32) * 2.0 ** (torch.arange(size) % 9 - 23)  # subnormal ones in float16, too
+    number = torch.arange(size)
+    scales = (1 + number / 32 + number % 2 * 2.0**-11) * 2.0 ** (number % 13 - 23)  # subnormal ones in float16, too
     halves = torch.arange(-6.5, 7, 0.5).repeat(14)[:size]
     groups = scales[:, None] * halves
-    return groups.fill_diagonal_(0) + torch.diag(scales * 7 * (-1) ** torch.arange(size)), None, None
+    return groups.fill_diagonal_(0) + torch.diag(scales * 7 * (-1) ** number), None, None
 
 
 def search_trial() -> Trial:
@@ -2253,20 +2193,16 @@ def search_trial() -> Trial:
     return groups, torch.arange(2.0 * size).view(2, size) * 0.618 % 1, None
 
 
-def feedback_trial(kernel: Kernel) -> Trial:
-    """Make as many rows as are not whole rounds of the loop over eight, with absmax scales that are half-way cases (in
-    groups that count nothing), and with a weak column behind strong ones, where changes are bounded."""
+def feedback_trial() -> Trial:
+    """Make as many rows as are not whole rounds of the loop over eight, and a weak column behind strong ones, where
+    changes are bounded."""
     rows, size, rank = 20, 40, 16
     weights = torch.randn(rows * 4, size, generator=torch.Generator().manual_seed(0)).mul_(5)
     importance = torch.arange(4.0 * size).view(4, size) * 0.618 % 1
-    importance[0], importance[3, -8:-1], importance[3, -1] = 0, 40, 0.1
+    importance[3, -8:-1], importance[3, -1] = 40, 0.1
     factor = (torch.arange(4.0 * size * rank) * 0.414 % 1).view(-1, rank)
     factor[-8:] = 1
-    factor *= importance.view(-1, 1).sqrt() / 4
-    for number, dtype in enumerate((torch.float16, torch.bfloat16)):
-        half_way = 7 * 64 * (1 + torch.finfo(dtype).eps * (0.5 + torch.arange(rows // 2)))
-        weights[4 * number :: 8, 7] = half_way
-    return weights, importance, tuple(Feedback.of(importance.flatten(), factor, k) for k in (kernel, None))
+    return weights, importance, factor * importance.view(-1, 1).sqrt() / 4
 
 
 @functools.cache
