@@ -353,20 +353,11 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}  # in config.json, narrower than a checkpoint's
-DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()} | {  # of all that a pickle may hold
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}  # of all that a pickle may hold
+DTYPE_NAMES |= {getattr(torch, f"int{bits}"): f"I{bits}" for bits in (8, 16, 32, 64)}
+DTYPE_NAMES |= {getattr(torch, f"uint{bits}"): f"U{bits}" for bits in (8, 16, 32, 64)}
+DTYPE_NAMES |= {torch.bool: "BOOL", torch.complex64: "C64"}
+DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 
 # Names, by the convention of the architectures on the hub; `find_roles` knows other ones by their shape and place.
 EMBEDDING_PATTERN = re.compile(
@@ -2683,6 +2674,21 @@ class Options:
     importance: Importance | None = None
     restore: bool = False  # the other way: from `format` to dense weights
 
+    @classmethod
+    def of(cls, values: Mapping, importance: Importance | None = None, restore: bool = False) -> Options:
+        """Take options by their names, from the command line or from what a folder says of itself."""
+        return cls(
+            FORMATS[values["format"]],
+            values["group_size"],
+            round(values["shard_size_gb"] * GB),
+            tuple(values["exclude"]),
+            values["quantize_embeddings"],
+            tuple(values["int8"]),
+            values["scale"],
+            importance,
+            restore,
+        )
+
     @property
     def rule(self) -> str:
         """Say in words how scales and codes are chosen."""
@@ -2742,6 +2748,11 @@ class Plan:
     stacks: int  # of experts, that are read as one weight an expert
     warnings: list[str]
     notes: list[str]
+
+    @property
+    def other_files(self) -> dict[str, Path | bytes]:
+        """List what is beside the shards, by name: files to copy and contents to write, the index last."""
+        return {path.name: path for path in self.copied} | self.written
 
 
 def _json_bytes(value: dict) -> bytes:
@@ -3342,6 +3353,14 @@ def describe_facts(checkpoint: Checkpoint, options: Options) -> dict:
     }
 
 
+def read_facts(folder: Path) -> dict:
+    """Read how a finished folder was made (`describe_facts`), which each of its shards says."""
+    for path in sorted(folder.glob("model-*.safetensors")):
+        if facts := read_metadata(path).get(FACTS_KEY):
+            return json.loads(facts)
+    raise QuantizeError(f"{folder}: no shard in it says how it was made: only this program's own folders can be read")
+
+
 def make_fingerprint(facts: dict, sources: list[TensorInfo], hashes: dict[str, str]) -> str:
     """Hash all that decides the output, but for the times of the weights' files: these call for a comparison."""
     sizes = {name: size for name, (size, _) in facts["sources"].items()}
@@ -3655,11 +3674,7 @@ class OutputFolder:
             )
 
     def planned_names(self) -> set[str]:
-        return {
-            *(shard.name for shard in self.plan.shards),
-            *(path.name for path in self.plan.copied),
-            *self.plan.written,
-        }
+        return {shard.name for shard in self.plan.shards} | self.plan.other_files.keys()
 
     def _survey(self, overwrite: bool) -> tuple[set[str], list[Path]]:
         """Sort what is in the folder: what this run need not write again, and what it is to remove. The user's own
@@ -3720,17 +3735,17 @@ class OutputFolder:
             if same and metadata.get(FACTS_KEY) != json.dumps(self.plan.facts):
                 self.compare.add(path.name)
             return path.name in self.compare
-        if path.name in self.plan.written:
-            return path.read_bytes() == self.plan.written[path.name]
-        source = next((source for source in self.plan.copied if source.name == path.name), None)
-        return source is not None and filecmp.cmp(path, source, shallow=False)
+        planned = self.plan.other_files.get(path.name)
+        if isinstance(planned, bytes):
+            return path.read_bytes() == planned
+        return planned is not None and filecmp.cmp(path, planned, shallow=False)
 
     def bytes_to_write(self) -> int:
         """Count what the disk must still hold, less what will be removed from it first."""
-        shards = sum(shard.size for shard in self.plan.shards if shard.name not in self.finished)
-        copied = sum(path.stat().st_size for path in self.plan.copied if path.name not in self.finished)
-        written = sum(len(data) for name, data in self.plan.written.items() if name not in self.finished)
-        return shards + copied + written
+        sizes = {shard.name: shard.size for shard in self.plan.shards}
+        for name, content in self.plan.other_files.items():
+            sizes[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
+        return sum(size for name, size in sizes.items() if name not in self.finished)
 
     def free_disk(self) -> int:
         """Count the bytes that are free for this user once leftovers are removed."""
@@ -3775,15 +3790,16 @@ class OutputFolder:
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name; the index once all is on
         disk."""
-        for source in self.plan.copied:
-            if source.name not in self.finished:
-                with reading(source) as file:
-                    self._write_file(source.name, iter(lambda file=file: file.read(COPY_BYTES), b""))
-        for name, data in self.plan.written.items():
+        for name, content in self.plan.other_files.items():
             if name == INDEX_NAME:
                 sync_file(self.folder)
-            if name not in self.finished:
-                self._write_file(name, [data])
+            if name in self.finished:
+                continue
+            if isinstance(content, bytes):
+                self._write_file(name, [content])
+            else:
+                with reading(content) as file:
+                    self._write_file(name, iter(functools.partial(file.read, COPY_BYTES), b""))
         sync_file(self.folder)
 
     def _write_file(self, name: str, parts: Iterable[bytes]) -> None:
@@ -4270,13 +4286,22 @@ def say_group(label: str, tensors: list[TensorPlan], note: str, kinds: Callable[
 
 def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
     """Say what a run will do, and what the user should know before it."""
-    options, tensors = plan.options, plan.tensors
+    options = plan.options
+    choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
     say_paragraph("From:", str(checkpoint.folder))
     say_paragraph("To:", str(output.folder))
-    choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
-    threads_used = count_of(threads, "thread")
-    say_paragraph("How:", f"format {options.format.name}, groups of {options.group_size}, {choice}, {threads_used}")
+    how = f"format {options.format.name}, groups of {options.group_size}, {choice}, {count_of(threads, 'thread')}"
+    say_paragraph("How:", how)
     say()
+    print_table(plan, checkpoint)
+    say()
+    for label, text in remarks(plan, output, guard, threads):
+        say_paragraph(label, text)
+
+
+def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Print how many tensors of how many bytes have which fate."""
+    options, tensors = plan.options, plan.tensors
     say_row("Plan", "tensors", "size")
     total_in = format_bytes(sum(tensor.bytes_read for tensor in tensors))
     say_row("input", len(checkpoint.tensors), total_in, count_of(len(checkpoint.files), "file"))
@@ -4297,34 +4322,31 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     say_group("kept as they are", [t for t in tensors if not t.packing], "", lambda tensor: tensor.kept_because)
     limit = f"{count_of(len(plan.shards), 'shard')}, up to {format_bytes(options.shard_size)}"
     say_row("output", sum(len(tensor.outputs) for tensor in tensors), format_bytes(plan.total_size), limit)
-    say()
-    for warning in plan.warnings:
-        say_paragraph("WARNING:", warning)
-    for note in plan.notes:
-        say_paragraph("Note:", note)
-    say_paragraph("Copied:", ", ".join(path.name for path in plan.copied) or "no other files")
-    say_paragraph("Written:", ", ".join(sorted(plan.written)))
+
+
+def remarks(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: int) -> Iterator[tuple[str, str]]:
+    """List what the user should know before a run, each with its label."""
+    yield from (("WARNING:", warning) for warning in plan.warnings)
+    yield from (("Note:", note) for note in plan.notes)
+    yield "Copied:", ", ".join(path.name for path in plan.copied) or "no other files"
+    yield "Written:", ", ".join(sorted(plan.written))
     if plan.left_out:
-        say_paragraph("Left out:", ", ".join(plan.left_out))
+        yield "Left out:", ", ".join(plan.left_out)
     if finished := sum(shard.name in output.finished for shard in plan.shards):
-        shards = count_of(len(plan.shards), "shard")
-        say_paragraph("Resuming:", f"{finished:,} of {shards} finished by an earlier run")
+        yield "Resuming:", f"{finished:,} of {count_of(len(plan.shards), 'shard')} finished by an earlier run"
     if output.compare:
-        say_paragraph("Comparing:", f"{count_of(len(output.compare), 'shard')} with source files of another time")
+        yield "Comparing:", f"{count_of(len(output.compare), 'shard')} with source files of another time"
     if output.remove:
-        say_paragraph("Removing:", f"{quote_names(path.name for path in output.remove)} of an earlier run")
+        yield "Removing:", f"{quote_names(path.name for path in output.remove)} of an earlier run"
     needed, free = output.bytes_to_write(), output.free_disk()
     shortage = ": not enough" if needed > free else ""
-    say_paragraph("Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
-    available, peak = guard.read().available, guard.own() + buffer_bytes(plan, threads)
-    say_paragraph(
-        "Memory:",
-        f"about {format_bytes(peak)} at the peak; {format_bytes(available)} available, stops below"
-        f" {format_bytes(guard.min_free)}",
-    )
+    yield "Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}"
+    peak = format_bytes(guard.own() + buffer_bytes(plan, threads))
+    available, least = format_bytes(guard.read().available), format_bytes(guard.min_free)
+    yield "Memory:", f"about {peak} at the peak; {available} available, stops below {least}"
     if shares_memory_with_gpu():
         free = format_bytes(psutil.virtual_memory().free)
-        say_paragraph("GPU:", f"shares this memory; its programs see {free} free now, the page cache not counted")
+        yield "GPU:", f"shares this memory; its programs see {free} free now, the page cache not counted"
 
 
 def print_list(plan: Plan) -> None:
@@ -4515,29 +4537,6 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_facts(folder: Path) -> dict:
-    """Read how a finished folder was made (`describe_facts`), which each of its shards says."""
-    for path in sorted(folder.glob("model-*.safetensors")):
-        if facts := read_metadata(path).get(FACTS_KEY):
-            return json.loads(facts)
-    raise QuantizeError(f"{folder}: no shard in it says how it was made: only this program's own folders can be read")
-
-
-def options_of(facts: dict, importance: Importance | None = None) -> Options:
-    """Return the options that a folder was made with; of the statistics no more is known than what is given here."""
-    values = facts["options"]
-    return Options(
-        FORMATS[values["format"]],
-        values["group_size"],
-        round(values["shard_size_gb"] * GB),
-        tuple(values["exclude"]),
-        values["quantize_embeddings"],
-        tuple(values["int8"]),
-        values["scale"],
-        importance,
-    )
-
-
 def compile_targets(targets: list[str]) -> list[re.Pattern]:
     """Compile the names in an `ignore` or `targets` of compressed-tensors: whole ones, and what follows `re:`."""
     return [re.compile(target[3:] if target[:3] == "re:" else rf"{re.escape(target)}$") for target in targets]
@@ -4559,7 +4558,7 @@ class Verification:
         if self.facts["version"] != FORMAT_VERSION:
             raise QuantizeError(f"{folder} was made by another version of this program: verify it with that one")
         self._refuse_another_source()
-        self.plan = plan_conversion(checkpoint, options_of(self.facts, importance))
+        self.plan = plan_conversion(checkpoint, Options.of(self.facts["options"], importance))
         self.problems: list[str] = []
         self.errors: dict[str, WeightErrors] = {}  # of each quantized weight
         self.kept = 0  # tensors that are as in the source
@@ -4932,7 +4931,7 @@ def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what is asked for; every error is raised."""
-    form = format_asked_for(args)
+    format_asked_for(args)  # a wrong name is said before anything is opened
     guard = MemoryGuard(int(args.min_free_gb * GB))
     progress = Progress(guard)
     args.threads = args.threads or usable_cores()
@@ -4944,7 +4943,7 @@ def run(args: argparse.Namespace) -> None:
         if args.verify and finished:
             refuse_other_options(args)
         else:
-            plan = plan_and_convert(args, form, checkpoint, progress)
+            plan = plan_and_convert(args, checkpoint, progress)
         if args.verify and not args.dry_run:
             verify(checkpoint, args, progress)
     if plan:
@@ -4959,25 +4958,14 @@ def format_asked_for(args: argparse.Namespace) -> Format:
     return FORMATS[name]
 
 
-def default_scale(asked: str | None, form: Format) -> str:
-    """Choose the seed's rule for its own layout, the closer one for engines."""
-    return asked or ("mse" if form.for_engines else "absmax")
-
-
-def make_options(args: argparse.Namespace, form: Format, group_size: int | None) -> Options:
-    """Read what the arguments mean for this format."""
-    if args.importance and default_scale(args.scale, form) != "mse":
+def make_options(args: argparse.Namespace) -> Options:
+    """Read what the arguments mean; the default scale is the seed's for its own layout, the closer one for engines."""
+    form = format_asked_for(args)
+    scale = args.scale or ("mse" if form.for_engines else "absmax")
+    if args.importance and scale != "mse":
         raise UsageError("--importance needs --scale mse")
-    return Options(
-        form,
-        group_size,
-        int(args.shard_size_gb * GB),
-        tuple(args.exclude),
-        args.quantize_embeddings,
-        tuple(args.int8),
-        default_scale(args.scale, form),
-        Importance(args.importance) if args.importance else None,
-    )
+    importance = Importance(args.importance) if args.importance else None
+    return Options.of(vars(args) | {"format": form.name, "scale": scale}, importance)
 
 
 def refuse_other_options(args: argparse.Namespace) -> None:
@@ -4993,15 +4981,13 @@ def refuse_other_options(args: argparse.Namespace) -> None:
         )
 
 
-def plan_and_convert(args: argparse.Namespace, form: Format, checkpoint: Checkpoint, progress: Progress) -> Plan | None:
+def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Plan | None:
     """Print the plan and carry it out; returns it if a folder was written."""
     if args.restore:
-        size = int(args.shard_size_gb * GB)
-        plan = plan_restoration(
-            checkpoint, replace(options_of(read_facts(args.input_dir)), shard_size=size, restore=True)
-        )
+        made = read_facts(args.input_dir)["options"] | {"shard_size_gb": args.shard_size_gb}
+        plan = plan_restoration(checkpoint, Options.of(made, restore=True))
     else:
-        plan = plan_conversion(checkpoint, make_options(args, form, args.group_size))
+        plan = plan_conversion(checkpoint, make_options(args))
     if args.list:
         print_list(plan)
         return None
