@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,13 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from checkpoints import write_checkpoint  # noqa: E402
+from checkpoints import write_checkpoint, write_sparse_checkpoint  # noqa: E402
 from launcher import WIDE, Run, Setting  # noqa: E402
 from tiny_nemotron import TINY, random_tensors, write_other_files  # noqa: E402
+
+import quantize_int4 as q  # noqa: E402
+
+WEIGHT = {"m.weight": torch.ones(4, 128).bfloat16()}
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,28 @@ def tiny(tmp_path_factory) -> Path:
     write_checkpoint(folder, random_tensors(TINY))
     write_other_files(folder, TINY)
     return folder
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A checkpoint of one weight; a test may change it."""
+    return save_model(tmp_path / "in", WEIGHT)
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory) -> Path:
+    """1.6 GB of zeros: long enough a run to meddle with."""
+    folder = tmp_path_factory.mktemp("large")
+    write_sparse_checkpoint(folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(48)}, shards=3)
+    return folder
+
+
+def compiled() -> q.Kernel:
+    """The kernel, without which a test is skipped."""
+    try:
+        return q.compile_kernel(True)
+    except q.NoKernel as reason:
+        pytest.skip(str(reason))
 
 
 def command(input_dir: Path, output_dir: Path, *options: object) -> list[str]:
@@ -68,6 +94,13 @@ def assert_refused(result: subprocess.CompletedProcess, *fragments: str, exit_co
     assert lines[0].startswith("error: ")
     for fragment in fragments:
         assert fragment in lines[0]
+
+
+def refuse(input_dir: Path, output_dir: Path, *fragments: str, options: Sequence = (), exit_code: int = 1) -> None:
+    """Run the command, which must refuse with these words and leave the output folder as it was."""
+    before = folder_bytes(output_dir) if output_dir.is_dir() else output_dir.exists()
+    assert_refused(run_cli(input_dir, output_dir, *options), *fragments, exit_code=exit_code)
+    assert before == (folder_bytes(output_dir) if output_dir.is_dir() else output_dir.exists())
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,6 +19,10 @@ def random(*shape):
     return torch.randn(shape, generator=SEEDED).bfloat16()
 
 
+def layers(*numbers):
+    return {f"model.layers.{number}.self_attn.q_proj.weight": random(64, 128) for number in numbers}
+
+
 def save(folder, tensors, **config):
     """One model.safetensors and a config.json with these entries."""
     folder.mkdir(parents=True)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import quantize, read_tensors, save_model
+from conftest import compiled, quantize, read_tensors, save_model
 
 import quantize_int4 as q
 
@@ -56,10 +56,7 @@ def test_mse_is_never_worse_than_absmax_on_any_group(kind, scale_dtype):
 
 @pytest.fixture
 def kernel() -> q.Kernel:
-    try:
-        return q.compile_kernel(True)
-    except q.NoKernel as reason:
-        pytest.skip(str(reason))
+    return compiled()
 
 
 KINDS = {

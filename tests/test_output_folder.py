@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import stat
+import subprocess
 import threading
+import time
 
 import pytest
 import torch
-from checkpoints import write_checkpoint, write_sparse_checkpoint
-from conftest import command, folder_bytes, quantize, read_tensors, run_cli, save_model
+from checkpoints import write_sparse_checkpoint
+from conftest import assert_refused, command, folder_bytes, quantize, read_tensors, refuse, run_cli, save_model
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_nemotron import NANO_30B, nemotron_tensors
 
 import quantize_int4 as q
 
@@ -184,78 +188,115 @@ def test_the_models_files_are_copied_and_the_rest_is_named_in_the_plan(tmp_path)
         assert name in left_out
 
 
-def test_a_hub_cache_snapshot_of_links_is_read_and_copied_through(tiny, tmp_path):
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for path in tiny.iterdir():
-        (snapshot / path.name).symlink_to(path)
-    quantize(snapshot, tmp_path / "out")
-    quantize(tiny, tmp_path / "direct")
-    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "direct")
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """0.8 GB of zeros: long enough a run to send signals to."""
+    folder = tmp_path_factory.mktemp("large")
+    write_sparse_checkpoint(folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(24)}, shards=3)
+    return folder
 
 
-@pytest.mark.parametrize("layout", ["single file", "several files without index", "indexed"])
-def test_all_safetensors_layouts_give_the_same_tensors(tiny, tmp_path, layout):
-    tensors, folder = read_tensors(tiny), tmp_path / "in"
-    if layout == "single file":
-        save_model(folder, tensors)
-    else:
-        write_checkpoint(folder, tensors, shards=3)
-        if layout != "indexed":
-            (folder / "model.safetensors.index.json").unlink()
-    quantize(folder, tmp_path / "out")
-    quantize(tiny, tmp_path / "expected")
-    output, expected = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "expected")
-    assert output.keys() == expected.keys()
-    assert all(torch.equal(output[name], expected[name]) for name in expected)
+@pytest.mark.parametrize("where", [".", "out", "a/b"])
+def test_an_output_folder_that_is_or_lies_in_the_input_folder_is_refused(model, where):
+    before = folder_bytes(model)
+    assert_refused(run_cli(model, model / where), "input folder")
+    assert folder_bytes(model) == before
 
 
-def test_exclude_keeps_what_any_of_its_patterns_finds(tiny, tmp_path):
-    result = quantize(tiny, tmp_path / "out", "--exclude", r"shared_experts", "--exclude", r"^lm_head")
-    output = read_tensors(tmp_path / "out")
-    assert "lm_head.weight" in output
-    assert "backbone.layers.3.mixer.shared_experts.up_proj.weight" in output
-    assert "backbone.layers.3.mixer.experts.0.up_proj.weight" not in output
-    assert "--exclude shared_experts" in result.stdout
+def test_an_output_folder_reached_through_a_link_into_the_input_is_refused(model, tmp_path):
+    (tmp_path / "link").symlink_to(model)
+    assert_refused(run_cli(model, tmp_path / "link" / "out"), "inside the input folder")
 
 
-def test_embeddings_are_kept_unless_asked_for(tiny, tmp_path):
-    quantize(tiny, tmp_path / "default")
-    quantize(tiny, tmp_path / "asked", "--quantize_embeddings")
-    assert "backbone.embeddings.weight" in read_tensors(tmp_path / "default")
-    assert "backbone.embeddings.qweight" in read_tensors(tmp_path / "asked")
-
-
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
 @pytest.mark.parametrize(
-    ("name", "is_embedding"),
-    [
-        ("model.embed_tokens.weight", True),
-        ("backbone.embeddings.weight", True),
-        ("transformer.wte.weight", True),
-        ("bert.embeddings.word_embeddings.weight", True),
-        ("wpe.weight", True),
-        ("embed_out.weight", False),  # GPT-NeoX's head
-        ("vision.patch_embed.proj.weight", False),
-        ("lm_head.weight", False),
-    ],
+    "name", ["notes.txt", "config.json", "model-00001.safetensors", "model-00001-of-2.safetensors"]
 )
-def test_embeddings_are_known_by_the_last_part_of_their_modules_name(name, is_embedding):
-    assert bool(q.EMBEDDING_PATTERN.search(name)) == is_embedding
+def test_somebody_elses_files_in_the_output_folder_are_refused_always(model, tmp_path, name, overwrite):
+    (tmp_path / "out").mkdir()
+    save_file({"other": torch.ones(3)}, tmp_path / "out" / name)
+    refuse(model, tmp_path / "out", name, "not written by this program", options=overwrite)
 
 
-def plan_counts(stdout: str) -> tuple[int, int, int]:
-    """Tensors in, quantized and kept, from the printed plan."""
-    rows = {line[:35].strip(): line[35:].split() for line in stdout.splitlines()}
-    return tuple(int(rows[row][0].replace(",", "")) for row in ("input", "quantized to 4 bits", "kept as they are"))
+def test_a_finished_run_with_other_options_needs_overwrite(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    refuse(model, tmp_path / "out", "--overwrite", "--group_size was 128, is 64", options=["--group_size", 64])
+    quantize(model, tmp_path / "out", "--group_size", 64, "--overwrite")
+    quantize(model, tmp_path / "expected", "--group_size", 64)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
 
 
-def test_the_full_nemotron_inventory_plans_as_6028_quantized(tmp_path):
-    write_sparse_checkpoint(tmp_path / "in", nemotron_tensors(NANO_30B), shards=13)
-    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run")
-    assert plan_counts(result.stdout) == (6243, 6028, 215)
-    assert "63.2 GB" in result.stdout
-    assert "2,944" in result.stdout  # padded
-    assert not (tmp_path / "out").exists()
-    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run", "--quantize_embeddings")
-    assert plan_counts(result.stdout) == (6243, 6029, 214)
+def test_overwrite_never_removes_a_file_that_no_run_wrote(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    (tmp_path / "out" / "thesis.docx").write_text("years of work")
+    refuse(model, tmp_path / "out", "thesis.docx", options=["--overwrite", "--group_size", 64])
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", "quantize_config.json"])
+@pytest.mark.parametrize("form", ["int4", "gptq"])
+def test_a_file_that_its_owner_edited_is_not_overwritten(tiny, tmp_path, form, name):
+    options = ["--format", form, "--group_size", 64]
+    quantize(tiny, tmp_path / "out", *options)
+    with open(tmp_path / "out" / name, "a") as file:
+        file.write(" ")
+    for more in ([], ["--overwrite"]):
+        refuse(tiny, tmp_path / "out", name, "changed since", options=[*options, *more])
+
+
+def test_a_copy_of_a_file_that_the_source_no_longer_has_goes_with_overwrite(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "in")
+    (tmp_path / "in" / "notes.md").write_text("first version")
+    quantize(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "notes.md").unlink()
+    refuse(tmp_path / "in", tmp_path / "out", "'notes.md'", "--overwrite")
+    quantize(tmp_path / "in", tmp_path / "out", "--overwrite")
+    assert not (tmp_path / "out" / "notes.md").exists()
+
+
+def test_a_folder_that_changes_between_the_plan_and_the_run_is_refused(tiny, tmp_path):
+    options = q.Options(q.FORMATS["int4"], 128, 4 * 10**9, (), False)
+    with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
+        output = q.OutputFolder(tmp_path / "out", q.plan_conversion(checkpoint, options), overwrite=True)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.docx").write_text("years of work")
+        with contextlib.closing(output), pytest.raises(q.QuantizeError, match=r"thesis\.docx"):
+            output.prepare()
+
+
+def test_overwrite_starts_afresh_even_with_the_same_options(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    inode = shard.stat().st_ino
+    quantize(model, tmp_path / "out", "--overwrite")
+    assert shard.stat().st_ino != inode or shard.stat().st_ctime > (tmp_path / "in").stat().st_ctime
+
+
+def test_the_same_command_again_finds_the_folder_complete(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert "complete already" in quantize(model, tmp_path / "out").stdout
+    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
+    write_sparse_checkpoint(
+        tmp_path / "in", {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}, shards=1
+    )
+    refuse(tmp_path / "in", tmp_path / "out", "4.00 TB to write", "free")
+
+
+def test_a_second_run_into_the_same_folder_at_the_same_time_is_refused(large, tmp_path):
+    with subprocess.Popen(command(large, tmp_path / "out"), stdout=subprocess.DEVNULL) as first:
+        wait_for_unfinished(tmp_path / "out")
+        first.send_signal(signal.SIGSTOP)
+        assert_refused(run_cli(large, tmp_path / "out"), "another run is writing")
+        first.send_signal(signal.SIGCONT)
+    assert first.returncode == 0
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def wait_for_unfinished(folder):
+    deadline = time.monotonic() + 30
+    while not list(folder.glob("*.unfinished")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

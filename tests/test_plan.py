@@ -6,8 +6,13 @@ import json
 import re
 
 import pytest
-from conftest import assert_refused, quantize, read_tensors, run_cli
+import torch
+from checkpoints import write_sparse_checkpoint
+from conftest import assert_refused, quantize, read_tensors, refuse, run_cli, save_model
 from small_models import BESIDE, FORMATS, INNER, MOE, PROJECTION, SEPARATE, E, H, is_kept, random, read_config, save
+from tiny_nemotron import NANO_30B, nemotron_tensors
+
+import quantize_int4 as q
 
 # --- entries for what is kept ---------------------------------------------------------------------------------------
 
@@ -210,3 +215,87 @@ def test_quantize_embeddings_means_those_told_by_their_rows_too(tmp_path):
     source = save(tmp_path / "in", PROJECTION | {"shared.weight": random(WORDS_COUNT, H)}, vocab_size=WORDS_COUNT)
     quantize(source, tmp_path / "out", "--quantize_embeddings")
     assert "shared.qweight" in read_tensors(tmp_path / "out")
+
+
+def test_an_exclude_pattern_that_matches_nothing_is_refused(model, tmp_path):
+    for pattern, shown in (("lm_heda", "lm_heda"), (r"lm\.heda", r"'lm\.heda'")):
+        refuse(model, tmp_path / "out", f"--exclude {shown} matches none", options=["--exclude", pattern])
+
+
+def test_a_config_with_a_quantization_config_is_refused(model, tmp_path):
+    (model / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    refuse(model, tmp_path / "out", "config.json", "already quantized")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"m.qweight": torch.ones(4, 16, dtype=torch.int32)},
+        {"m.weight": torch.ones(4, 128, dtype=torch.int8)},
+        {"m.weight": torch.ones(4, 128).to(torch.float8_e4m3fn)},
+        {"m.weight": torch.ones(4, 128), "m.weight_scale_inv": torch.ones(1, 1)},
+    ],
+    ids=["qweight", "int8", "float8", "weight_scale_inv"],
+)
+def test_a_checkpoint_of_quantized_tensors_is_refused(tmp_path, tensors):
+    refuse(save_model(tmp_path / "in", tensors), tmp_path / "out", "already quantized", "'m.")
+
+
+def test_our_own_output_as_input_is_refused(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    refuse(tmp_path / "out", tmp_path / "again", "already quantized")
+
+
+def test_an_output_name_that_the_checkpoint_has_already_is_refused(tmp_path):
+    folder = save_model(tmp_path / "in", {"m.weight": torch.ones(4, 128), "m.scales": torch.ones(4)})
+    refuse(folder, tmp_path / "out", "'m.scales'")
+
+
+def test_exclude_keeps_what_any_of_its_patterns_finds(tiny, tmp_path):
+    result = quantize(tiny, tmp_path / "out", "--exclude", r"shared_experts", "--exclude", r"^lm_head")
+    output = read_tensors(tmp_path / "out")
+    assert "lm_head.weight" in output
+    assert "backbone.layers.3.mixer.shared_experts.up_proj.weight" in output
+    assert "backbone.layers.3.mixer.experts.0.up_proj.weight" not in output
+    assert "--exclude shared_experts" in result.stdout
+
+
+def test_embeddings_are_kept_unless_asked_for(tiny, tmp_path):
+    quantize(tiny, tmp_path / "default")
+    quantize(tiny, tmp_path / "asked", "--quantize_embeddings")
+    assert "backbone.embeddings.weight" in read_tensors(tmp_path / "default")
+    assert "backbone.embeddings.qweight" in read_tensors(tmp_path / "asked")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_embedding"),
+    [
+        ("model.embed_tokens.weight", True),
+        ("backbone.embeddings.weight", True),
+        ("transformer.wte.weight", True),
+        ("bert.embeddings.word_embeddings.weight", True),
+        ("wpe.weight", True),
+        ("embed_out.weight", False),  # GPT-NeoX's head
+        ("vision.patch_embed.proj.weight", False),
+        ("lm_head.weight", False),
+    ],
+)
+def test_embeddings_are_known_by_the_last_part_of_their_modules_name(name, is_embedding):
+    assert bool(q.EMBEDDING_PATTERN.search(name)) == is_embedding
+
+
+def plan_counts(stdout: str) -> tuple[int, int, int]:
+    """Tensors in, quantized and kept, from the printed plan."""
+    rows = {line[:35].strip(): line[35:].split() for line in stdout.splitlines()}
+    return tuple(int(rows[row][0].replace(",", "")) for row in ("input", "quantized to 4 bits", "kept as they are"))
+
+
+def test_the_full_nemotron_inventory_plans_as_6028_quantized(tmp_path):
+    write_sparse_checkpoint(tmp_path / "in", nemotron_tensors(NANO_30B), shards=13)
+    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run")
+    assert plan_counts(result.stdout) == (6243, 6028, 215)
+    assert "63.2 GB" in result.stdout
+    assert "2,944" in result.stdout  # padded
+    assert not (tmp_path / "out").exists()
+    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run", "--quantize_embeddings")
+    assert plan_counts(result.stdout) == (6243, 6029, 214)

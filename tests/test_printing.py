@@ -7,11 +7,12 @@ import pty
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from checkpoints import write_sparse_checkpoint
-from conftest import ROOT, SCRIPT, assert_refused, command, quantize, run_cli, save_model
+from conftest import ROOT, SCRIPT, WEIGHT, assert_refused, command, folder_bytes, quantize, run_cli, save_model
 
 import quantize_int4 as q
 
@@ -52,14 +53,6 @@ def awkward(tmp_path_factory):
     (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
     for number in range(30):
         (folder / f"file_beside_the_weights_{number}.txt").write_text("x")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """1.6 GB of zeros: long enough a run to stop."""
-    folder = tmp_path_factory.mktemp("large")
-    write_sparse_checkpoint(folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(48)}, shards=3)
     return folder
 
 
@@ -265,21 +258,6 @@ def test_colour_is_for_terminals_that_want_it(tiny, tmp_path, environment, colou
 
 
 @pytest.mark.parametrize(
-    ("options", "hint"),
-    [
-        (["--groupsize", "64"], "did you mean --group_size?"),
-        (["--group-sise=64"], "did you mean --group_size?"),
-        (["--format", "compressed_tensors"], "did you mean compressed-tensors?"),
-        (["--exclude", "q_proj", "k_proj"], "give --exclude or --int8 once for each pattern"),
-        (["--format", "awq"], "is none of int4, compressed-tensors, gptq"),
-    ],
-    ids=" ".join,
-)
-def test_a_near_miss_is_a_usage_error_that_says_what_was_meant(tiny, tmp_path, options, hint):
-    assert_refused(run_cli(tiny, tmp_path / "out", *options), hint, "(see quantize_int4.py --help)", exit_code=2)
-
-
-@pytest.mark.parametrize(
     ("pattern", "hint"),
     [
         ("q_prj", "did you mean q_proj?"),
@@ -296,21 +274,6 @@ def test_a_pattern_that_matches_nothing_says_what_was_meant(tiny, tmp_path, patt
 def test_a_model_of_the_hub_is_answered_with_the_command_that_gets_it(tmp_path):
     result = run_cli("nvidia/Some-Model-4B", tmp_path / "out")
     assert_refused(result, "hf download nvidia/Some-Model-4B --local-dir Some-Model-4B, then give Some-Model-4B")
-
-
-def test_the_folders_may_be_given_without_their_options(tiny, tmp_path):
-    arguments = [str(tiny), str(tmp_path / "out"), "--min_free_gb", "0"]
-    assert subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True).returncode == 0
-    assert "holds what it should" in quantize(tiny, tmp_path / "out", "--verify").stdout
-
-
-@pytest.mark.parametrize("option", ["--help", "--version", "--nonsense"])
-def test_help_version_and_usage_errors_do_not_wait_for_torch(tmp_path, option):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run([sys.executable, SCRIPT, option], env=environment, capture_output=True, text=True)
-    assert "torch was imported" not in result.stderr
-    assert result.returncode == (2 if option == "--nonsense" else 0)
 
 
 def test_missing_packages_are_named_each_with_the_command_that_installs_them():
@@ -333,3 +296,101 @@ def test_the_readmes_first_command_works_twice_and_never_touches_another_folder(
     (tmp_path / "tiny" / "config.json").write_text("{}")
     assert subprocess.run(arguments, capture_output=True).returncode == 1
     assert (tmp_path / "tiny" / "config.json").read_text() == "{}"
+
+
+def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
+    summary = quantize(tiny, tmp_path / "out").stdout.split("\nDone in")[1]
+    for words in (
+        "29 tensors quantized, 14 kept",
+        "times smaller",
+        "at the peak of this process",
+        "RAM used",
+        "Available",
+    ):
+        assert words in summary
+    stages = ["Baseline", "Headers read", "Mid-quantization", "Written"]
+    rows = summary.split("All programs, no page cache")[1].splitlines()[1:5]
+    assert [line.split()[0] for line in rows] == [stage.split()[0] for stage in stages]
+
+
+def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
+    folder = save_model(tmp_path / "in", {"attention.heads": torch.ones(4, 64, 128), **WEIGHT})
+    assert (
+        "only 2-D weights are quantized; 1 3-D one (131 kB) kept, e.g. attention.heads"
+        in quantize(folder, tmp_path / "out").stdout
+    )
+
+
+PROGRESS = re.compile(
+    r"quantizing  \d+%  (about \d+ (s|min) left  )?[\d.]+ \w+ of 1\.61 GB  [\d.]+ \w+/s  \d+/48 tensors"
+    r"  RAM .* used, .* available"
+)
+
+
+def test_a_pipe_gets_whole_lines_of_progress(large, tmp_path):
+    result = quantize(large, tmp_path / "out", constants={"PROGRESS_INTERVAL_S": {True: 0.1, False: 0.1}})
+    assert "\r" not in result.stdout
+    assert "\033" not in result.stdout
+    assert any(PROGRESS.fullmatch(line) for line in result.stdout.splitlines())
+
+
+def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
+    master, slave = pty.openpty()
+    with subprocess.Popen(command(large, tmp_path / "out"), stdout=slave, env={**os.environ, "COLUMNS": "200"}) as run:
+        os.close(slave)
+        chunks = []
+        try:
+            while chunk := os.read(master, 4096):
+                chunks.append(chunk)
+        except OSError:  # Linux's end of file of a terminal
+            pass
+    assert run.returncode == 0
+    text = b"".join(chunks).decode()
+    loading, plan, *updates = text.split("\r\033[K")
+    assert loading == "loading torch ..."
+    assert plan.startswith("From:")
+    assert len(updates) >= 2
+    assert PROGRESS.match(updates[0])
+    assert "\n" not in "".join(updates[:-1])
+    assert updates[-1].startswith("\033[32mDone in")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):
+    pipeline = f"{' '.join(command(tiny, tmp_path / 'out'))} | head -1"
+    assert subprocess.run(pipeline, shell=True, capture_output=True).returncode == 0
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "out" / "model.safetensors.index.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_full_log_does_not_end_the_run(tiny, tmp_path):
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command(tiny, tmp_path / "out"), stdout=full, stderr=full).returncode == 0
+    quantize(tiny, tmp_path / "expected")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
+
+
+def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(large, tmp_path):
+    master, slave = pty.openpty()
+    ignoring = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *command(large, tmp_path / "out")]
+    with subprocess.Popen(ignoring, stdout=slave, stderr=slave) as run:
+        os.close(slave)
+        os.read(master, 1)
+        os.close(master)  # from here on, every print fails
+    assert run.returncode == 0
+    assert "complete already" in quantize(large, tmp_path / "out").stdout
+
+
+def test_a_closed_standard_output_does_not_end_the_run(tiny, tmp_path):
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command(tiny, tmp_path / "out")]
+    assert subprocess.run(closed, capture_output=True).stderr == b""
+    assert "complete already" in quantize(tiny, tmp_path / "out").stdout
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(model, tmp_path):
+    (model / "r\u00e9sum\u00e9.md").write_text("x")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command(model, tmp_path / "out"), env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert r"r\xe9sum\xe9.md" in result.stdout

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import tempfile
 import time
@@ -16,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from checkpoints import write_checkpoint, write_sparse_checkpoint
+from checkpoints import write_checkpoint
 from conftest import (
+    WEIGHT,
     assert_refused,
-    command,
     folder_bytes,
     quantize,
     read_tensors,
@@ -27,8 +25,6 @@ from conftest import (
     save_model,
     start_cli,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_memory import GB
 
@@ -363,99 +359,6 @@ def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path
     assert not (folder / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize("place", range(20))
-def test_a_shard_truncated_anywhere_is_refused(tiny, tmp_path, place):
-    source = tmp_path / "in"
-    shutil.copytree(tiny, source)
-    shard = source / "model-00001-of-00002.safetensors"
-    header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
-    places = [header * i // 9 for i in range(10)] + [
-        header + (shard.stat().st_size - 1 - header) * i // 9 for i in range(10)
-    ]
-    os.truncate(shard, places[place])
-    assert_refused(run_cli(source, tmp_path / "out"), shard.name, "not a whole safetensors file")
-    assert not (tmp_path / "out").exists()
-
-
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_damaged_header_is_refused_or_changes_nothing(tmp_path, data):
-    source = tmp_path / "in"
-    if not source.exists():
-        write_checkpoint(source, {f"m.{i}.weight": torch.ones(24, 128 + 8 * i).bfloat16() for i in range(4)})
-    shard = source / "model-00001-of-00002.safetensors"
-    whole = (tmp_path / "whole").read_bytes() if (tmp_path / "whole").exists() else shard.read_bytes()
-    (tmp_path / "whole").write_bytes(whole)
-    shard.write_bytes(whole)
-    infos = q.Checkpoint.open(source).tensors
-    header = 8 + int.from_bytes(whole[:8], "little")
-    start = data.draw(st.integers(0, header - 1))
-    damage = data.draw(st.binary(min_size=1, max_size=min(12, header - start)))
-    shard.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
-    try:
-        assert q.Checkpoint.open(source).tensors == infos
-    except q.QuantizeError as error:
-        assert shard.name in str(error) or "index" in str(error)
-
-
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-LIES = {
-    "overlap": {"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}},
-    "gap": {"a": ENTRY, "b": {**ENTRY, "data_offsets": [16, 24]}},
-    "out of range": {"a": {**ENTRY, "shape": [2**40], "data_offsets": [0, 2**42]}},
-    "backwards": {"a": {**ENTRY, "shape": [0], "data_offsets": [8, 0]}},
-    "negative": {"a": {**ENTRY, "shape": [-2, -1]}},
-    "absurd shape": {"a": {**ENTRY, "shape": [2**63] * 1000, "data_offsets": [0, 8]}},
-    "wrong size": {"a": {**ENTRY, "shape": [3]}},
-    "no dtype": {"a": {"shape": [2], "data_offsets": [0, 8]}},
-    "unknown dtype": {"a": {**ENTRY, "dtype": "F42"}},
-    "floats": {"a": {**ENTRY, "shape": [2.0]}},
-    "too few offsets": {"a": {**ENTRY, "data_offsets": [8]}},
-    "list": [],
-}
-
-
-def write_header(folder: Path, header: bytes, body: bytes = bytes(24)) -> Path:
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + body)
-    return folder
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies_is_refused(tmp_path, lie):
-    source = write_header(tmp_path / "in", json.dumps(LIES[lie]).encode())
-    assert_refused(run_cli(source, tmp_path / "out"), "model.safetensors", "not a whole safetensors file")
-    assert not (tmp_path / "out").exists()
-
-
-ONE_PLACE = b'"%08d":{"dtype":"F32","shape":[],"data_offsets":[0,4]},'
-HUGE_HEADERS = {  # of up to 100 MB, the format's limit, and beyond
-    "many tensors in one place": lambda: b"{" + b"".join(ONE_PLACE % i for i in range(1_700_000))[:-1] + b"}",
-    "nothing but brackets": lambda: b"[" * 99_000_000,
-    "one long number": lambda: b'{"a":' + b"9" * 98_000_000 + b"}",
-    "one long shape": lambda: b'{"a":{"dtype":"F32","shape":[' + b"1," * 5_000_000 + b'1],"data_offsets":[0,4]}}',
-    "one long name": lambda: b'{"' + b"a" * 98_000_000 + b'":{}}',
-    "beyond the limit": lambda: b" " * 100_000_001,
-}
-
-
-@pytest.mark.parametrize("kind", HUGE_HEADERS)
-def test_a_huge_header_that_lies_is_refused_in_bounded_memory(tmp_path, kind):
-    source = write_header(tmp_path / "in", HUGE_HEADERS[kind]())
-    peak = 0
-    with open(tmp_path / "stdout", "w+") as stdout, open(tmp_path / "stderr", "w+") as stderr:
-        arguments = ["timeout", "--foreground", "120", *command(source, tmp_path / "out")]  # lest it hang
-        run = subprocess.Popen(arguments, stdout=stdout, stderr=stderr)
-        while run.poll() is None:
-            peak = max(peak, psutil.Process(run.pid).memory_info().rss)
-            time.sleep(0.02)
-    texts = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
-    result = subprocess.CompletedProcess([], run.returncode, *texts)
-    assert_refused(result, "not a whole safetensors file")
-    assert len(result.stderr) < 3000
-    assert peak < 2 * GB, peak
-
-
 # --- permissions and names ------------------------------------------------------------------------------------------
 
 NOBODY = 65534
@@ -496,16 +399,25 @@ def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_fo
     assert not list((open_folder / "out").iterdir())
 
 
-@pytest.mark.parametrize("name", ["../../escape.weight", "/etc/passwd.weight", "a/b.weight", "..", "m\n\x1b.weight"])
-def test_a_tensor_name_with_path_characters_is_only_a_name(tmp_path, name):
-    source = save_model(tmp_path / "deep" / "in", {name: torch.ones(8, 128), "other.weight": torch.ones(8, 128)})
-    result = quantize(source, tmp_path / "deep" / "out", "--exclude", "^(?!other)")
-    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
-    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"in", "out"}
-    assert read_tensors(tmp_path / "deep" / "out").keys() == {name, "other.qweight", "other.scales"}
-    assert "\x1b" not in result.stdout
+BAD_VALUES = [
+    (float("nan"), "nan is not finite"),
+    (float("inf"), "inf is not finite"),
+    (float("-inf"), "-inf is not finite"),
+    (-1e6, "needs a scale beyond float16"),
+]
 
 
-def test_tens_of_thousands_of_tensors_are_planned(tmp_path):
-    write_sparse_checkpoint(tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8, 128)) for i in range(30_000)}, 4)
-    assert "30,000" in quantize(tmp_path / "in", tmp_path / "out", "--dry_run").stdout
+@pytest.mark.parametrize(("value", "problem"), BAD_VALUES)
+@pytest.mark.parametrize("columns", [256, 300])
+def test_a_bad_weight_is_an_error_that_names_tensor_row_and_column(tmp_path, value, problem, columns):
+    weight = torch.randn(3000, columns).bfloat16()
+    weight[2345, 217] = value
+    folder = save_model(tmp_path / "in", {"good.weight": torch.ones(4, 128), "bad.weight": weight})
+    assert_refused(run_cli(folder, tmp_path / "out"), "'bad.weight'", "row 2345, column 217", problem)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_bad_value_in_a_kept_tensor_is_kept(tmp_path):
+    tensors = {"m.bias": torch.tensor([float("nan")]), **WEIGHT}
+    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out")
+    assert read_tensors(tmp_path / "out")["m.bias"].isnan().all()

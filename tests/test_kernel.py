@@ -1,0 +1,223 @@
+"""The kernel in C: the bytes of torch, a compiler that fails, and work that it does not take."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+
+import pytest
+import torch
+from conftest import compiled, folder_bytes, quantize, save_model
+
+import quantize_int4 as q
+
+SEEDED = torch.Generator().manual_seed(1)
+
+
+SIGNIFICANDS = {torch.bfloat16: 1 + torch.arange(2**7) / 2**7, torch.float16: 1 + torch.arange(2**10) / 2**10}
+
+
+@pytest.mark.parametrize("dtype", SIGNIFICANDS, ids=str)
+@pytest.mark.parametrize("scale_dtype", SIGNIFICANDS, ids=str)
+def test_the_kernel_has_the_codes_of_the_division_at_every_significand(dtype, scale_dtype):
+    significands = SIGNIFICANDS[dtype]
+    weights = torch.cat([significands * 2.0**power for power in range(-4, 1)])
+    weights = torch.cat([weights, -weights]).to(dtype).view(-1, 32)
+    half_way = 0
+    for largest in significands * 2:  # one binade: all others are alike
+        groups = torch.cat([weights, torch.full((len(weights), 8), largest, dtype=dtype)], 1)
+        words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(kernel=compiled()))
+        quotients = groups.double() / scales[:, None].double()
+        assert torch.equal(q.unpack_int4(words), quotients.round().clamp(-8, 7).to(torch.int8))
+        half_way += int((quotients.abs() % 1 == 0.5).sum())
+    assert half_way > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and_what_is_not_finite(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    groups = every.view(-1, 8)  # by magnitude, so that the scales are all there are
+    for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
+        results = []
+        for kernel in (compiled(), None):
+            try:
+                outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(kernel=kernel))
+                outputs = [tensor.clone() for tensor in outputs]
+            except q.NotQuantizable as error:
+                outputs = [error.scales.clone()]
+            finite = torch.isfinite(outputs[-1])
+            finite_groups = groups[finite].clone()
+            words, scales = q.quantize_groups(finite_groups, scale_dtype, q.Workspace(), q.Rounding(kernel=kernel))
+            results.append((finite, words, scales))
+        assert all(map(torch.equal, *results))
+        assert 0 < finite.sum() < len(groups)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("+ 192.0f + (12582912.0f - 192.0f)", "+ 12582912.0f"),  # off by the reciprocal's error
+        ("reciprocal +", "(reciprocal * 1.001f) +"),
+        ("/ divisor + 12582912.0f;\n}", "* (1.001f / divisor) + 12582912.0f;\n}"),
+        ("rounded.bits, 0x4B400007", "rounded.bits, 0x4B400006"),
+        ("(bits, 0x4B3FFFF8)", "(bits, 0x4B3FFFF9)"),
+        ("int16 magnitude = ((const int16 *)weights)[i] & 0x7FFF", "int16 magnitude = ((const int16 *)weights)[i]"),
+        ("0x1p112f", "0x1p111f"),
+        ("(wide.bits & 0x80000000) | (uint32)", "(uint32)"),
+        ("(uint32)(weight & 0x7FFF)", "(uint32)(weight & 0x7FFE)"),
+        ("[2 * pair + odd]", "[2 * pair + (odd && pair < 128)]"),
+        (">> 16 * odd", ">> 16 * (pair < 128 ? odd : 1 - odd)"),
+        ("= ((code(sums", "= i >= 128 ? 0 : ((code(sums"),  # where the longest vectors end
+        *(
+            ("= ((code(sums", f"= {where} ? 0 : ((code(sums")  # in each loop that the compiler may make
+            for where in (
+                "count >= 128 && i < count / 128 * 64",
+                "count % 128 >= 64 && i >= count / 128 * 64 && i < count / 64 * 32",
+                "count % 64 >= 32 && i >= count / 64 * 32 && i < count / 32 * 16",
+                "count % 32 >= 16 && i >= count / 32 * 16",
+            )
+        ),
+        *(
+            (loop, loop.replace("size / 2", f"size / {width} * {width // 2}"))  # without its rest
+            for width in (64, 32, 16)
+            for loop in (
+                "0x1p-126f)  /* else the reciprocal may be infinite */\n        for (long i = 0; i < size / 2",
+                "else\n        for (long i = 0; i < size / 2; i++)\n            for (long odd = 0; odd < 2; odd++)\n"
+                "                sums",
+            )
+        ),
+        ("* reciprocal", "* (i < 128 ? reciprocal : 1)"),
+        ("<< 4) ^ offset", "<< 3) ^ offset"),
+        ("(code(sums[i]) & 15)", "code(sums[i])"),
+        ("<< 4) ^ offset", "<< 4)"),
+        ("most_of_16 = MAX", "most_of_16 = i >= 256 ? most_of_16 : MAX"),
+        ("        most = MAX", "        most = i >= 256 ? most : MAX"),
+        ("[i] & 0x7FFFFFFF", "[i]"),
+        ("long column = group % all->in_row * size", "long column = 0"),
+        ("positive ? most : -most", "most"),
+        ("positive |= ", "positive |= i < 256 && "),
+        ("1 / largest * -16384", "1 / largest * -16383.9f"),
+        ("(parts[i] * share[i] + 8192)", "(parts[i] * share[i])"),
+        ("(code + 256)", "(code + 255)"),
+        ("products += weighed", "products += i >= 256 ? 0 : weighed"),
+        ("squares += (int16)", "squares += i < 256 && (int16)"),
+        ("all->importance + column;", "all->importance;"),
+        ("gain > best_gain ? scale", "gain > 0 ? scale"),
+        ("weights[i] / divisor", "weights[i] * (1.02f / divisor)"),
+        ("* divisor - weights[i];", "* divisor * 1.0000001f - weights[i];"),
+        ("terms[i] = error * error", "terms[i] = i >= 256 ? 0 : error * error"),
+        ("size, terms[k])", "size, k >= 8 ? terms[k] : 0)"),
+        ("(1 << (dropped - 1)) - 1 +", "(1 << (dropped - 1)) +"),
+        ("(1 << (dropped - 1)) - 1 +", "(1 << (dropped - 1)) - (dropped == 16) +"),  # of float16 alone
+        ("scale + 0.75f - 0.75f", "scale"),
+        ("float magnitude = MAX(scale, -scale);", "float magnitude = scale;"),
+        ("largest / 7", "largest / 8"),
+        ("found && found_error <", "found && found_error >"),
+        ("= k == i", "= 1"),
+        ("inverse[k][i] * direction[k]", "inverse[start][i] * direction[k]"),
+        ("rest[column] + SUM", "SUM"),
+        ("inverse[k][i] -=", "inverse[k][i] +="),
+        ("change[row] > most[row]", "change[row] > 9 * most[row]"),
+        ("change[row] < -most[row]", "change[row] < -9 * most[row]"),
+        ("row < rows ?", "row < 7 ?"),
+        ("floats changed = block[i] + ", "floats changed = block[i] + 0 * "),
+        ("(block[i] + change) / divisors", "block[i] / divisors"),
+        ("block[i] - codes * scales", "block[i] - codes * scales * 1.001f"),
+        ("carried[k] += error", "carried[k] -= error"),
+        ("i % 2 * MAX_GROUP + i / 2", "i / 2 + (i + 1) % 2 * MAX_GROUP"),
+        ("MIN(rows - row, 8)", "(rows - row < 8 ? 3 : 8)"),
+        ("carried[64] = {0}, scales", "carried[64] = {1}, scales"),
+    ],
+)
+def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
+    compiled()
+    assert q.KERNEL_SOURCE.count(right) == 1
+    monkeypatch.setattr(q, "KERNEL_SOURCE", q.KERNEL_SOURCE.replace(right, wrong))
+    with pytest.raises(q.NoKernel, match="rounds otherwise"):
+        q.compile_kernel.__wrapped__(True)
+
+
+class CountingKernel:
+    """The compiled kernel, counting what it is asked for."""
+
+    def __init__(self):
+        self.calls, self._kernel = Counter(), compiled()
+
+    def __getattr__(self, name: str):
+        self.calls[name] += 1
+        return getattr(self._kernel, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, q.MAX_GROUP, q.MAX_GROUP + 8])
+@pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
+def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_up_to_a_thousand_columns(
+    dtype, scale_dtype, group_size, search
+):
+    groups = torch.randn(300, group_size, generator=SEEDED).to(dtype)
+    kernel, results, importance = CountingKernel(), [], torch.ones(1, group_size) if search else None
+    for some in (kernel, None):
+        outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(False, importance, kernel=some))
+        results.append([tensor.clone() for tensor in outputs])
+    assert all(map(torch.equal, *results))
+    assert kernel.calls["quantize"] == (group_size <= q.MAX_GROUP)
+
+
+def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_path, monkeypatch):
+    kernel = CountingKernel()
+    monkeypatch.setattr(q, "compile_kernel", lambda search: kernel)
+    monkeypatch.setattr(q, "stop_on_signals", lambda: None)  # they are pytest's here
+    folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
+    arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
+    assert q.main([*arguments, str(tmp_path / "out")]) == 0
+    assert kernel.calls == {"quantize": 1}
+    monkeypatch.setattr(q, "compile_kernel", lambda search: pytest.fail("compiled without need"))
+    eights = ["--format", "compressed-tensors", "--int8", "m"]
+    assert q.main([*arguments, str(tmp_path / "eights"), *eights]) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("sleep 30", "took more than 0.2 s"), ('cc "$@" -fvisibility=hidden', "undefined symbol")],
+)
+def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_files(
+    tmp_path, monkeypatch, script, reason
+):
+    compiled()
+    compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
+    compiler.write_text(f"#!/bin/sh\nexec {script}\n")
+    compiler.chmod(0o755)
+    temporary.mkdir()
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2 if script == "sleep 30" else 60)
+    with pytest.raises(q.NoKernel, match=reason):
+        q.compile_kernel.__wrapped__(True)
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
+@pytest.mark.parametrize("format_name", q.FORMATS)
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-cc -O2", "there is no C compiler 'no-such-cc'"),
+        ("false", "'false' failed: exit code 1"),
+        ("true", "kernel.so"),
+    ],
+)
+def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason, scale):
+    compiled()
+    folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
+    options = ["--format", format_name, "--scale", scale]
+    told = [
+        quantize(folder, tmp_path / name, *options, environment={"CC": cc}).stdout
+        for name, cc in (("without", compiler), ("with", "cc"))
+    ]
+    assert folder_bytes(tmp_path / "without") == folder_bytes(tmp_path / "with")
+    assert [text.count("rounding with torch, which takes twice the processor's time or more") for text in told] == [
+        1,
+        0,
+    ]
+    assert reason in told[0]
