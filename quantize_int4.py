@@ -1622,10 +1622,8 @@ def search_scales(
     weights: float32 (n, group_size); absmax_scales: (n,), whose dtype rounds the result
     """
     found = find_scales(weights, shares_of(importance), workspace).to(absmax_scales.dtype)
-    found_errors, absmax_errors = (
-        squared_errors(weights, divisors_of(scales), importance, workspace) for scales in (found, absmax_scales)
-    )
-    return torch.where((found_errors < absmax_errors) & (found != 0), found, absmax_scales)
+    errors, absmax_errors = (squared_errors(weights, some, importance, workspace) for some in (found, absmax_scales))
+    return torch.where((errors < absmax_errors) & (found != 0), found, absmax_scales)
 
 
 def shares_of(importance: torch.Tensor) -> torch.Tensor:
@@ -1669,9 +1667,10 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
 
 
 def squared_errors(
-    weights: torch.Tensor, divisors: torch.Tensor, importance: torch.Tensor, workspace: Workspace
+    weights: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, workspace: Workspace
 ) -> torch.Tensor:
     """Return each group's squared error, weighed, float32 (n,)."""
+    divisors = divisors_of(scales)
     errors = workspace.tensor("search codes", torch.float32, *weights.shape)
     round_to_codes(weights, divisors, errors).mul_(divisors[:, None]).sub_(weights)
     errors.mul_(errors).view(-1, *importance.shape).mul_(importance)
@@ -1737,6 +1736,29 @@ def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: 
             column.copy_(codes)
 
 
+def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = False) -> torch.Tensor:
+    """Pack codes, int16 (rows, columns), which is destroyed, to words, int32 (rows, columns // 8) in the workspace, the
+    first code in the lowest bits: two's complement nibbles, or nibbles that hold the code plus 8, `with_offset`.
+
+    On pairs of codes as int32 0x000H000L: times 0x1001000, the top byte is 0xHL, which is shifted down and then all
+    that is kept. Four bytes in a row, the lowest first, are the little-endian word.
+    """
+    rows, columns = codes.shape
+    pairs = codes.view(torch.int32).bitwise_and_(0x000F000F)  # int32 (rows, columns // 2)
+    pairs.mul_(0x1001000).bitwise_right_shift_(24)
+    workspace.tensor("words", torch.int8, *pairs.shape).copy_(pairs)  # keeps the low byte
+    words = workspace.tensor("words", torch.int32, rows, columns // CODES_PER_WORD)
+    return words.bitwise_xor_(OFFSET_BITS) if with_offset else words
+
+
+def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
+    """Unpack words, int32 (rows, columns // 8), to codes, int8 (rows, columns)."""
+    words = words ^ OFFSET_BITS if with_offset else words
+    # code i to the top, then back with its sign
+    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
+
+
 def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
     """Decode weights, approximately: each code times its group's scale.
 
@@ -1769,44 +1791,13 @@ def dequantize_int4(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packing: eight 4-bit codes to an int32 along the columns, element 0 in the lowest bits
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = False) -> torch.Tensor:
-    """Pack codes, int16 (rows, columns), which is destroyed, to words, int32 (rows, columns // 8) in the workspace:
-    two's complement nibbles, or nibbles that hold the code plus 8, `with_offset`.
-
-    On pairs of codes as int32 0x000H000L: times 0x1001000, the top byte is 0xHL, which is shifted down and then all
-    that is kept. Four bytes in a row, the lowest first, are the little-endian word.
-    """
-    rows, columns = codes.shape
-    pairs = codes.view(torch.int32).bitwise_and_(0x000F000F)  # int32 (rows, columns // 2)
-    pairs.mul_(0x1001000).bitwise_right_shift_(24)
-    workspace.tensor("words", torch.int8, *pairs.shape).copy_(pairs)  # keeps the low byte
-    words = workspace.tensor("words", torch.int32, rows, columns // CODES_PER_WORD)
-    return words.bitwise_xor_(OFFSET_BITS) if with_offset else words
-
-
-def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
-    """Unpack words, int32 (rows, columns // 8), to codes, int8 (rows, columns)."""
-    words = words ^ OFFSET_BITS if with_offset else words
-    # code i to the top, then back with its sign
-    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Kernel: what `quantize_with_torch` does, in C. The same bytes in half the time or less.
 # ---------------------------------------------------------------------------------------------------------------------
 
 KERNEL_SOURCE = r"""
-typedef __UINT8_TYPE__ uint8;
-typedef __UINT16_TYPE__ uint16;
-typedef __UINT32_TYPE__ uint32;
-typedef __INT16_TYPE__ int16;
-typedef __INT32_TYPE__ int32;
-typedef union { uint32 bits; float value; } word;
+#include <stdint.h>
+
+typedef union { uint32_t bits; float value; } word;
 
 /* Eight floats or doubles at once are what the compiler makes of these on any processor. */
 typedef float floats __attribute__((vector_size(32)));
@@ -1816,10 +1807,10 @@ enum { BF16, FLOAT16, FLOAT32 };
 
 typedef struct {  /* as class Work */
     const char *weights;
-    uint8 *packed;
+    uint8_t *packed;
     float *scales;
     const float *importance;
-    const int16 *shares;
+    const int16_t *shares;
     const float *factor, *spread;
     long dtype, groups, group_size, in_row, rank, dropped, offset;
 } work;
@@ -1843,10 +1834,10 @@ typedef struct {  /* as class Work */
 })
 
 /* A bf16 is the upper half of a float. A float16's exponent is less by 112, and 31 for infinity and NaN. */
-static inline float widen(uint16 weight, int dtype) {
-    word wide = {(uint32)weight << 16};
+static inline float widen(uint16_t weight, int dtype) {
+    word wide = {(uint32_t)weight << 16};
     if (dtype == FLOAT16) {
-        wide.bits = (wide.bits & 0x80000000) | (uint32)(weight & 0x7FFF) << 13;
+        wide.bits = (wide.bits & 0x80000000) | (uint32_t)(weight & 0x7FFF) << 13;
         wide.value *= 0x1p112f;
         wide.bits |= (weight & 0x7FFF) >= 0x7C00 ? 0x7F800000 : 0;
     }
@@ -1857,17 +1848,17 @@ static inline float widen(uint16 weight, int dtype) {
 static inline float read(const void *restrict weights, int dtype, long pair, long odd) {
     if (dtype == FLOAT32)
         return ((const float *)weights)[2 * pair + odd];
-    return widen(((const uint32 *)weights)[pair] >> 16 * odd, dtype);
+    return widen(((const uint32_t *)weights)[pair] >> 16 * odd, dtype);
 }
 
 /* The largest magnitude, found by its bits: without sign these have the order of the values, and NaN is above all. */
 static inline float largest_of(const void *restrict weights, int dtype, long size) {
-    int32 most = 0;
-    int16 most_of_16 = 0;
+    int32_t most = 0;
+    int16_t most_of_16 = 0;
     for (long i = 0; dtype == FLOAT32 && i < size; i++)
-        most = MAX(most, ((const int32 *)weights)[i] & 0x7FFFFFFF);
+        most = MAX(most, ((const int32_t *)weights)[i] & 0x7FFFFFFF);
     for (long i = 0; dtype != FLOAT32 && i < size; i++) {
-        int16 magnitude = ((const int16 *)weights)[i] & 0x7FFF;
+        int16_t magnitude = ((const int16_t *)weights)[i] & 0x7FFF;
         most_of_16 = MAX(most_of_16, magnitude);
     }
     word largest = {most};
@@ -1891,9 +1882,9 @@ static inline float round_scale(float scale, int dropped) {
 
 /* The code of a quotient to which 1.5 * 2^23 was added, and which was rounded so. On integers it is a third of the
    time. */
-static inline int32 code(float sum) {
+static inline int32_t code(float sum) {
     word rounded = {.value = sum};
-    int32 bits = MIN((int32)rounded.bits, 0x4B400007);
+    int32_t bits = MIN((int32_t)rounded.bits, 0x4B400007);
     return MAX(bits, 0x4B3FFFF8) - 0x4B400000;
 }
 
@@ -1917,15 +1908,15 @@ static inline void divide(const void *restrict weights, int dtype, float scale, 
                 sums[odd * MAX_GROUP + i] = read(weights, dtype, i, odd) / divisor + 12582912.0f;
 }
 
-SEPARATE void pack(const float *restrict sums, uint8 offset, uint8 *restrict packed, long count) {
+SEPARATE void pack(const float *restrict sums, uint8_t offset, uint8_t *restrict packed, long count) {
     for (long i = 0; i < count / 2; i++)
         packed[i] = ((code(sums[i]) & 15) | code(sums[MAX_GROUP + i]) << 4) ^ offset;
 }
 
 /* As the script's function, but for one group, of which the largest magnitude is known. */
-SEPARATE float find_scale(const float *restrict weights, float most, const int16 *restrict share, long size) {
-    static const int16 steps[] = {SEARCH_MULTIPLIERS};
-    int16 parts[MAX_GROUP], weighed[MAX_GROUP];
+SEPARATE float find_scale(const float *restrict weights, float most, const int16_t *restrict share, long size) {
+    static const int16_t steps[] = {SEARCH_MULTIPLIERS};
+    int16_t parts[MAX_GROUP], weighed[MAX_GROUP];
     int positive = 0;
     for (long i = 0; i < size; i++)
         positive |= weights[i] == most;
@@ -1939,12 +1930,11 @@ SEPARATE float find_scale(const float *restrict weights, float most, const int16
     for (long step = 0; step < (long)(sizeof steps / sizeof *steps); step++) {
         int products = 0, squares = 0;
         for (long i = 0; i < size; i++) {
-            int16 code = parts[i] * steps[step] >> 16;
-            code = (int16)(code + 256) >> 9;
-            code = MIN(code, 7);
-            code = MAX(code, -8);
+            int16_t code = parts[i] * steps[step] >> 16;
+            code = (int16_t)(code + 256) >> 9;
+            code = MAX(MIN(code, 7), -8);
             products += weighed[i] * code;
-            squares += (int16)(code * code) * share[i];
+            squares += (int16_t)(code * code) * share[i];
         }
         float scale = (float)products / (float)squares, gain = (float)products * scale;
         best_scale = gain > best_gain ? scale : best_scale;
@@ -1999,7 +1989,7 @@ static inline void quantize_groups(const work *all, int dtype) {
 SEPARATE void quantize_rows(const work *all, long first, long rows) {
     long size = WHOLE(all->group_size), columns = all->in_row * size, rank = WHOLE(all->rank);
     float lines[8][2 * MAX_GROUP];
-    floats block[MAX_GROUP], carried[64] = {0}, scales = {0}, divisors, most, codes;
+    floats block[MAX_GROUP], carried[64] = {0}, scales = {0}, divisors = {0}, most = {0}, codes;
     for (long column = 0; column < columns; column += size) {
         const float *weights = (const float *)all->weights + first * columns + column;
         const float *factor = all->factor + column * rank, *spread = all->spread + column * rank;
@@ -2013,17 +2003,13 @@ SEPARATE void quantize_rows(const work *all, long first, long rows) {
         for (long row = 0; row < rows; row++) {
             long group = (first + row) * all->in_row + column / size;
             scales[row] = all->scales[group] = choose_scale(all, lines[row], FLOAT32, group);
-        }
-        for (long row = 0; row < 8; row++) {
             divisors[row] = scales[row] ? scales[row] : 1;
             most[row] = MAX_CHANGE * MAX(divisors[row], -divisors[row]);
         }
         for (long i = 0; i < size; i++) {
             floats change = SUM(floats lanes[8], rank, spread[i * rank + k] * carried[k]);
-            for (long row = 0; row < 8; row++) {
-                change[row] = change[row] > most[row] ? most[row] : change[row];
-                change[row] = change[row] < -most[row] ? -most[row] : change[row];
-            }
+            for (long row = 0; row < 8; row++)
+                change[row] = MAX(-most[row], MIN(most[row], change[row]));  /* NaN stays */
             floats sums = (block[i] + change) / divisors + 12582912.0f;
             for (long row = 0; row < 8; row++) {
                 codes[row] = code(sums[row]);
@@ -2073,7 +2059,7 @@ void spread_of(const float *restrict factor, const float *restrict rest, float *
 # Of the processor what torch uses, as it or ATEN_CPU_CAPABILITY says. Nothing is linked, so that no C library's files
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
-    *("-x", "c", "-O3", "-shared", "-fPIC", "-nostdlib", "-ffp-contract=off", "-fno-trapping-math"),
+    *("-x", "c", "-O3", "-shared", "-fPIC", "-ffreestanding", "-nostdlib", "-ffp-contract=off", "-fno-trapping-math"),
     *(f"-DMAX_GROUP={MAX_GROUP}", f"-DMAX_CHANGE={MAX_CHANGE}"),
     f"-DSEARCH_MULTIPLIERS={','.join(map(str, SEARCH_MULTIPLIERS))}",
     *{
@@ -2142,7 +2128,7 @@ class Kernel:
 
     def works(self) -> bool:
         """Compare it with torch before the compiler is relied upon."""
-        for weights, importance, factor in [rounding_trial(), *((search_trial(), feedback_trial()) * self._search)]:
+        for weights, importance, factor in trials(self._search):
             results = []
             for kernel in (self, None):
                 feedback = None if factor is None else Feedback.of(importance.flatten(), factor, kernel)
@@ -2157,43 +2143,30 @@ class Kernel:
         return True
 
 
-Trial = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # weights, importance, factor
-
-
-def rounding_trial() -> Trial:
-    """Make groups with the largest weight at each place, and half-way cases at many scales, of which some are half-way
-    cases of their own dtype.
+def trials(search: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    """Make weights, importance and factor that show whether a kernel rounds as torch does.
 
     Groups of 376 are, in pairs, some rounds of each loop that the compiler makes: of 64 and 32 with AVX-512, 32 and 16
     with AVX2, 16 and 8 with NEON, and a rest.
     """
-    size = 376
-    number = torch.arange(size)
-    scales = (1 + number / 32 + number % 2 * 2.0**-11) * 2.0 ** (number % 13 - 23)  # subnormal ones in float16, too
-    halves = torch.arange(-6.5, 7, 0.5).repeat(14)[:size]
-    groups = scales[:, None] * halves
-    return groups.fill_diagonal_(0) + torch.diag(scales * 7 * (-1) ** number), None, None
-
-
-def search_trial() -> Trial:
-    """Make random groups, two to a row, half of them so close to whole codes that two scales are nearly as good."""
-    rows, size = 1024, 376
-    groups = torch.randn(rows, size, generator=torch.Generator().manual_seed(0)).mul_(5)
-    close = groups[::4].round().clamp(-7, 7) + groups[1::4] * 2.0 ** -(6 + torch.arange(rows // 4) % 12)[:, None]
+    # The largest weight at each place. Half-way cases at many scales, subnormal ones in float16 and half-way ones, too.
+    size, number = 376, torch.arange(376)
+    scales = (1 + number / 32 + number % 2 * 2.0**-11) * 2.0 ** (number % 13 - 23)
+    groups = scales[:, None] * torch.arange(-6.5, 7, 0.5).repeat(14)[:size]
+    yield groups.fill_diagonal_(0) + torch.diag(scales * 7 * (-1) ** number), None, None
+    if not search:
+        return
+    # Two groups to a row, half of them so close to whole codes that two scales are nearly as good.
+    groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5)
+    close = groups[::4].round().clamp(-7, 7) + groups[1::4] * 2.0 ** -(6 + torch.arange(256) % 12)[:, None]
     groups[::4], groups[1::4] = close, close.flip(0, 1)
-    return groups, torch.arange(2.0 * size).view(2, size) * 0.618 % 1, None
-
-
-def feedback_trial() -> Trial:
-    """Make as many rows as are not whole rounds of the loop over eight, and a weak column behind strong ones, where
-    changes are bounded."""
-    rows, size, rank = 20, 40, 16
-    weights = torch.randn(rows * 4, size, generator=torch.Generator().manual_seed(0)).mul_(5)
-    importance = torch.arange(4.0 * size).view(4, size) * 0.618 % 1
+    yield groups, torch.arange(2.0 * size).view(2, size) * 0.618 % 1, None
+    # Not whole rounds of the loop over eight rows. A weak column behind strong ones, where changes are bounded.
+    importance = torch.arange(160.0).view(4, 40) * 0.618 % 1
     importance[3, -8:-1], importance[3, -1] = 40, 0.1
-    factor = (torch.arange(4.0 * size * rank) * 0.414 % 1).view(-1, rank)
+    factor = (torch.arange(160.0 * 16) * 0.414 % 1).view(160, 16)
     factor[-8:] = 1
-    return weights, importance, factor * importance.view(-1, 1).sqrt() / 4
+    yield groups[4:, :40], importance, factor * importance.view(-1, 1).sqrt() / 4
 
 
 @functools.cache
