@@ -454,7 +454,6 @@ PART_PATTERN = re.compile(r"\.weight_(orig|mask)$|\.parametrizations\.weight\.or
 WRAPPER_PATTERN = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-CONV1D_MODELS = "gpt2 openai-gpt imagegpt decision_transformer"  # transformers 5.23.0, users of pytorch_utils
 
 PICKLE_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # of a model's state dict, in trainers' files
 QUANTIZER_PATTERN = re.compile(r"\.\w*quantizer(\.\d+)?\._\w+$")  # ModelOpt's tensors beside a model's own
@@ -1255,56 +1254,81 @@ def model_dtype(config: dict) -> str | None:
 
 
 @dataclass(frozen=True)
-class ExpertNaming:
-    """How models of some types are named by `save_pretrained`, where `model.state_dict()` holds stacks of experts.
+class Oddity:
+    """What sets models of some types apart from what most checkpoints' names and shapes say.
 
-    Read from transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way. vLLM 0.29.0
-    knows these names alone (the `ckpt_*_proj_name` of its models, models/mixtral.py and so on).
+    `projections` and `renames` turn the names of `model.state_dict()`, which holds stacks of experts, into those that
+    `save_pretrained` writes and vLLM 0.29.0 alone knows (the `ckpt_*_proj_name` of its models).
     """
 
-    model_types: str
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # no gate: it has none
+    model_types: str  # separated by blanks
+    projections: tuple[str, str, str] | None = None  # an expert's gate (nothing where it has none), up and down
     renames: tuple[tuple[str, str], ...] = ()  # what else has another name: pattern, replacement
-    whole: bool = True  # whether vLLM also reads the stacks as they are
+    whole_in_vllm: bool = True  # whether vLLM also reads the stacks as they are
+    linear_experts: bool = False  # each is an nn.Linear in transformers, as soon as anything is quantized
+    conv1d: bool = False  # the layers' weights lie as (in, out)
+    problem: str = ""  # why stacks of experts are not read as one weight an expert
+    problem_of_engines: str = ""  # the same, where an engine is to load what comes of it; {}: the model's type
+    remedy: str = ""  # if it is another than to exclude the stacks
 
 
-MIXTRAL = ("w1", "w3", "w2")
-EXPERT_NAMINGS = (
-    ExpertNaming(
+GATED, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+ODDITIES = (
+    # Names of experts: transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way.
+    Oddity(
         "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 flex_olmo glm4_moe glm4_moe_lite glm4v_moe"
         " glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
-        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open"
+        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open",
+        GATED,
     ),
-    ExpertNaming("nemotron_h", ("", "up_proj", "down_proj"), whole=False),
-    ExpertNaming("ernie4_5_moe", renames=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
-    # transposed; transformers has an nn.Linear for each expert as soon as anything is quantized
-    ExpertNaming("llama4 llama4_text", whole=False),
-    ExpertNaming("lfm2_moe", MIXTRAL, whole=False),
-    ExpertNaming("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole=False),
-    ExpertNaming(
+    Oddity("nemotron_h", ("", "up_proj", "down_proj"), whole_in_vllm=False),
+    Oddity("ernie4_5_moe", GATED, ((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
+    Oddity("llama4 llama4_text", GATED, whole_in_vllm=False, linear_experts=True),  # and transposed
+    Oddity("lfm2_moe", MIXTRAL, whole_in_vllm=False),
+    Oddity("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole_in_vllm=False),
+    Oddity(
         "phimoe",
         MIXTRAL,
         ((r"\.mlp\.router\.weight$", ".block_sparse_moe.gate.weight"), (r"\.mlp\.", ".block_sparse_moe.")),
-        whole=False,
+        whole_in_vllm=False,
     ),
-)
-# Their gate and up rows alternate. (transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say
-# Interleave, or their modeling files slice so)
-INTERLEAVED_EXPERTS = "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text"
-# Their stacks are what the hub has, too. transformers 5.23.0 reads no other form: it would leave the experts random.
-STACKED_ON_THE_HUB = (
-    "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
-    " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe mistral4"
-    " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya"
-)
-# Here `save_pretrained` gives other names to much more than experts, so a state dict's names are no loader's.
-RENAMED_ALL_OVER = (
-    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 exaone_moe flint glm5_next hy_v3 kimi_k25 kimi_linear kolibri1"
-    " laguna mimo_v2_flash minimax_m3_vl mistral_large4"
+    # transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
+    Oddity(
+        "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text",
+        problem="with gate and up rows that alternate",
+    ),
+    # Stacks are what the hub has, too, and transformers 5.23.0 reads no other form.
+    Oddity(
+        "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
+        " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe mistral4"
+        " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya",
+        problem_of_engines="as loaders know {} alone: transformers would leave separate experts random",
+    ),
+    # Here `save_pretrained` (transformers 5.23.0) gives other names to much more than experts.
+    Oddity(
+        "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 exaone_moe flint glm5_next hy_v3 kimi_k25 kimi_linear"
+        " kolibri1 laguna mimo_v2_flash minimax_m3_vl mistral_large4",
+        problem_of_engines="named as in model.state_dict(), where {} has other names than loaders know",
+        remedy="save it with model.save_pretrained()",
+    ),
+    Oddity("gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),  # transformers 5.23.0: users of pytorch_utils
 )
 STACK_ROLES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # Granite's, which are gated, too
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # in config.json
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+
+
+def oddity_with(field: str, config: dict) -> tuple[Oddity | None, str]:
+    """Find the first row that has something in a field and is about a type that config.json names, and this type."""
+    types = config_values(config, "model_type")
+    rows = (row for row in ODDITIES if getattr(row, field))
+    found = ((row, name) for row in rows for name in types if name in row.model_types.split())
+    return next(found, (None, ""))
+
+
+def expert_naming(config: dict) -> Oddity | None:
+    """Find what this model's experts are called, if that is known."""
+    return oddity_with("projections", config)[0]
 
 
 @dataclass(frozen=True)
@@ -1312,19 +1336,9 @@ class ExpertStack:
     """A tensor that holds all routed experts of a layer, and the 2-D weights it is read as."""
 
     info: TensorInfo
-    weights: tuple[TensorInfo, ...]  # expert by expert; none if there is a problem
-    problem: str  # why it cannot be read so, or nothing
-    whole_in_vllm: bool  # whether vLLM knows it as it is, too
-
-
-def types_among(config: dict, model_types: str) -> list[str]:
-    """List those of some types of models, separated by blanks, that config.json names."""
-    return [name for name in config_values(config, "model_type") if name in model_types.split()]
-
-
-def expert_naming(config: dict) -> ExpertNaming | None:
-    """Find the row of this model's type."""
-    return next((row for row in EXPERT_NAMINGS if types_among(config, row.model_types)), None)
+    weights: tuple[TensorInfo, ...] = ()  # expert by expert; none if there is a problem
+    problem: str = ""  # why it cannot be read so
+    whole_in_vllm: bool = True  # whether vLLM knows it as it is, too
 
 
 def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
@@ -1333,24 +1347,24 @@ def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
     stacks: dict[str, ExpertStack] = {}
     layers: dict[str, dict[str, TensorInfo]] = {}  # by where the experts are, and by role
     for info in checkpoint.tensors.values():
-        if holds_experts(info, checkpoint.config):
-            match = STACK_PATTERN.match(info.name) if len(info.shape) == 3 else None
-            if match:
-                role = match["projection"] or STACK_ROLES[match["linear"]]
-                twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
-                if twin is not info:
-                    raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, info.name])))
-            else:
-                stacks[info.name] = ExpertStack(info, (), "in a layout that is not known", True)
+        if not holds_experts(info, checkpoint.config):
+            continue
+        if len(info.shape) != 3 or not (match := STACK_PATTERN.match(info.name)):
+            stacks[info.name] = ExpertStack(info, problem="in a layout that is not known")
+            continue
+        role = match["projection"] or STACK_ROLES[match["linear"]]
+        twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
+        if twin is not info:
+            raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, info.name])))
     for module, layer in layers.items():
-        problem, transposed = "", False
         try:
-            transposed = are_transposed(module, layer, checkpoint, naming)
+            refuse_unreadable_stacks(module, layer, checkpoint, naming)
+            transposed, problem = are_transposed(layer, checkpoint.config, naming), ""
         except ValueError as reason:
             problem = str(reason)
         for role, info in layer.items():
             weights = () if problem else expert_weights(info, module, role, naming, transposed)
-            stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole)
+            stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole_in_vllm)
     return stacks
 
 
@@ -1360,24 +1374,19 @@ def holds_experts(info: TensorInfo, config: dict) -> bool:
     if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", info.name):
         return False
     if len(info.shape) == 2:
-        return bool(re.search(r"\.experts(\.[a-z]\w*)+$", info.name) and not re.search(r"(weight|bias)$", info.name))
+        return bool(re.search(r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", info.name))
     if len(info.shape) != 3 or min(info.shape[1:]) < CODES_PER_WORD:  # a convolution
         return False
     counted = info.shape[0] > 1 and info.shape[0] in config_values(config, *EXPERT_COUNTS)
     return bool(re.search(r"(^|[._])(experts?|moe)[._]", info.name) or (counted and re.search(r"\.\d+\.", info.name)))
 
 
-def are_transposed(
-    module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: ExpertNaming | None
-) -> bool:
-    """Tell whether a layer's stacks hold matrices (in, out). ValueError if they are not to be read, with the reason.
-
-    The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
-    are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
-    """
-    config = checkpoint.config
-    if types_among(config, INTERLEAVED_EXPERTS):
-        raise ValueError("with gate and up rows that alternate")
+def refuse_unreadable_stacks(
+    module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: Oddity | None
+) -> None:
+    """Raise ValueError, with the reason, if a layer's stacks, by role, are not to be read as one weight an expert."""
+    if odd := oddity_with("problem", checkpoint.config)[0]:
+        raise ValueError(odd.problem)
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
     if name := next(filter(bias.match, checkpoint.tensors), None):
         raise ValueError(f"that have biases ({name!r}), too")
@@ -1386,6 +1395,14 @@ def are_transposed(
         raise ValueError("but not all projections of the layer's experts are there")
     if len({info.shape[0] for info in layer.values()}) > 1:
         raise ValueError("and the layer's other stacks hold more or fewer")
+
+
+def are_transposed(layer: dict[str, TensorInfo], config: dict, naming: Oddity | None) -> bool:
+    """Tell whether a layer's stacks, by role, hold matrices (in, out). ValueError, with the reason, if nothing tells.
+
+    The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
+    are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
+    """
     shapes = {role: info.shape[1:] for role, info in layer.items()}
     down = shapes["down_proj"]
     if gate_up := shapes.get("gate_up_proj"):
@@ -1404,7 +1421,7 @@ def are_transposed(
 
 
 def expert_weights(
-    stack: TensorInfo, module: str, role: str, naming: ExpertNaming | None, transposed: bool
+    stack: TensorInfo, module: str, role: str, naming: Oddity | None, transposed: bool
 ) -> tuple[TensorInfo, ...]:
     """List the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
     experts, out_features, in_features = stack.shape
@@ -1421,15 +1438,17 @@ def expert_weights(
     return tuple(weights)
 
 
-def projections_of(role: str, naming: ExpertNaming | None) -> tuple[str, ...]:
+def projections_of(role: str, naming: Oddity | None) -> tuple[str, ...]:
     """Name the weights of a stack, in their order."""
-    gate, up, down = (naming or EXPERT_NAMINGS[0]).projections
+    gate, up, down = naming.projections if naming else GATED
     return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
 
 
-def renamed(name: str, naming: ExpertNaming | None) -> str:
+def renamed(name: str, naming: Oddity | None) -> str:
     """Rename a tensor of a state dict as `save_pretrained` does."""
-    return functools.reduce(lambda name, rename: re.sub(*rename, name), naming.renames if naming else (), name)
+    for pattern, replacement in naming.renames if naming else ():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def separate_experts(
@@ -1439,14 +1458,36 @@ def separate_experts(
 
     Where a state dict is read so, other tensors, too, get the names that go with the weights'.
     """
-    naming = expert_naming(checkpoint.config) if stacks.keys() - set(whole) else None
+    separated = {name: stack.weights for name, stack in stacks.items() if name not in whole}
+    naming = expert_naming(checkpoint.config) if separated else None
     tensors = []
     for info in checkpoint.tensors.values():
-        weights = stacks[info.name].weights if info.name in stacks and info.name not in whole else (info,)
-        for weight in weights:
+        for weight in separated.get(info.name, (info,)):
             name = renamed(weight.name, naming)
             tensors.append(weight if name == weight.name else replace(weight, name=name, stored=weight.name_in_file))
     return tensors
+
+
+def kind_of(name: str, role: str | None) -> str:
+    """Name the kind of a weight's layer for the tables."""
+    kinds = (kind for kind, pattern in LAYER_KINDS if pattern.search(name))
+    return "head" if role == "heads" else role or next(kinds, "other")
+
+
+def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
+    """Find which weights are embeddings, heads and routers, by name: as these are called, or by their shape and
+    place."""
+    names = {info.name for info in tensors}
+    weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
+    roles = {info.name: role for info in weights if (role := role_by_name(info, names))}
+    tables = [info.shape for info in weights if is_word_table(info.name, roles)]
+    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
+    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
+    experts = count_experts(tensors)
+    for info in weights:
+        if info.name not in roles and (role := role_by_shape(info, words, widths, experts)):
+            roles[info.name] = role
+    return roles
 
 
 def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
@@ -1459,49 +1500,45 @@ def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
     return "heads" if HEAD_PATTERN.search(info.name) else None
 
 
-def kind_of(name: str, role: str | None) -> str:
-    """Name the kind of a weight's layer for the tables."""
-    return {"heads": "head"}.get(role, role) or next(
-        (kind for kind, pattern in LAYER_KINDS if pattern.search(name)), "other"
-    )
+def is_word_table(name: str, roles: Mapping[str, str]) -> bool:
+    """Tell whether it is the embedding of words, not of positions and the like."""
+    return roles.get(name) == "embeddings" and not NO_WORDS.search(name)
 
 
-def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
-    """Find which weights are embeddings, heads and routers, by name: as these are called, or by their shape and place.
-
-    A weight with as many rows as there are words is an embedding or a head, unless it is one of a layer's projections
-    or joins a tower to the language model, where it may be so wide by chance. A router stands beside a layer's experts
-    and has a row for each.
-    """
-    names = {info.name for info in tensors}
-    weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
-    roles = {info.name: role for info in weights if (role := role_by_name(info, names))}
-    tables = [i.shape for i in weights if roles.get(i.name) == "embeddings" and not NO_WORDS.search(i.name)]
-    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
-    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
-    experts: dict[str, int] = {}  # how many, by where they are
+def count_experts(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    """Count the routed experts of each layer, by the module that they and their router are in."""
+    experts: dict[str, int] = {}
     for info in tensors:
         if match := EXPERT_PATTERN.match(info.name):
             place = match[1].rpartition(".")[0]
             experts[place] = max(experts.get(place, 0), int(match[2]) + 1)
         elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
             experts[match["place"].rstrip(".")] = info.shape[0]
-    for info in weights:
-        if info.name in roles:
-            continue
-        module = info.name.removesuffix(".weight")
-        parts = module.split(".")
-        last = ".".join(parts[-2:])
-        rows, columns = info.shape
-        if any(count <= rows <= count + EXTRA_WORDS for count in words) and (not widths or columns in widths):
-            in_layer = any(part.isdigit() for part in parts)
-            if VOCABULARY_WORDS.search(last) if in_layer else not TOWER_WORDS.search(module):
-                roles[info.name] = "heads" if HEAD_WORDS.search(last) else "embeddings"
-        for depth in (1, 2):
-            place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
-            if experts.get(parent) == rows < columns and ("rout" in place or not NOT_A_ROUTER.search(place)):
-                roles[info.name] = "routers"
-    return roles
+    return experts
+
+
+def role_by_shape(
+    info: TensorInfo, words: Collection[int], widths: Collection[int], experts: Mapping[str, int]
+) -> str | None:
+    """Tell what a 2-D weight of another name is.
+
+    A router stands beside a layer's experts and has a row for each. A weight with as many rows as there are words is
+    an embedding or a head, unless it is one of a layer's projections or joins a tower to the language model, where it
+    may be so wide by chance.
+    """
+    module, (rows, columns) = info.name.removesuffix(".weight"), info.shape
+    parts = module.split(".")
+    for depth in (1, 2):
+        place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
+        if experts.get(parent) == rows < columns and ("rout" in place or not NOT_A_ROUTER.search(place)):
+            return "routers"
+    if not any(count <= rows <= count + EXTRA_WORDS for count in words) or (widths and columns not in widths):
+        return None
+    last = ".".join(parts[-2:])
+    in_layer = any(part.isdigit() for part in parts)
+    if VOCABULARY_WORDS.search(last) if in_layer else not TOWER_WORDS.search(module):
+        return "heads" if HEAD_WORDS.search(last) else "embeddings"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2689,7 +2726,7 @@ class Importance:
     def has_factors(self) -> bool:
         return bool(self._factors)
 
-    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: ExpertNaming | None) -> None:
+    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None) -> None:
         """Find the weights' vectors: by name, else by what follows the wrappers, where only one vector and only one of
         all tensors of the checkpoint ends so.
 
@@ -3136,21 +3173,16 @@ def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]
 def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options) -> None:
     """Refuse stacks of experts that cannot become one weight an expert: most of the model would stay in full precision,
     and engines would load it and leave its experts unfilled."""
-    only_stacked = types_among(config, STACKED_ON_THE_HUB) if options.format.for_engines else []
-    renamed = types_among(config, RENAMED_ALL_OVER) if options.format.for_engines else []
-    refused = [stack for stack in stacks if stack.problem or only_stacked or renamed]
+    odd, model_type = oddity_with("problem_of_engines", config) if options.format.for_engines else (None, "")
+    refused = [stack for stack in stacks if stack.problem or odd]
     if not refused:
         return
-    pattern = pattern_of([stack.info for stack in refused])
-    remedy = f"it cannot be quantized; --exclude {shlex.quote(pattern)} keeps such tensors as they are"
+    pattern = shlex.quote(pattern_of(stack.info for stack in refused))
+    exclude = f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
     stack = next((stack for stack in refused if stack.problem), refused[0])
-    if stack.problem:
-        problem = stack.problem
-    elif only_stacked:
-        problem = f"as loaders know {only_stacked[0]} alone: transformers would leave separate experts random"
-    else:
-        problem = f"named as in model.state_dict(), where {renamed[0]} has other names than loaders know"
-        remedy = "save it with model.save_pretrained()"
+    problem, remedy = stack.problem, exclude
+    if not problem:
+        problem, remedy = odd.problem_of_engines.format(model_type), odd.remedy or exclude
     raise QuantizeError(
         f"tensor {stack.info.name!r} {stack.info.shape} ({stack.info.file.name}) holds all routed experts of a layer,"
         f" {problem}: {remedy}"
@@ -3262,7 +3294,7 @@ def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
     """Find the weights of GPT-2's Conv1D layers: all of a layer's, where its model has them."""
     inside = [info for info in weights if re.search(r"\.\d+\.", info.name)]
     fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
-    if types_among(config, CONV1D_MODELS) or any(n == 3 * m for m, n in fused):
+    if oddity_with("conv1d", config)[0] or any(n == 3 * m for m, n in fused):
         return inside
     return []
 
@@ -3418,7 +3450,7 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
             "engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves them"
             " random without an error): use --format compressed-tensors"
         )
-    kept = any(not tensor.packing for tensor in experts) and not types_among(config, "llama4 llama4_text")
+    kept = any(not tensor.packing for tensor in experts) and not oddity_with("linear_experts", config)[0]
     if options.format.name == "compressed-tensors" and kept:
         notes.append(
             "experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder random, with no"
