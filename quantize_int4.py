@@ -2422,29 +2422,35 @@ class OutputTensor:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
+USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
+Constant = tuple[str, tuple[int, ...], Callable[[], bytes]]  # dtype, shape, content
+ConstantOf = Callable[[int, int, int], Constant]  # of a weight's rows, columns and group_size
+
+
 @dataclass(frozen=True)
 class Format:
-    """What a weight becomes, and what the format's readers ask for."""
+    """What a weight becomes, and what the format's readers ask for: all in which one format differs from another."""
 
     name: str
     words_suffix: str  # replaces ".weight" in the name of the int32 words
     scales_suffix: str
     describe: Callable[[list[TensorPlan], Options], dict[str, dict]]  # file name -> what is added to that JSON file
+    constants: tuple[tuple[str, ConstantOf], ...] = ()  # what else a weight becomes, by suffix
     scale_dtype: str | None = "F16"  # None: the weight's own
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
-    other_suffixes: tuple[str, ...] = ()  # of what else a weight becomes
     row_multiple: int = 1
     for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
+    no_int8: str = ""  # why no weight can have 8 bits
+    note: str = ""  # for the plan, as the next two
+    note_on_experts: str = ""  # where some are quantized
+    note_on_kept_experts: str = ""
     next_steps: tuple[tuple[str, str], ...] = ()  # what to do with a finished folder {name}
-    constants: Callable[[str, int, int, int], list[OutputTensor]] = (
-        lambda *_: []
-    )  # of module, rows, columns, group_size
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """List the ends of the names of all tensors that a weight becomes."""
-        return self.words_suffix, self.scales_suffix, *self.other_suffixes
+        return self.words_suffix, self.scales_suffix, *(suffix for suffix, _ in self.constants)
 
     def outputs(self, info: TensorInfo, packing: Packing, computed_in: str | None) -> tuple[OutputTensor, ...]:
         """List what replaces a weight: words, scales, then tensors that follow from its shape.
@@ -2455,30 +2461,28 @@ class Format:
         columns = packing.columns_of(info.shape[1])
         scale_dtype = self.scale_dtype or computed_in or {"F64": "F32"}.get(info.dtype, info.dtype)
         words, scales = (rows, columns // packing.codes_per_word), (rows, columns // packing.group_size)
-        return (
-            OutputTensor(module + self.words_suffix, "I32", words[::-1] if self.transposed else words),
-            OutputTensor(module + self.scales_suffix, scale_dtype, scales[::-1] if self.transposed else scales),
-            *self.constants(module, rows, columns, packing.group_size),
-        )
+        if self.transposed:
+            words, scales = words[::-1], scales[::-1]
+        parts = [(self.words_suffix, ("I32", words)), (self.scales_suffix, (scale_dtype, scales))]
+        parts += ((suffix, make(rows, columns, packing.group_size)) for suffix, make in self.constants)
+        return tuple(OutputTensor(module + suffix, *part) for suffix, part in parts)
 
 
-def shape_tensor(module: str, rows: int, columns: int, _group_size: int) -> list[OutputTensor]:
-    """Add compressed-tensors' `weight_shape`, without which transformers cannot unpack."""
-    return [OutputTensor(module + ".weight_shape", "I64", (2,), lambda: struct.pack("<2q", rows, columns))]
+def true_shape(rows: int, columns: int, _group_size: int) -> Constant:
+    """Make compressed-tensors' `weight_shape`, without which transformers cannot unpack."""
+    return "I64", (2,), lambda: struct.pack("<2q", rows, columns)
 
 
-def zeros_and_group_index(module: str, rows: int, columns: int, group_size: int) -> list[OutputTensor]:
-    """Add gptq's `qzeros`, which version 1 stores less one, and `g_idx`, each column's group."""
-    zeros = (columns // group_size, rows // CODES_PER_WORD)
-    return [
-        OutputTensor(module + ".qzeros", "I32", zeros, lambda: b"\x77" * (4 * math.prod(zeros))),
-        OutputTensor(
-            module + ".g_idx",
-            "I32",
-            (columns,),
-            lambda: b"".join(struct.pack("<i", group) * group_size for group in range(columns // group_size)),
-        ),
-    ]
+def zero_points(rows: int, columns: int, group_size: int) -> Constant:
+    """Make gptq's `qzeros`, which version 1 stores less one."""
+    shape = (columns // group_size, rows // CODES_PER_WORD)
+    return "I32", shape, lambda: b"\x77" * (4 * math.prod(shape))
+
+
+def group_index(_rows: int, columns: int, group_size: int) -> Constant:
+    """Make gptq's `g_idx`, each column's group."""
+    groups = range(columns // group_size)
+    return "I32", (columns,), lambda: b"".join(struct.pack("<i", group) * group_size for group in groups)
 
 
 def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
@@ -2510,33 +2514,16 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
         "bits": 4,
         "group_size": group_size,
         "about": f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no"
-        " engine loads; --format compressed-tensors makes what vLLM and transformers load",
+        f" engine loads; {USE_COMPRESSED_TENSORS}",
     }
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
 def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) -> dict[str, dict]:
-    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py): a group of layers
-    for each packing, that with most weights first, for whatever is `Linear`, and by name what the others hold.
-
-    The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same quantization
-    scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
-    """
-    members: dict[Packing, list[TensorInfo]] = {}
-    for tensor in tensors:
-        if tensor.packing:
-            members.setdefault(tensor.packing, []).append(tensor.source)
-    first, *others = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
-    targets = {first: ["Linear"]}
-    if others and any(EXPERT_PATTERN.match(info.name) for info in members[first]):
-        targets[first].append(r"re:(.*\.)?experts\.\d+\..*$")
-    for packing in others:
-        rivals = [info for other in members if other != packing for info in members[other]]
-        modules = [pair for info in members[packing] for pair in modules_of(info)]
-        targets[packing] = [f"re:{pattern}" for pattern in patterns_of_modules(modules, rivals)]
+    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py)."""
     groups = {
         f"group_{number}": {
-            "targets": targets[packing],
+            "targets": targets,
             "format": "pack-quantized",
             "weights": {
                 "num_bits": packing.bits,
@@ -2550,7 +2537,7 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
             "input_activations": None,
             "output_activations": None,
         }
-        for number, packing in enumerate(targets)
+        for number, (packing, targets) in enumerate(targets_of_packings(tensors))
     }
     description = {
         "quant_method": "compressed-tensors",
@@ -2560,6 +2547,25 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
         "ignore": ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_kept_layers(tensors))],
     }
     return {CONFIG_NAME: {"quantization_config": description}}
+
+
+def targets_of_packings(tensors: list[TensorPlan]) -> Iterator[tuple[Packing, list[str]]]:
+    """Name the layers of each packing: first, of that with most weights, whatever is `Linear`, then those of the others
+    by name.
+
+    The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same quantization
+    scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
+    """
+    members: dict[Packing, list[TensorInfo]] = {}
+    for tensor in tensors:
+        if tensor.packing:
+            members.setdefault(tensor.packing, []).append(tensor.source)
+    first, *others = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
+    has_experts = any(EXPERT_PATTERN.match(info.name) for info in members[first])
+    yield first, ["Linear", r"re:(.*\.)?experts\.\d+\..*$"] if others and has_experts else ["Linear"]
+    for packing in others:
+        rivals = [tensor.source for tensor in tensors if tensor.packing not in (None, packing)]
+        yield packing, [f"re:{pattern}" for pattern in patterns_of_modules(members[packing], rivals)]
 
 
 def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
@@ -2580,12 +2586,11 @@ def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict
 def patterns_of_kept_layers(tensors: list[TensorPlan]) -> list[str]:
     """Make regular expressions for the modules that are kept, of which engines know lm_head anyway."""
     kept = [tensor.source for tensor in tensors if not tensor.packing and tensor.source.name != "lm_head.weight"]
-    packed = [tensor.source for tensor in tensors if tensor.packing]
-    return patterns_of_modules([pair for info in kept for pair in modules_of(info)], packed)
+    return patterns_of_modules(kept, packed_sources(tensors))
 
 
-def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[TensorInfo]) -> list[str]:
-    """Make regular expressions for modules, one for all layer numbers where that matches no weight of the others.
+def patterns_of_modules(infos: Iterable[TensorInfo], others: Iterable[TensorInfo]) -> list[str]:
+    """Make regular expressions for tensors' modules, one for all layer numbers where that matches none of the others.
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
     transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
@@ -2595,47 +2600,44 @@ def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[Ten
     last_part = functools.partial(re.sub, r".*\.|\d+$", "")
     for module in every:
         rivals.setdefault(last_part(module), []).append(module)
-    patterns = (
-        _pattern_of_module(module, end, rivals.get(last_part(module), ()) if end == "$" else every)
-        for module, end in dict.fromkeys(modules)
-    )
-    return list(dict.fromkeys(patterns))
+    patterns = {}  # in order, each once
+    for module, end in dict.fromkeys(pair for info in infos for pair in modules_of(info)):
+        among = rivals.get(last_part(module), ()) if end == "$" else every
+        patterns[pattern_of_module(module, end, among)] = None
+    return list(patterns)
 
 
 def modules_of(info: TensorInfo) -> Iterator[tuple[str, str]]:
     """List the modules that engines look up for a tensor, and how a pattern for each has to end."""
-    name = info.name
+    module = info.name.removesuffix(".weight")
     if len(info.shape) < 2:
         return
-    if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name):
+    if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", info.name):
         # One entry for the layer's experts: vLLM asks for projections that a model need not have.
         yield experts[1], r"(\..*)?$"
-    elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(name)):
+    elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(info.name)):
         yield f"{stack['place']}experts", r"(\..*)?$"
-        yield name.removesuffix(".weight"), "$"
-    elif len(info.shape) == 2 and name.endswith(".weight"):
-        yield name.removesuffix(".weight"), "$"
+        yield module, "$"
+    elif len(info.shape) == 2 and module != info.name:
+        yield module, "$"
 
 
-def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
+def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     """Find the shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
     `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
     parts = module.split(".")
-    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
-    container = max(numbered[0] - 1, 0) if numbered else len(parts) - 1
+    any_layer = [r"\d+" if part.isdigit() else re.escape(part) for part in parts]
+    this_layer = [re.escape(part) for part in parts]
+    container = max(any_layer.index(r"\d+") if r"\d+" in any_layer else len(parts), 1) - 1
 
-    def tails(begin: int, unless: str = "") -> Iterator[str]:
-        """Make all layers' pattern, then this layer's."""
-        for number in (r"\d+", None):
-            tail = r"\.".join((part.isdigit() and number) or re.escape(part) for part in parts[begin:])
-            yield unless + r"(.*\.)?" + tail + end
+    def tails(begin: int, unless: str = "") -> list[str]:
+        return [rf"{unless}(.*\.)?" + r"\.".join(names[begin:]) + end for names in (any_layer, this_layer)]
 
-    *_, own_layer = tails(container)
-    rivals = list(filter(re.compile(own_layer).match, packed))
+    rivals = list(filter(re.compile(tails(container)[1]).match, packed))
     others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {*parts, "model"}
     unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
     longer = [tail for begin in range(container - 1, -1, -1) for tail in tails(begin)]
-    without = list(tails(container, unless))
+    without = tails(container, unless)
     in_tower = TOWER_WORDS.search(".".join(parts[:container]))
     for candidate in [*tails(container), *(longer + without if in_tower else without + longer)]:
         if not any(map(re.compile(candidate).match, packed)):
@@ -2655,8 +2657,10 @@ FORMATS = {
             ".qweight",
             ".scales",
             describe_int4,
+            no_int8="int4 has 4 bits alone",
+            note=f"no engine loads int4: it is for readers of your own. {USE_COMPRESSED_TENSORS}",
             next_steps=(
-                ("Serve", "no engine loads int4; --format compressed-tensors makes what vLLM and transformers load"),
+                ("Serve", f"no engine loads int4; {USE_COMPRESSED_TENSORS}"),
                 ("Read", "dequantize_int4 of quantize_int4.py, by the layout in {name}/quantize_config.json"),
             ),
         ),
@@ -2665,11 +2669,12 @@ FORMATS = {
             ".weight_packed",
             ".weight_scale",
             describe_compressed_tensors,
+            ((".weight_shape", true_shape),),
             scale_dtype=None,
             with_offset=True,
             for_engines=True,
-            other_suffixes=(".weight_shape",),
-            constants=shape_tensor,
+            note_on_kept_experts="experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors"
+            " folder random, with no more than a warning; vLLM reads them",
             next_steps=(("Serve", "vllm serve {name} --max-model-len 8192"), ("Load", LOAD_STEP)),
         ),
         Format(
@@ -2677,12 +2682,15 @@ FORMATS = {
             ".qweight",
             ".scales",
             describe_gptq,
+            ((".qzeros", zero_points), (".g_idx", group_index)),
             with_offset=True,
             transposed=True,
             row_multiple=8,
             for_engines=True,
-            other_suffixes=(".qzeros", ".g_idx"),
-            constants=zeros_and_group_index,
+            # Its `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
+            no_int8="not all of gptq's readers know two widths",
+            note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers"
+            " leaves them random without an error): use --format compressed-tensors",
             next_steps=(("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"), ("Load", LOAD_STEP)),
         ),
     )
@@ -2917,10 +2925,8 @@ def _json_bytes(value: dict) -> bytes:
 
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
-    if options.int8 and options.format.name != "compressed-tensors":
-        # gptq's `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
-        reason = "not all of gptq's readers know two widths" if options.format.for_engines else "int4 has 4 bits alone"
-        raise QuantizeError(f"--int8: {reason}: use --format compressed-tensors")
+    if options.int8 and options.format.no_int8:
+        raise QuantizeError(f"--int8: {options.format.no_int8}: use --format compressed-tensors")
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
@@ -2947,7 +2953,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     if options.format.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
     warnings = list(what_is_missing(sources, roles, checkpoint.config, options))
-    notes = notes_on_tensors(tensors, options, checkpoint.config)
+    notes = list(notes_on_tensors(tensors, options, checkpoint.config))
     if not asked and options.format.for_engines:
         notes.insert(0, f"groups of {options.group_size}: the largest of 128, 64 and 32 that divides all columns")
     if options.importance:
@@ -2976,6 +2982,11 @@ def plan_tensors(
         else:
             tensors.append(keep(info, reasons[info.name]))
     return tensors
+
+
+def packed_sources(tensors: Iterable[TensorPlan]) -> list[TensorInfo]:
+    """List the weights that are quantized."""
+    return [tensor.source for tensor in tensors if tensor.packing]
 
 
 def fits_groups(tensor: TensorPlan) -> bool:
@@ -3409,54 +3420,41 @@ def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str
         )
 
 
-def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> list[str]:
+def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> Iterator[str]:
     """Say what the owner of the checkpoint should know before the conversion rather than after the copy."""
-    notes = []
-    if not options.format.for_engines:
-        notes.append(
-            f"no engine loads {options.format.name}: it is for readers of your own. --format compressed-tensors makes"
-            " what vLLM and transformers load"
-        )
+    form, packed = options.format, packed_sources(tensors)
+    if form.note:
+        yield form.note
     if delicate := [tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
-        notes.append(
+        yield (
             f"{' and '.join(sorted({tensor.kind for tensor in delicate}))} in 4 bits, too, costs quality and saves"
             f" little: --exclude {shlex.quote(pattern_of(tensor.source for tensor in delicate))} keeps them"
         )
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
-    if options.format.for_engines and separated and not expert_naming(config):
-        notes.append(
+    if form.for_engines and separated and not expert_naming(config):
+        yield (
             f"stacks of experts are read as one weight an expert, named as by most models, e.g. {separated[0].name!r};"
             " whether this model's loaders know them so was not tried"
         )
-    if conv1d := find_conv1d([tensor.source for tensor in tensors if tensor.packing], config):
-        notes.append(
+    if conv1d := find_conv1d(packed, config):
+        yield (
             f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs, as"
             " the columns do"
         )
-    stacks = [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]
-    if stacks:
+    if stacks := [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]:
         size = format_bytes(sum(info.nbytes for info in stacks))
-        notes.append(
-            f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
-        )
+        yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
     if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
-        notes.append(
+        yield (
             "two widths: with run_compressed=False or dequantize=True, transformers (5.23) decodes all layers as if"
             " they had one; load the folder without these, or --restore it to dense weights"
         )
     experts = [t for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
-    if options.format.name == "gptq" and any(tensor.packing for tensor in experts):
-        notes.append(
-            "engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves them"
-            " random without an error): use --format compressed-tensors"
-        )
+    if form.note_on_experts and any(tensor.packing for tensor in experts):
+        yield form.note_on_experts
     kept = any(not tensor.packing for tensor in experts) and not oddity_with("linear_experts", config)[0]
-    if options.format.name == "compressed-tensors" and kept:
-        notes.append(
-            "experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder random, with no"
-            " more than a warning; vLLM reads them"
-        )
-    return notes
+    if form.note_on_kept_experts and kept:
+        yield form.note_on_kept_experts
 
 
 def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
