@@ -2735,24 +2735,9 @@ class Importance:
         return bool(self._factors)
 
     def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None) -> None:
-        """Find the weights' vectors: by name, else by what follows the wrappers, where only one vector and only one of
-        all tensors of the checkpoint ends so.
-
-        Raises if more than half of them have none.
-        """
-        vectors: dict[str, tuple[str, int | None]] = {}
-        for name in self._names:
-            shape = self._file.get_slice(name).get_shape()
-            if len(shape) == 2 and (stack := STACK_PATTERN.match(name)) and stack["projection"]:
-                for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
-                    vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
-            else:
-                vectors[renamed(f"{name}.weight", naming)] = name, None
-        tails = Counter(map(name_without_wrappers, [*vectors, *(info.name for info in tensors)]))
-        by_tail = {tail: vectors[name] for name in vectors if tails[tail := name_without_wrappers(name)] == 2}
-        for name in (weight.name for weight in weights):
-            if found := vectors.get(name) or by_tail.get(name_without_wrappers(name)):
-                self._found[name] = found
+        """Find the weights' vectors. Raises if more than half of them have none."""
+        shapes = {name: self._file.get_slice(name).get_shape() for name in self._names}
+        self._found = match_statistics(shapes, weights, tensors, naming)
         if len(self._found) * 2 < len(weights):
             raise QuantizeError(
                 f"{self.path} names {len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized: its"
@@ -2789,13 +2774,13 @@ class Importance:
             return None
         name, row = self._found[info.name]
         vector, columns = self._read(name, row), info.shape[1]
-        if vector.dtype != torch.float32 or tuple(vector.shape) != (columns,):
-            raise QuantizeError(
-                f"{self.path}: {name!r} is {vector.dtype} {tuple(vector.shape)}; {info.name!r} needs a float32"
-                f" for each of its {columns:,} columns"
-            )
-        if not (torch.isfinite(vector) & (vector >= 0)).all():
-            raise QuantizeError(f"{self.path}: {name!r} holds a value that is negative or not finite")
+        self._require(
+            vector.dtype == torch.float32 and tuple(vector.shape) == (columns,),
+            f"{name!r} is {vector.dtype} {tuple(vector.shape)}; {info.name!r} needs a float32 for each of its"
+            f" {columns:,} columns",
+        )
+        sound = torch.isfinite(vector) & (vector >= 0)
+        self._require(sound.all(), f"{name!r} holds a value that is negative or not finite")
         if not vector.any():
             return None
         name = f"{name}.factor"
@@ -2805,31 +2790,53 @@ class Importance:
         """Read a tensor of the file, or a row of one: none of the file's other bytes."""
         return self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row]
 
+    def _require(self, sound: bool, problem: str) -> None:
+        if not sound:
+            raise QuantizeError(f"{self.path}: {problem}")
+
     def _check_factor(self, name: str, factor: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
         columns, shape = len(mean_squares), tuple(factor.shape)
-        dtypes = (torch.float32, torch.float16)
-        if factor.dtype not in dtypes or shape[:-1] != (columns,) or not 0 < shape[-1] <= MAX_RANK:
-            raise QuantizeError(
-                f"{self.path}: {name!r} is {factor.dtype} {shape}: a factor is float32 or float16 (columns, rank), here"
-                f" ({columns:,}, 1 to {MAX_RANK})"
-            )
-        if factor.numel() > MAX_FACTOR:
-            raise QuantizeError(
-                f"{self.path}: {name!r} holds {factor.numel():,} numbers, at most {MAX_FACTOR:,} are held in memory:"
-                f" collect it with a rank of {MAX_FACTOR // columns}"
-            )
+        well_formed = factor.dtype in (torch.float32, torch.float16) and shape[:-1] == (columns,)
+        self._require(
+            well_formed and 0 < shape[-1] <= MAX_RANK,
+            f"{name!r} is {factor.dtype} {shape}: a factor is float32 or float16 (columns, rank), here ({columns:,}, 1"
+            f" to {MAX_RANK})",
+        )
+        self._require(
+            factor.numel() <= MAX_FACTOR,
+            f"{name!r} holds {factor.numel():,} numbers, at most {MAX_FACTOR:,} are held in memory: collect it with a"
+            f" rank of {MAX_FACTOR // columns}",
+        )
         rounding, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
-        if not torch.isfinite(factor).all():
-            raise QuantizeError(f"{self.path}: {name!r} holds a value that is not finite")
+        self._require(torch.isfinite(factor).all(), f"{name!r} holds a value that is not finite")
         sums = (factor.abs() * (1 - rounding.eps) - rounding.eps * rounding.tiny).clamp_(min=0).square_().sum(1)
         beyond = sums > mean_squares * (1 + 1e-4) + mean_squares.max() * 1e-6
-        if beyond.any():
-            column = int(beyond.nonzero()[0])
-            raise QuantizeError(
-                f"{self.path}: {name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more"
-                f" than the column's mean square, {float(mean_squares[column]):.6g}: collect both from the same inputs"
-            )
+        column = int(beyond.int().argmax())
+        self._require(
+            not beyond.any(),
+            f"{name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more than the column's"
+            f" mean square, {float(mean_squares[column]):.6g}: collect both from the same inputs",
+        )
         return factor
+
+
+def match_statistics(
+    shapes: Mapping[str, list[int]], weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None
+) -> dict[str, tuple[str, int | None]]:
+    """Find each weight's vector, a tensor of these shapes or the row of a stack: by name, else by what follows the
+    wrappers, where only one vector and only one of all tensors of the checkpoint ends so."""
+    vectors: dict[str, tuple[str, int | None]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and (stack := STACK_PATTERN.match(name)) and stack["projection"]:
+            for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
+                vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
+        else:
+            vectors[renamed(f"{name}.weight", naming)] = name, None
+    tails = Counter(map(name_without_wrappers, [*vectors, *(info.name for info in tensors)]))
+    by_tail = {tail: vectors[name] for name in vectors if tails[tail := name_without_wrappers(name)] == 2}
+    names = [weight.name for weight in weights]
+    found = {name: vectors.get(name) or by_tail.get(name_without_wrappers(name)) for name in names}
+    return {name: vector for name, vector in found.items() if vector}
 
 
 def name_without_wrappers(name: str) -> str:
