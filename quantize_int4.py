@@ -429,8 +429,8 @@ QUANTIZED_NAME_PATTERN = re.compile(
 )
 QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
 
-# Marks of what is not a merged model: in a tensor's name, what it means and what to do.
-UNMERGED_PATTERNS = (
+# Marks of what is not a merged model: in a tensor's name, of which tensors, what it means and what to do.
+UNMERGED = (
     (
         # The spellings of peft, torchtune, kohya's scripts and AdapterHub; `low_rank_update` finds others.
         re.compile(
@@ -439,17 +439,29 @@ UNMERGED_PATTERNS = (
             r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\.|adapters\.\w+\.adapter_)"
             r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)"
         ),
+        lambda info: True,
         ADAPTER := "belongs to an adapter that is not merged: merge it into its base model first (peft:"
         " merge_and_unload), then save that",
     ),
     (
         re.compile(r"flat_param"),
+        lambda info: True,
         "holds the parameters of many layers, flattened by FSDP: save a full state dict (FULL_STATE_DICT, or accelerate"
         " merge-weights)",
     ),
+    (
+        re.compile(r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$"),
+        lambda info: len(info.shape) == 2,  # some models' convolutions have such parts of their own
+        "is what a weight is computed from, by pruning or another parametrization: make it permanent first"
+        " (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that",
+    ),
+    (
+        re.compile(r"(weight|bias)$|\.experts\."),
+        lambda info: info.nbytes == 0,
+        "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
+        " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
+    ),
 )
-# In a 2-D tensor's name; some models' convolutions have such parts of their own.
-PART_PATTERN = re.compile(r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$")
 # Modules that training wraps around a model or its layers; they have no weights of their own.
 WRAPPER_PATTERN = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
@@ -3115,23 +3127,11 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def refuse_unmerged(checkpoint: Checkpoint) -> None:
     """Refuse what is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
-    if info := low_rank_update(checkpoint.tensors):
-        raise QuantizeError(f"tensor {info.name_in_file!r} ({info.file.name}) {ADAPTER}")
-    for info in checkpoint.tensors.values():
-        where = f"tensor {info.name_in_file!r} ({info.file.name})"
-        for pattern, meaning in UNMERGED_PATTERNS:
-            if pattern.search(info.name):
-                raise QuantizeError(f"{where} {meaning}")
-        if PART_PATTERN.search(info.name) and len(info.shape) == 2:
-            raise QuantizeError(
-                f"{where} is what a weight is computed from, by pruning or another parametrization: make it permanent"
-                " first (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that"
-            )
-        if info.nbytes == 0 and re.search(r"(weight|bias)$|\.experts\.", info.name):
-            raise QuantizeError(
-                f"{where} has no elements, its shape is {info.shape}: a save under DeepSpeed ZeRO-3 that did not gather"
-                " the weights leaves such; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py"
-            )
+    update, infos = low_rank_update(checkpoint.tensors), checkpoint.tensors.values()
+    marked = ((i, text) for i in infos for name, condition, text in UNMERGED if name.search(i.name) and condition(i))
+    info, problem = (update, ADAPTER) if update else next(marked, (None, ""))
+    if info:
+        raise QuantizeError(f"tensor {info.name_in_file!r} {info.shape} ({info.file.name}) {problem}")
 
 
 def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
@@ -3155,12 +3155,11 @@ def compile_patterns(
 ) -> list[re.Pattern]:
     """Compile an option's patterns, each of which must match a tensor's name in the file or that of an expert's
     weight."""
+    infos = [*checkpoint.tensors.values(), *(weight for stack in stacks.values() for weight in stack.weights)]
     patterns = [re.compile(source) for source in sources]
-    weights = [weight for stack in stacks.values() for weight in stack.weights]
     for pattern in patterns:
-        if not any(is_named(pattern, info) for info in (*checkpoint.tensors.values(), *weights)):
-            names = [info.name for info in (*checkpoint.tensors.values(), *weights)]
-            hint = hint_for_pattern(pattern.pattern, names) or f" (one is {names[0]!r}): correct or drop it"
+        if not any(named_by([pattern], info) for info in infos):
+            hint = hint_for_pattern(pattern.pattern, [info.name for info in infos])
             raise QuantizeError(
                 f"{option} {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors{hint}"
             )
@@ -3168,24 +3167,24 @@ def compile_patterns(
 
 
 def hint_for_pattern(pattern: str, names: list[str]) -> str:
-    """Say what was meant by a pattern that matches nothing, where that is plain."""
+    """Say what was meant by a pattern that matches nothing, where that is plain, or else name a tensor."""
     parts = [part for part in re.split(r"[,\s]+", pattern) if part]
-    if len(parts) > 1 and all(any(re.search(re.escape(part), name) for name in names) for part in parts):
+    if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
         return f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
-    return nearest(pattern, sorted({part for name in names for part in name.split(".")}))
+    meant = nearest(pattern, sorted({part for name in names for part in name.split(".")}))
+    return meant or f" (one is {names[0]!r}): correct or drop it"
 
 
-def is_named(pattern: re.Pattern, info: TensorInfo) -> bool:
-    """Tell whether a pattern of an option means this tensor, by its name or that of the stack that it is read from."""
-    return bool(pattern.search(info.name) or pattern.search(info.name_in_file))
+def named_by(patterns: Iterable[re.Pattern], info: TensorInfo) -> re.Pattern | None:
+    """Find the first of an option's patterns that means this tensor, by its name or that of the stack it is read
+    from."""
+    return next((p for p in patterns if p.search(info.name) or p.search(info.name_in_file)), None)
 
 
 def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]) -> bool:
     """Tell whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
-    excluded = any(is_named(pattern, stack.info) for pattern in patterns) or (
-        bool(stack.weights) and all(any(is_named(pattern, w) for pattern in patterns) for w in stack.weights)
-    )
-    return excluded and (stack.whole_in_vllm or not options.format.for_engines)
+    excluded = named_by(patterns, stack.info) or (stack.weights and all(named_by(patterns, w) for w in stack.weights))
+    return bool(excluded) and (stack.whole_in_vllm or not options.format.for_engines)
 
 
 def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options) -> None:
@@ -3219,9 +3218,8 @@ def pattern_of(infos: Iterable[TensorInfo]) -> str:
 
 def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
     """Say why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
-    for pattern in patterns:
-        if is_named(pattern, info):
-            return f"--exclude {pattern.pattern}"
+    if pattern := named_by(patterns, info):
+        return f"--exclude {pattern.pattern}"
     if len(info.shape) < 2:
         return "vectors and scalars (norms)"
     if len(info.shape) > 2:
@@ -3245,21 +3243,20 @@ def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.
 
     Engines hold routed experts as one, so 128 must fit all of them.
     """
-    eights = {info.name: info for info in weights if any(is_named(pattern, info) for pattern in wider)}
-    experts = {name for name in eights if EXPERT_PATTERN.match(name)}
-    fit = all(eights[name].shape[1] % 128 == 0 for name in experts)
-    return {
-        info.name: Packing(4, options.group_size)
-        if info.name not in eights
-        else Packing(8, 128 if (fit if info.name in experts else info.shape[1] % 128 == 0) else options.group_size)
-        for info in weights
-    }
+    packings = {info.name: Packing(4, options.group_size) for info in weights}
+    eights = [info for info in weights if named_by(wider, info)]
+    ragged = {info.name for info in eights if info.shape[1] % 128}
+    ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
+    for info in eights:
+        fits = not ragged_experts if EXPERT_PATTERN.match(info.name) else info.name not in ragged
+        packings[info.name] = Packing(8, 128 if fits else options.group_size)
+    return packings
 
 
 def refuse_useless_int8(wider: list[re.Pattern], tensors: list[TensorPlan]) -> None:
     """Refuse a pattern for 8 bits that means only what is kept: whoever gives one expects more."""
     for pattern in wider:
-        named = [tensor for tensor in tensors if is_named(pattern, tensor.source)]
+        named = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
         if not any(tensor.packing for tensor in named):
             raise QuantizeError(
                 f"--int8 {shlex.quote(pattern.pattern)} matches only tensors that are kept, e.g."
@@ -3278,34 +3275,32 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
         raise QuantizeError(f"--group_size {group_size}: engines' kernels (Marlin) have 32, 64 and 128 for {form.name}")
     if not checkpoint.has_config:
         raise QuantizeError(f"{config} is missing: {form.name} describes the quantization in it, and engines need it")
-    weights = [tensor.source for tensor in tensors if tensor.packing]
-    if conv1d := find_conv1d(weights, checkpoint.config):
-        raise QuantizeError(
-            f"{len(conv1d):,} weights are GPT-2's Conv1D, which lie as (in, out), e.g. {conv1d[0].name!r}"
-            f" {conv1d[0].shape}: engines read no packed weight so, and {form.name} cannot hold them; int4 can"
-        )
+    weights = packed_sources(tensors)
     ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
-    if ragged:
-        fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
-        remedy = f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them"
-        raise QuantizeError(
-            f"{len(ragged):,} weights have columns that are no multiple of --group_size {group_size}, which {form.name}"
-            f" cannot hold, e.g. {ragged[0].name!r} with {ragged[0].shape[1]:,}: {remedy}"
-        )
-    uneven = [info for info in weights if info.shape[0] % form.row_multiple]
-    if uneven:
-        raise QuantizeError(
-            f"{len(uneven):,} weights have rows that are no multiple of {form.row_multiple}, which {form.name} cannot"
-            f" hold, e.g. {uneven[0].name!r} with {uneven[0].shape[0]:,}: --exclude them, or use compressed-tensors"
-        )
+    fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
+    for refused, problem, remedy in (
+        (
+            find_conv1d(weights, checkpoint.config),
+            "are GPT-2's Conv1D, and so (in, out)",
+            "engines read no packed weight so; int4 can",
+        ),
+        (
+            ragged,
+            f"have columns that are no multiple of --group_size {group_size}",
+            f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them",
+        ),
+        (
+            [info for info in weights if info.shape[0] % form.row_multiple],
+            f"have rows that are no multiple of {form.row_multiple}",
+            "--exclude them, or use compressed-tensors",
+        ),
+    ):
+        if refused:
+            raise QuantizeError(
+                f"{len(refused):,} weights {problem}, which {form.name} cannot hold, e.g. {refused[0].name!r}"
+                f" {refused[0].shape}: {remedy}"
+            )
     refuse_split_layers(tensors)
-    experts = {t.packing: t.source for t in tensors if t.packing and EXPERT_PATTERN.match(t.source.name)}
-    if len(experts) > 1:
-        fates = (f"{info.name!r} gets {packing.bits} bits" for packing, info in experts.items())
-        raise QuantizeError(
-            f"{' while '.join(fates)}: transformers (5.23) reads the routed experts of all layers in one width, and"
-            " others as noise: --int8 all of them or none"
-        )
 
 
 def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
@@ -3318,21 +3313,29 @@ def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
 
 
 def refuse_split_layers(tensors: list[TensorPlan]) -> None:
-    """Refuse a fate of its own for one of the layers that engines fuse."""
+    """Refuse a fate of its own for one of the layers that engines fuse, and a width of its own for some experts."""
     fused: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
         if len(tensor.source.shape) > 1:
             for key in fused_keys(tensor.source.name):
                 fused.setdefault(key, []).append(tensor)
     for key, parts in fused.items():
-        one, *others = {part.packing: part for part in reversed(parts)}.values()
-        if others:
-            fates = (
-                f"{part.source.name!r} "
-                + (f"gets {part.packing.bits} bits" if part.packing else f"is kept ({part.kept_because})")
-                for part in (one, others[0])
-            )
-            raise QuantizeError(f"engines fuse {key}: {' while '.join(fates)}: --exclude or --int8 all of them or none")
+        if fates := differing_fates(parts):
+            raise QuantizeError(f"engines fuse {key}: {fates}: --exclude or --int8 all of them or none")
+    if fates := differing_fates(t for t in tensors if t.packing and EXPERT_PATTERN.match(t.source.name)):
+        raise QuantizeError(
+            f"{fates}: transformers (5.23) reads the routed experts of all layers in one width, and others as noise:"
+            " --int8 all of them or none"
+        )
+
+
+def differing_fates(tensors: Iterable[TensorPlan]) -> str:
+    """Say of two of these tensors what becomes of them, if not the same becomes of all."""
+    fates: dict[Packing | None, str] = {}
+    for tensor in tensors:
+        bits = f"gets {tensor.packing.bits} bits" if tensor.packing else f"is kept ({tensor.kept_because})"
+        fates.setdefault(tensor.packing, f"{tensor.source.name!r} {bits}")
+    return " while ".join(list(fates.values())[:2]) if len(fates) > 1 else ""
 
 
 def fused_keys(name: str) -> Iterator[str]:
