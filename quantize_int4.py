@@ -2944,54 +2944,48 @@ def _json_bytes(value: dict) -> bytes:
 
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
-    if options.int8 and options.format.no_int8:
-        raise QuantizeError(f"--int8: {options.format.no_int8}: use --format compressed-tensors")
+    config, form, asked = checkpoint.config, options.format, options.group_size
+    if options.int8 and form.no_int8:
+        raise QuantizeError(f"--int8: {form.no_int8}: use --format compressed-tensors")
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
-    patterns = compile_patterns("--exclude", options.exclude, checkpoint, stacks)
+    excluded = compile_patterns("--exclude", options.exclude, checkpoint, stacks)
     wider = compile_patterns("--int8", options.int8, checkpoint, stacks)
-    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
-    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], checkpoint.config, options)
+    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, excluded)}
+    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], config, options)
     sources = separate_experts(checkpoint, stacks, whole)
-    roles = find_roles(sources, checkpoint.config)
-    asked = options.group_size
-    sizes = [asked] if asked else MARLIN_GROUP_SIZES if options.format.for_engines else [DEFAULT_GROUP_SIZE]
-    for options in (replace(options, group_size=size) for size in sizes):
-        tensors = plan_tensors(sources, roles, options, patterns, wider, model_dtype(checkpoint.config))
+    roles = find_roles(sources, config)
+    for size in [asked] if asked else MARLIN_GROUP_SIZES if form.for_engines else [DEFAULT_GROUP_SIZE]:
+        options = replace(options, group_size=size)
+        tensors = plan_tensors(sources, roles, options, excluded, wider, model_dtype(config))
         if all(map(fits_groups, tensors)):
             break
     refuse_clashing_names(tensors)
-    refuse_useless_int8(wider, tensors)
-    if not any(tensor.packing for tensor in tensors):
-        raise QuantizeError(
-            f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
-            f" {tensors[0].source.name!r} ({tensors[0].kept_because}): lower --group_size or drop --exclude if that"
-            " keeps them"
-        )
-    if options.format.for_engines:
+    refuse_useless_patterns(checkpoint, tensors, wider)
+    if form.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
-    warnings = list(what_is_missing(sources, roles, checkpoint.config, options))
-    notes = list(notes_on_tensors(tensors, options, checkpoint.config))
-    if not asked and options.format.for_engines:
-        notes.insert(0, f"groups of {options.group_size}: the largest of 128, 64 and 32 that divides all columns")
+    warnings = list(what_is_missing(sources, roles, config, options))
+    notes = list(notes_on_tensors(tensors, options, config))
+    if not asked and form.for_engines:
+        notes.insert(0, f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
     if options.importance:
-        packed = [tensor for tensor in tensors if tensor.packing]
-        options.importance.match([tensor.source for tensor in packed], sources, expert_naming(checkpoint.config))
-        notes.insert(0, options.importance.describe([t.source for t in packed if t.packing.bits == 4]))
+        options.importance.match(packed_sources(tensors), sources, expert_naming(config))
+        four_bits = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
+        notes.insert(0, options.importance.describe(four_bits))
     return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
 
 
 def plan_tensors(
     sources: list[TensorInfo],
-    roles: dict[str, str],
+    roles: Mapping[str, str],
     options: Options,
-    patterns: list[re.Pattern],
+    excluded: list[re.Pattern],
     wider: list[re.Pattern],
     computed_in: str | None,
 ) -> list[TensorPlan]:
     """Decide for each tensor whether it is quantized, and what it becomes."""
-    reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
+    reasons = {info.name: reason_to_keep(info, options, excluded, roles.get(info.name)) for info in sources}
     packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
     tensors = []
     for info in sources:
@@ -3253,15 +3247,22 @@ def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.
     return packings
 
 
-def refuse_useless_int8(wider: list[re.Pattern], tensors: list[TensorPlan]) -> None:
-    """Refuse a pattern for 8 bits that means only what is kept: whoever gives one expects more."""
+def refuse_useless_patterns(checkpoint: Checkpoint, tensors: list[TensorPlan], wider: list[re.Pattern]) -> None:
+    """Refuse to quantize nothing, and a pattern for 8 bits that means only what is kept: whoever gives one expects
+    more."""
     for pattern in wider:
         named = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
-        if not any(tensor.packing for tensor in named):
+        if not packed_sources(named):
             raise QuantizeError(
                 f"--int8 {shlex.quote(pattern.pattern)} matches only tensors that are kept, e.g."
                 f" {named[0].source.name!r} ({named[0].kept_because}): correct or drop it"
             )
+    if not packed_sources(tensors):
+        raise QuantizeError(
+            f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
+            f" {tensors[0].source.name!r} ({tensors[0].kept_because}): lower --group_size or drop --exclude if that"
+            " keeps them"
+        )
 
 
 def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, checkpoint: Checkpoint) -> None:
@@ -3373,26 +3374,25 @@ def what_is_missing(tensors: list[TensorInfo], roles: dict[str, str], config: di
     if not any(map(generates.search, config.get("architectures") or ())):
         return
     ties = config_values(config, "tie_word_embeddings")
-    tables = [name for name, role in roles.items() if role == "embeddings" and not NO_WORDS.search(name)]
-    for part, due, there in (
-        ("HEAD", "tie_word_embeddings false" if ties and not any(ties) else "", "heads" in roles.values()),
-        ("EMBEDDING", "a vocab_size" if config_values(config, "vocab_size") else "", bool(tables)),
-    ):
-        missing = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part.lower()}"
-        if due and not there and options.format.for_engines:
+    missing = []
+    if ties and not any(ties) and "heads" not in roles.values():
+        missing.append(("HEAD", "tie_word_embeddings false"))
+    if config_values(config, "vocab_size") and not any(is_word_table(name, roles) for name in roles):
+        missing.append(("EMBEDDING", "a vocab_size"))
+    for part, due in missing:
+        problem = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part.lower()}"
+        if options.format.for_engines:
             raise QuantizeError(
-                f"{missing}, which loaders would fill with random numbers: save the whole model, or mend {CONFIG_NAME}"
+                f"{problem}, which loaders would fill with random numbers: save the whole model, or mend {CONFIG_NAME}"
             )
-        if due and not there:
-            yield f"THE {part} IS MISSING: {missing}"
+        yield f"THE {part} IS MISSING: {problem}"
 
 
 def missing_layers(tensors: list[TensorInfo], config: dict) -> Iterator[str]:
     """Find missing layers of the language model, or of both its encoder and decoder, that config.json counts."""
     containers: dict[str, set[int]] = {}
-    for info in tensors:
-        if match := LAYER_PATTERN.match(info.name):
-            containers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
+    for match in filter(None, (LAYER_PATTERN.match(info.name) for info in tensors)):
+        containers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
     towers = re.compile(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder")
     names = [name for name in containers if not towers.search(name)] or list(containers)
     largest = max(names, key=lambda name: len(containers[name]), default="layers")
