@@ -421,8 +421,8 @@ QUANTIZED_NAME_PATTERN = re.compile(
 )
 QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
 
-# Marks of what is not a merged model: in a tensor's name, what it means and what to do.
-UNMERGED_PATTERNS = (
+# Marks of what is not a merged model: in a tensor's name, of which tensors, what it means and what to do.
+UNMERGED = (
     (
         # The spellings of peft, torchtune, kohya's scripts and AdapterHub; `low_rank_update` finds others.
         re.compile(
@@ -431,22 +431,33 @@ UNMERGED_PATTERNS = (
             r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\.|adapters\.\w+\.adapter_)"
             r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)"
         ),
+        lambda info: True,
         ADAPTER := "belongs to an adapter that is not merged: merge it into its base model first (peft:"
         " merge_and_unload), then save that",
     ),
     (
         re.compile(r"flat_param"),
+        lambda info: True,
         "holds the parameters of many layers, flattened by FSDP: save a full state dict (FULL_STATE_DICT, or accelerate"
         " merge-weights)",
     ),
+    (
+        re.compile(r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$"),
+        lambda info: len(info.shape) == 2,  # some models' convolutions have such parts of their own
+        "is what a weight is computed from, by pruning or another parametrization: make it permanent first"
+        " (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that",
+    ),
+    (
+        re.compile(r"(weight|bias)$|\.experts\."),
+        lambda info: info.nbytes == 0,
+        "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
+        " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
+    ),
 )
-# In a 2-D tensor's name; some models' convolutions have such parts of their own.
-PART_PATTERN = re.compile(r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$")
 # Modules that training wraps around a model or its layers; they have no weights of their own.
 WRAPPER_PATTERN = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-CONV1D_MODELS = "gpt2 openai-gpt imagegpt decision_transformer"  # transformers 5.23.0, users of pytorch_utils
 
 PICKLE_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # of a model's state dict, in trainers' files
 QUANTIZER_PATTERN = re.compile(r"\.\w*quantizer(\.\d+)?\._\w+$")  # ModelOpt's tensors beside a model's own
@@ -1181,56 +1192,81 @@ def model_dtype(config: dict) -> str | None:
 
 
 @dataclass(frozen=True)
-class ExpertNaming:
-    """How models of some types are named by `save_pretrained`, where `model.state_dict()` holds stacks of experts.
+class Oddity:
+    """What sets models of some types apart from what most checkpoints' names and shapes say.
 
-    Read from transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way. vLLM 0.29.0
-    knows these names alone (the `ckpt_*_proj_name` of its models, models/mixtral.py and so on).
+    `projections` and `renames` turn the names of `model.state_dict()`, which holds stacks of experts, into those that
+    `save_pretrained` writes and vLLM 0.29.0 alone knows (the `ckpt_*_proj_name` of its models).
     """
 
-    model_types: str
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # no gate: it has none
+    model_types: str  # separated by blanks
+    projections: tuple[str, str, str] | None = None  # an expert's gate (nothing where it has none), up and down
     renames: tuple[tuple[str, str], ...] = ()  # what else has another name: pattern, replacement
-    whole: bool = True  # whether vLLM also reads the stacks as they are
+    whole_in_vllm: bool = True  # whether vLLM also reads the stacks as they are
+    linear_experts: bool = False  # each is an nn.Linear in transformers, as soon as anything is quantized
+    conv1d: bool = False  # the layers' weights lie as (in, out)
+    problem: str = ""  # why stacks of experts are not read as one weight an expert
+    problem_of_engines: str = ""  # the same, where an engine is to load what comes of it; {}: the model's type
+    remedy: str = ""  # if it is another than to exclude the stacks
 
 
-MIXTRAL = ("w1", "w3", "w2")
-EXPERT_NAMINGS = (
-    ExpertNaming(
+GATED, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+ODDITIES = (
+    # Names of experts: transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way.
+    Oddity(
         "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 flex_olmo glm4_moe glm4_moe_lite glm4v_moe"
         " glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
-        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open"
+        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open",
+        GATED,
     ),
-    ExpertNaming("nemotron_h", ("", "up_proj", "down_proj"), whole=False),
-    ExpertNaming("ernie4_5_moe", renames=((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
-    # transposed; transformers has an nn.Linear for each expert as soon as anything is quantized
-    ExpertNaming("llama4 llama4_text", whole=False),
-    ExpertNaming("lfm2_moe", MIXTRAL, whole=False),
-    ExpertNaming("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole=False),
-    ExpertNaming(
+    Oddity("nemotron_h", ("", "up_proj", "down_proj"), whole_in_vllm=False),
+    Oddity("ernie4_5_moe", GATED, ((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
+    Oddity("llama4 llama4_text", GATED, whole_in_vllm=False, linear_experts=True),  # and transposed
+    Oddity("lfm2_moe", MIXTRAL, whole_in_vllm=False),
+    Oddity("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole_in_vllm=False),
+    Oddity(
         "phimoe",
         MIXTRAL,
         ((r"\.mlp\.router\.weight$", ".block_sparse_moe.gate.weight"), (r"\.mlp\.", ".block_sparse_moe.")),
-        whole=False,
+        whole_in_vllm=False,
     ),
-)
-# Their gate and up rows alternate. (transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say
-# Interleave, or their modeling files slice so)
-INTERLEAVED_EXPERTS = "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text"
-# Their stacks are what the hub has, too. transformers 5.23.0 reads no other form: it would leave the experts random.
-STACKED_ON_THE_HUB = (
-    "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
-    " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe mistral4"
-    " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya"
-)
-# Here `save_pretrained` gives other names to much more than experts, so a state dict's names are no loader's.
-RENAMED_ALL_OVER = (
-    "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 exaone_moe flint glm5_next hy_v3 kimi_k25 kimi_linear kolibri1"
-    " laguna mimo_v2_flash minimax_m3_vl mistral_large4"
+    # transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
+    Oddity(
+        "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text",
+        problem="with gate and up rows that alternate",
+    ),
+    # Stacks are what the hub has, too, and transformers 5.23.0 reads no other form.
+    Oddity(
+        "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
+        " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe mistral4"
+        " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya",
+        problem_of_engines="as loaders know {} alone: transformers would leave separate experts random",
+    ),
+    # Here `save_pretrained` (transformers 5.23.0) gives other names to much more than experts.
+    Oddity(
+        "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 exaone_moe flint glm5_next hy_v3 kimi_k25 kimi_linear"
+        " kolibri1 laguna mimo_v2_flash minimax_m3_vl mistral_large4",
+        problem_of_engines="named as in model.state_dict(), where {} has other names than loaders know",
+        remedy="save it with model.save_pretrained()",
+    ),
+    Oddity("gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),  # transformers 5.23.0: users of pytorch_utils
 )
 STACK_ROLES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # Granite's, which are gated, too
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # in config.json
 EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+
+
+def oddity_with(field: str, config: dict) -> tuple[Oddity | None, str]:
+    """Find the first row that has something in a field and is about a type that config.json names, and this type."""
+    types = config_values(config, "model_type")
+    rows = (row for row in ODDITIES if getattr(row, field))
+    found = ((row, name) for row in rows for name in types if name in row.model_types.split())
+    return next(found, (None, ""))
+
+
+def expert_naming(config: dict) -> Oddity | None:
+    """Find what this model's experts are called, if that is known."""
+    return oddity_with("projections", config)[0]
 
 
 @dataclass(frozen=True)
@@ -1238,19 +1274,9 @@ class ExpertStack:
     """A tensor that holds all routed experts of a layer, and the 2-D weights it is read as."""
 
     info: TensorInfo
-    weights: tuple[TensorInfo, ...]  # expert by expert; none if there is a problem
-    problem: str  # why it cannot be read so, or nothing
-    whole_in_vllm: bool  # whether vLLM knows it as it is, too
-
-
-def types_among(config: dict, model_types: str) -> list[str]:
-    """List those of some types of models, separated by blanks, that config.json names."""
-    return [name for name in config_values(config, "model_type") if name in model_types.split()]
-
-
-def expert_naming(config: dict) -> ExpertNaming | None:
-    """Find the row of this model's type."""
-    return next((row for row in EXPERT_NAMINGS if types_among(config, row.model_types)), None)
+    weights: tuple[TensorInfo, ...] = ()  # expert by expert; none if there is a problem
+    problem: str = ""  # why it cannot be read so
+    whole_in_vllm: bool = True  # whether vLLM knows it as it is, too
 
 
 def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
@@ -1259,24 +1285,24 @@ def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
     stacks: dict[str, ExpertStack] = {}
     layers: dict[str, dict[str, TensorInfo]] = {}  # by where the experts are, and by role
     for info in checkpoint.tensors.values():
-        if holds_experts(info, checkpoint.config):
-            match = STACK_PATTERN.match(info.name) if len(info.shape) == 3 else None
-            if match:
-                role = match["projection"] or STACK_ROLES[match["linear"]]
-                twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
-                if twin is not info:
-                    raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, info.name])))
-            else:
-                stacks[info.name] = ExpertStack(info, (), "in a layout that is not known", True)
+        if not holds_experts(info, checkpoint.config):
+            continue
+        if len(info.shape) != 3 or not (match := STACK_PATTERN.match(info.name)):
+            stacks[info.name] = ExpertStack(info, problem="in a layout that is not known")
+            continue
+        role = match["projection"] or STACK_ROLES[match["linear"]]
+        twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
+        if twin is not info:
+            raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, info.name])))
     for module, layer in layers.items():
-        problem, transposed = "", False
         try:
-            transposed = are_transposed(module, layer, checkpoint, naming)
+            refuse_unreadable_stacks(module, layer, checkpoint, naming)
+            transposed, problem = are_transposed(layer, checkpoint.config, naming), ""
         except ValueError as reason:
             problem = str(reason)
         for role, info in layer.items():
             weights = () if problem else expert_weights(info, module, role, naming, transposed)
-            stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole)
+            stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole_in_vllm)
     return stacks
 
 
@@ -1286,24 +1312,19 @@ def holds_experts(info: TensorInfo, config: dict) -> bool:
     if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", info.name):
         return False
     if len(info.shape) == 2:
-        return bool(re.search(r"\.experts(\.[a-z]\w*)+$", info.name) and not re.search(r"(weight|bias)$", info.name))
+        return bool(re.search(r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", info.name))
     if len(info.shape) != 3 or min(info.shape[1:]) < CODES_PER_WORD:  # a convolution
         return False
     counted = info.shape[0] > 1 and info.shape[0] in config_values(config, *EXPERT_COUNTS)
     return bool(re.search(r"(^|[._])(experts?|moe)[._]", info.name) or (counted and re.search(r"\.\d+\.", info.name)))
 
 
-def are_transposed(
-    module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: ExpertNaming | None
-) -> bool:
-    """Tell whether a layer's stacks hold matrices (in, out). ValueError if they are not to be read, with the reason.
-
-    The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
-    are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
-    """
-    config = checkpoint.config
-    if types_among(config, INTERLEAVED_EXPERTS):
-        raise ValueError("with gate and up rows that alternate")
+def refuse_unreadable_stacks(
+    module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: Oddity | None
+) -> None:
+    """Raise ValueError, with the reason, if a layer's stacks, by role, are not to be read as one weight an expert."""
+    if odd := oddity_with("problem", checkpoint.config)[0]:
+        raise ValueError(odd.problem)
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
     if name := next(filter(bias.match, checkpoint.tensors), None):
         raise ValueError(f"that have biases ({name!r}), too")
@@ -1312,6 +1333,14 @@ def are_transposed(
         raise ValueError("but not all projections of the layer's experts are there")
     if len({info.shape[0] for info in layer.values()}) > 1:
         raise ValueError("and the layer's other stacks hold more or fewer")
+
+
+def are_transposed(layer: dict[str, TensorInfo], config: dict, naming: Oddity | None) -> bool:
+    """Tell whether a layer's stacks, by role, hold matrices (in, out). ValueError, with the reason, if nothing tells.
+
+    The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
+    are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
+    """
     shapes = {role: info.shape[1:] for role, info in layer.items()}
     down = shapes["down_proj"]
     if gate_up := shapes.get("gate_up_proj"):
@@ -1330,7 +1359,7 @@ def are_transposed(
 
 
 def expert_weights(
-    stack: TensorInfo, module: str, role: str, naming: ExpertNaming | None, transposed: bool
+    stack: TensorInfo, module: str, role: str, naming: Oddity | None, transposed: bool
 ) -> tuple[TensorInfo, ...]:
     """List the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
     experts, out_features, in_features = stack.shape
@@ -1347,15 +1376,17 @@ def expert_weights(
     return tuple(weights)
 
 
-def projections_of(role: str, naming: ExpertNaming | None) -> tuple[str, ...]:
+def projections_of(role: str, naming: Oddity | None) -> tuple[str, ...]:
     """Name the weights of a stack, in their order."""
-    gate, up, down = (naming or EXPERT_NAMINGS[0]).projections
+    gate, up, down = naming.projections if naming else GATED
     return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
 
 
-def renamed(name: str, naming: ExpertNaming | None) -> str:
+def renamed(name: str, naming: Oddity | None) -> str:
     """Rename a tensor of a state dict as `save_pretrained` does."""
-    return functools.reduce(lambda name, rename: re.sub(*rename, name), naming.renames if naming else (), name)
+    for pattern, replacement in naming.renames if naming else ():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def separate_experts(
@@ -1365,14 +1396,36 @@ def separate_experts(
 
     Where a state dict is read so, other tensors, too, get the names that go with the weights'.
     """
-    naming = expert_naming(checkpoint.config) if stacks.keys() - set(whole) else None
+    separated = {name: stack.weights for name, stack in stacks.items() if name not in whole}
+    naming = expert_naming(checkpoint.config) if separated else None
     tensors = []
     for info in checkpoint.tensors.values():
-        weights = stacks[info.name].weights if info.name in stacks and info.name not in whole else (info,)
-        for weight in weights:
+        for weight in separated.get(info.name, (info,)):
             name = renamed(weight.name, naming)
             tensors.append(weight if name == weight.name else replace(weight, name=name, stored=weight.name_in_file))
     return tensors
+
+
+def kind_of(name: str, role: str | None) -> str:
+    """Name the kind of a weight's layer for the tables."""
+    kinds = (kind for kind, pattern in LAYER_KINDS if pattern.search(name))
+    return "head" if role == "heads" else role or next(kinds, "other")
+
+
+def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
+    """Find which weights are embeddings, heads and routers, by name: as these are called, or by their shape and
+    place."""
+    names = {info.name for info in tensors}
+    weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
+    roles = {info.name: role for info in weights if (role := role_by_name(info, names))}
+    tables = [info.shape for info in weights if is_word_table(info.name, roles)]
+    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
+    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
+    experts = count_experts(tensors)
+    for info in weights:
+        if info.name not in roles and (role := role_by_shape(info, words, widths, experts)):
+            roles[info.name] = role
+    return roles
 
 
 def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
@@ -1385,49 +1438,45 @@ def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
     return "heads" if HEAD_PATTERN.search(info.name) else None
 
 
-def kind_of(name: str, role: str | None) -> str:
-    """Name the kind of a weight's layer for the tables."""
-    return {"heads": "head"}.get(role, role) or next(
-        (kind for kind, pattern in LAYER_KINDS if pattern.search(name)), "other"
-    )
+def is_word_table(name: str, roles: Mapping[str, str]) -> bool:
+    """Tell whether it is the embedding of words, not of positions and the like."""
+    return roles.get(name) == "embeddings" and not NO_WORDS.search(name)
 
 
-def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
-    """Find which weights are embeddings, heads and routers, by name: as these are called, or by their shape and place.
-
-    A weight with as many rows as there are words is an embedding or a head, unless it is one of a layer's projections
-    or joins a tower to the language model, where it may be so wide by chance. A router stands beside a layer's experts
-    and has a row for each.
-    """
-    names = {info.name for info in tensors}
-    weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
-    roles = {info.name: role for info in weights if (role := role_by_name(info, names))}
-    tables = [i.shape for i in weights if roles.get(i.name) == "embeddings" and not NO_WORDS.search(i.name)]
-    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
-    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
-    experts: dict[str, int] = {}  # how many, by where they are
+def count_experts(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    """Count the routed experts of each layer, by the module that they and their router are in."""
+    experts: dict[str, int] = {}
     for info in tensors:
         if match := EXPERT_PATTERN.match(info.name):
             place = match[1].rpartition(".")[0]
             experts[place] = max(experts.get(place, 0), int(match[2]) + 1)
         elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
             experts[match["place"].rstrip(".")] = info.shape[0]
-    for info in weights:
-        if info.name in roles:
-            continue
-        module = info.name.removesuffix(".weight")
-        parts = module.split(".")
-        last = ".".join(parts[-2:])
-        rows, columns = info.shape
-        if any(count <= rows <= count + EXTRA_WORDS for count in words) and (not widths or columns in widths):
-            in_layer = any(part.isdigit() for part in parts)
-            if VOCABULARY_WORDS.search(last) if in_layer else not TOWER_WORDS.search(module):
-                roles[info.name] = "heads" if HEAD_WORDS.search(last) else "embeddings"
-        for depth in (1, 2):
-            place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
-            if experts.get(parent) == rows < columns and ("rout" in place or not NOT_A_ROUTER.search(place)):
-                roles[info.name] = "routers"
-    return roles
+    return experts
+
+
+def role_by_shape(
+    info: TensorInfo, words: Collection[int], widths: Collection[int], experts: Mapping[str, int]
+) -> str | None:
+    """Tell what a 2-D weight of another name is.
+
+    A router stands beside a layer's experts and has a row for each. A weight with as many rows as there are words is
+    an embedding or a head, unless it is one of a layer's projections or joins a tower to the language model, where it
+    may be so wide by chance.
+    """
+    module, (rows, columns) = info.name.removesuffix(".weight"), info.shape
+    parts = module.split(".")
+    for depth in (1, 2):
+        place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
+        if experts.get(parent) == rows < columns and ("rout" in place or not NOT_A_ROUTER.search(place)):
+            return "routers"
+    if not any(count <= rows <= count + EXTRA_WORDS for count in words) or (widths and columns not in widths):
+        return None
+    last = ".".join(parts[-2:])
+    in_layer = any(part.isdigit() for part in parts)
+    if VOCABULARY_WORDS.search(last) if in_layer else not TOWER_WORDS.search(module):
+        return "heads" if HEAD_WORDS.search(last) else "embeddings"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2219,29 +2268,35 @@ class OutputTensor:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
+USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
+Constant = tuple[str, tuple[int, ...], Callable[[], bytes]]  # dtype, shape, content
+ConstantOf = Callable[[int, int, int], Constant]  # of a weight's rows, columns and group_size
+
+
 @dataclass(frozen=True)
 class Format:
-    """What a weight becomes, and what the format's readers ask for."""
+    """What a weight becomes, and what the format's readers ask for: all in which one format differs from another."""
 
     name: str
     words_suffix: str  # replaces ".weight" in the name of the int32 words
     scales_suffix: str
     describe: Callable[[list[TensorPlan], Options], dict[str, dict]]  # file name -> what is added to that JSON file
+    constants: tuple[tuple[str, ConstantOf], ...] = ()  # what else a weight becomes, by suffix
     scale_dtype: str | None = "F16"  # None: the weight's own
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
-    other_suffixes: tuple[str, ...] = ()  # of what else a weight becomes
     row_multiple: int = 1
     for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
+    no_int8: str = ""  # why no weight can have 8 bits
+    note: str = ""  # for the plan, as the next two
+    note_on_experts: str = ""  # where some are quantized
+    note_on_kept_experts: str = ""
     next_steps: tuple[tuple[str, str], ...] = ()  # what to do with a finished folder {name}
-    constants: Callable[[str, int, int, int], list[OutputTensor]] = (
-        lambda *_: []
-    )  # of module, rows, columns, group_size
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """List the ends of the names of all tensors that a weight becomes."""
-        return self.words_suffix, self.scales_suffix, *self.other_suffixes
+        return self.words_suffix, self.scales_suffix, *(suffix for suffix, _ in self.constants)
 
     def outputs(self, info: TensorInfo, packing: Packing, computed_in: str | None) -> tuple[OutputTensor, ...]:
         """List what replaces a weight: words, scales, then tensors that follow from its shape.
@@ -2252,30 +2307,28 @@ class Format:
         columns = packing.columns_of(info.shape[1])
         scale_dtype = self.scale_dtype or computed_in or {"F64": "F32"}.get(info.dtype, info.dtype)
         words, scales = (rows, columns // packing.codes_per_word), (rows, columns // packing.group_size)
-        return (
-            OutputTensor(module + self.words_suffix, "I32", words[::-1] if self.transposed else words),
-            OutputTensor(module + self.scales_suffix, scale_dtype, scales[::-1] if self.transposed else scales),
-            *self.constants(module, rows, columns, packing.group_size),
-        )
+        if self.transposed:
+            words, scales = words[::-1], scales[::-1]
+        parts = [(self.words_suffix, ("I32", words)), (self.scales_suffix, (scale_dtype, scales))]
+        parts += ((suffix, make(rows, columns, packing.group_size)) for suffix, make in self.constants)
+        return tuple(OutputTensor(module + suffix, *part) for suffix, part in parts)
 
 
-def shape_tensor(module: str, rows: int, columns: int, _group_size: int) -> list[OutputTensor]:
-    """Add compressed-tensors' `weight_shape`, without which transformers cannot unpack."""
-    return [OutputTensor(module + ".weight_shape", "I64", (2,), lambda: struct.pack("<2q", rows, columns))]
+def true_shape(rows: int, columns: int, _group_size: int) -> Constant:
+    """Make compressed-tensors' `weight_shape`, without which transformers cannot unpack."""
+    return "I64", (2,), lambda: struct.pack("<2q", rows, columns)
 
 
-def zeros_and_group_index(module: str, rows: int, columns: int, group_size: int) -> list[OutputTensor]:
-    """Add gptq's `qzeros`, which version 1 stores less one, and `g_idx`, each column's group."""
-    zeros = (columns // group_size, rows // CODES_PER_WORD)
-    return [
-        OutputTensor(module + ".qzeros", "I32", zeros, lambda: b"\x77" * (4 * math.prod(zeros))),
-        OutputTensor(
-            module + ".g_idx",
-            "I32",
-            (columns,),
-            lambda: b"".join(struct.pack("<i", group) * group_size for group in range(columns // group_size)),
-        ),
-    ]
+def zero_points(rows: int, columns: int, group_size: int) -> Constant:
+    """Make gptq's `qzeros`, which version 1 stores less one."""
+    shape = (columns // group_size, rows // CODES_PER_WORD)
+    return "I32", shape, lambda: b"\x77" * (4 * math.prod(shape))
+
+
+def group_index(_rows: int, columns: int, group_size: int) -> Constant:
+    """Make gptq's `g_idx`, each column's group."""
+    groups = range(columns // group_size)
+    return "I32", (columns,), lambda: b"".join(struct.pack("<i", group) * group_size for group in groups)
 
 
 def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
@@ -2307,33 +2360,16 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
         "bits": 4,
         "group_size": group_size,
         "about": f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no"
-        " engine loads; --format compressed-tensors makes what vLLM and transformers load",
+        f" engine loads; {USE_COMPRESSED_TENSORS}",
     }
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
 def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) -> dict[str, dict]:
-    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py): a group of layers
-    for each packing, that with most weights first, for whatever is `Linear`, and by name what the others hold.
-
-    The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same quantization
-    scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
-    """
-    members: dict[Packing, list[TensorInfo]] = {}
-    for tensor in tensors:
-        if tensor.packing:
-            members.setdefault(tensor.packing, []).append(tensor.source)
-    first, *others = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
-    targets = {first: ["Linear"]}
-    if others and any(EXPERT_PATTERN.match(info.name) for info in members[first]):
-        targets[first].append(r"re:(.*\.)?experts\.\d+\..*$")
-    for packing in others:
-        rivals = [info for other in members if other != packing for info in members[other]]
-        modules = [pair for info in members[packing] for pair in modules_of(info)]
-        targets[packing] = [f"re:{pattern}" for pattern in patterns_of_modules(modules, rivals)]
+    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py)."""
     groups = {
         f"group_{number}": {
-            "targets": targets[packing],
+            "targets": targets,
             "format": "pack-quantized",
             "weights": {
                 "num_bits": packing.bits,
@@ -2347,7 +2383,7 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
             "input_activations": None,
             "output_activations": None,
         }
-        for number, packing in enumerate(targets)
+        for number, (packing, targets) in enumerate(targets_of_packings(tensors))
     }
     description = {
         "quant_method": "compressed-tensors",
@@ -2357,6 +2393,25 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
         "ignore": ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_kept_layers(tensors))],
     }
     return {CONFIG_NAME: {"quantization_config": description}}
+
+
+def targets_of_packings(tensors: list[TensorPlan]) -> Iterator[tuple[Packing, list[str]]]:
+    """Name the layers of each packing: first, of that with most weights, whatever is `Linear`, then those of the others
+    by name.
+
+    The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same quantization
+    scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
+    """
+    members: dict[Packing, list[TensorInfo]] = {}
+    for tensor in tensors:
+        if tensor.packing:
+            members.setdefault(tensor.packing, []).append(tensor.source)
+    first, *others = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
+    has_experts = any(EXPERT_PATTERN.match(info.name) for info in members[first])
+    yield first, ["Linear", r"re:(.*\.)?experts\.\d+\..*$"] if others and has_experts else ["Linear"]
+    for packing in others:
+        rivals = [tensor.source for tensor in tensors if tensor.packing not in (None, packing)]
+        yield packing, [f"re:{pattern}" for pattern in patterns_of_modules(members[packing], rivals)]
 
 
 def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
@@ -2377,12 +2432,11 @@ def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict
 def patterns_of_kept_layers(tensors: list[TensorPlan]) -> list[str]:
     """Make regular expressions for the modules that are kept, of which engines know lm_head anyway."""
     kept = [tensor.source for tensor in tensors if not tensor.packing and tensor.source.name != "lm_head.weight"]
-    packed = [tensor.source for tensor in tensors if tensor.packing]
-    return patterns_of_modules([pair for info in kept for pair in modules_of(info)], packed)
+    return patterns_of_modules(kept, packed_sources(tensors))
 
 
-def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[TensorInfo]) -> list[str]:
-    """Make regular expressions for modules, one for all layer numbers where that matches no weight of the others.
+def patterns_of_modules(infos: Iterable[TensorInfo], others: Iterable[TensorInfo]) -> list[str]:
+    """Make regular expressions for tensors' modules, one for all layer numbers where that matches none of the others.
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
     transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
@@ -2392,47 +2446,44 @@ def patterns_of_modules(modules: Iterable[tuple[str, str]], others: Iterable[Ten
     last_part = functools.partial(re.sub, r".*\.|\d+$", "")
     for module in every:
         rivals.setdefault(last_part(module), []).append(module)
-    patterns = (
-        _pattern_of_module(module, end, rivals.get(last_part(module), ()) if end == "$" else every)
-        for module, end in dict.fromkeys(modules)
-    )
-    return list(dict.fromkeys(patterns))
+    patterns = {}  # in order, each once
+    for module, end in dict.fromkeys(pair for info in infos for pair in modules_of(info)):
+        among = rivals.get(last_part(module), ()) if end == "$" else every
+        patterns[pattern_of_module(module, end, among)] = None
+    return list(patterns)
 
 
 def modules_of(info: TensorInfo) -> Iterator[tuple[str, str]]:
     """List the modules that engines look up for a tensor, and how a pattern for each has to end."""
-    name = info.name
+    module = info.name.removesuffix(".weight")
     if len(info.shape) < 2:
         return
-    if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name):
+    if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", info.name):
         # One entry for the layer's experts: vLLM asks for projections that a model need not have.
         yield experts[1], r"(\..*)?$"
-    elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(name)):
+    elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(info.name)):
         yield f"{stack['place']}experts", r"(\..*)?$"
-        yield name.removesuffix(".weight"), "$"
-    elif len(info.shape) == 2 and name.endswith(".weight"):
-        yield name.removesuffix(".weight"), "$"
+        yield module, "$"
+    elif len(info.shape) == 2 and module != info.name:
+        yield module, "$"
 
 
-def _pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
+def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     """Find the shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
     `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
     parts = module.split(".")
-    numbered = [place for place, part in enumerate(parts) if part.isdigit()]
-    container = max(numbered[0] - 1, 0) if numbered else len(parts) - 1
+    any_layer = [r"\d+" if part.isdigit() else re.escape(part) for part in parts]
+    this_layer = [re.escape(part) for part in parts]
+    container = max(any_layer.index(r"\d+") if r"\d+" in any_layer else len(parts), 1) - 1
 
-    def tails(begin: int, unless: str = "") -> Iterator[str]:
-        """Make all layers' pattern, then this layer's."""
-        for number in (r"\d+", None):
-            tail = r"\.".join((part.isdigit() and number) or re.escape(part) for part in parts[begin:])
-            yield unless + r"(.*\.)?" + tail + end
+    def tails(begin: int, unless: str = "") -> list[str]:
+        return [rf"{unless}(.*\.)?" + r"\.".join(names[begin:]) + end for names in (any_layer, this_layer)]
 
-    *_, own_layer = tails(container)
-    rivals = list(filter(re.compile(own_layer).match, packed))
+    rivals = list(filter(re.compile(tails(container)[1]).match, packed))
     others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {*parts, "model"}
     unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
     longer = [tail for begin in range(container - 1, -1, -1) for tail in tails(begin)]
-    without = list(tails(container, unless))
+    without = tails(container, unless)
     in_tower = TOWER_WORDS.search(".".join(parts[:container]))
     for candidate in [*tails(container), *(longer + without if in_tower else without + longer)]:
         if not any(map(re.compile(candidate).match, packed)):
@@ -2452,8 +2503,10 @@ FORMATS = {
             ".qweight",
             ".scales",
             describe_int4,
+            no_int8="int4 has 4 bits alone",
+            note=f"no engine loads int4: it is for readers of your own. {USE_COMPRESSED_TENSORS}",
             next_steps=(
-                ("Serve", "no engine loads int4; --format compressed-tensors makes what vLLM and transformers load"),
+                ("Serve", f"no engine loads int4; {USE_COMPRESSED_TENSORS}"),
                 ("Read", "dequantize_int4 of quantize_int4.py, by the layout in {name}/quantize_config.json"),
             ),
         ),
@@ -2462,11 +2515,12 @@ FORMATS = {
             ".weight_packed",
             ".weight_scale",
             describe_compressed_tensors,
+            ((".weight_shape", true_shape),),
             scale_dtype=None,
             with_offset=True,
             for_engines=True,
-            other_suffixes=(".weight_shape",),
-            constants=shape_tensor,
+            note_on_kept_experts="experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors"
+            " folder random, with no more than a warning; vLLM reads them",
             next_steps=(("Serve", "vllm serve {name} --max-model-len 8192"), ("Load", LOAD_STEP)),
         ),
         Format(
@@ -2474,12 +2528,15 @@ FORMATS = {
             ".qweight",
             ".scales",
             describe_gptq,
+            ((".qzeros", zero_points), (".g_idx", group_index)),
             with_offset=True,
             transposed=True,
             row_multiple=8,
             for_engines=True,
-            other_suffixes=(".qzeros", ".g_idx"),
-            constants=zeros_and_group_index,
+            # Its `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
+            no_int8="not all of gptq's readers know two widths",
+            note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers"
+            " leaves them random without an error): use --format compressed-tensors",
             next_steps=(("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"), ("Load", LOAD_STEP)),
         ),
     )
@@ -2523,25 +2580,10 @@ class Importance:
     def has_factors(self) -> bool:
         return bool(self._factors)
 
-    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: ExpertNaming | None) -> None:
-        """Find the weights' vectors: by name, else by what follows the wrappers, where only one vector and only one of
-        all tensors of the checkpoint ends so.
-
-        Raises if more than half of them have none.
-        """
-        vectors: dict[str, tuple[str, int | None]] = {}
-        for name in self._names:
-            shape = self._file.get_slice(name).get_shape()
-            if len(shape) == 2 and (stack := STACK_PATTERN.match(name)) and stack["projection"]:
-                for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
-                    vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
-            else:
-                vectors[renamed(f"{name}.weight", naming)] = name, None
-        tails = Counter(map(name_without_wrappers, [*vectors, *(info.name for info in tensors)]))
-        by_tail = {tail: vectors[name] for name in vectors if tails[tail := name_without_wrappers(name)] == 2}
-        for name in (weight.name for weight in weights):
-            if found := vectors.get(name) or by_tail.get(name_without_wrappers(name)):
-                self._found[name] = found
+    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None) -> None:
+        """Find the weights' vectors. Raises if more than half of them have none."""
+        shapes = {name: self._file.get_slice(name).get_shape() for name in self._names}
+        self._found = match_statistics(shapes, weights, tensors, naming)
         if len(self._found) * 2 < len(weights):
             raise QuantizeError(
                 f"{self.path} names {len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized: its"
@@ -2578,13 +2620,13 @@ class Importance:
             return None
         name, row = self._found[info.name]
         vector, columns = self._read(name, row), info.shape[1]
-        if vector.dtype != torch.float32 or tuple(vector.shape) != (columns,):
-            raise QuantizeError(
-                f"{self.path}: {name!r} is {vector.dtype} {tuple(vector.shape)}; {info.name!r} needs a float32"
-                f" for each of its {columns:,} columns"
-            )
-        if not (torch.isfinite(vector) & (vector >= 0)).all():
-            raise QuantizeError(f"{self.path}: {name!r} holds a value that is negative or not finite")
+        self._require(
+            vector.dtype == torch.float32 and tuple(vector.shape) == (columns,),
+            f"{name!r} is {vector.dtype} {tuple(vector.shape)}; {info.name!r} needs a float32 for each of its"
+            f" {columns:,} columns",
+        )
+        sound = torch.isfinite(vector) & (vector >= 0)
+        self._require(sound.all(), f"{name!r} holds a value that is negative or not finite")
         if not vector.any():
             return None
         name = f"{name}.factor"
@@ -2594,31 +2636,53 @@ class Importance:
         """Read a tensor of the file, or a row of one: none of the file's other bytes."""
         return self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row]
 
+    def _require(self, sound: bool, problem: str) -> None:
+        if not sound:
+            raise QuantizeError(f"{self.path}: {problem}")
+
     def _check_factor(self, name: str, factor: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
         columns, shape = len(mean_squares), tuple(factor.shape)
-        dtypes = (torch.float32, torch.float16)
-        if factor.dtype not in dtypes or shape[:-1] != (columns,) or not 0 < shape[-1] <= MAX_RANK:
-            raise QuantizeError(
-                f"{self.path}: {name!r} is {factor.dtype} {shape}: a factor is float32 or float16 (columns, rank), here"
-                f" ({columns:,}, 1 to {MAX_RANK})"
-            )
-        if factor.numel() > MAX_FACTOR:
-            raise QuantizeError(
-                f"{self.path}: {name!r} holds {factor.numel():,} numbers, at most {MAX_FACTOR:,} are held in memory:"
-                f" collect it with a rank of {MAX_FACTOR // columns}"
-            )
+        well_formed = factor.dtype in (torch.float32, torch.float16) and shape[:-1] == (columns,)
+        self._require(
+            well_formed and 0 < shape[-1] <= MAX_RANK,
+            f"{name!r} is {factor.dtype} {shape}: a factor is float32 or float16 (columns, rank), here ({columns:,}, 1"
+            f" to {MAX_RANK})",
+        )
+        self._require(
+            factor.numel() <= MAX_FACTOR,
+            f"{name!r} holds {factor.numel():,} numbers, at most {MAX_FACTOR:,} are held in memory: collect it with a"
+            f" rank of {MAX_FACTOR // columns}",
+        )
         rounding, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
-        if not torch.isfinite(factor).all():
-            raise QuantizeError(f"{self.path}: {name!r} holds a value that is not finite")
+        self._require(torch.isfinite(factor).all(), f"{name!r} holds a value that is not finite")
         sums = (factor.abs() * (1 - rounding.eps) - rounding.eps * rounding.tiny).clamp_(min=0).square_().sum(1)
         beyond = sums > mean_squares * (1 + 1e-4) + mean_squares.max() * 1e-6
-        if beyond.any():
-            column = int(beyond.nonzero()[0])
-            raise QuantizeError(
-                f"{self.path}: {name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more"
-                f" than the column's mean square, {float(mean_squares[column]):.6g}: collect both from the same inputs"
-            )
+        column = int(beyond.int().argmax())
+        self._require(
+            not beyond.any(),
+            f"{name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more than the column's"
+            f" mean square, {float(mean_squares[column]):.6g}: collect both from the same inputs",
+        )
         return factor
+
+
+def match_statistics(
+    shapes: Mapping[str, list[int]], weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None
+) -> dict[str, tuple[str, int | None]]:
+    """Find each weight's vector, a tensor of these shapes or the row of a stack: by name, else by what follows the
+    wrappers, where only one vector and only one of all tensors of the checkpoint ends so."""
+    vectors: dict[str, tuple[str, int | None]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and (stack := STACK_PATTERN.match(name)) and stack["projection"]:
+            for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
+                vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
+        else:
+            vectors[renamed(f"{name}.weight", naming)] = name, None
+    tails = Counter(map(name_without_wrappers, [*vectors, *(info.name for info in tensors)]))
+    by_tail = {tail: vectors[name] for name in vectors if tails[tail := name_without_wrappers(name)] == 2}
+    names = [weight.name for weight in weights]
+    found = {name: vectors.get(name) or by_tail.get(name_without_wrappers(name)) for name in names}
+    return {name: vector for name, vector in found.items() if vector}
 
 
 def name_without_wrappers(name: str) -> str:
@@ -2734,56 +2798,48 @@ def _json_bytes(value: dict) -> bytes:
 
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
-    if options.int8 and options.format.name != "compressed-tensors":
-        # gptq's `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
-        reason = "not all of gptq's readers know two widths" if options.format.for_engines else "int4 has 4 bits alone"
-        raise QuantizeError(f"--int8: {reason}: use --format compressed-tensors")
+    config, form, asked = checkpoint.config, options.format, options.group_size
+    if options.int8 and form.no_int8:
+        raise QuantizeError(f"--int8: {form.no_int8}: use --format compressed-tensors")
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
-    patterns = compile_patterns("--exclude", options.exclude, checkpoint, stacks)
+    excluded = compile_patterns("--exclude", options.exclude, checkpoint, stacks)
     wider = compile_patterns("--int8", options.int8, checkpoint, stacks)
-    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
-    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], checkpoint.config, options)
+    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, excluded)}
+    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], config, options)
     sources = separate_experts(checkpoint, stacks, whole)
-    roles = find_roles(sources, checkpoint.config)
-    asked = options.group_size
-    sizes = [asked] if asked else MARLIN_GROUP_SIZES if options.format.for_engines else [DEFAULT_GROUP_SIZE]
-    for options in (replace(options, group_size=size) for size in sizes):
-        tensors = plan_tensors(sources, roles, options, patterns, wider, model_dtype(checkpoint.config))
+    roles = find_roles(sources, config)
+    for size in [asked] if asked else MARLIN_GROUP_SIZES if form.for_engines else [DEFAULT_GROUP_SIZE]:
+        options = replace(options, group_size=size)
+        tensors = plan_tensors(sources, roles, options, excluded, wider, model_dtype(config))
         if all(map(fits_groups, tensors)):
             break
     refuse_clashing_names(tensors)
-    refuse_useless_int8(wider, tensors)
-    if not any(tensor.packing for tensor in tensors):
-        raise QuantizeError(
-            f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
-            f" {tensors[0].source.name!r} ({tensors[0].kept_because}): lower --group_size or drop --exclude if that"
-            " keeps them"
-        )
-    if options.format.for_engines:
+    refuse_useless_patterns(checkpoint, tensors, wider)
+    if form.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
-    warnings = list(what_is_missing(sources, roles, checkpoint.config, options))
-    notes = notes_on_tensors(tensors, options, checkpoint.config)
-    if not asked and options.format.for_engines:
-        notes.insert(0, f"groups of {options.group_size}: the largest of 128, 64 and 32 that divides all columns")
+    warnings = list(what_is_missing(sources, roles, config, options))
+    notes = list(notes_on_tensors(tensors, options, config))
+    if not asked and form.for_engines:
+        notes.insert(0, f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
     if options.importance:
-        packed = [tensor for tensor in tensors if tensor.packing]
-        options.importance.match([tensor.source for tensor in packed], sources, expert_naming(checkpoint.config))
-        notes.insert(0, options.importance.describe([t.source for t in packed if t.packing.bits == 4]))
+        options.importance.match(packed_sources(tensors), sources, expert_naming(config))
+        four_bits = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
+        notes.insert(0, options.importance.describe(four_bits))
     return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
 
 
 def plan_tensors(
     sources: list[TensorInfo],
-    roles: dict[str, str],
+    roles: Mapping[str, str],
     options: Options,
-    patterns: list[re.Pattern],
+    excluded: list[re.Pattern],
     wider: list[re.Pattern],
     computed_in: str | None,
 ) -> list[TensorPlan]:
     """Decide for each tensor whether it is quantized, and what it becomes."""
-    reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
+    reasons = {info.name: reason_to_keep(info, options, excluded, roles.get(info.name)) for info in sources}
     packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
     tensors = []
     for info in sources:
@@ -2793,6 +2849,11 @@ def plan_tensors(
         else:
             tensors.append(keep(info, reasons[info.name]))
     return tensors
+
+
+def packed_sources(tensors: Iterable[TensorPlan]) -> list[TensorInfo]:
+    """List the weights that are quantized."""
+    return [tensor.source for tensor in tensors if tensor.packing]
 
 
 def fits_groups(tensor: TensorPlan) -> bool:
@@ -2912,23 +2973,11 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def refuse_unmerged(checkpoint: Checkpoint) -> None:
     """Refuse what is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
-    if info := low_rank_update(checkpoint.tensors):
-        raise QuantizeError(f"tensor {info.name_in_file!r} ({info.file.name}) {ADAPTER}")
-    for info in checkpoint.tensors.values():
-        where = f"tensor {info.name_in_file!r} ({info.file.name})"
-        for pattern, meaning in UNMERGED_PATTERNS:
-            if pattern.search(info.name):
-                raise QuantizeError(f"{where} {meaning}")
-        if PART_PATTERN.search(info.name) and len(info.shape) == 2:
-            raise QuantizeError(
-                f"{where} is what a weight is computed from, by pruning or another parametrization: make it permanent"
-                " first (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that"
-            )
-        if info.nbytes == 0 and re.search(r"(weight|bias)$|\.experts\.", info.name):
-            raise QuantizeError(
-                f"{where} has no elements, its shape is {info.shape}: a save under DeepSpeed ZeRO-3 that did not gather"
-                " the weights leaves such; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py"
-            )
+    update, infos = low_rank_update(checkpoint.tensors), checkpoint.tensors.values()
+    marked = ((i, text) for i in infos for name, condition, text in UNMERGED if name.search(i.name) and condition(i))
+    info, problem = (update, ADAPTER) if update else next(marked, (None, ""))
+    if info:
+        raise QuantizeError(f"tensor {info.name_in_file!r} {info.shape} ({info.file.name}) {problem}")
 
 
 def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
@@ -2952,12 +3001,11 @@ def compile_patterns(
 ) -> list[re.Pattern]:
     """Compile an option's patterns, each of which must match a tensor's name in the file or that of an expert's
     weight."""
+    infos = [*checkpoint.tensors.values(), *(weight for stack in stacks.values() for weight in stack.weights)]
     patterns = [re.compile(source) for source in sources]
-    weights = [weight for stack in stacks.values() for weight in stack.weights]
     for pattern in patterns:
-        if not any(is_named(pattern, info) for info in (*checkpoint.tensors.values(), *weights)):
-            names = [info.name for info in (*checkpoint.tensors.values(), *weights)]
-            hint = hint_for_pattern(pattern.pattern, names) or f" (one is {names[0]!r}): correct or drop it"
+        if not any(named_by([pattern], info) for info in infos):
+            hint = hint_for_pattern(pattern.pattern, [info.name for info in infos])
             raise QuantizeError(
                 f"{option} {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors{hint}"
             )
@@ -2965,44 +3013,39 @@ def compile_patterns(
 
 
 def hint_for_pattern(pattern: str, names: list[str]) -> str:
-    """Say what was meant by a pattern that matches nothing, where that is plain."""
+    """Say what was meant by a pattern that matches nothing, where that is plain, or else name a tensor."""
     parts = [part for part in re.split(r"[,\s]+", pattern) if part]
-    if len(parts) > 1 and all(any(re.search(re.escape(part), name) for name in names) for part in parts):
+    if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
         return f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
-    return nearest(pattern, sorted({part for name in names for part in name.split(".")}))
+    meant = nearest(pattern, sorted({part for name in names for part in name.split(".")}))
+    return meant or f" (one is {names[0]!r}): correct or drop it"
 
 
-def is_named(pattern: re.Pattern, info: TensorInfo) -> bool:
-    """Tell whether a pattern of an option means this tensor, by its name or that of the stack that it is read from."""
-    return bool(pattern.search(info.name) or pattern.search(info.name_in_file))
+def named_by(patterns: Iterable[re.Pattern], info: TensorInfo) -> re.Pattern | None:
+    """Find the first of an option's patterns that means this tensor, by its name or that of the stack it is read
+    from."""
+    return next((p for p in patterns if p.search(info.name) or p.search(info.name_in_file)), None)
 
 
 def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]) -> bool:
     """Tell whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
-    excluded = any(is_named(pattern, stack.info) for pattern in patterns) or (
-        bool(stack.weights) and all(any(is_named(pattern, w) for pattern in patterns) for w in stack.weights)
-    )
-    return excluded and (stack.whole_in_vllm or not options.format.for_engines)
+    excluded = named_by(patterns, stack.info) or (stack.weights and all(named_by(patterns, w) for w in stack.weights))
+    return bool(excluded) and (stack.whole_in_vllm or not options.format.for_engines)
 
 
 def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options) -> None:
     """Refuse stacks of experts that cannot become one weight an expert: most of the model would stay in full precision,
     and engines would load it and leave its experts unfilled."""
-    only_stacked = types_among(config, STACKED_ON_THE_HUB) if options.format.for_engines else []
-    renamed = types_among(config, RENAMED_ALL_OVER) if options.format.for_engines else []
-    refused = [stack for stack in stacks if stack.problem or only_stacked or renamed]
+    odd, model_type = oddity_with("problem_of_engines", config) if options.format.for_engines else (None, "")
+    refused = [stack for stack in stacks if stack.problem or odd]
     if not refused:
         return
-    pattern = pattern_of([stack.info for stack in refused])
-    remedy = f"it cannot be quantized; --exclude {shlex.quote(pattern)} keeps such tensors as they are"
+    pattern = shlex.quote(pattern_of(stack.info for stack in refused))
+    exclude = f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
     stack = next((stack for stack in refused if stack.problem), refused[0])
-    if stack.problem:
-        problem = stack.problem
-    elif only_stacked:
-        problem = f"as loaders know {only_stacked[0]} alone: transformers would leave separate experts random"
-    else:
-        problem = f"named as in model.state_dict(), where {renamed[0]} has other names than loaders know"
-        remedy = "save it with model.save_pretrained()"
+    problem, remedy = stack.problem, exclude
+    if not problem:
+        problem, remedy = odd.problem_of_engines.format(model_type), odd.remedy or exclude
     raise QuantizeError(
         f"tensor {stack.info.name!r} {stack.info.shape} ({stack.info.file.name}) holds all routed experts of a layer,"
         f" {problem}: {remedy}"
@@ -3021,9 +3064,8 @@ def pattern_of(infos: Iterable[TensorInfo]) -> str:
 
 def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
     """Say why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
-    for pattern in patterns:
-        if is_named(pattern, info):
-            return f"--exclude {pattern.pattern}"
+    if pattern := named_by(patterns, info):
+        return f"--exclude {pattern.pattern}"
     if len(info.shape) < 2:
         return "vectors and scalars (norms)"
     if len(info.shape) > 2:
@@ -3047,26 +3089,32 @@ def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.
 
     Engines hold routed experts as one, so 128 must fit all of them.
     """
-    eights = {info.name: info for info in weights if any(is_named(pattern, info) for pattern in wider)}
-    experts = {name for name in eights if EXPERT_PATTERN.match(name)}
-    fit = all(eights[name].shape[1] % 128 == 0 for name in experts)
-    return {
-        info.name: Packing(4, options.group_size)
-        if info.name not in eights
-        else Packing(8, 128 if (fit if info.name in experts else info.shape[1] % 128 == 0) else options.group_size)
-        for info in weights
-    }
+    packings = {info.name: Packing(4, options.group_size) for info in weights}
+    eights = [info for info in weights if named_by(wider, info)]
+    ragged = {info.name for info in eights if info.shape[1] % 128}
+    ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
+    for info in eights:
+        fits = not ragged_experts if EXPERT_PATTERN.match(info.name) else info.name not in ragged
+        packings[info.name] = Packing(8, 128 if fits else options.group_size)
+    return packings
 
 
-def refuse_useless_int8(wider: list[re.Pattern], tensors: list[TensorPlan]) -> None:
-    """Refuse a pattern for 8 bits that means only what is kept: whoever gives one expects more."""
+def refuse_useless_patterns(checkpoint: Checkpoint, tensors: list[TensorPlan], wider: list[re.Pattern]) -> None:
+    """Refuse to quantize nothing, and a pattern for 8 bits that means only what is kept: whoever gives one expects
+    more."""
     for pattern in wider:
-        named = [tensor for tensor in tensors if is_named(pattern, tensor.source)]
-        if not any(tensor.packing for tensor in named):
+        named = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
+        if not packed_sources(named):
             raise QuantizeError(
                 f"--int8 {shlex.quote(pattern.pattern)} matches only tensors that are kept, e.g."
                 f" {named[0].source.name!r} ({named[0].kept_because}): correct or drop it"
             )
+    if not packed_sources(tensors):
+        raise QuantizeError(
+            f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
+            f" {tensors[0].source.name!r} ({tensors[0].kept_because}): lower --group_size or drop --exclude if that"
+            " keeps them"
+        )
 
 
 def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, checkpoint: Checkpoint) -> None:
@@ -3080,61 +3128,67 @@ def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options,
         raise QuantizeError(f"--group_size {group_size}: engines' kernels (Marlin) have 32, 64 and 128 for {form.name}")
     if not checkpoint.has_config:
         raise QuantizeError(f"{config} is missing: {form.name} describes the quantization in it, and engines need it")
-    weights = [tensor.source for tensor in tensors if tensor.packing]
-    if conv1d := find_conv1d(weights, checkpoint.config):
-        raise QuantizeError(
-            f"{len(conv1d):,} weights are GPT-2's Conv1D, which lie as (in, out), e.g. {conv1d[0].name!r}"
-            f" {conv1d[0].shape}: engines read no packed weight so, and {form.name} cannot hold them; int4 can"
-        )
+    weights = packed_sources(tensors)
     ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
-    if ragged:
-        fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
-        remedy = f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them"
-        raise QuantizeError(
-            f"{len(ragged):,} weights have columns that are no multiple of --group_size {group_size}, which {form.name}"
-            f" cannot hold, e.g. {ragged[0].name!r} with {ragged[0].shape[1]:,}: {remedy}"
-        )
-    uneven = [info for info in weights if info.shape[0] % form.row_multiple]
-    if uneven:
-        raise QuantizeError(
-            f"{len(uneven):,} weights have rows that are no multiple of {form.row_multiple}, which {form.name} cannot"
-            f" hold, e.g. {uneven[0].name!r} with {uneven[0].shape[0]:,}: --exclude them, or use compressed-tensors"
-        )
+    fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
+    for refused, problem, remedy in (
+        (
+            find_conv1d(weights, checkpoint.config),
+            "are GPT-2's Conv1D, and so (in, out)",
+            "engines read no packed weight so; int4 can",
+        ),
+        (
+            ragged,
+            f"have columns that are no multiple of --group_size {group_size}",
+            f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them",
+        ),
+        (
+            [info for info in weights if info.shape[0] % form.row_multiple],
+            f"have rows that are no multiple of {form.row_multiple}",
+            "--exclude them, or use compressed-tensors",
+        ),
+    ):
+        if refused:
+            raise QuantizeError(
+                f"{len(refused):,} weights {problem}, which {form.name} cannot hold, e.g. {refused[0].name!r}"
+                f" {refused[0].shape}: {remedy}"
+            )
     refuse_split_layers(tensors)
-    experts = {t.packing: t.source for t in tensors if t.packing and EXPERT_PATTERN.match(t.source.name)}
-    if len(experts) > 1:
-        fates = (f"{info.name!r} gets {packing.bits} bits" for packing, info in experts.items())
-        raise QuantizeError(
-            f"{' while '.join(fates)}: transformers (5.23) reads the routed experts of all layers in one width, and"
-            " others as noise: --int8 all of them or none"
-        )
 
 
 def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
     """Find the weights of GPT-2's Conv1D layers: all of a layer's, where its model has them."""
     inside = [info for info in weights if re.search(r"\.\d+\.", info.name)]
     fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
-    if types_among(config, CONV1D_MODELS) or any(n == 3 * m for m, n in fused):
+    if oddity_with("conv1d", config)[0] or any(n == 3 * m for m, n in fused):
         return inside
     return []
 
 
 def refuse_split_layers(tensors: list[TensorPlan]) -> None:
-    """Refuse a fate of its own for one of the layers that engines fuse."""
+    """Refuse a fate of its own for one of the layers that engines fuse, and a width of its own for some experts."""
     fused: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
         if len(tensor.source.shape) > 1:
             for key in fused_keys(tensor.source.name):
                 fused.setdefault(key, []).append(tensor)
     for key, parts in fused.items():
-        one, *others = {part.packing: part for part in reversed(parts)}.values()
-        if others:
-            fates = (
-                f"{part.source.name!r} "
-                + (f"gets {part.packing.bits} bits" if part.packing else f"is kept ({part.kept_because})")
-                for part in (one, others[0])
-            )
-            raise QuantizeError(f"engines fuse {key}: {' while '.join(fates)}: --exclude or --int8 all of them or none")
+        if fates := differing_fates(parts):
+            raise QuantizeError(f"engines fuse {key}: {fates}: --exclude or --int8 all of them or none")
+    if fates := differing_fates(t for t in tensors if t.packing and EXPERT_PATTERN.match(t.source.name)):
+        raise QuantizeError(
+            f"{fates}: transformers (5.23) reads the routed experts of all layers in one width, and others as noise:"
+            " --int8 all of them or none"
+        )
+
+
+def differing_fates(tensors: Iterable[TensorPlan]) -> str:
+    """Say of two of these tensors what becomes of them, if not the same becomes of all."""
+    fates: dict[Packing | None, str] = {}
+    for tensor in tensors:
+        bits = f"gets {tensor.packing.bits} bits" if tensor.packing else f"is kept ({tensor.kept_because})"
+        fates.setdefault(tensor.packing, f"{tensor.source.name!r} {bits}")
+    return " while ".join(list(fates.values())[:2]) if len(fates) > 1 else ""
 
 
 def fused_keys(name: str) -> Iterator[str]:
@@ -3172,26 +3226,25 @@ def what_is_missing(tensors: list[TensorInfo], roles: dict[str, str], config: di
     if not any(map(generates.search, config.get("architectures") or ())):
         return
     ties = config_values(config, "tie_word_embeddings")
-    tables = [name for name, role in roles.items() if role == "embeddings" and not NO_WORDS.search(name)]
-    for part, due, there in (
-        ("HEAD", "tie_word_embeddings false" if ties and not any(ties) else "", "heads" in roles.values()),
-        ("EMBEDDING", "a vocab_size" if config_values(config, "vocab_size") else "", bool(tables)),
-    ):
-        missing = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part.lower()}"
-        if due and not there and options.format.for_engines:
+    missing = []
+    if ties and not any(ties) and "heads" not in roles.values():
+        missing.append(("HEAD", "tie_word_embeddings false"))
+    if config_values(config, "vocab_size") and not any(is_word_table(name, roles) for name in roles):
+        missing.append(("EMBEDDING", "a vocab_size"))
+    for part, due in missing:
+        problem = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part.lower()}"
+        if options.format.for_engines:
             raise QuantizeError(
-                f"{missing}, which loaders would fill with random numbers: save the whole model, or mend {CONFIG_NAME}"
+                f"{problem}, which loaders would fill with random numbers: save the whole model, or mend {CONFIG_NAME}"
             )
-        if due and not there:
-            yield f"THE {part} IS MISSING: {missing}"
+        yield f"THE {part} IS MISSING: {problem}"
 
 
 def missing_layers(tensors: list[TensorInfo], config: dict) -> Iterator[str]:
     """Find missing layers of the language model, or of both its encoder and decoder, that config.json counts."""
     containers: dict[str, set[int]] = {}
-    for info in tensors:
-        if match := LAYER_PATTERN.match(info.name):
-            containers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
+    for match in filter(None, (LAYER_PATTERN.match(info.name) for info in tensors)):
+        containers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
     towers = re.compile(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder")
     names = [name for name in containers if not towers.search(name)] or list(containers)
     largest = max(names, key=lambda name: len(containers[name]), default="layers")
@@ -3229,54 +3282,41 @@ def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str
         )
 
 
-def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> list[str]:
+def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> Iterator[str]:
     """Say what the owner of the checkpoint should know before the conversion rather than after the copy."""
-    notes = []
-    if not options.format.for_engines:
-        notes.append(
-            f"no engine loads {options.format.name}: it is for readers of your own. --format compressed-tensors makes"
-            " what vLLM and transformers load"
-        )
+    form, packed = options.format, packed_sources(tensors)
+    if form.note:
+        yield form.note
     if delicate := [tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
-        notes.append(
+        yield (
             f"{' and '.join(sorted({tensor.kind for tensor in delicate}))} in 4 bits, too, costs quality and saves"
             f" little: --exclude {shlex.quote(pattern_of(tensor.source for tensor in delicate))} keeps them"
         )
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
-    if options.format.for_engines and separated and not expert_naming(config):
-        notes.append(
+    if form.for_engines and separated and not expert_naming(config):
+        yield (
             f"stacks of experts are read as one weight an expert, named as by most models, e.g. {separated[0].name!r};"
             " whether this model's loaders know them so was not tried"
         )
-    if conv1d := find_conv1d([tensor.source for tensor in tensors if tensor.packing], config):
-        notes.append(
+    if conv1d := find_conv1d(packed, config):
+        yield (
             f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs, as"
             " the columns do"
         )
-    stacks = [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]
-    if stacks:
+    if stacks := [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]:
         size = format_bytes(sum(info.nbytes for info in stacks))
-        notes.append(
-            f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
-        )
+        yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
     if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
-        notes.append(
+        yield (
             "two widths: with run_compressed=False or dequantize=True, transformers (5.23) decodes all layers as if"
             " they had one; load the folder without these, or --restore it to dense weights"
         )
     experts = [t for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
-    if options.format.name == "gptq" and any(tensor.packing for tensor in experts):
-        notes.append(
-            "engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves them"
-            " random without an error): use --format compressed-tensors"
-        )
-    kept = any(not tensor.packing for tensor in experts) and not types_among(config, "llama4 llama4_text")
-    if options.format.name == "compressed-tensors" and kept:
-        notes.append(
-            "experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder random, with no"
-            " more than a warning; vLLM reads them"
-        )
-    return notes
+    if form.note_on_experts and any(tensor.packing for tensor in experts):
+        yield form.note_on_experts
+    kept = any(not tensor.packing for tensor in experts) and not oddity_with("linear_experts", config)[0]
+    if form.note_on_kept_experts and kept:
+        yield form.note_on_kept_experts
 
 
 def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:

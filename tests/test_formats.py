@@ -193,7 +193,7 @@ def refuse(folder, tmp_path, form, *fragments, options=()):
 
 @pytest.mark.parametrize("form", ENGINE_FORMATS)
 def test_columns_that_the_group_does_not_divide_are_refused_with_the_size_that_does(tiny, tmp_path, form):
-    words = ("8 weights", "--group_size 128", "down_proj.weight' with 192", "--group_size 64 divides all")
+    words = ("8 weights", "--group_size 128", "down_proj.weight' (", ", 192)", "--group_size 64 divides all")
     refuse(tiny, tmp_path, form, *words, options=["--group_size", 128])
 
 
@@ -231,7 +231,7 @@ def test_group_sizes_that_marlin_lacks_are_refused(tiny, tmp_path, form, group_s
 
 def test_rows_that_gptq_cannot_hold_are_refused(tmp_path):
     folder = save_model(tmp_path / "in", {"m.x.weight": torch.ones(12, 128)})
-    refuse(folder, tmp_path, "gptq", "'m.x.weight' with 12", "multiple of 8")
+    refuse(folder, tmp_path, "gptq", "'m.x.weight' (12, ", "multiple of 8")
     quantize(folder, tmp_path / "out", "--format", "compressed-tensors", "--scale", "absmax")
 
 
