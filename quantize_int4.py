@@ -56,6 +56,12 @@ and 143 stopped by SIGHUP, SIGINT and SIGTERM. A run that was stopped, killed
 or out of memory or disk continues when the same command is given again.
 """
 
+# For those who change it, downwards as a tensor goes: `Checkpoint` opens the files and knows each tensor's place;
+# `find_expert_stacks` says what a stack of experts becomes, and `reason_to_keep` alone what is kept; `FORMATS` has a
+# row for each format, `ODDITIES` one for each type of models that is unlike the others; `plan_shards` gives each byte
+# its place; `OutputFolder` decides by its `_survey` whether a run may continue; `Workers` do jobs, by which
+# `Conversion` writes and `Verification` compares. Each section has its tests in tests/test_SECTION*.py.
+
 from __future__ import annotations
 
 import argparse
@@ -101,7 +107,7 @@ from typing import BinaryIO, ClassVar, TextIO
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What may be asked for. Before the imports of torch and others, which take seconds.
+# Options: what may be asked for. Before the imports of torch and others, which take seconds.
 # ---------------------------------------------------------------------------------------------------------------------
 
 ERROR = "error: "  # before every message of one
@@ -473,7 +479,7 @@ TRAINER_PATTERN = re.compile(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors
+# Errors: one line each, with what to do
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2250,7 +2256,7 @@ def compile_kernel(search: bool) -> Kernel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Output formats: one row each
+# Formats: one row each
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2693,7 +2699,7 @@ def name_without_wrappers(name: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan: all that is decided before the first weight is read
+# Plan: all that is decided before the first weight is read
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4220,7 +4226,7 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the user reads
+# Printing: what the user reads
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4930,7 +4936,7 @@ def print_verification(verification: Verification) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# Command: what is done, in which order
 # ---------------------------------------------------------------------------------------------------------------------
 
 
