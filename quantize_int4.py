@@ -4095,16 +4095,16 @@ class Conversion:
 
     def _finish_shards(self) -> None:
         """Sync shards, and give them their final names when all is in."""
-        unfinished = len(self.writers)
+        unfinished = set(self.writers)
         while unfinished:
             with contextlib.suppress(queue.Empty):
                 writer = self._to_sync.get(timeout=0.1)
                 if writer.jobs_left:
                     writer.sync()
-                else:
+                elif writer in unfinished:  # and not asked for again by a sync that was due
                     self.checkpoint.check_unchanged()
                     writer.finish()
-                    unfinished -= 1
+                    unfinished.remove(writer)
             self.workers.check_stop()
 
     def _quantize(self, job: Job, data: memoryview, workspace: Workspace) -> None:

@@ -224,6 +224,11 @@ def test_a_finished_folder_is_compared_with_a_source_of_another_time_and_keeps_i
     quantize(source, out, *SHARDS, "--overwrite", "--verify")
 
 
+def test_every_shard_is_finished_however_often_it_was_synced_before(model, expected, tmp_path):
+    quantize(model, tmp_path / "out", *SHARDS, constants={**SMALL_TILES, "SYNC_BYTES": 1})
+    assert folder_bytes(tmp_path / "out") == expected
+
+
 # --- disk -----------------------------------------------------------------------------------------------------------
 
 
