@@ -2443,6 +2443,7 @@ class Format:
     transposed: bool = False  # words and scales lie as (columns, rows)
     row_multiple: int = 1
     for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
+    kept_targets: Callable[[dict], list[str]] = lambda config: config["ignore"]  # of its quantization_config
     no_int8: str = ""  # why no weight can have 8 bits
     note: str = ""  # for the plan, as the next two
     note_on_experts: str = ""  # where some are quantized
@@ -2689,6 +2690,8 @@ FORMATS = {
             transposed=True,
             row_multiple=8,
             for_engines=True,
+            # An entry for lm_head is `"lm_head": False`.
+            kept_targets=lambda config: ["lm_head", *(f"re:{entry.removeprefix('-:')}" for entry in config["dynamic"])],
             # Its `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
             no_int8="not all of gptq's readers know two widths",
             note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers"
@@ -3061,7 +3064,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
         raise QuantizeError(f"{checkpoint.folder} is unfinished: give the command that began it again")
     form, infos = options.format, checkpoint.tensors
     described = checkpoint.folder / QUANTIZE_CONFIG_NAME
-    padded = read_json(described).get("padded_weights", {}) if form.name == "int4" else {}
+    padded = read_json(described).get("padded_weights", {}) if not form.for_engines else {}
     modules = [name.removesuffix(form.words_suffix) for name in infos if name.endswith(form.words_suffix)]
     parts = {module + suffix for module in modules for suffix in form.suffixes}
     kept = [info for name, info in infos.items() if name not in parts]
@@ -3071,7 +3074,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     for module in modules:
         words, scales = (as_rows(infos[module + suffix], form) for suffix in form.suffixes[:2])
         rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
-        if form.name == "compressed-tensors":
+        if ".weight_shape" in form.suffixes:
             true_shape = bytearray(16)
             checkpoint.read_into(infos[f"{module}.weight_shape"], 0, memoryview(true_shape))
             rows, columns = struct.unpack("<2q", true_shape)
@@ -4752,9 +4755,7 @@ class Verification:
         """Read config.json as an engine does: its entries for kept layers must match all of these and no packed one,
         and a packed layer's group must have its width."""
         config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
-        gptq = self.plan.options.format.name == "gptq"
-        kept = [f"re:{entry.removeprefix('-:')}" for entry in config["dynamic"]] if gptq else config["ignore"]
-        kept = compile_targets(kept)
+        kept = compile_targets(self.plan.options.format.kept_targets(config))
         groups = [
             (compile_targets(group["targets"]), Packing(group["weights"]["num_bits"], group["weights"]["group_size"]))
             for group in config.get("config_groups", {}).values()
@@ -4769,7 +4770,7 @@ class Verification:
             caught = next((pattern.pattern for pattern in kept if any(map(pattern.match, asked))), None)
             if caught and packing:
                 self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
-            elif not caught and not packing and (module, gptq) != ("lm_head", True):  # which has a key of its own
+            elif not caught and not packing:
                 self.problems.append(f"{CONFIG_NAME}: no entry keeps {module!r}, which is not packed")
             if packing and groups:  # names count before the class, which the first group has
                 named = (stated for targets, stated in groups if any(target.match(module) for target in targets))
