@@ -1301,11 +1301,7 @@ def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
         if twin is not info:
             raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, info.name])))
     for module, layer in layers.items():
-        try:
-            refuse_unreadable_stacks(module, layer, checkpoint, naming)
-            transposed, problem = are_transposed(layer, checkpoint.config, naming), ""
-        except ValueError as reason:
-            problem = str(reason)
+        problem, transposed = layout_of_stacks(module, layer, checkpoint, naming)
         for role, info in layer.items():
             weights = () if problem else expert_weights(info, module, role, naming, transposed)
             stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole_in_vllm)
@@ -1325,43 +1321,37 @@ def holds_experts(info: TensorInfo, config: dict) -> bool:
     return bool(re.search(r"(^|[._])(experts?|moe)[._]", info.name) or (counted and re.search(r"\.\d+\.", info.name)))
 
 
-def refuse_unreadable_stacks(
-    module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, naming: Oddity | None
-) -> None:
-    """Raise ValueError, with the reason, if a layer's stacks, by role, are not to be read as one weight an expert."""
-    if odd := oddity_with("problem", checkpoint.config)[0]:
-        raise ValueError(odd.problem)
-    bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
-    if name := next(filter(bias.match, checkpoint.tensors), None):
-        raise ValueError(f"that have biases ({name!r}), too")
-    gate_missing = naming and naming.projections[0] and not {"gate_up_proj", "gate_proj"} & layer.keys()
-    if "down_proj" not in layer or len(layer) == 1 or gate_missing:
-        raise ValueError("but not all projections of the layer's experts are there")
-    if len({info.shape[0] for info in layer.values()}) > 1:
-        raise ValueError("and the layer's other stacks hold more or fewer")
-
-
-def are_transposed(layer: dict[str, TensorInfo], config: dict, naming: Oddity | None) -> bool:
-    """Tell whether a layer's stacks, by role, hold matrices (in, out). ValueError, with the reason, if nothing tells.
+def layout_of_stacks(
+    module: str, layer: Mapping[str, TensorInfo], checkpoint: Checkpoint, naming: Oddity | None
+) -> tuple[str, bool]:
+    """Say why a layer's stacks, by role, cannot be read as one weight an expert (nothing if they can), and whether they
+    hold matrices (in, out).
 
     The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
     are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
     """
-    shapes = {role: info.shape[1:] for role, info in layer.items()}
-    down = shapes["down_proj"]
+    config, shapes = checkpoint.config, {role: info.shape[1:] for role, info in layer.items()}
+    if odd := oddity_with("problem", config)[0]:
+        return odd.problem, False
+    bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
+    if name := next(filter(bias.match, checkpoint.tensors), None):
+        return f"that have biases ({name!r}), too", False
+    gated = {"gate_up_proj", "gate_proj"} if naming and naming.projections[0] else shapes.keys()
+    if not all(roles & shapes.keys() for roles in ({"down_proj"}, {"gate_up_proj", "up_proj"}, gated)):
+        return "but not all projections of the layer's experts are there", False
+    if len({info.shape[0] for info in layer.values()}) > 1:
+        return "and the layer's other stacks hold more or fewer", False
+    rows, columns = shapes.pop("down_proj")
     if gate_up := shapes.get("gate_up_proj"):
-        if gate_up not in ((2 * down[1], down[0]), (down[1], 2 * down[0])):
-            raise ValueError("of shapes that are not a gated pair's")
-        return gate_up != (2 * down[1], down[0])
-    up = shapes.get("up_proj", ())
-    if up != down[::-1] or shapes.get("gate_proj", up) != up:
-        raise ValueError("of shapes that do not go together")
-    hidden = config_values(config, "hidden_size", "moe_latent_size")
-    widths = config_values(config, *EXPERT_WIDTHS)
-    straight, turned = (up[0] in widths and up[1] in hidden), (up[0] in hidden and up[1] in widths)
+        straight, turned = gate_up == (2 * columns, rows), gate_up == (columns, 2 * rows)
+        return "" if straight or turned else "of shapes that are not a gated pair's", turned
+    if any(shape != (columns, rows) for shape in shapes.values()):
+        return "of shapes that do not go together", False
+    hidden, widths = config_values(config, "hidden_size", "moe_latent_size"), config_values(config, *EXPERT_WIDTHS)
+    straight, turned = (rows in hidden and columns in widths), (columns in hidden and rows in widths)
     if straight == turned and not naming:
-        raise ValueError(f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed")
-    return turned and not straight
+        return f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed", False
+    return "", turned and not straight
 
 
 def expert_weights(
@@ -2293,6 +2283,7 @@ class Format:
     transposed: bool = False  # words and scales lie as (columns, rows)
     row_multiple: int = 1
     for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
+    kept_targets: Callable[[dict], list[str]] = lambda config: config["ignore"]  # of its quantization_config
     no_int8: str = ""  # why no weight can have 8 bits
     note: str = ""  # for the plan, as the next two
     note_on_experts: str = ""  # where some are quantized
@@ -2539,6 +2530,8 @@ FORMATS = {
             transposed=True,
             row_multiple=8,
             for_engines=True,
+            # An entry for lm_head is `"lm_head": False`.
+            kept_targets=lambda config: ["lm_head", *(f"re:{entry.removeprefix('-:')}" for entry in config["dynamic"])],
             # Its `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
             no_int8="not all of gptq's readers know two widths",
             note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers"
@@ -2802,6 +2795,9 @@ def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+Patterns = dict[str, list[re.Pattern]]  # of --exclude and --int8
+
+
 def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
     config, form, asked = checkpoint.config, options.format, options.group_size
@@ -2810,19 +2806,18 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
-    excluded = compile_patterns("--exclude", options.exclude, checkpoint, stacks)
-    wider = compile_patterns("--int8", options.int8, checkpoint, stacks)
-    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, excluded)}
+    patterns = compile_patterns(checkpoint, options, stacks)
+    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
     refuse_stacks([stack for name, stack in stacks.items() if name not in whole], config, options)
     sources = separate_experts(checkpoint, stacks, whole)
     roles = find_roles(sources, config)
     for size in [asked] if asked else MARLIN_GROUP_SIZES if form.for_engines else [DEFAULT_GROUP_SIZE]:
         options = replace(options, group_size=size)
-        tensors = plan_tensors(sources, roles, options, excluded, wider, model_dtype(config))
+        tensors = plan_tensors(sources, roles, options, patterns, model_dtype(config))
         if all(map(fits_groups, tensors)):
             break
     refuse_clashing_names(tensors)
-    refuse_useless_patterns(checkpoint, tensors, wider)
+    refuse_useless_patterns(checkpoint, tensors, patterns)
     if form.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
     warnings = list(what_is_missing(sources, roles, config, options))
@@ -2837,16 +2832,11 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
 
 
 def plan_tensors(
-    sources: list[TensorInfo],
-    roles: Mapping[str, str],
-    options: Options,
-    excluded: list[re.Pattern],
-    wider: list[re.Pattern],
-    computed_in: str | None,
+    sources: list[TensorInfo], roles: Mapping[str, str], options: Options, patterns: Patterns, computed_in: str | None
 ) -> list[TensorPlan]:
     """Decide for each tensor whether it is quantized, and what it becomes."""
-    reasons = {info.name: reason_to_keep(info, options, excluded, roles.get(info.name)) for info in sources}
-    packings = choose_packings([info for info in sources if not reasons[info.name]], options, wider)
+    reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
+    packings = choose_packings([info for info in sources if not reasons[info.name]], options, patterns)
     tensors = []
     for info in sources:
         if packing := packings.get(info.name):
@@ -2934,7 +2924,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
         raise QuantizeError(f"{checkpoint.folder} is unfinished: give the command that began it again")
     form, infos = options.format, checkpoint.tensors
     described = checkpoint.folder / QUANTIZE_CONFIG_NAME
-    padded = read_json(described).get("padded_weights", {}) if form.name == "int4" else {}
+    padded = read_json(described).get("padded_weights", {}) if not form.for_engines else {}
     modules = [name.removesuffix(form.words_suffix) for name in infos if name.endswith(form.words_suffix)]
     parts = {module + suffix for module in modules for suffix in form.suffixes}
     kept = [info for name, info in infos.items() if name not in parts]
@@ -2944,7 +2934,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     for module in modules:
         words, scales = (as_rows(infos[module + suffix], form) for suffix in form.suffixes[:2])
         rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
-        if form.name == "compressed-tensors":
+        if ".weight_shape" in form.suffixes:
             rows, columns = struct.unpack("<2q", checkpoint.read(infos[f"{module}.weight_shape"], 0, 16))
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
@@ -3002,14 +2992,12 @@ def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
     return None
 
 
-def compile_patterns(
-    option: str, sources: tuple[str, ...], checkpoint: Checkpoint, stacks: dict[str, ExpertStack]
-) -> list[re.Pattern]:
-    """Compile an option's patterns, each of which must match a tensor's name in the file or that of an expert's
-    weight."""
+def compile_patterns(checkpoint: Checkpoint, options: Options, stacks: dict[str, ExpertStack]) -> Patterns:
+    """Compile the patterns of --exclude and --int8, each of which must match a tensor's name in the file or that of an
+    expert's weight."""
     infos = [*checkpoint.tensors.values(), *(weight for stack in stacks.values() for weight in stack.weights)]
-    patterns = [re.compile(source) for source in sources]
-    for pattern in patterns:
+    patterns = {"--exclude": list(map(re.compile, options.exclude)), "--int8": list(map(re.compile, options.int8))}
+    for option, pattern in ((option, pattern) for option, those in patterns.items() for pattern in those):
         if not any(named_by([pattern], info) for info in infos):
             hint = hint_for_pattern(pattern.pattern, [info.name for info in infos])
             raise QuantizeError(
@@ -3033,10 +3021,11 @@ def named_by(patterns: Iterable[re.Pattern], info: TensorInfo) -> re.Pattern | N
     return next((p for p in patterns if p.search(info.name) or p.search(info.name_in_file)), None)
 
 
-def stays_whole(stack: ExpertStack, options: Options, patterns: list[re.Pattern]) -> bool:
+def stays_whole(stack: ExpertStack, options: Options, patterns: Patterns) -> bool:
     """Tell whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
-    excluded = named_by(patterns, stack.info) or (stack.weights and all(named_by(patterns, w) for w in stack.weights))
-    return bool(excluded) and (stack.whole_in_vllm or not options.format.for_engines)
+    excluded = functools.partial(named_by, patterns["--exclude"])
+    named = excluded(stack.info) or (stack.weights and all(map(excluded, stack.weights)))
+    return bool(named) and (stack.whole_in_vllm or not options.format.for_engines)
 
 
 def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options) -> None:
@@ -3068,9 +3057,9 @@ def pattern_of(infos: Iterable[TensorInfo]) -> str:
     return rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
 
 
-def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern], role: str | None) -> str | None:
+def reason_to_keep(info: TensorInfo, options: Options, patterns: Patterns, role: str | None) -> str | None:
     """Say why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
-    if pattern := named_by(patterns, info):
+    if pattern := named_by(patterns["--exclude"], info):
         return f"--exclude {pattern.pattern}"
     if len(info.shape) < 2:
         return "vectors and scalars (norms)"
@@ -3089,14 +3078,14 @@ def reason_to_keep(info: TensorInfo, options: Options, patterns: list[re.Pattern
     return None
 
 
-def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.Pattern]) -> dict[str, Packing]:
+def choose_packings(weights: list[TensorInfo], options: Options, patterns: Patterns) -> dict[str, Packing]:
     """Choose each weight's packing: 8 bits for what --int8 means, in groups of 128 where these fit, else what was asked
     for.
 
     Engines hold routed experts as one, so 128 must fit all of them.
     """
     packings = {info.name: Packing(4, options.group_size) for info in weights}
-    eights = [info for info in weights if named_by(wider, info)]
+    eights = [info for info in weights if named_by(patterns["--int8"], info)]
     ragged = {info.name for info in eights if info.shape[1] % 128}
     ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
     for info in eights:
@@ -3105,10 +3094,10 @@ def choose_packings(weights: list[TensorInfo], options: Options, wider: list[re.
     return packings
 
 
-def refuse_useless_patterns(checkpoint: Checkpoint, tensors: list[TensorPlan], wider: list[re.Pattern]) -> None:
+def refuse_useless_patterns(checkpoint: Checkpoint, tensors: list[TensorPlan], patterns: Patterns) -> None:
     """Refuse to quantize nothing, and a pattern for 8 bits that means only what is kept: whoever gives one expects
     more."""
-    for pattern in wider:
+    for pattern in patterns["--int8"]:
         named = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
         if not packed_sources(named):
             raise QuantizeError(
@@ -4655,9 +4644,7 @@ class Verification:
         """Read config.json as an engine does: its entries for kept layers must match all of these and no packed one,
         and a packed layer's group must have its width."""
         config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
-        gptq = self.plan.options.format.name == "gptq"
-        kept = [f"re:{entry.removeprefix('-:')}" for entry in config["dynamic"]] if gptq else config["ignore"]
-        kept = compile_targets(kept)
+        kept = compile_targets(self.plan.options.format.kept_targets(config))
         groups = [
             (compile_targets(group["targets"]), Packing(group["weights"]["num_bits"], group["weights"]["group_size"]))
             for group in config.get("config_groups", {}).values()
@@ -4672,7 +4659,7 @@ class Verification:
             caught = next((pattern.pattern for pattern in kept if any(map(pattern.match, asked))), None)
             if caught and packing:
                 self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
-            elif not caught and not packing and (module, gptq) != ("lm_head", True):  # which has a key of its own
+            elif not caught and not packing:
                 self.problems.append(f"{CONFIG_NAME}: no entry keeps {module!r}, which is not packed")
             if packing and groups:  # names count before the class, which the first group has
                 named = (stated for targets, stated in groups if any(target.match(module) for target in targets))
