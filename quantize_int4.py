@@ -34,8 +34,8 @@ columns) is replaced by these tensors:
                       X.g_idx          int32    (columns,): group of each
 
 (padded: columns rounded up to whole groups; quantize_config.json lists where
-they differ. *: the weight's own dtype, or that of config.json where it is
-bfloat16 or float16; float32 for float64 weights.)
+they differ. *: the dtype that config.json names if bfloat16 or float16, else
+the weight's own, float32 for float64.)
 
 Eight codes a word along the columns, element 0 in the lowest bits, as 4-bit
 two's complement in int4 and as code + 8 in the others; weight = code * scale.
@@ -57,10 +57,10 @@ or out of memory or disk continues when the same command is given again.
 """
 
 # For those who change it, downwards as a tensor goes: `Checkpoint` opens the files and knows each tensor's place;
-# `find_expert_stacks` says what a stack of experts becomes, and `reason_to_keep` alone what is kept; `FORMATS` has a
-# row for each format, `ODDITIES` one for each type of models that is unlike the others; `plan_shards` gives each byte
-# its place; `OutputFolder` decides by its `_survey` whether a run may continue; `Workers` do jobs, by which
-# `Conversion` writes and `Verification` compares. Each section has its tests in tests/test_SECTION*.py.
+# `expert_weights` says what a stack of experts becomes, `stays_whole` whether it does, `reason_to_keep` why a tensor is
+# kept; `FORMATS` has a row for each format, `ODDITIES` one for each type of models that is unlike the others;
+# `plan_shards` gives each byte its place; `OutputFolder._survey` finds whether a run may continue; `Workers` do jobs,
+# by which `Conversion` writes and `Verification` compares. A section's tests are in tests/test_SECTION*.py.
 
 from __future__ import annotations
 
@@ -329,6 +329,7 @@ MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
+LABEL_WIDTH = 11  # columns before a paragraph's text
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
 COMPILER_TIMEOUT_S = 10  # it takes 0.2
 GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
@@ -343,7 +344,7 @@ METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of 
 FACTS_KEY = "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
 FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
 WEIGHED, FEEDBACK = "weighed by importance", "with error feedback"  # in `Options.rule`
-LEAST_STEP = 20  # scales that the largest weight of a searched group is at most: twice the last of SEARCH_STEPS
+MAX_SEARCHED = 20  # scales that the largest weight of a searched group is at most: twice the last of SEARCH_STEPS
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
 
@@ -1059,6 +1060,11 @@ class Checkpoint:
                 )
         return checkpoint
 
+    @property
+    def sources(self) -> dict[str, list[int]]:
+        """List size and time of the files of weights, by name."""
+        return {file.path.name: list(file.state) for file in self.files.values()}
+
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         return self.files[info.file].is_cached(info, offset, nbytes)
 
@@ -1161,7 +1167,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def remedy_for_missing_shard(index: Path, weight_map: dict[str, str]) -> str:
-    """Copy it again; unless the weights lie beside it in other files, as after a save into an old folder."""
+    """Say how to mend a missing shard: copy it again, unless other files beside the index have all weights, as after a
+    save into an old folder."""
     others = [path for path in sorted(index.parent.iterdir()) if path.name not in weight_map.values()]
     others = [path for path in others if path.suffix == ".safetensors" or is_pickled_weights(path)]
     found: set[str] = set()
@@ -1580,7 +1587,7 @@ class NotQuantizable(Exception):
 
 @dataclass(frozen=True)
 class Rounding:
-    """How 4-bit scales and codes are chosen and stored."""
+    """How scales and codes are chosen and stored."""
 
     with_offset: bool = False  # nibbles hold the code plus 8 (`pack_int4`)
     # How much each column's error counts, for k groups that make up a row: float32 (k, group_size). Each scale is then
@@ -1588,6 +1595,7 @@ class Rounding:
     importance: torch.Tensor | None = None
     feedback: Feedback | None = None  # what each column's error changes in those after it; needs importance
     kernel: Kernel | None = None  # which does the work in groups of up to MAX_GROUP; the result is the same
+    bits: int = 4  # or 8, which are always scaled by the largest weight
 
     def of_groups(self, first: int, count: int) -> Rounding:
         """Take the part for some groups of each row."""
@@ -1597,17 +1605,17 @@ class Rounding:
 def quantize_groups(
     groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace, rounding: Rounding
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize groups of weights to symmetric 4-bit codes, packed, and scales.
+    """Quantize groups of weights to symmetric codes of 4 or 8 bits, packed, and scales.
 
     groups:  (n, group_size), any float dtype
-    returns: words int32 (n, group_size // 8) and scales `scale_dtype` (n,), both in the workspace
+    returns: words int32 (n, group_size // codes a word) and scales `scale_dtype` (n,), both in the workspace
 
-    scale = max|w| / 7, and code = clamp(round(w / scale)), where scale is the stored value read back, the division is
-    float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype, has scale 0
-    and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that no scale can hold.
+    scale = max|w| / 7 or 127, and code = clamp(round(w / scale)), where scale is the stored value read back, the
+    division is float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype,
+    has scale 0 and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that none can hold.
     """
     scales = workspace.tensor("scales", scale_dtype, len(groups))
-    by_kernel = rounding.kernel and groups.shape[1] <= MAX_GROUP
+    by_kernel = rounding.kernel and rounding.bits == 4 and groups.shape[1] <= MAX_GROUP
     words = (rounding.kernel.quantize if by_kernel else quantize_with_torch)(groups, scales, workspace, rounding)
     if not torch.isfinite(scales).all():
         raise NotQuantizable(scales)
@@ -1618,7 +1626,11 @@ def quantize_with_torch(
     groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
 ) -> torch.Tensor:
     """Return the words and fill in the scales of `quantize_groups`."""
-    weights = scale_by_absmax(groups, scales, CODE_MAX, workspace)
+    weights = scale_by_absmax(groups, scales, 127 if rounding.bits == 8 else CODE_MAX, workspace)
+    if rounding.bits == 8:  # four bytes a word, each a code plus 128, the first code's lowest
+        codes = round_to_codes(weights, divisors_of(scales), weights, code_max=127).add_(128)
+        workspace.tensor("words", torch.uint8, *groups.shape).copy_(codes)
+        return workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // 4)
     if rounding.feedback:
         round_with_feedback(weights, scales, workspace, rounding)
     else:
@@ -1627,23 +1639,6 @@ def quantize_with_torch(
         round_to_codes(weights, divisors_of(scales), weights)
     codes = workspace.tensor("codes", torch.int16, *groups.shape).copy_(weights)
     return pack_int4(codes, workspace, rounding.with_offset)
-
-
-def quantize_to_int8(
-    groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize to 8 bits: scale = max|w| / 127, and words of four bytes, each a code plus 128, the first code's lowest.
-
-    groups:  (n, group_size), any float dtype
-    returns: words int32 (n, group_size // 4) and scales `scale_dtype` (n,), both in the workspace
-    """
-    scales = workspace.tensor("scales", scale_dtype, len(groups))
-    weights = scale_by_absmax(groups, scales, 127, workspace)
-    if not torch.isfinite(scales).all():
-        raise NotQuantizable(scales)
-    codes = round_to_codes(weights, divisors_of(scales), weights, code_max=127)
-    workspace.tensor("words", torch.uint8, *groups.shape).copy_(codes.add_(128))
-    return workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // 4), scales
 
 
 def divisors_of(scales: torch.Tensor) -> torch.Tensor:
@@ -2034,7 +2029,7 @@ static inline void quantize_groups(const work *all, int dtype) {
 SEPARATE void quantize_rows(const work *all, long first, long rows) {
     long size = WHOLE(all->group_size), columns = all->in_row * size, rank = WHOLE(all->rank);
     float lines[8][2 * MAX_GROUP];
-    floats block[MAX_GROUP], carried[64] = {0}, scales = {0}, divisors = {0}, most = {0}, codes;
+    floats block[MAX_GROUP], carried[MAX_RANK] = {0}, scales = {0}, divisors = {0}, most = {0}, codes;
     for (long column = 0; column < columns; column += size) {
         const float *weights = (const float *)all->weights + first * columns + column;
         const float *factor = all->factor + column * rank, *spread = all->spread + column * rank;
@@ -2084,7 +2079,7 @@ void quantize(const work *all) {
 
 void spread_of(const float *restrict factor, const float *restrict rest, float *restrict spread, long columns,
                long rank) {
-    doubles inverse[64][8], turned[8];
+    doubles inverse[MAX_RANK][MAX_RANK / 8], turned[MAX_RANK / 8];
     for (long k = 0; k < rank; k++)
         for (long i = 0; i < rank; i++)
             inverse[k][i / 8][i % 8] = k == i;
@@ -2105,7 +2100,7 @@ void spread_of(const float *restrict factor, const float *restrict rest, float *
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
     *("-x", "c", "-O3", "-shared", "-fPIC", "-ffreestanding", "-nostdlib", "-ffp-contract=off", "-fno-trapping-math"),
-    *(f"-DMAX_GROUP={MAX_GROUP}", f"-DMAX_CHANGE={MAX_CHANGE}"),
+    *(f"-DMAX_GROUP={MAX_GROUP}", f"-DMAX_RANK={MAX_RANK}", f"-DMAX_CHANGE={MAX_CHANGE}"),
     f"-DSEARCH_MULTIPLIERS={','.join(map(str, SEARCH_MULTIPLIERS))}",
     *{
         "AVX2": ("-mavx2", "-mfma"),
@@ -2117,7 +2112,7 @@ SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  
 
 
 class NoKernel(Exception):
-    """Why there is none."""
+    """There is no usable kernel; the message says why."""
 
 
 class Work(ctypes.Structure):
@@ -2284,7 +2279,7 @@ class Format:
     row_multiple: int = 1
     for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
     kept_targets: Callable[[dict], list[str]] = lambda config: config["ignore"]  # of its quantization_config
-    no_int8: str = ""  # why no weight can have 8 bits
+    no_int8: str = "its words hold codes of 4 bits alone"  # why no weight can have 8; nothing if it can
     note: str = ""  # for the plan, as the next two
     note_on_experts: str = ""  # where some are quantized
     note_on_kept_experts: str = ""
@@ -2349,17 +2344,21 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
         "quantized_weights": len(weights),
         "kept_weights": [tensor.source.name for tensor in tensors if not tensor.packing],
     }
-    # Without a quant_method transformers (5.23) and vLLM (0.29) stop. At one that they do not know transformers would
-    # only warn, and then fill the weights with random numbers.
-    mark = {
+    return {QUANTIZE_CONFIG_NAME: description}
+
+
+def mark_for_engines(options: Options) -> dict:
+    """Make the `quantization_config` of a format that no engine loads: without a quant_method transformers (5.23) and
+    vLLM (0.29) stop. At one that they do not know transformers would only warn, and fill the weights with random
+    numbers."""
+    return {
         "quant_method": None,
         "format": options.format.name,
         "bits": 4,
-        "group_size": group_size,
+        "group_size": options.group_size,
         "about": f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no"
         f" engine loads; {USE_COMPRESSED_TENSORS}",
     }
-    return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
 def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) -> dict[str, dict]:
@@ -2500,7 +2499,6 @@ FORMATS = {
             ".qweight",
             ".scales",
             describe_int4,
-            no_int8="int4 has 4 bits alone",
             note=f"no engine loads int4: it is for readers of your own. {USE_COMPRESSED_TENSORS}",
             next_steps=(
                 ("Serve", f"no engine loads int4; {USE_COMPRESSED_TENSORS}"),
@@ -2513,6 +2511,7 @@ FORMATS = {
             ".weight_scale",
             describe_compressed_tensors,
             ((".weight_shape", true_shape),),
+            no_int8="",
             scale_dtype=None,
             with_offset=True,
             for_engines=True,
@@ -2714,15 +2713,15 @@ class Options:
     def of(cls, values: Mapping, importance: Importance | None = None, restore: bool = False) -> Options:
         """Take options by their names, from the command line or from what a folder says of itself."""
         return cls(
-            FORMATS[values["format"]],
-            values["group_size"],
-            round(values["shard_size_gb"] * GB),
-            tuple(values["exclude"]),
-            values["quantize_embeddings"],
-            tuple(values["int8"]),
-            values["scale"],
-            importance,
-            restore,
+            format=FORMATS[values["format"]],
+            group_size=values["group_size"],
+            shard_size=round(values["shard_size_gb"] * GB),
+            exclude=tuple(values["exclude"]),
+            quantize_embeddings=values["quantize_embeddings"],
+            int8=tuple(values["int8"]),
+            scale=values["scale"],
+            importance=importance,
+            restore=restore,
         )
 
     @property
@@ -2910,10 +2909,10 @@ def describe_model(checkpoint: Checkpoint, tensors: list[TensorPlan], options: O
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         return {CONFIG_NAME: _json_bytes(config)} if config else {}
     files = options.format.describe(tensors, options)
-    if CONFIG_NAME in files and checkpoint.has_config:
+    if not options.format.for_engines and checkpoint.has_config:
+        files[CONFIG_NAME] = {"quantization_config": mark_for_engines(options)}
+    if CONFIG_NAME in files:
         files[CONFIG_NAME] = checkpoint.config | files[CONFIG_NAME]
-    elif CONFIG_NAME in files:
-        del files[CONFIG_NAME]  # of int4; it would be a config without a model
     return {name: _json_bytes(value) for name, value in files.items()}
 
 
@@ -2939,7 +2938,8 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
         outputs = (OutputTensor(f"{module}.weight", dtype, shape),)
-        tensors.append(TensorPlan(words, None, packing, outputs, scales, kind_of(f"{module}.weight", None)))
+        role = role_by_name(replace(words, name=f"{module}.weight", shape=shape), infos)
+        tensors.append(TensorPlan(words, None, packing, outputs, scales, kind_of(f"{module}.weight", role)))
     tensors += [keep(info, "not packed") for info in kept]
     return plan_files(checkpoint, tensors, options)
 
@@ -2961,9 +2961,11 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME):
         if (checkpoint.config_folder / name).exists():
             raise QuantizeError(f"{checkpoint.config_folder / name}: the checkpoint is {remedy}")
+    words_suffixes = tuple(form.words_suffix for form in FORMATS.values())
     for info in checkpoint.tensors.values():
         integer_matrix = info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype[0] in "IU"
-        if QUANTIZED_NAME_PATTERN.search(info.name) or info.dtype in QUANTIZED_DTYPES or integer_matrix:
+        packed = QUANTIZED_NAME_PATTERN.search(info.name) or info.name.endswith(words_suffixes)
+        if packed or info.dtype in QUANTIZED_DTYPES or integer_matrix:
             raise QuantizeError(f"tensor {info.name!r} ({info.dtype}, {info.file.name}): the checkpoint is {remedy}")
 
 
@@ -3058,7 +3060,7 @@ def pattern_of(infos: Iterable[TensorInfo]) -> str:
 
 
 def reason_to_keep(info: TensorInfo, options: Options, patterns: Patterns, role: str | None) -> str | None:
-    """Say why a tensor is not quantized, in words for the plan; None if it is. The only place that decides this."""
+    """Say why a tensor is not quantized, in words for the plan; None if it is."""
     if pattern := named_by(patterns["--exclude"], info):
         return f"--exclude {pattern.pattern}"
     if len(info.shape) < 2:
@@ -3357,7 +3359,7 @@ def describe_facts(checkpoint: Checkpoint, options: Options) -> dict:
         "version": FORMAT_VERSION,
         "options": json.loads(json.dumps(values)),
         "rule": options.rule,
-        "sources": {file.path.name: list(file.state) for file in checkpoint.files.values()},
+        "sources": checkpoint.sources,
     }
 
 
@@ -3376,17 +3378,20 @@ def make_fingerprint(facts: dict, sources: list[TensorInfo], hashes: dict[str, s
     return hashlib.sha256(json.dumps([facts | {"sources": sizes}, hashes, tensors]).encode()).hexdigest()
 
 
+def other_sources(was: dict, now: dict) -> list[str]:
+    """Name the files of weights that are not in both, or have another size."""
+    nothing = (None, None)
+    return sorted(name for name in was.keys() | now.keys() if was.get(name, nothing)[0] != now.get(name, nothing)[0])
+
+
 def what_differs(earlier: dict, facts: dict) -> str:
     """Say what is not as it was for the run that left a shard with such facts."""
     if earlier.get("version") != facts["version"]:
         return "it was made by another version of this program"
     if changed := describe_changes(earlier["options"], facts["options"]):
         return changed
-    was, now = earlier["sources"], facts["sources"]
-    if others := sorted(was.keys() ^ now.keys()):
-        return f"the weights were in other files ({quote_names(others)})"
-    if others := sorted(name for name in now if was[name][0] != now[name][0]):
-        return f"{quote_names(others)} had another size"
+    if others := other_sources(earlier["sources"], facts["sources"]):
+        return f"{quote_names(others)} had other names or sizes"
     return f"tensors, {CONFIG_NAME} or another file that is copied changed"
 
 
@@ -3660,7 +3665,7 @@ class OutputFolder:
         self.overwrite = overwrite
         self.compare: set[str] = set()  # shards that are final, but were made when the sources had other times
         # Names of shards and other files that are final and as planned, and leftovers of earlier runs.
-        self.finished, self.remove = self._survey(overwrite)
+        self.finished, self.remove = self._survey()
         self._lock_fd: int | None = None
 
     @property
@@ -3684,9 +3689,9 @@ class OutputFolder:
     def planned_names(self) -> set[str]:
         return {shard.name for shard in self.plan.shards} | self.plan.other_files.keys()
 
-    def _survey(self, overwrite: bool) -> tuple[set[str], list[Path]]:
+    def _survey(self) -> tuple[set[str], list[Path]]:
         """Sort what is in the folder: what this run need not write again, and what it is to remove. The user's own
-        files are refused, and so are an earlier run's unless `overwrite`."""
+        files are refused, and so are an earlier run's unless --overwrite is given."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
         self.compare.clear()
@@ -3713,14 +3718,14 @@ class OutputFolder:
                 f"output folder {self.folder} holds {quote_names(path.name for path in foreign)}, not written by this"
                 " program or changed since: choose a new or empty folder, or move it away"
             )
-        if stale and not overwrite:
+        if stale and not self.overwrite:
             facts = [json.loads(metadata[path][FACTS_KEY]) for path in stale if FACTS_KEY in metadata.get(path, {})]
             differs = what_differs(facts[0], self.plan.facts) if facts else "by other options or from other files"
             raise QuantizeError(
                 f"output folder {self.folder} holds {quote_names(path.name for path in stale)} of another run:"
                 f" {differs}: --overwrite starts afresh, or choose another folder"
             )
-        if overwrite:
+        if self.overwrite:
             self.compare.clear()
             return set(), [*remove, *stale, *(self.folder / name for name in finished)]
         return finished, remove
@@ -3764,7 +3769,7 @@ class OutputFolder:
         """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if (self.finished, self.remove) != self._survey(self.overwrite):
+        if (self.finished, self.remove) != self._survey():
             raise QuantizeError(f"output folder {self.folder} changed since it was looked at: start again")
         if self.nothing_to_write:
             return
@@ -4026,6 +4031,7 @@ class Conversion:
         self.placements = plan.placements
         self.writers = output.shard_writers()
         self.meter = Meter("restoring" if plan.options.restore else "quantizing")
+        self._rounding_of = functools.lru_cache(4)(self._find_rounding)  # for the jobs of one tensor
         self._unsynced = 0  # bytes of input since a sync was last asked for
         self._lock = threading.Lock()
         self._to_sync: queue.Queue[ShardWriter] = queue.Queue()
@@ -4102,16 +4108,13 @@ class Conversion:
         scale_dtype = FLOAT_DTYPES[outputs[1].dtype]
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[tensor.source.dtype]).view(job.rows, job.columns)
         in_row = packing.columns_of(job.columns) // packing.group_size
-        rounding = self._rounding(tensor).of_groups(job.column // packing.group_size, in_row)
+        rounding = self._rounding_of(tensor).of_groups(job.column // packing.group_size, in_row)
         staged = self._stage(job, workspace) if self.options.format.transposed else ()
         step = max(1, TILE_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
             groups = as_groups(block[row : row + step], packing, workspace)
             try:
-                if packing.bits == 8:
-                    results = quantize_to_int8(groups, scale_dtype, workspace)
-                else:
-                    results = quantize_groups(groups, scale_dtype, workspace, rounding)
+                results = quantize_groups(groups, scale_dtype, workspace, rounding)
             except NotQuantizable as error:
                 raise QuantizeError(describe_bad_value(job, row, groups, error.scales)) from None
             for number, (role, width) in enumerate((("words", packing.codes_per_word), ("scales", packing.group_size))):
@@ -4147,10 +4150,10 @@ class Conversion:
             start = ((first + number) * rows + job.row) * (width // job.rows)
             self._write(output, start, lines[number * width : (number + 1) * width])
 
-    def _rounding(self, tensor: TensorPlan) -> Rounding:
+    def _find_rounding(self, tensor: TensorPlan) -> Rounding:
         """Say how a weight is rounded, by its statistics if there are some, whose columns are padded with zeros."""
         packing, importance = tensor.packing, self.options.importance
-        rounding = Rounding(self.options.format.with_offset, kernel=self.kernel)
+        rounding = Rounding(self.options.format.with_offset, kernel=self.kernel, bits=packing.bits)
         if self.options.scale == "absmax" or packing.bits == 8:
             return rounding
         columns = packing.columns_of(tensor.source.shape[1])
@@ -4239,12 +4242,13 @@ def shorten(text: str, room: int) -> str:
     return text if len(text) <= room + 3 else f"{text[: room // 3]}...{text[room // 3 - room :]}"
 
 
-def say_paragraph(label: str, text: str) -> None:
-    """Print a text in lines as long as the terminal, behind a label; words that are longer lose their middle."""
-    width = terminal_width() - 1
-    words = " ".join(shorten(word, width - 11) for word in printable(text).split())
-    lines = textwrap.wrap(f"{label:<11}{words}", width, subsequent_indent=" " * 11, break_on_hyphens=False)
-    for line in lines:
+def say_paragraph(label: str, text: str, command: bool = False) -> None:
+    """Print a text in lines as long as the terminal, behind a label; words that are longer lose their middle, but not
+    those of a command, which is to be copied."""
+    width, indent = terminal_width() - 1, " " * LABEL_WIDTH
+    words = printable(text).split()
+    text = label.ljust(LABEL_WIDTH) + " ".join(words if command else (shorten(w, width - LABEL_WIDTH) for w in words))
+    for line in textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False):
         say(line)
 
 
@@ -4537,7 +4541,7 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     for label, text in steps:
-        say_paragraph(f"  {label}:", text.replace("{name}", name))
+        say_paragraph(f"  {label}:", text.replace("{name}", name), command=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4590,10 +4594,7 @@ class Verification:
 
     def _refuse_another_source(self) -> None:
         """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""
-        was = {name: size for name, (size, _) in self.facts["sources"].items()}
-        now = {file.path.name: file.state[0] for file in self.checkpoint.files.values()}
-        if was != now:
-            others = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        if others := other_sources(self.facts["sources"], self.checkpoint.sources):
             raise QuantizeError(
                 f"{self.folder} was not made from {self.checkpoint.folder}: {quote_names(others)} had other names or"
                 " sizes: give the checkpoint that it was made from"
@@ -4602,8 +4603,7 @@ class Verification:
     @property
     def source_is_newer(self) -> bool:
         """Tell whether a file of the source has another time than when the folder was made from it."""
-        times = {name: time for name, (_, time) in self.facts["sources"].items()}
-        return any(times[file.path.name] != file.state[1] for file in self.checkpoint.files.values())
+        return self.facts["sources"] != self.checkpoint.sources
 
     def _open_shards(self) -> None:
         """Find each tensor in its shard, which the library opens, too, and nothing else there."""
@@ -4782,7 +4782,7 @@ class Verification:
         wrong = ~((aims - decoded).abs() <= scales.abs() * steps + slack)
         if rule != "absmax":
             clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
-            reach = scales.abs() * (LEAST_STEP + feedback * MAX_CHANGE)
+            reach = scales.abs() * (MAX_SEARCHED + feedback * MAX_CHANGE)
             wrong &= ~(clipped & (aims.abs() > decoded.abs()) & (aims * decoded > 0) & (aims.abs() <= reach))
             if rule == "mse":
                 wrong |= worse_than_absmax(weights, decoded, scale_dtype, packing)
@@ -4909,17 +4909,8 @@ def print_verification(verification: Verification) -> None:
         )
     for problem in verification.problems[:20]:
         say_paragraph("WRONG:", problem)
-    if verification.problems:
-        newer = (
-            f"{verification.checkpoint.folder} has another time than when it was made: is it what it was made from?"
-            if verification.source_is_newer
-            else "convert again with --overwrite"
-        )
-        raise QuantizeError(
-            f"verification of {verification.folder} found {count_of(len(verification.problems), 'problem')}, listed"
-            f" above: {newer}"
-        )
-    say(f"  {shorten(str(verification.folder), terminal_width() - 30)} holds what it should.", colour=GREEN)
+    if not verification.problems:
+        say(f"  {shorten(str(verification.folder), terminal_width() - 30)} holds what it should.", colour=GREEN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4965,7 +4956,7 @@ def format_asked_for(args: argparse.Namespace) -> Format:
 
 
 def make_options(args: argparse.Namespace) -> Options:
-    """Read what the arguments mean; the default scale is the seed's for its own layout, the closer one for engines."""
+    """Read the arguments; by default int4 takes absmax scales, and formats for engines those of mse."""
     form = format_asked_for(args)
     scale = args.scale or ("mse" if form.for_engines else "absmax")
     if args.importance and scale != "mse":
@@ -5027,6 +5018,16 @@ def verify(checkpoint: Checkpoint, args: argparse.Namespace, progress: Progress)
             progress.clear()
     checkpoint.check_unchanged()
     print_verification(verification)
+    if verification.problems:
+        newer = (
+            f"{verification.checkpoint.folder} has another time than when it was made: is it what it was made from?"
+            if verification.source_is_newer
+            else "convert again with --overwrite"
+        )
+        raise QuantizeError(
+            f"verification of {verification.folder} found {count_of(len(verification.problems), 'problem')}, listed"
+            f" above: {newer}"
+        )
 
 
 def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int) -> None:

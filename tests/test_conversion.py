@@ -154,8 +154,8 @@ def test_leftovers_of_other_options_are_foreign(model, tmp_path, options):
     ("change", "differs"),
     [
         ("content", "the source files changed since model-00001.safetensors was made from them"),
-        ("size", "'model-00002-of-00002.safetensors' had another size"),
-        ("name", "the weights were in other files ('model-00002-of-00002.safetensors', 'renamed.safetensors')"),
+        ("size", "'model-00002-of-00002.safetensors' had other names or sizes"),
+        ("name", "'model-00002-of-00002.safetensors', 'renamed.safetensors' had other names or sizes"),
         ("config", "config.json or another file that is copied changed"),
     ],
 )

@@ -129,7 +129,7 @@ def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and
         ("carried[k] += error", "carried[k] -= error"),
         ("i % 2 * MAX_GROUP + i / 2", "i / 2 + (i + 1) % 2 * MAX_GROUP"),
         ("MIN(rows - row, 8)", "(rows - row < 8 ? 3 : 8)"),
-        ("carried[64] = {0}, scales", "carried[64] = {1}, scales"),
+        ("carried[MAX_RANK] = {0}, scales", "carried[MAX_RANK] = {1}, scales"),
     ],
 )
 def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
