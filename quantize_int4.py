@@ -2816,7 +2816,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
         if all(map(fits_groups, tensors)):
             break
     refuse_clashing_names(tensors)
-    refuse_useless_patterns(checkpoint, tensors, patterns)
+    refuse_useless_options(checkpoint, tensors, patterns)
     if form.for_engines:
         refuse_what_engines_cannot_hold(tensors, options, checkpoint)
     warnings = list(what_is_missing(sources, roles, config, options))
@@ -3037,12 +3037,12 @@ def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options)
     refused = [stack for stack in stacks if stack.problem or odd]
     if not refused:
         return
-    pattern = shlex.quote(pattern_of(stack.info for stack in refused))
-    exclude = f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
     stack = next((stack for stack in refused if stack.problem), refused[0])
-    problem, remedy = stack.problem, exclude
-    if not problem:
-        problem, remedy = odd.problem_of_engines.format(model_type), odd.remedy or exclude
+    problem = stack.problem or odd.problem_of_engines.format(model_type)
+    remedy = "" if stack.problem else odd.remedy
+    if not remedy:
+        pattern = shlex.quote(pattern_of(stack.info for stack in refused))
+        remedy = f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
     raise QuantizeError(
         f"tensor {stack.info.name!r} {stack.info.shape} ({stack.info.file.name}) holds all routed experts of a layer,"
         f" {problem}: {remedy}"
@@ -3096,7 +3096,7 @@ def choose_packings(weights: list[TensorInfo], options: Options, patterns: Patte
     return packings
 
 
-def refuse_useless_patterns(checkpoint: Checkpoint, tensors: list[TensorPlan], patterns: Patterns) -> None:
+def refuse_useless_options(checkpoint: Checkpoint, tensors: list[TensorPlan], patterns: Patterns) -> None:
     """Refuse to quantize nothing, and a pattern for 8 bits that means only what is kept: whoever gives one expects
     more."""
     for pattern in patterns["--int8"]:
