@@ -2801,7 +2801,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
     config, form, asked = checkpoint.config, options.format, options.group_size
     if options.int8 and form.no_int8:
-        raise QuantizeError(f"--int8: {form.no_int8}: use --format compressed-tensors")
+        raise QuantizeError(f"--int8: {form.name}: {form.no_int8}: use --format compressed-tensors")
     refuse_quantized(checkpoint)
     refuse_unmerged(checkpoint)
     stacks = find_expert_stacks(checkpoint)
