@@ -3633,8 +3633,6 @@ class ShardWriter:
     def finish(self) -> None:
         """Sync the file, whose bytes are all in, and give it its final name."""
         if self.finished:
-            if self.compare:  # all was equal: from now on it is of the source files' new times
-                write_at(self._open(), memoryview(self.shard.header), 0)
             self.sync()
             self.close()
             return
@@ -3645,6 +3643,12 @@ class ShardWriter:
             os.rename(self.temporary, self.final)
         sync_file(self.final.parent)
         self.finished = True
+
+    def confirm(self) -> None:
+        """Mark a shard as made from the source files of now, once all that was to be compared has been equal."""
+        if self.compare:
+            write_at(self._open(), memoryview(self.shard.header), 0)
+            self.sync()
 
     def close(self) -> None:
         fd, self._fd = self._fd, None
@@ -4031,7 +4035,7 @@ class Conversion:
         self.placements = plan.placements
         self.writers = output.shard_writers()
         self.meter = Meter("restoring" if plan.options.restore else "quantizing")
-        self._rounding_of = functools.lru_cache(4)(self._find_rounding)  # for the jobs of one tensor
+        self._rounding_of = functools.lru_cache(2)(self._find_rounding)  # for the jobs of one tensor
         self._unsynced = 0  # bytes of input since a sync was last asked for
         self._lock = threading.Lock()
         self._to_sync: queue.Queue[ShardWriter] = queue.Queue()
@@ -4061,6 +4065,8 @@ class Conversion:
         try:
             # Syncing a shard takes as long as the disk does, so it has a thread of its own.
             self.workers.run(self._convert, threads, progress, beside=[self._finish_shards])
+            for writer in self.writers:
+                writer.confirm()
         finally:
             for writer in self.writers:
                 writer.close()
@@ -4378,7 +4384,7 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     words = 1 if plan.options.int8 else 0.5
     buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, 4, *searched, 2, words, 0.1)]
     if plan.options.importance:
-        buffers += [plan.options.importance.largest_factor * 4] * 8
+        buffers += [plan.options.importance.largest_factor * 4] * 10  # with what `Conversion` keeps for later jobs
     job_weights = TRANSPOSED_JOB_WEIGHTS if plan.options.format.transposed else JOB_WEIGHTS
     if plan.options.format.transposed:
         buffers += [job_weights * nbytes for nbytes in (0.5, 0.1)]

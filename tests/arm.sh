@@ -59,7 +59,8 @@ if [ $# = 0 ]; then
     else
         status=1
     fi
-    names=(quantization scales feedback importance output formats verify inputs faults command_line)
+    names=(options errors checkpoint checkpoint_headers checkpoint_pickles quantization kernel formats statistics
+        output_folder conversion verification command)
     set -- "${names[@]/#/tests/test_}"
     set -- "${@/%/.py}"
 fi

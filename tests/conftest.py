@@ -1,28 +1,34 @@
-"""Shared by the tests: the script as a module and as a process, and checkpoints to run it on."""
+"""Runs the command for the tests: as a process, in a terminal, refused, or with its memory watched."""
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from checkpoints import write_checkpoint, write_sparse_checkpoint  # noqa: E402
+from checkpoints import WEIGHT, save_model, write_checkpoint, write_sparse_checkpoint  # noqa: E402
+from folders import folder_bytes  # noqa: E402
 from launcher import WIDE, Run, Setting  # noqa: E402
-from tiny_nemotron import TINY, random_tensors, write_other_files  # noqa: E402
+from tiny_nemotron import NANO_30B, TINY, nemotron_tensors, random_tensors, write_other_files  # noqa: E402
 
-import quantize_int4 as q  # noqa: E402
-
-WEIGHT = {"m.weight": torch.ones(4, 128).bfloat16()}
+GB = 10**9
+ENGINE_FORMATS = ["compressed-tensors", "gptq"]
+FORMATS = ["int4", *ENGINE_FORMATS]
+AS_NOBODY = {"user": 65534 if os.geteuid() == 0 else None}  # permissions do not bind root
 
 
 @pytest.fixture(autouse=True)
@@ -42,24 +48,38 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A checkpoint of one weight; a test may change it."""
+    """A checkpoint of one weight, which tests may spoil."""
     return save_model(tmp_path / "in", WEIGHT)
 
 
 @pytest.fixture(scope="session")
-def large(tmp_path_factory) -> Path:
-    """1.6 GB of zeros: long enough a run to meddle with."""
-    folder = tmp_path_factory.mktemp("large")
-    write_sparse_checkpoint(folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(48)}, shards=3)
+def inventory(tmp_path_factory) -> Path:
+    """Nemotron-3-Nano-30B: all of its 6,243 headers, and none of its weights."""
+    folder = tmp_path_factory.mktemp("inventory")
+    write_sparse_checkpoint(folder, nemotron_tensors(NANO_30B), shards=13)
+    write_other_files(folder, NANO_30B)
     return folder
 
 
-def compiled() -> q.Kernel:
-    """The kernel, without which a test is skipped."""
-    try:
-        return q.compile_kernel(True)
-    except q.NoKernel as reason:
-        pytest.skip(str(reason))
+@pytest.fixture(scope="session")
+def large(tmp_path_factory) -> Path:
+    """0.8 GB of zeros: long enough a run to be stopped."""
+    folder = tmp_path_factory.mktemp("large")
+    write_sparse_checkpoint(folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(24)}, shards=3)
+    return folder
+
+
+@pytest.fixture
+def open_folder(tiny) -> Iterator[Path]:
+    """A folder that any user can reach, with a copy of the tiny checkpoint that any user can read."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(tiny, Path(folder) / "in", copy_function=shutil.copyfile)
+        os.chmod(Path(folder) / "in", 0o755)
+        yield Path(folder)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def command(input_dir: Path, output_dir: Path, *options: object) -> list[str]:
@@ -96,39 +116,63 @@ def assert_refused(result: subprocess.CompletedProcess, *fragments: str, exit_co
         assert fragment in lines[0]
 
 
-def refuse(input_dir: Path, output_dir: Path, *fragments: str, options: Sequence = (), exit_code: int = 1) -> None:
-    """Run the command, which must refuse with these words and leave the output folder as it was."""
+def refuse(
+    input_dir: Path, output_dir: Path, *fragments: str, options: list[object] | tuple[()] = (), exit_code: int = 1
+) -> None:
+    """The run is refused with these words, and the output folder is as it was."""
     before = folder_bytes(output_dir) if output_dir.is_dir() else output_dir.exists()
     assert_refused(run_cli(input_dir, output_dir, *options), *fragments, exit_code=exit_code)
     assert before == (folder_bytes(output_dir) if output_dir.is_dir() else output_dir.exists())
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder, read with the safetensors library alone."""
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                assert name not in tensors
-                tensors[name] = file.get_tensor(name)
-    return tensors
+# --- runs that are watched --------------------------------------------------------------------------------------------
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
-def edit_shard(shard: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the tensors of a shard, and nothing in its metadata."""
-    with safe_open(shard, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    change(tensors)
-    save_file(tensors, shard, metadata=metadata)
+def run_in_terminal(
+    arguments: list[str], columns: int, environment: dict[str, str] | None = None, interrupt_at: str | None = None
+) -> tuple[str, int]:
+    """What a terminal of so many columns is sent, and the exit code; Ctrl-C once it has shown `interrupt_at`."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.environ.pop("NO_COLOR", None)
+        os.environ |= {"COLUMNS": str(columns), "TERM": "xterm"} | (environment or {})
+        os.execv(arguments[0], arguments)
+    text = ""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # Linux's end of file of a terminal
+            break
+        text += chunk.decode(errors="replace")
+        if interrupt_at and interrupt_at in text:
+            os.write(master, b"\x03")
+            interrupt_at = None
+    os.close(master)
+    return text.replace("\r\n", "\n"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def save_model(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """One model.safetensors without an index, and a config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "llama"}\n')
-    return folder
+def plain(text: str) -> str:
+    """The text without its colours."""
+    return re.sub(r"\033\[[\d;]*m", "", text)
+
+
+def peak_anonymous(arguments: list[str]) -> int:
+    """The most RssAnon that the kernel reports of a process while it runs, in bytes."""
+    peak = 0
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as run:
+        while run.poll() is None:
+            try:
+                status = Path(f"/proc/{run.pid}/status").read_text()
+            except OSError:
+                break
+            peak = max([peak, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status))])
+            time.sleep(0.01)
+    assert run.returncode == 0
+    return peak

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from conftest import read_tensors
-from loader_helpers import read_config
+from folders import read_config, read_tensors
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)  # the models are so small that threads would do nothing but wait for each other
@@ -49,6 +48,12 @@ VISION_TOKENS = {"image_token_id": 250, "video_token_id": 251, "vision_start_tok
 
 def llama():
     return transformers.LlamaConfig(**COMMON, **ATTENTION, **UNTIED, num_hidden_layers=2, intermediate_size=384)
+
+
+def llama_tied():
+    return transformers.LlamaConfig(
+        **COMMON, **ATTENTION, tie_word_embeddings=True, num_hidden_layers=2, intermediate_size=384
+    )
 
 
 def gemma3():
@@ -317,6 +322,7 @@ WIDE_EXPERTS = {"experts in 8 bits": r"\.experts\."} | WIDE_ATTENTION
 
 FAMILIES = {
     "llama": Family(llama, "LlamaForCausalLM", {"attention": QKV}, WIDE_ATTENTION, ("pretrained", "state_dict", "pth")),
+    "llama_tied": Family(llama_tied, "LlamaForCausalLM", {"attention": QKV}),
     "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")),
     "t5": Family(t5, "T5ForConditionalGeneration", {"attention": r"SelfAttention\.[qkv]\."}, decoded_at_once=True),
     "nemotron_h": Family(
@@ -419,11 +425,17 @@ def save(name, saved, folder):
     SAVERS[saved](build(name), folder)
 
 
-def load(name, folder):
+def load(name, folder, **options):
     """A family's model from a folder, with transformers, and what its loader reports."""
     model_class = getattr(transformers, FAMILIES[name].model_class)
-    options = {}
     if FAMILIES[name].decoded_at_once and "quantization_config" in read_config(folder):
         options["quantization_config"] = transformers.CompressedTensorsConfig(run_compressed=False)
     model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
     return model.eval(), report
+
+
+@torch.no_grad()
+def logits_of(model):
+    """The logits for a fixed prompt of text."""
+    decoder = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    return model(input_ids=TOKENS, **decoder).logits

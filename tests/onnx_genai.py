@@ -24,7 +24,7 @@ import onnx
 import onnxruntime_genai
 import torch
 import transformers
-from loader_helpers import read_dequantized
+from folders import read_dequantized
 from onnx import numpy_helper
 from serve import TOKENS, TOLERANCE, Subject, count_agreeing, make_folders, write_smollm2
 

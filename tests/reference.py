@@ -46,3 +46,16 @@ def pack_words(codes: list[int]) -> list[int]:
         word = sum((code & 15) << (4 * i) for i, code in enumerate(codes[start : start + 8]))
         words.append(word - (1 << 32) if word >= 1 << 31 else word)
     return words
+
+
+def pack_rows(codes: list[list[int]]) -> torch.Tensor:
+    """Pack each row of codes: int32 (rows, words)."""
+    return torch.tensor([pack_words(row) for row in codes], dtype=torch.int32)
+
+
+def reference_words(
+    weight: torch.Tensor, group_size: int, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, list[list[float]]]:
+    """Words that hold code + 8, (rows, words), and scales (rows, groups), as the formats for engines have them."""
+    codes, scales = reference_quantize(weight, group_size, scale_dtype)
+    return pack_rows([[code + 8 for code in row] for row in codes]), scales

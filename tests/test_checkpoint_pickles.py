@@ -1,4 +1,4 @@
-"""What people bring: pickled checkpoints, ModelOpt's leftovers, configs that lie elsewhere."""
+"""Checkpoint, pickles: what safetensors would give, and ModelOpt's leftovers (README: "Pickles are opened")."""
 
 from __future__ import annotations
 
@@ -12,29 +12,16 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import assert_refused, command, folder_bytes, quantize, read_tensors, run_cli, save_model
-from test_memory import GB, peak_anonymous
+from checkpoints import LAYER, random, save_model, save_pickle
+from conftest import assert_refused, quantize, run_cli
+from folders import folder_bytes, read_tensors
 
 import quantize_int4 as q
-
-SEEDED = torch.Generator().manual_seed(3)
-CONFIG = '{"model_type": "llama"}\n'
-
-
-def save_pickle(folder, content, name="pytorch_model.bin"):
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(content, folder / name)
-    (folder / "config.json").write_text(CONFIG)
-    return folder
-
-
-def random_weight(rows=24, columns=256):
-    return torch.randn(rows, columns, generator=SEEDED).bfloat16()
 
 
 @pytest.fixture
 def state_dict():
-    return {"m.up.weight": random_weight(), "m.down.weight": random_weight(16, 200), "m.norm.weight": torch.randn(16)}
+    return {"m.up.weight": random(24, 256), "m.down.weight": random(16, 200), "m.norm.weight": torch.randn(16)}
 
 
 def assert_same_as_safetensors(folder, state_dict, tmp_path, *options):
@@ -71,7 +58,7 @@ def test_pickle_shards_with_an_index_give_what_safetensors_give(tmp_path, state_
     assert_same_as_safetensors(tmp_path / "in", state_dict, tmp_path)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "module"])
 def test_a_wrapped_state_dict_is_unwrapped_and_what_lay_beside_it_is_named(tmp_path, state_dict, wrapper):
     content = {wrapper: OrderedDict(state_dict), "epoch": 3, "optimizer": {"state": {}}}
     result = assert_same_as_safetensors(save_pickle(tmp_path / "in", content), state_dict, tmp_path)
@@ -85,7 +72,7 @@ def test_entries_that_are_no_tensors_are_named(tmp_path, state_dict):
 
 
 def test_tied_tensors_and_views_are_written_right(tmp_path):
-    base = random_weight(300, 256)
+    base = random(300, 256)
     tensors = {
         "embed_tokens.weight": base,
         "lm_head.weight": base,  # tied
@@ -104,16 +91,8 @@ def test_tied_tensors_and_views_are_written_right(tmp_path):
     assert folder_bytes(tmp_path / "small") == folder_bytes(tmp_path / "out")
 
 
-def test_safetensors_win_over_pickles_and_the_plan_says_so(tmp_path, state_dict):
-    folder = save_model(tmp_path / "in", {"m.weight": random_weight()})
-    save_pickle(folder, state_dict)
-    result = quantize(folder, tmp_path / "out")
-    assert read_tensors(tmp_path / "out").keys() == {"m.qweight", "m.scales"}
-    assert "weights are read from safetensors; not from 'pytorch_model.bin'" in result.stdout
-
-
 def test_only_tensors_that_are_not_in_one_piece_are_read_through_the_memory_map(tmp_path):
-    whole = random_weight(16, 512)
+    whole = random(16, 512)
     state_dict = {
         "plain": whole,
         "transposed": whole.T,
@@ -147,8 +126,16 @@ def test_a_pickle_of_the_other_byte_order_is_read_right(tmp_path, state_dict):
     assert_same_as_safetensors(folder, state_dict, tmp_path)
 
 
+def test_safetensors_win_over_pickles_and_the_plan_says_so(tmp_path, state_dict):
+    folder = save_model(tmp_path / "in", {"m.weight": random(24, 256)})
+    save_pickle(folder, state_dict)
+    result = quantize(folder, tmp_path / "out")
+    assert read_tensors(tmp_path / "out").keys() == {"m.qweight", "m.scales"}
+    assert "weights are read from safetensors; not from 'pytorch_model.bin'" in result.stdout
+
+
 def test_safetensors_win_over_an_index_of_pickles(tmp_path, state_dict):
-    folder = save_model(tmp_path / "in", {"m.weight": random_weight()})
+    folder = save_model(tmp_path / "in", {"m.weight": random(24, 256)})
     save_pickle(folder, state_dict, "pytorch_model-00001-of-00001.bin")
     index = {"weight_map": dict.fromkeys(state_dict, "pytorch_model-00001-of-00001.bin")}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
@@ -156,14 +143,7 @@ def test_safetensors_win_over_an_index_of_pickles(tmp_path, state_dict):
     assert read_tensors(tmp_path / "out").keys() == {"m.qweight", "m.scales"}
 
 
-def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    torch.save(
-        {f"m.{i}.weight": torch.zeros(100_000, 1024, dtype=torch.bfloat16) for i in range(3)}, folder / "model.pth"
-    )
-    (folder / "config.json").write_text(CONFIG)
-    assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < 0.5 * GB
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 class RunsCode:
@@ -209,6 +189,12 @@ def test_a_truncated_pickle_is_refused(tmp_path, state_dict, part):
     assert_refused(run_cli(folder, tmp_path / "out"), "pytorch_model.bin", "not a whole torch checkpoint")
 
 
+def test_a_checkpoint_of_another_ending_is_named_with_what_to_do(tmp_path):
+    source = save_pickle(tmp_path / "in", {f"{LAYER}.weight": random(64, 128)})
+    (source / "pytorch_model.bin").rename(source / "last.ckpt")
+    assert_refused(run_cli(source, tmp_path / "out"), "'last.ckpt'", "name it model.pth")
+
+
 def test_several_rank_files_are_refused(tmp_path, state_dict):
     save_pickle(tmp_path / "in", state_dict, "modelopt_model.0.pth")
     save_pickle(tmp_path / "in", state_dict, "modelopt_model.1.pth")
@@ -217,16 +203,16 @@ def test_several_rank_files_are_refused(tmp_path, state_dict):
     )
 
 
-# --- ModelOpt -------------------------------------------------------------------------------------------------------
+# --- ModelOpt ---------------------------------------------------------------------------------------------------------
 
-LAYER = "model.layers.0.mlp.down_proj"
+DOWN = "model.layers.0.mlp.down_proj"
 
 
 def modelopt_state_dict(weight, **quantizer_tensors):
     """As ModelOpt's state dicts name things: quantizers are submodules of the linear layer they belong to."""
-    amax = {f"{LAYER}.weight_quantizer._amax": torch.ones(weight.shape[0] * 2, 1)}
-    own = {f"{LAYER}.{name.replace('__', '._')}": tensor for name, tensor in quantizer_tensors.items()}
-    return {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": weight, **amax, **own}
+    amax = {f"{DOWN}.weight_quantizer._amax": torch.ones(weight.shape[0] * 2, 1)}
+    own = {f"{DOWN}.{name.replace('__', '._')}": tensor for name, tensor in quantizer_tensors.items()}
+    return {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": weight, **amax, **own}
 
 
 def save_modelopt(folder, state_dict):
@@ -234,33 +220,33 @@ def save_modelopt(folder, state_dict):
 
 
 def test_modelopts_amax_tensors_are_dropped_and_counted(tmp_path):
-    weight = random_weight()
+    weight = random(24, 256)
     folder = save_modelopt(tmp_path / "in", modelopt_state_dict(weight, input_quantizer__amax=torch.ones(1)))
     result = assert_same_as_safetensors(
-        folder, {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": weight}, tmp_path
+        folder, {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": weight}, tmp_path
     )
     assert "ModelOpt's quantizer tensors are dropped: 2" in result.stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--exclude", "down_proj"]], ids=["quantized", "kept"])
 def test_modelopts_pre_quant_scale_is_multiplied_back(tmp_path, options):
-    original, scale = random_weight(), torch.rand(256, generator=SEEDED) + 0.5
+    original, scale = random(24, 256), torch.rand(256) + 0.5
     smoothed = (original.float() / scale).bfloat16()
-    other = {"model.other.weight": random_weight()}
+    other = {"model.other.weight": random(24, 256)}
     state_dict = modelopt_state_dict(smoothed, input_quantizer__pre_quant_scale=scale)
     folder = save_modelopt(tmp_path / "in", state_dict | other)
-    expected = {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": (smoothed.float() * scale).bfloat16()} | other
+    expected = {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": (smoothed.float() * scale).bfloat16()} | other
     result = assert_same_as_safetensors(folder, expected, tmp_path, *options)
     assert "pre_quant_scale multiplied back into 1 weights, cancelled in 0" in result.stdout
-    assert (expected[f"{LAYER}.weight"] - original).abs().max() <= original.abs().max() * 2**-7
+    assert (expected[f"{DOWN}.weight"] - original).abs().max() <= original.abs().max() * 2**-7
 
 
 def test_modelopts_two_pre_quant_scales_cancel(tmp_path):
-    weight, scale = random_weight(), torch.rand(256) + 0.5
+    weight, scale = random(24, 256), torch.rand(256) + 0.5
     scales = {"input_quantizer__pre_quant_scale": scale, "weight_quantizer__pre_quant_scale": 1 / scale}
     folder = save_modelopt(tmp_path / "in", modelopt_state_dict(weight, **scales))
     result = assert_same_as_safetensors(
-        folder, {"model.norm.weight": torch.ones(4), f"{LAYER}.weight": weight}, tmp_path
+        folder, {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": weight}, tmp_path
     )
     assert "into 0 weights, cancelled in 1" in result.stdout
 
@@ -280,59 +266,17 @@ def test_modelopts_two_pre_quant_scales_cancel(tmp_path):
     ],
 )
 def test_modelopt_tensors_of_unknown_effect_are_refused_by_name(tmp_path, name):
-    state_dict = modelopt_state_dict(random_weight()) | {f"{LAYER}.{name}": torch.ones(256)}
+    state_dict = modelopt_state_dict(random(24, 256)) | {f"{DOWN}.{name}": torch.ones(256)}
     result = run_cli(save_modelopt(tmp_path / "in", state_dict), tmp_path / "out")
-    assert_refused(result, f"'{LAYER}.{name}'", "from before ModelOpt")
+    assert_refused(result, f"'{DOWN}.{name}'", "from before ModelOpt")
 
 
 @pytest.mark.parametrize("scale", [torch.ones(255), torch.zeros(256), torch.full((256,), float("nan"))])
 def test_a_pre_quant_scale_that_cannot_be_undone_is_refused(tmp_path, scale):
-    state_dict = modelopt_state_dict(random_weight(), input_quantizer__pre_quant_scale=scale)
+    state_dict = modelopt_state_dict(random(24, 256), input_quantizer__pre_quant_scale=scale)
     assert_refused(run_cli(save_modelopt(tmp_path / "in", state_dict), tmp_path / "out"), "_pre_quant_scale'")
 
 
 def test_quantizer_tensors_in_safetensors_are_refused(tmp_path):
-    folder = save_model(tmp_path / "in", modelopt_state_dict(random_weight()))
+    folder = save_model(tmp_path / "in", modelopt_state_dict(random(24, 256)))
     assert_refused(run_cli(folder, tmp_path / "out"), "weight_quantizer._amax'")
-
-
-# --- config files elsewhere -----------------------------------------------------------------------------------------
-
-
-def test_config_dir_provides_config_and_tokenizer(tmp_path, tiny):
-    tensors = {"m.x.weight": random_weight(), "backbone.embeddings.weight": torch.cat([random_weight()] * 4)}
-    folder = save_pickle(tmp_path / "in", tensors, "modelopt_model.0.pth")
-    (folder / "config.json").write_text('{"model_type": "not this one"}')
-    options = ["--config_dir", tiny, "--format", "compressed-tensors"]
-    result = quantize(folder, tmp_path / "out", *options)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["model_type"] == "nemotron_h"
-    assert "quantization_config" in written
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "out" / name).read_bytes() == (tiny / name).read_bytes()
-    assert "config.json (of " in result.stdout  # the one that does not count is named
-    assert not list((tmp_path / "out").glob("model-*-of-*"))
-
-
-def test_a_missing_config_json_is_warned_of(tmp_path):
-    folder = save_pickle(tmp_path / "in", {"m.weight": random_weight()})
-    (folder / "config.json").unlink()
-    assert "Note:      no config.json in" in quantize(folder, tmp_path / "out").stdout
-
-
-@pytest.mark.parametrize("where", ["", "out"])
-def test_an_output_folder_in_the_config_folder_is_refused(tmp_path, tiny, where):
-    folder = save_pickle(tmp_path / "in", {"m.weight": random_weight()})
-    config = tmp_path / "config"
-    shutil.copytree(tiny, config)
-    before = folder_bytes(config)
-    assert_refused(run_cli(folder, config / where, "--config_dir", config), "config")
-    assert folder_bytes(config) == before
-
-
-def test_a_quantized_config_dir_is_refused(tmp_path):
-    folder = save_pickle(tmp_path / "in", {"m.weight": random_weight()})
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
-    result = run_cli(folder, tmp_path / "out", "--config_dir", tmp_path / "config")
-    assert_refused(result, "already quantized")

@@ -1,4 +1,4 @@
-"""The command as its users meet it: a dry run, the script alone, without what it does not need."""
+"""Command: how it may be started (README: "One file, one command, three dependencies")."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import shutil
 import subprocess
 import sys
 
-from conftest import SCRIPT, command, quantize
+from conftest import ROOT, SCRIPT, command, quantize
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
-    result = quantize(tiny, tmp_path / "out", "--dry_run")
-    for words in ("quantized to 4 bits", "embeddings", "vectors and scalars", "3-D", "free", "at the peak", "Dry run"):
-        assert words in result.stdout
-    assert not (tmp_path / "out").exists()
+def test_the_script_runs_when_it_alone_is_copied_somewhere(tiny, tmp_path):
+    shutil.copy(SCRIPT, tmp_path / "quantize_int4.py")
+    arguments = [argument.replace(str(SCRIPT), str(tmp_path / "quantize_int4.py")) for argument in command(tiny, "out")]
+    assert subprocess.run(arguments, cwd=tmp_path, env={"PATH": os.environ["PATH"]}).returncode == 0
+    assert (tmp_path / "out" / "model-00001.safetensors").exists()
 
 
 def test_the_script_runs_without_numpy(tiny, tmp_path):
@@ -25,8 +25,14 @@ def test_the_script_runs_without_numpy(tiny, tmp_path):
     assert "holds what it should" in result.stdout
 
 
-def test_the_script_runs_when_it_alone_is_copied_somewhere(tiny, tmp_path):
-    shutil.copy(SCRIPT, tmp_path / "quantize_int4.py")
-    arguments = [argument.replace(str(SCRIPT), str(tmp_path / "quantize_int4.py")) for argument in command(tiny, "out")]
-    assert subprocess.run(arguments, cwd=tmp_path, env={"PATH": os.environ["PATH"]}).returncode == 0
-    assert (tmp_path / "out" / "model-00001.safetensors").exists()
+def test_the_readmes_first_command_works_twice_and_never_touches_another_folder(tmp_path):
+    arguments = [sys.executable, ROOT / "tests" / "tiny_nemotron.py", tmp_path / "tiny"]
+    subprocess.run(arguments, check=True)
+    states = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").iterdir()}
+    quantize(tmp_path / "tiny", tmp_path / "out")
+    subprocess.run(arguments, check=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").iterdir()} == states
+    assert "complete already" in quantize(tmp_path / "tiny", tmp_path / "out").stdout
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    assert subprocess.run(arguments, capture_output=True).returncode == 1
+    assert (tmp_path / "tiny" / "config.json").read_text() == "{}"

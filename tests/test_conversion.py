@@ -1,4 +1,4 @@
-"""The faults that a long run meets: each is made to happen, none is simulated inside the program."""
+"""Conversion: the same bytes however it is cut, faults that are made to happen (README: "It continues")."""
 
 from __future__ import annotations
 
@@ -7,28 +7,16 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from conftest import (
-    WEIGHT,
-    assert_refused,
-    folder_bytes,
-    quantize,
-    read_tensors,
-    run_cli,
-    save_model,
-    start_cli,
-)
+from checkpoints import save_model, write_checkpoint
+from conftest import GB, assert_refused, quantize, run_cli, start_cli, wait_until
+from folders import assert_same_tensors, folder_bytes, overwrite_weights, read_tensors
 from safetensors.torch import save_file
-from test_memory import GB
-
-import quantize_int4 as q
 
 SMALL_TILES = {"TILE_WEIGHTS": 2048, "JOB_WEIGHTS": 16384}  # makes a run of a small checkpoint take a while
 SHARDS = ["--shard_size_gb", 0.0006, "--threads", 2]
@@ -65,18 +53,38 @@ def finished_shards(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-def wait_until(condition, run=None):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def assert_nothing_wrong_is_final(folder: Path, expected: dict[str, bytes]) -> None:
     """Whatever carries a final name is whole, and without everything else there is no index."""
     left = {name: data for name, data in folder_bytes(folder).items() if not name.endswith(".unfinished")}
     assert left.items() <= expected.items()
     assert "model.safetensors.index.json" not in left or left == expected
+
+
+# --- threads and tiles ------------------------------------------------------------------------------------------------
+
+
+def test_output_is_the_same_whatever_the_number_of_threads(tiny, tmp_path):
+    small_tiles = {"TILE_WEIGHTS": 4096, "JOB_WEIGHTS": 8192}
+    quantize(tiny, tmp_path / "one", "--threads", 1)
+    quantize(tiny, tmp_path / "five", "--threads", 5, constants=small_tiles)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "five")
+
+
+def test_tiles_and_jobs_cut_a_weight_without_a_seam(tmp_path):
+    """Rows longer than a tile, ragged ends and several jobs a weight give the bytes of a single tile."""
+    tensors = {
+        "wide.weight": torch.randn(3, 1000).bfloat16(),
+        "tall.weight": torch.randn(257, 72).bfloat16(),
+        "kept.bias": torch.randn(12345).bfloat16(),
+    }
+    folder = save_model(tmp_path / "in", tensors)
+    quantize(folder, tmp_path / "whole", "--group_size", 64)
+    constants = {"TILE_WEIGHTS": 256, "JOB_WEIGHTS": 1024, "COPY_BYTES": 100}
+    quantize(folder, tmp_path / "cut", "--group_size", 64, constants=constants)
+    assert_same_tensors(tmp_path / "cut", tmp_path / "whole")
+
+
+# --- killed runs ------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_killed_ten_times_is_byte_identical_and_rewrites_no_finished_shard(model, expected, tmp_path):
@@ -119,6 +127,9 @@ def test_a_finished_shard_that_was_cut_is_written_again(model, expected, tmp_pat
     os.truncate(shard, shard.stat().st_size - 1)
     quantize(model, tmp_path / "out", *SHARDS)
     assert folder_bytes(tmp_path / "out") == expected
+
+
+# --- leftovers of another run -----------------------------------------------------------------------------------------
 
 
 def leftovers(model, folder):
@@ -164,9 +175,7 @@ def test_leftovers_of_a_source_that_changed_since_are_foreign(model, tmp_path, c
     shutil.copytree(model, source)
     leftovers(source, tmp_path / "out")
     if change == "content":
-        with open(source / "model-00001-of-00002.safetensors", "r+b") as file:
-            file.seek(q.read_tensor_infos(Path(file.name))["m.0.weight"].offset)
-            file.write(b"\x12\x34" * 4096)
+        overwrite_weights(source / "model-00001-of-00002.safetensors", "m.0.weight", b"\x12\x34" * 4096)
     elif change == "size":
         tensors = {"other.bias": torch.ones(3)}
         save_file(tensors, source / "model-00002-of-00002.safetensors")
@@ -192,19 +201,15 @@ def test_a_source_of_another_time_alone_is_compared_and_the_run_continues(model,
     after = finished_shards(tmp_path / "out")
     assert {name: after[name][0] for name in before} == {name: inode for name, (inode, _) in before.items()}
     assert "complete already" in quantize(source, tmp_path / "out", *SHARDS).stdout
-    output, wanted = read_tensors(tmp_path / "out"), {}
-    for path in expected:
-        if path.endswith(".safetensors"):
-            (tmp_path / "wanted").mkdir(exist_ok=True)
-            (tmp_path / "wanted" / path).write_bytes(expected[path])
-    wanted = read_tensors(tmp_path / "wanted")
-    assert output.keys() == wanted.keys()
-    assert all(torch.equal(output[name], wanted[name]) for name in wanted)
+    (tmp_path / "wanted").mkdir()
+    for name, data in expected.items():
+        (tmp_path / "wanted" / name).write_bytes(data)
+    assert_same_tensors(tmp_path / "out", tmp_path / "wanted")
 
 
 def test_leftovers_of_another_format_version_are_foreign(model, tmp_path):
     leftovers(model, tmp_path / "out")
-    result = run_cli(model, tmp_path / "out", *SHARDS, constants={"FORMAT_VERSION": q.FORMAT_VERSION + 1})
+    result = run_cli(model, tmp_path / "out", *SHARDS, constants={"FORMAT_VERSION": 1})
     assert_refused(result, "--overwrite starts afresh")
 
 
@@ -215,9 +220,7 @@ def test_a_finished_folder_is_compared_with_a_source_of_another_time_and_keeps_i
     os.utime(source / "model-00001-of-00002.safetensors")
     assert "what is there is what the source files give" in quantize(source, out, *SHARDS).stdout
     assert "complete already" in quantize(source, out, *SHARDS).stdout
-    with open(source / "model-00001-of-00002.safetensors", "r+b") as file:
-        file.seek(q.read_tensor_infos(Path(file.name))["m.0.weight"].offset)
-        file.write(b"\x12\x34" * 4096)
+    overwrite_weights(source / "model-00001-of-00002.safetensors", "m.0.weight", b"\x12\x34" * 4096)
     before = folder_bytes(out)
     assert_refused(run_cli(source, out, *SHARDS), "or are another checkpoint's: choose another folder, or --overwrite")
     assert folder_bytes(out) == before
@@ -229,7 +232,7 @@ def test_every_shard_is_finished_however_often_it_was_synced_before(model, expec
     assert folder_bytes(tmp_path / "out") == expected
 
 
-# --- disk -----------------------------------------------------------------------------------------------------------
+# --- disk -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_write_that_fails_stops_the_run_and_the_same_command_continues(model, expected, tmp_path):
@@ -285,26 +288,20 @@ def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_z
     assert folder_bytes(folder) == expected
 
 
-def test_thousands_of_shards_do_not_use_up_the_descriptors(tmp_path):
-    tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(1000)}
+def test_hundreds_of_shards_do_not_use_up_the_descriptors(tmp_path):
+    tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(200)}
     source = save_model(tmp_path / "in", tensors)
     quantize(source, tmp_path / "out", "--shard_size_gb", 1e-6, constants={"MAX_WAITING_SHARDS": 8}, open_files=60)
-    assert len(finished_shards(tmp_path / "out")) >= 1000
+    assert len(finished_shards(tmp_path / "out")) >= 200
 
 
-def test_a_disk_that_is_too_small_from_the_start_is_refused_with_nothing_written(model, small_disk):
-    (small_disk / "filler").write_bytes(bytes(8_000_000))
-    assert_refused(run_cli(model, small_disk / "out", *SHARDS), "to write", "free", "make room")
-    assert not (small_disk / "out").exists()
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_guard_trips_half_way_when_the_machine_really_runs_short(model, expected, tmp_path):
-    available, hog = psutil.virtual_memory().available, 3 * GB
-    if available < 6 * GB:
-        pytest.skip("needs 6 GB of available memory to take away")
+    available, hog = psutil.virtual_memory().available, 2 * GB
+    if available < 4 * GB:
+        pytest.skip("needs 4 GB of available memory to take away")
     run = start(model, tmp_path / "out", "--min_free_gb", (available - hog / 2) / GB)
     wait_until(lambda: finished_shards(tmp_path / "out"))
     os.kill(run.pid, signal.SIGSTOP)
@@ -320,7 +317,7 @@ def test_the_guard_trips_half_way_when_the_machine_really_runs_short(model, expe
     assert folder_bytes(tmp_path / "out") == expected
 
 
-# --- sources that change or lie -------------------------------------------------------------------------------------
+# --- sources that change ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["overwritten", "replaced", "truncated"])
@@ -362,67 +359,3 @@ def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path
     os.truncate(source / "pytorch_model.bin", 5000)
     assert_refused(run.wait(), "pytorch_model.bin changed while it was read", "give the same command again")
     assert not (folder / "model.safetensors.index.json").exists()
-
-
-# --- permissions and names ------------------------------------------------------------------------------------------
-
-NOBODY = 65534
-
-
-@pytest.fixture
-def open_folder(model):
-    """A folder that any user can reach, with a copy of the model that any user can read."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        shutil.copytree(model, Path(folder) / "in", copy_function=shutil.copyfile)
-        os.chmod(Path(folder) / "in", 0o755)
-        yield Path(folder)
-
-
-def test_an_unreadable_file_is_an_error_that_names_it(open_folder):
-    shard = open_folder / "in" / "model-00002-of-00002.safetensors"
-    os.chmod(shard, 0)
-    user = NOBODY if os.geteuid() == 0 else None
-    assert_refused(run_cli(open_folder / "in", open_folder / "out", user=user), shard.name, "Permission denied")
-    assert not (open_folder / "out").exists()
-
-
-def test_an_unreadable_file_beside_the_weights_is_refused_before_the_run(open_folder):
-    os.chmod(open_folder / "in" / "tokenizer.json", 0)
-    user = NOBODY if os.geteuid() == 0 else None
-    assert_refused(run_cli(open_folder / "in", open_folder / "out", user=user), "tokenizer.json", "make it readable")
-    assert not (open_folder / "out").exists()
-
-
-def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_folder):
-    (open_folder / "out").mkdir(mode=0o555)
-    user = NOBODY if os.geteuid() == 0 else None
-    result = run_cli(open_folder / "in", open_folder / "out", user=user)
-    assert_refused(result, f"output folder {open_folder / 'out'}: Permission denied", "change its owner")
-    assert result.stdout == ""  # before the plan
-    assert "unfinished" not in result.stderr
-    assert not list((open_folder / "out").iterdir())
-
-
-BAD_VALUES = [
-    (float("nan"), "nan is not finite"),
-    (float("inf"), "inf is not finite"),
-    (float("-inf"), "-inf is not finite"),
-    (-1e6, "needs a scale beyond float16"),
-]
-
-
-@pytest.mark.parametrize(("value", "problem"), BAD_VALUES)
-@pytest.mark.parametrize("columns", [256, 300])
-def test_a_bad_weight_is_an_error_that_names_tensor_row_and_column(tmp_path, value, problem, columns):
-    weight = torch.randn(3000, columns).bfloat16()
-    weight[2345, 217] = value
-    folder = save_model(tmp_path / "in", {"good.weight": torch.ones(4, 128), "bad.weight": weight})
-    assert_refused(run_cli(folder, tmp_path / "out"), "'bad.weight'", "row 2345, column 217", problem)
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_a_bad_value_in_a_kept_tensor_is_kept(tmp_path):
-    tensors = {"m.bias": torch.tensor([float("nan")]), **WEIGHT}
-    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out")
-    assert read_tensors(tmp_path / "out")["m.bias"].isnan().all()

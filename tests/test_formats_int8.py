@@ -1,17 +1,22 @@
-"""--int8: what it names is packed in 8 bits, alone or with 4-bit layers beside it, and what engines cannot hold is
-refused."""
+"""Formats, --int8: what is packed in 8 bits, alone or beside 4 (README: "Eight bits where they count")."""
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 import torch
-from checkpoints import write_sparse_checkpoint
-from conftest import ROOT, assert_refused, edit_shard, folder_bytes, quantize, read_tensors, run_cli
-from small_models import BESIDE, MOE, SEPARATE, E, gated, random, read_config, save
-from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
+from checkpoints import BESIDE, MOE, SEPARATE, E, gated, random, save_model
+from conftest import ROOT, assert_refused, quantize, run_cli
+from folders import (
+    assert_same_tensors,
+    changed_tensors,
+    edit_quantization_config,
+    edit_shard,
+    folder_bytes,
+    read_config,
+    read_tensors,
+)
 
 ATTENTION = "model.layers.0.self_attn"
 MODEL = {f"{ATTENTION}.{p}_proj.weight": random(64, 256) for p in "qkvo"} | {
@@ -33,7 +38,7 @@ def reference_int8(weight, group_size, dtype):
 @pytest.mark.parametrize("constants", [{}, {"TILE_WEIGHTS": 500, "JOB_WEIGHTS": 1500}], ids=["one tile", "many tiles"])
 def test_four_codes_plus_128_lie_in_a_word_the_first_in_the_lowest_byte(tmp_path, dtype, constants):
     tensors = {name: weight.to(dtype) for name, weight in MODEL.items()}
-    source = save(tmp_path / "in", tensors)
+    source = save_model(tmp_path / "in", tensors)
     quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify", constants=constants)
     output = read_tensors(tmp_path / "out")
     for name in (name for name in MODEL if "self_attn" in name):
@@ -49,7 +54,7 @@ def test_four_codes_plus_128_lie_in_a_word_the_first_in_the_lowest_byte(tmp_path
 def test_zeros_are_zeros_and_a_group_of_subnormals_too(tmp_path):
     weight = random(64, 256)
     weight[0], weight[1] = 0, 1e-40
-    source = save(tmp_path / "in", {f"{ATTENTION}.o_proj.weight": weight} | {"m.weight": random(64, 64)})
+    source = save_model(tmp_path / "in", {f"{ATTENTION}.o_proj.weight": weight} | {"m.weight": random(64, 64)})
     quantize(source, tmp_path / "out", *ENGINE, "--int8", "o_proj", "--verify")
     assert (read_tensors(tmp_path / "out")[f"{ATTENTION}.o_proj.weight_packed"][0] == -0x7F7F7F80).all()
 
@@ -57,7 +62,7 @@ def test_zeros_are_zeros_and_a_group_of_subnormals_too(tmp_path):
 @pytest.mark.parametrize(("columns", "group_size"), [(256, 128), (192, 64)])
 def test_groups_have_128_columns_where_that_fits_and_else_what_was_asked_for(tmp_path, columns, group_size):
     tensors = MODEL | {f"{ATTENTION}.o_proj.weight": random(64, columns)}
-    quantize(save(tmp_path / "in", tensors), tmp_path / "out", *ENGINE, "--int8", "o_proj")
+    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", *ENGINE, "--int8", "o_proj")
     scales = read_tensors(tmp_path / "out")[f"{ATTENTION}.o_proj.weight_scale"]
     assert scales.shape == (64, columns // group_size)
 
@@ -65,7 +70,9 @@ def test_groups_have_128_columns_where_that_fits_and_else_what_was_asked_for(tmp
 def test_all_of_a_layers_experts_have_groups_of_one_size(tmp_path):
     experts = {f"{MOE}.experts.{e}.up_proj.weight": random(64, 256) for e in range(E)}
     experts |= {f"{MOE}.experts.{e}.down_proj.weight": random(256, 64) for e in range(E)}
-    quantize(save(tmp_path / "in", BESIDE | experts), tmp_path / "out", *ENGINE, "--int8", r"\.experts\.", "--verify")
+    quantize(
+        save_model(tmp_path / "in", BESIDE | experts), tmp_path / "out", *ENGINE, "--int8", r"\.experts\.", "--verify"
+    )
     scales = {name: tensor for name, tensor in read_tensors(tmp_path / "out").items() if name.endswith("weight_scale")}
     assert scales[f"{MOE}.experts.0.up_proj.weight_scale"].shape == (64, 4)
 
@@ -77,7 +84,7 @@ def groups_of(folder):
 
 
 def test_config_json_has_the_4_bit_group_first_and_names_what_has_8(tmp_path):
-    quantize(save(tmp_path / "in", BESIDE | SEPARATE | MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn")
+    quantize(save_model(tmp_path / "in", BESIDE | SEPARATE | MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn")
     four, eight = groups_of(tmp_path / "out")
     assert four == (["Linear", r"re:(.*\.)?experts\.\d+\..*$"], 4, 64)
     assert eight[1:] == (8, 128)
@@ -89,32 +96,30 @@ def test_config_json_has_the_4_bit_group_first_and_names_what_has_8(tmp_path):
 
 
 def test_a_folder_of_8_bits_alone_has_one_group(tmp_path):
-    source = save(tmp_path / "in", {name: weight for name, weight in MODEL.items() if "self_attn" in name})
+    source = save_model(tmp_path / "in", {name: weight for name, weight in MODEL.items() if "self_attn" in name})
     quantize(source, tmp_path / "out", *ENGINE, "--int8", ".", "--verify")
     assert groups_of(tmp_path / "out") == [(["Linear"], 8, 128)]
 
 
 def test_stacked_experts_are_named_as_in_the_file_or_one_by_one(tmp_path):
-    source = save(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
+    source = save_model(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
     for pattern, folder in ((r"experts\.(gate_up|down)_proj", "a"), (r"experts\.\d+\.", "b")):
         plan = quantize(source, tmp_path / folder, *ENGINE, "--int8", pattern, "--verify").stdout
         assert re.search(rf"quantized to 8 bits, by 128 +{3 * E} ", plan)
-    a, b = (read_tensors(tmp_path / folder) for folder in "ab")
-    assert all(torch.equal(a[name], tensor) for name, tensor in b.items())
+    assert_same_tensors(tmp_path / "a", tmp_path / "b")
 
 
 def test_searched_scales_are_for_4_bits_and_8_bits_keep_their_largest(tmp_path):
-    source = save(tmp_path / "in", MODEL)
+    source = save_model(tmp_path / "in", MODEL)
     quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--scale", "mse", "--verify")
     quantize(source, tmp_path / "plain", *ENGINE, "--int8", "self_attn")
-    out, plain = (read_tensors(tmp_path / folder) for folder in ("out", "plain"))
-    changed = {name for name in out if not torch.equal(out[name], plain[name])}
+    changed = changed_tensors(tmp_path / "out", tmp_path / "plain")
     assert changed
     assert all("mlp" in name for name in changed)
 
 
 def test_the_plan_and_verification_list_8_bit_weights_apart(tmp_path):
-    result = quantize(save(tmp_path / "in", MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify")
+    result = quantize(save_model(tmp_path / "in", MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify")
     assert re.search(r"quantized to 4 bits +2 (.*\n)+quantized to 8 bits, by 128 +4 .*become", result.stdout)
     assert "Note:      two widths: " in result.stdout
     assert re.search(r"attention, 8 bits +4 +0\.00", result.stdout)
@@ -135,26 +140,26 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_pattern_that_cannot_be_followed_is_refused(tmp_path, case):
     options, words = REFUSED[case]
-    source = save(tmp_path / "in", MODEL | {"model.embed_tokens.weight": random(96, 256)})
+    source = save_model(tmp_path / "in", MODEL | {"model.embed_tokens.weight": random(96, 256)})
     assert_refused(run_cli(source, tmp_path / "out", *ENGINE, *options), words)
 
 
 def test_half_of_a_layers_experts_is_refused(tmp_path):
-    source = save(tmp_path / "in", BESIDE | SEPARATE)
+    source = save_model(tmp_path / "in", BESIDE | SEPARATE)
     result = run_cli(source, tmp_path / "out", *ENGINE, "--int8", r"experts\.\d+\.down_proj")
     assert_refused(result, "all experts of", "gets 8 bits", "gets 4 bits")
 
 
 @pytest.mark.parametrize("form", ["int4", "gptq"])
 def test_formats_without_a_second_width_refuse_it(tmp_path, form):
-    result = run_cli(save(tmp_path / "in", MODEL), tmp_path / "out", "--format", form, "--int8", "o_proj")
+    result = run_cli(save_model(tmp_path / "in", MODEL), tmp_path / "out", "--format", form, "--int8", "o_proj")
     assert_refused(result, "--int8: ", form, "--format compressed-tensors")
 
 
 def test_a_value_that_is_not_finite_is_refused_by_its_place(tmp_path):
     weight = random(64, 256)
     weight[3, 200] = float("inf")
-    source = save(tmp_path / "in", MODEL | {f"{ATTENTION}.o_proj.weight": weight})
+    source = save_model(tmp_path / "in", MODEL | {f"{ATTENTION}.o_proj.weight": weight})
     assert_refused(run_cli(source, tmp_path / "out", *ENGINE, "--int8", "o_proj"), "o_proj", "row 3, column 200")
 
 
@@ -162,7 +167,7 @@ def test_a_value_that_is_not_finite_is_refused_by_its_place(tmp_path):
 
 
 def test_a_resumed_run_writes_the_same_bytes_and_another_pattern_is_another_run(tmp_path):
-    source = save(tmp_path / "in", MODEL)
+    source = save_model(tmp_path / "in", MODEL)
     options = [*ENGINE, "--int8", "self_attn", "--shard_size_gb", 4e-5]
     quantize(source, tmp_path / "whole", *options)
     quantize(source, tmp_path / "out", *options)
@@ -190,7 +195,7 @@ CHANGES = {
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change, scale):
-    source = save(tmp_path / "in", MODEL)
+    source = save_model(tmp_path / "in", MODEL)
     quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--scale", scale)
     edit_shard(tmp_path / "out" / "model-00001.safetensors", change)
     result = run_cli(source, tmp_path / "out", "--verify")
@@ -199,25 +204,17 @@ def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change, scale):
 
 
 def test_verify_finds_an_entry_that_gives_a_layer_another_width(tmp_path):
-    source = save(tmp_path / "in", MODEL)
+    source = save_model(tmp_path / "in", MODEL)
     quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn")
-    config = read_config(tmp_path / "out")
-    config["quantization_config"]["config_groups"]["group_1"]["targets"].append(r"re:.*up_proj$")
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+
+    def change(config):
+        config["config_groups"]["group_1"]["targets"].append(r"re:.*up_proj$")
+
+    edit_quantization_config(tmp_path / "out", change)
     assert "'model.layers.0.mlp.up_proj' is" in run_cli(source, tmp_path / "out", "--verify").stdout
 
 
 # --- README's recipes -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    """All 6,243 headers of Nemotron-3-Nano-30B over files that are one hole."""
-    folder = tmp_path_factory.mktemp("nano")
-    write_sparse_checkpoint(folder, nemotron_tensors(NANO_30B), shards=13)
-    write_other_files(folder, NANO_30B)
-    return folder
-
 
 RECIPES = re.findall(r"--int8 '(.*?)'", (ROOT / "README.md").read_text())
 EXPECTED = [("5,968", "36", "18.0 GB"), ("5,888", "116", "18.5 GB")]
@@ -226,9 +223,9 @@ EXPECTED = [("5,968", "36", "18.0 GB"), ("5,888", "116", "18.5 GB")]
 @pytest.mark.parametrize(
     ("recipe", "expected"), list(zip(RECIPES, EXPECTED, strict=True)), ids=["attention", "not experts"]
 )
-def test_a_recipe_of_the_readme_gives_the_size_it_names(nano, tmp_path, recipe, expected):
+def test_a_recipe_of_the_readme_gives_the_size_it_names(inventory, tmp_path, recipe, expected):
     options = ["--format", "compressed-tensors", "--int8", recipe, "--dry_run"]
-    plan = quantize(nano, tmp_path / "out", *options).stdout
+    plan = quantize(inventory, tmp_path / "out", *options).stdout
     four, eight, size = expected
     assert re.search(rf"quantized to 4 bits +{four} (.*\n)+quantized to 8 bits, by 128 +{eight} ", plan)
     assert re.search(rf"^output +18,251 +{size} ", plan, re.MULTILINE)

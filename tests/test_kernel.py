@@ -1,4 +1,4 @@
-"""The kernel in C: the bytes of torch, a compiler that fails, and work that it does not take."""
+"""Kernel: the bytes of torch, or it is done without (README: "The search and the rounding are done by a kernel")."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import compiled, folder_bytes, quantize, save_model
+from arithmetic import EXTREME_WEIGHTS, compiled_kernel, quantize_groups, quantize_or_refuse
+from checkpoints import SEEDED, random, save_model
+from conftest import FORMATS, quantize
+from folders import folder_bytes
 
 import quantize_int4 as q
 
-SEEDED = torch.Generator().manual_seed(1)
+GAUSSIAN = torch.randn(1 << 22, generator=torch.Generator().manual_seed(5))
 
+
+@pytest.fixture
+def kernel() -> q.Kernel:
+    return compiled_kernel()
+
+
+# --- the same bytes as torch ------------------------------------------------------------------------------------------
 
 SIGNIFICANDS = {torch.bfloat16: 1 + torch.arange(2**7) / 2**7, torch.float16: 1 + torch.arange(2**10) / 2**10}
 
 
 @pytest.mark.parametrize("dtype", SIGNIFICANDS, ids=str)
 @pytest.mark.parametrize("scale_dtype", SIGNIFICANDS, ids=str)
-def test_the_kernel_has_the_codes_of_the_division_at_every_significand(dtype, scale_dtype):
+def test_the_kernel_has_the_codes_of_the_division_at_every_significand(kernel, dtype, scale_dtype):
     significands = SIGNIFICANDS[dtype]
     weights = torch.cat([significands * 2.0**power for power in range(-4, 1)])
     weights = torch.cat([weights, -weights]).to(dtype).view(-1, 32)
     half_way = 0
     for largest in significands * 2:  # one binade: all others are alike
         groups = torch.cat([weights, torch.full((len(weights), 8), largest, dtype=dtype)], 1)
-        words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(kernel=compiled()))
+        words, scales = quantize_groups(groups, scale_dtype, kernel=kernel)
         quotients = groups.double() / scales[:, None].double()
         assert torch.equal(q.unpack_int4(words), quotients.round().clamp(-8, 7).to(torch.int8))
         half_way += int((quotients.abs() % 1 == 0.5).sum())
@@ -34,23 +44,92 @@ def test_the_kernel_has_the_codes_of_the_division_at_every_significand(dtype, sc
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and_what_is_not_finite(dtype):
+def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and_what_is_not_finite(kernel, dtype):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     groups = every.view(-1, 8)  # by magnitude, so that the scales are all there are
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = []
-        for kernel in (compiled(), None):
-            try:
-                outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(kernel=kernel))
-                outputs = [tensor.clone() for tensor in outputs]
-            except q.NotQuantizable as error:
-                outputs = [error.scales.clone()]
-            finite = torch.isfinite(outputs[-1])
-            finite_groups = groups[finite].clone()
-            words, scales = q.quantize_groups(finite_groups, scale_dtype, q.Workspace(), q.Rounding(kernel=kernel))
-            results.append((finite, words, scales))
+        for some in (kernel, None):
+            quantizable, _ = quantize_or_refuse(groups, scale_dtype, kernel=some)
+            results.append((quantizable, *quantize_groups(groups[quantizable], scale_dtype, kernel=some)))
         assert all(map(torch.equal, *results))
-        assert 0 < finite.sum() < len(groups)
+        assert 0 < quantizable.sum() < len(groups)
+
+
+class CountingKernel:
+    """The compiled kernel, counting what it is asked for."""
+
+    def __init__(self):
+        self.calls, self._kernel = Counter(), compiled_kernel()
+
+    def __getattr__(self, name: str):
+        self.calls[name] += 1
+        return getattr(self._kernel, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, q.MAX_GROUP, q.MAX_GROUP + 8])
+@pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
+def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_up_to_a_thousand_columns(
+    dtype, scale_dtype, group_size, search
+):
+    groups = torch.randn(300, group_size, generator=SEEDED).to(dtype)
+    kernel, results, importance = CountingKernel(), [], torch.ones(1, group_size) if search else None
+    for some in (kernel, None):
+        results.append(quantize_groups(groups, scale_dtype, importance=importance, kernel=some))
+    assert all(map(torch.equal, *results))
+    assert kernel.calls["quantize"] == (group_size <= q.MAX_GROUP)
+
+
+IMPORTANCE = {
+    "none": lambda noise: torch.ones(1, noise.shape[1]),
+    "smooth": lambda noise: noise.square(),
+    "steep": lambda noise: noise.mul(9).exp() * torch.tensor([[1], [0], [1e-20], [1e20]]),
+    "padded": lambda noise: noise.square() * (torch.arange(noise.numel()).view_as(noise) < noise.numel() - 5),
+}
+
+
+@pytest.mark.parametrize("group_size", [8, 24, 32, 64, 128, 264, q.MAX_GROUP, q.MAX_GROUP + 8])
+@pytest.mark.parametrize("kind", EXTREME_WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel, dtype, kind, group_size):
+    noise = GAUSSIAN[: 400 * group_size].view(400, group_size)
+    weights = EXTREME_WEIGHTS[kind](noise).to(dtype)
+    weights[5] = 0
+    for name, make in IMPORTANCE.items():
+        importance = make(noise[100:104])
+        for scale_dtype in (torch.float16, torch.bfloat16):
+            results = [
+                quantize_or_refuse(weights, scale_dtype, importance=importance, kernel=some) for some in (kernel, None)
+            ]
+            assert all(map(torch.equal, *results)), (name, scale_dtype)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("group_size", [32, 264])
+def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size, weighed):
+    groups = GAUSSIAN[: 2000 * group_size].view(-1, group_size).bfloat16()
+    importance = GAUSSIAN[: 2 * group_size].view(2, -1).square() if weighed else torch.ones(2, group_size)
+    _, scales = quantize_groups(groups, importance=importance, kernel=kernel)
+    weights, counts = groups.double(), importance.double().repeat(1000, 1)
+    largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
+
+    steps = torch.tensor(q.SEARCH_STEPS).double()[:, None, None]
+    codes = torch.round(weights * -steps / largest).clamp(-8, 7)
+    sums = (weights * codes * counts).sum(2)
+    candidates = sums / (codes * codes * counts).sum(2)  # (steps, groups)
+    best = candidates.gather(0, (sums * candidates).argmax(0, keepdim=True))[0]
+
+    def error(scales):
+        scales = scales.double()[:, None]
+        return (((weights / scales).round().clamp(-8, 7) * scales - weights).square() * counts).sum()
+
+    assert error(scales) < 1.0005 * error(best)
+    assert error(scales) < 0.9 * error(weights.abs().amax(1) / 7)
+
+
+# --- its compilation --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,7 +212,7 @@ def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and
     ],
 )
 def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
-    compiled()
+    compiled_kernel()
     torch.set_num_threads(1)  # as `main` does
     assert q.KERNEL_SOURCE.count(right) == 1
     monkeypatch.setattr(q, "KERNEL_SOURCE", q.KERNEL_SOURCE.replace(right, wrong))
@@ -141,38 +220,11 @@ def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wro
         q.compile_kernel.__wrapped__(True)
 
 
-class CountingKernel:
-    """The compiled kernel, counting what it is asked for."""
-
-    def __init__(self):
-        self.calls, self._kernel = Counter(), compiled()
-
-    def __getattr__(self, name: str):
-        self.calls[name] += 1
-        return getattr(self._kernel, name)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("group_size", [32, 64, q.MAX_GROUP, q.MAX_GROUP + 8])
-@pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
-def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_up_to_a_thousand_columns(
-    dtype, scale_dtype, group_size, search
-):
-    groups = torch.randn(300, group_size, generator=SEEDED).to(dtype)
-    kernel, results, importance = CountingKernel(), [], torch.ones(1, group_size) if search else None
-    for some in (kernel, None):
-        outputs = q.quantize_groups(groups, scale_dtype, q.Workspace(), q.Rounding(False, importance, kernel=some))
-        results.append([tensor.clone() for tensor in outputs])
-    assert all(map(torch.equal, *results))
-    assert kernel.calls["quantize"] == (group_size <= q.MAX_GROUP)
-
-
 def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_path, monkeypatch):
     kernel = CountingKernel()
     monkeypatch.setattr(q, "compile_kernel", lambda search: kernel)
     monkeypatch.setattr(q, "stop_on_signals", lambda: None)  # they are pytest's here
-    folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
+    folder = save_model(tmp_path / "in", {"m.weight": random(72, 256)})
     arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
     assert q.main([*arguments, str(tmp_path / "out")]) == 0
     assert kernel.calls == {"quantize": 1}
@@ -188,7 +240,7 @@ def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_pat
 def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_files(
     tmp_path, monkeypatch, script, reason
 ):
-    compiled()
+    compiled_kernel()
     compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
     compiler.write_text(f"#!/bin/sh\nexec {script}\n")
     compiler.chmod(0o755)
@@ -202,7 +254,7 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
 
 
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
-@pytest.mark.parametrize("format_name", q.FORMATS)
+@pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
@@ -212,8 +264,8 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     ],
 )
 def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason, scale):
-    compiled()
-    folder = save_model(tmp_path / "in", {"m.weight": torch.randn(72, 256, generator=SEEDED).bfloat16()})
+    compiled_kernel()
+    folder = save_model(tmp_path / "in", {"m.weight": random(72, 256)})
     options = ["--format", format_name, "--scale", scale]
     told = [
         quantize(folder, tmp_path / name, *options, environment={"CC": cc}).stdout

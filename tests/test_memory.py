@@ -1,4 +1,4 @@
-"""Memory: what the process takes, what it leaves, and whose limits it respects."""
+"""Memory: what is taken, and whose limits count (README: "Memory does not depend on the size of the checkpoint")."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,27 +14,12 @@ import psutil
 import pytest
 import torch
 from checkpoints import write_sparse_checkpoint
-from conftest import SCRIPT, assert_refused, command, quantize, run_cli
+from conftest import GB, SCRIPT, assert_refused, command, peak_anonymous, quantize, run_cli
 from safetensors.torch import save_file
 
 import quantize_int4 as q
 
-GB = 10**9
-
-
-def peak_anonymous(arguments: list[str]) -> int:
-    """The most RssAnon that the kernel reports of a process while it runs, in bytes."""
-    peak = 0
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as run:
-        while run.poll() is None:
-            try:
-                status = Path(f"/proc/{run.pid}/status").read_text()
-            except OSError:
-                break
-            peak = max([peak, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status))])
-            time.sleep(0.01)
-    assert run.returncode == 0
-    return peak
+# --- what the process takes -------------------------------------------------------------------------------------------
 
 
 def test_memory_stays_under_half_a_gigabyte_whatever_the_size_of_a_tensor_or_shard(tmp_path):
@@ -76,12 +60,35 @@ def test_memory_stays_within_its_limit_with_the_largest_factor_and_as_the_plan_s
     assert peak < min(planned, 0.5 * GB)
 
 
+def test_memory_is_not_more_than_the_plan_says_with_mse(tmp_path):
+    shapes = {f"m.{number}.up_proj.weight": (torch.bfloat16, (2048, 4096)) for number in range(12)}
+    write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
+    stdout = subprocess.run(
+        command(tmp_path / "in", tmp_path / "out", "--scale", "mse", "--threads", 2), capture_output=True, text=True
+    ).stdout
+    planned, measured = map(float, re.search(r"about (\S+) MB at the peak;[^$]*Memory: +(\S+) MB at", stdout).groups())
+    assert measured <= planned
+
+
 def test_a_large_file_beside_the_weights_is_not_held(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "in")
     with open(tmp_path / "in" / "corpus.txt", "wb") as file:
         file.truncate(600_000_000)
     assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
     assert (tmp_path / "out" / "corpus.txt").stat().st_size == 600_000_000
+
+
+def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    torch.save(
+        {f"m.{i}.weight": torch.zeros(100_000, 1024, dtype=torch.bfloat16) for i in range(3)}, folder / "model.pth"
+    )
+    (folder / "config.json").write_text("{}")
+    assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < 0.5 * GB
+
+
+# --- the guard --------------------------------------------------------------------------------------------------------
 
 
 def test_the_guard_refuses_to_start_when_too_little_is_available(tiny, tmp_path):
@@ -102,6 +109,7 @@ V2 = {
     "memory.current": 7 * GB,
     "memory.stat": f"anon 1\nactive_file {GB}\ninactive_file {4 * GB}",
 }
+
 V1 = {
     "memory.limit_in_bytes": 8 * GB,
     "memory.usage_in_bytes": 7 * GB,
@@ -145,6 +153,9 @@ def test_a_container_limit_trips_the_guard(tmp_path):
     guard = q.MemoryGuard(7 * GB, [write_files(tmp_path / "group", V2)])
     with pytest.raises(q.MemoryGuardError, match=r"6\.00 GB of memory available"):
         guard.check()
+
+
+# --- cores and machines -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What may be asked for: every option with its check, its spelling and what was meant by a near miss."""
+"""Options: every one by its names, its default, and what is a usage error (README: "Options")."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import (
-    SCRIPT,
-    WEIGHT,
-    assert_refused,
-    command,
-    folder_bytes,
-    quantize,
-    read_tensors,
-    refuse,
-    run_cli,
-    save_model,
-)
+from checkpoints import WEIGHT, save_model
+from conftest import SCRIPT, assert_refused, command, quantize, refuse, run_cli
+from folders import assert_same_tensors, folder_bytes, read_tensors
 
 
 def test_help_names_the_formats_and_every_option_with_its_default(tmp_path):
@@ -39,6 +30,15 @@ def test_version_is_printed(tmp_path):
     assert re.fullmatch(r"quantize_int4.py \d+\.\d+\.\d+\n", result.stdout)
 
 
+@pytest.mark.parametrize("option", ["--help", "--version", "--nonsense"])
+def test_help_version_and_usage_errors_do_not_wait_for_torch(tmp_path, option):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, SCRIPT, option], env=environment, capture_output=True, text=True)
+    assert "torch was imported" not in result.stderr
+    assert result.returncode == (2 if option == "--nonsense" else 0)
+
+
 def test_every_option_may_be_written_with_hyphens(tiny, tmp_path):
     quantize(tiny, tmp_path / "a", "--group_size", 64, "--shard_size_gb", 3e-4, "--quantize_embeddings")
     arguments = command(tiny, tmp_path / "b", "--group-size=64", "--shard-size-gb", 3e-4, "--quantize-embeddings")
@@ -52,6 +52,23 @@ def test_a_hyphenated_value_is_left_alone(tmp_path):
     quantize(folder, tmp_path / "out", "--exclude=a-b")
     assert "a-b.weight" in read_tensors(tmp_path / "out")
 
+
+def test_the_folders_may_be_given_without_their_options(tiny, tmp_path):
+    arguments = [str(tiny), str(tmp_path / "out"), "--min_free_gb", "0"]
+    assert subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True).returncode == 0
+    assert "holds what it should" in quantize(tiny, tmp_path / "out", "--verify").stdout
+
+
+@pytest.mark.parametrize(("form", "scale"), [("int4", "absmax"), ("compressed-tensors", "mse"), ("gptq", "mse")])
+def test_the_seeds_layout_has_absmax_scales_by_default_and_the_formats_for_engines_closer_ones(tmp_path, form, scale):
+    source = save_model(tmp_path / "in", {"layers.0.up.weight": torch.randn(8, 256).bfloat16()})
+    assert f"scales {scale}, " in quantize(source, tmp_path / "out", "--format", form).stdout
+    quantize(source, tmp_path / "named", "--format", form, "--scale", scale)
+    assert_same_tensors(tmp_path / "out", tmp_path / "named")
+    assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
+
+
+# --- usage errors -----------------------------------------------------------------------------------------------------
 
 USAGE_ERRORS = {
     "--group_size": ["0", "-128", "12", "130", "x", "64.0"],
@@ -91,16 +108,12 @@ def test_a_near_miss_is_a_usage_error_that_says_what_was_meant(tiny, tmp_path, o
     assert_refused(run_cli(tiny, tmp_path / "out", *options), hint, "(see quantize_int4.py --help)", exit_code=2)
 
 
-def test_the_folders_may_be_given_without_their_options(tiny, tmp_path):
-    arguments = [str(tiny), str(tmp_path / "out"), "--min_free_gb", "0"]
-    assert subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True).returncode == 0
-    assert "holds what it should" in quantize(tiny, tmp_path / "out", "--verify").stdout
+def test_importance_without_mse_is_a_usage_error(model, tmp_path):
+    refuse(model, tmp_path / "out", "--importance needs --scale mse", options=["--importance", "x"], exit_code=2)
 
 
-@pytest.mark.parametrize("option", ["--help", "--version", "--nonsense"])
-def test_help_version_and_usage_errors_do_not_wait_for_torch(tmp_path, option):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run([sys.executable, SCRIPT, option], env=environment, capture_output=True, text=True)
-    assert "torch was imported" not in result.stderr
-    assert result.returncode == (2 if option == "--nonsense" else 0)
+@pytest.mark.parametrize(
+    "options", [["--verify"], ["--format", "gptq"], ["--exclude", "x"], ["--group_size", 64]], ids=str
+)
+def test_options_of_the_layout_are_a_usage_error(tiny, tmp_path, options):
+    assert_refused(run_cli(tiny, tmp_path / "back", "--restore", *options), "--restore takes the layout", exit_code=2)

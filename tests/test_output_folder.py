@@ -1,29 +1,156 @@
-"""What the output folder holds: tensors, shards, index, copied files."""
+"""Output folder: what may be there before, and what is at the end (README: "Every format's folder holds")."""
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import stat
 import subprocess
-import threading
-import time
 
 import pytest
 import torch
-from checkpoints import write_sparse_checkpoint
-from conftest import assert_refused, command, folder_bytes, quantize, read_tensors, refuse, run_cli, save_model
+from checkpoints import save_model, write_sparse_checkpoint
+from conftest import AS_NOBODY, assert_refused, command, quantize, refuse, run_cli, wait_until
+from folders import folder_bytes, read_header, read_json, read_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import quantize_int4 as q
+# --- what may be there before -----------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    return json.loads(path.read_text())
+@pytest.mark.parametrize("where", [".", "out", "a/b"])
+def test_an_output_folder_that_is_or_lies_in_the_input_folder_is_refused(model, where):
+    before = folder_bytes(model)
+    assert_refused(run_cli(model, model / where), "input folder")
+    assert folder_bytes(model) == before
+
+
+def test_an_output_folder_reached_through_a_link_into_the_input_is_refused(model, tmp_path):
+    (tmp_path / "link").symlink_to(model)
+    assert_refused(run_cli(model, tmp_path / "link" / "out"), "inside the input folder")
+
+
+def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_folder):
+    (open_folder / "out").mkdir(mode=0o555)
+    result = run_cli(open_folder / "in", open_folder / "out", **AS_NOBODY)
+    assert_refused(result, f"output folder {open_folder / 'out'}: Permission denied", "change its owner")
+    assert result.stdout == ""  # before the plan
+    assert "unfinished" not in result.stderr
+    assert not list((open_folder / "out").iterdir())
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
+    write_sparse_checkpoint(
+        tmp_path / "in", {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}, shards=1
+    )
+    refuse(tmp_path / "in", tmp_path / "out", "4.00 TB to write", "free")
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "config.json", "model-00001.safetensors", "model-00001-of-2.safetensors"]
+)
+def test_somebody_elses_files_in_the_output_folder_are_refused_always(model, tmp_path, name, overwrite):
+    (tmp_path / "out").mkdir()
+    save_file({"other": torch.ones(3)}, tmp_path / "out" / name)
+    refuse(model, tmp_path / "out", name, "not written by this program", options=overwrite)
+
+
+def test_a_second_run_into_the_same_folder_at_the_same_time_is_refused(large, tmp_path):
+    with subprocess.Popen(command(large, tmp_path / "out"), stdout=subprocess.DEVNULL) as first:
+        wait_until(lambda: list((tmp_path / "out").glob("*.unfinished")))
+        first.send_signal(signal.SIGSTOP)
+        assert_refused(run_cli(large, tmp_path / "out"), "another run is writing")
+        first.send_signal(signal.SIGCONT)
+    assert first.returncode == 0
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_a_folder_that_changes_between_the_plan_and_the_run_is_refused(tiny, tmp_path):
+    """The run is held while it prints the plan, since nobody reads the pipe that it fills."""
+    shutil.copytree(tiny, tmp_path / "in")
+    for number in range(100):
+        (tmp_path / "in" / f"{number}_{'name of a file' * 10}").touch()
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    arguments = command(tmp_path / "in", tmp_path / "out", "--overwrite")
+    with subprocess.Popen(arguments, stdout=write, stderr=subprocess.PIPE, text=True) as run, open(read) as plan:
+        os.close(write)
+        select.select([plan], [], [])
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.docx").write_text("years of work")
+        printed, errors = plan.read(), run.stderr.read()
+    assert_refused(subprocess.CompletedProcess([], run.returncode, printed, errors), "thesis.docx")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.docx"]
+
+
+# --- what an earlier run left, and --overwrite ------------------------------------------------------------------------
+
+
+def test_the_same_command_again_finds_the_folder_complete(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert "complete already" in quantize(model, tmp_path / "out").stdout
+    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_finished_run_with_other_options_needs_overwrite(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    refuse(model, tmp_path / "out", "--overwrite", "--group_size was 128, is 64", options=["--group_size", 64])
+    quantize(model, tmp_path / "out", "--group_size", 64, "--overwrite")
+    quantize(model, tmp_path / "expected", "--group_size", 64)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
+
+
+def test_another_format_in_the_same_folder_needs_overwrite_and_leaves_nothing_of_the_first(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out", "--format", "gptq", "--group_size", 64)
+    options = ["--format", "compressed-tensors", "--group_size", 64]
+    assert_refused(run_cli(tiny, tmp_path / "out", *options), "--overwrite")
+    quantize(tiny, tmp_path / "out", *options, "--overwrite")
+    quantize(tiny, tmp_path / "expected", *options)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
+
+
+def test_overwrite_starts_afresh_even_with_the_same_options(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    inode = shard.stat().st_ino
+    quantize(model, tmp_path / "out", "--overwrite")
+    assert shard.stat().st_ino != inode or shard.stat().st_ctime > (tmp_path / "in").stat().st_ctime
+
+
+def test_overwrite_never_removes_a_file_that_no_run_wrote(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    (tmp_path / "out" / "thesis.docx").write_text("years of work")
+    refuse(model, tmp_path / "out", "thesis.docx", options=["--overwrite", "--group_size", 64])
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", "quantize_config.json"])
+@pytest.mark.parametrize("form", ["int4", "gptq"])
+def test_a_file_that_its_owner_edited_is_not_overwritten(tiny, tmp_path, form, name):
+    options = ["--format", form, "--group_size", 64]
+    quantize(tiny, tmp_path / "out", *options)
+    with open(tmp_path / "out" / name, "a") as file:
+        file.write(" ")
+    for more in ([], ["--overwrite"]):
+        refuse(tiny, tmp_path / "out", name, "changed since", options=[*options, *more])
+
+
+def test_a_copy_of_a_file_that_the_source_no_longer_has_goes_with_overwrite(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "in")
+    (tmp_path / "in" / "notes.md").write_text("first version")
+    quantize(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "notes.md").unlink()
+    refuse(tmp_path / "in", tmp_path / "out", "'notes.md'", "--overwrite")
+    quantize(tmp_path / "in", tmp_path / "out", "--overwrite")
+    assert not (tmp_path / "out" / "notes.md").exists()
+
+
+# --- shards and index -------------------------------------------------------------------------------------------------
 
 
 def test_kept_tensors_are_bit_for_bit_the_same_in_their_own_dtype(tiny, tmp_path):
@@ -48,29 +175,6 @@ def test_every_dtype_of_the_format_can_be_kept(tmp_path):
     for name, tensor in tensors.items():
         assert output[name].shape == tensor.shape
         assert output[name].numpy().tobytes() == tensor.numpy().tobytes()
-
-
-def test_names_shapes_and_dtypes_are_those_of_the_layout(tiny, tmp_path):
-    quantize(tiny, tmp_path / "out")
-    output = read_tensors(tmp_path / "out")
-    down = "backbone.layers.1.mixer.experts.0.down_proj"  # 256 x 192, padded to 256 columns
-    assert (output[f"{down}.qweight"].dtype, output[f"{down}.qweight"].shape) == (torch.int32, (256, 32))
-    assert (output[f"{down}.scales"].dtype, output[f"{down}.scales"].shape) == (torch.float16, (256, 2))
-    assert f"{down}.weight" not in output
-    up = "backbone.layers.1.mixer.experts.0.up_proj"
-    assert (output[f"{up}.qweight"].shape, output[f"{up}.scales"].shape) == ((192, 32), (192, 2))
-
-
-def test_quantize_config_describes_the_layout_and_lists_padded_weights_with_their_true_shape(tiny, tmp_path):
-    quantize(tiny, tmp_path / "out")
-    config = read_json(tmp_path / "out" / "quantize_config.json")
-    assert (config["format"], config["bits"], config["group_size"], config["symmetric"]) == ("int4", 4, 128, True)
-    assert "gptq" not in json.dumps(config).lower()
-    padded = {f"backbone.layers.{i}.mixer.experts.{j}.down_proj.weight": [256, 192] for i in (1, 3) for j in range(4)}
-    assert config["padded_weights"] == padded
-    assert config["quantized_weights"] == 29
-    kept = read_tensors(tmp_path / "out").keys() & read_tensors(tiny).keys()
-    assert sorted(config["kept_weights"]) == sorted(kept)
 
 
 @pytest.mark.parametrize("shard_size", [150_000, 300_000, 1_000_000])
@@ -118,29 +222,12 @@ def test_the_index_names_every_tensor_with_its_shard_and_the_total_size(tiny, tm
 def test_every_tensor_is_aligned_to_its_element_size(tmp_path):
     tensors = {"odd.bias": torch.ones(3).bfloat16(), "m.weight": torch.ones(3, 128), "i.steps": torch.ones(1).long()}
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out")
-    for info in q.read_tensor_infos(tmp_path / "out" / "model-00001.safetensors").values():
-        assert info.offset % (q.DTYPE_BITS[info.dtype] // 8) == 0, info
+    header, start = read_header(tmp_path / "out" / "model-00001.safetensors")
+    for name, tensor in read_tensors(tmp_path / "out").items():
+        assert (start + header[name]["data_offsets"][0]) % tensor.itemsize == 0, name
 
 
-def test_a_shard_is_synced_while_it_is_still_being_written(tiny, tmp_path, monkeypatch):
-    """So that little is left to wait for at its end. Run in this process: the disk's work leaves no other trace."""
-    count, fsync, early = q.Conversion._count, os.fsync, threading.Event()
-
-    def count_and_wait(conversion, job):
-        count(conversion, job)
-        assert early.wait(60)
-
-    def note(fd):
-        fsync(fd)
-        if os.readlink(f"/proc/self/fd/{fd}").endswith(".unfinished"):
-            early.set()
-
-    monkeypatch.setattr(q.Conversion, "_count", count_and_wait)  # the first job waits for the sync
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(q, "SYNC_BYTES", 1)
-    monkeypatch.setattr(q, "stop_on_signals", lambda: None)
-    assert q.main(command(tiny, tmp_path / "out", "--threads", 1)[2:]) == 0
-    quantize(tiny, tmp_path / "out", "--verify")
+# --- other files ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -152,18 +239,12 @@ def test_file_modes_follow_the_umask(tiny, tmp_path, umask, mode):
     assert set(modes.values()) == {mode}, modes
 
 
-def test_output_is_the_same_whatever_the_number_of_threads(tiny, tmp_path):
-    small_tiles = {"TILE_WEIGHTS": 4096, "JOB_WEIGHTS": 8192}
-    quantize(tiny, tmp_path / "one", "--threads", 1)
-    quantize(tiny, tmp_path / "five", "--threads", 5, constants=small_tiles)
-    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "five")
-
-
 MODEL_FILES = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "modeling_nemotron_h.py", "configuration_nemotron_h.py", "preprocessor_config.json", "README.md", "LICENSE",
 ]  # fmt: skip
+
 OTHER_FILES = [
     "pytorch_model.bin", "consolidated.00.pth", "model.pt", "model-Q4.gguf", "model.onnx", "tf_model.h5",
     "flax_model.msgpack", "pytorch_model.bin.index.json", "optimizer.bin", "optimizer.pt", "scheduler.pt",
@@ -186,117 +267,3 @@ def test_the_models_files_are_copied_and_the_rest_is_named_in_the_plan(tmp_path)
     left_out = next(line for line in result.stdout.splitlines() if line.startswith("Left out:"))
     for name in [*OTHER_FILES, "global_step10/"]:
         assert name in left_out
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """0.8 GB of zeros: long enough a run to send signals to."""
-    folder = tmp_path_factory.mktemp("large")
-    write_sparse_checkpoint(folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(24)}, shards=3)
-    return folder
-
-
-@pytest.mark.parametrize("where", [".", "out", "a/b"])
-def test_an_output_folder_that_is_or_lies_in_the_input_folder_is_refused(model, where):
-    before = folder_bytes(model)
-    assert_refused(run_cli(model, model / where), "input folder")
-    assert folder_bytes(model) == before
-
-
-def test_an_output_folder_reached_through_a_link_into_the_input_is_refused(model, tmp_path):
-    (tmp_path / "link").symlink_to(model)
-    assert_refused(run_cli(model, tmp_path / "link" / "out"), "inside the input folder")
-
-
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
-@pytest.mark.parametrize(
-    "name", ["notes.txt", "config.json", "model-00001.safetensors", "model-00001-of-2.safetensors"]
-)
-def test_somebody_elses_files_in_the_output_folder_are_refused_always(model, tmp_path, name, overwrite):
-    (tmp_path / "out").mkdir()
-    save_file({"other": torch.ones(3)}, tmp_path / "out" / name)
-    refuse(model, tmp_path / "out", name, "not written by this program", options=overwrite)
-
-
-def test_a_finished_run_with_other_options_needs_overwrite(model, tmp_path):
-    quantize(model, tmp_path / "out")
-    refuse(model, tmp_path / "out", "--overwrite", "--group_size was 128, is 64", options=["--group_size", 64])
-    quantize(model, tmp_path / "out", "--group_size", 64, "--overwrite")
-    quantize(model, tmp_path / "expected", "--group_size", 64)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
-
-
-def test_overwrite_never_removes_a_file_that_no_run_wrote(model, tmp_path):
-    quantize(model, tmp_path / "out")
-    (tmp_path / "out" / "thesis.docx").write_text("years of work")
-    refuse(model, tmp_path / "out", "thesis.docx", options=["--overwrite", "--group_size", 64])
-
-
-@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", "quantize_config.json"])
-@pytest.mark.parametrize("form", ["int4", "gptq"])
-def test_a_file_that_its_owner_edited_is_not_overwritten(tiny, tmp_path, form, name):
-    options = ["--format", form, "--group_size", 64]
-    quantize(tiny, tmp_path / "out", *options)
-    with open(tmp_path / "out" / name, "a") as file:
-        file.write(" ")
-    for more in ([], ["--overwrite"]):
-        refuse(tiny, tmp_path / "out", name, "changed since", options=[*options, *more])
-
-
-def test_a_copy_of_a_file_that_the_source_no_longer_has_goes_with_overwrite(tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path / "in")
-    (tmp_path / "in" / "notes.md").write_text("first version")
-    quantize(tmp_path / "in", tmp_path / "out")
-    (tmp_path / "in" / "notes.md").unlink()
-    refuse(tmp_path / "in", tmp_path / "out", "'notes.md'", "--overwrite")
-    quantize(tmp_path / "in", tmp_path / "out", "--overwrite")
-    assert not (tmp_path / "out" / "notes.md").exists()
-
-
-def test_a_folder_that_changes_between_the_plan_and_the_run_is_refused(tiny, tmp_path):
-    options = q.Options(q.FORMATS["int4"], 128, 4 * 10**9, (), False)
-    with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
-        output = q.OutputFolder(tmp_path / "out", q.plan_conversion(checkpoint, options), overwrite=True)
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.docx").write_text("years of work")
-        with contextlib.closing(output), pytest.raises(q.QuantizeError, match=r"thesis\.docx"):
-            output.prepare()
-
-
-def test_overwrite_starts_afresh_even_with_the_same_options(model, tmp_path):
-    quantize(model, tmp_path / "out")
-    shard = tmp_path / "out" / "model-00001.safetensors"
-    inode = shard.stat().st_ino
-    quantize(model, tmp_path / "out", "--overwrite")
-    assert shard.stat().st_ino != inode or shard.stat().st_ctime > (tmp_path / "in").stat().st_ctime
-
-
-def test_the_same_command_again_finds_the_folder_complete(model, tmp_path):
-    quantize(model, tmp_path / "out")
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert "complete already" in quantize(model, tmp_path / "out").stdout
-    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-
-
-def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
-    write_sparse_checkpoint(
-        tmp_path / "in", {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}, shards=1
-    )
-    refuse(tmp_path / "in", tmp_path / "out", "4.00 TB to write", "free")
-
-
-def test_a_second_run_into_the_same_folder_at_the_same_time_is_refused(large, tmp_path):
-    with subprocess.Popen(command(large, tmp_path / "out"), stdout=subprocess.DEVNULL) as first:
-        wait_for_unfinished(tmp_path / "out")
-        first.send_signal(signal.SIGSTOP)
-        assert_refused(run_cli(large, tmp_path / "out"), "another run is writing")
-        first.send_signal(signal.SIGCONT)
-    assert first.returncode == 0
-    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
-
-
-def wait_for_unfinished(folder):
-    deadline = time.monotonic() + 30
-    while not list(folder.glob("*.unfinished")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

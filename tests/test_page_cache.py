@@ -1,4 +1,4 @@
-"""Page cache: a run leaves it as it found it, reads around it what is not there, and needs little of it."""
+"""Page cache: a run leaves it as it was and reads around it (README: "The page cache is left as it was found")."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_checkpoint, write_sparse_checkpoint
-from conftest import SCRIPT, command, quantize, read_tensors
+from conftest import SCRIPT, command, quantize
+from folders import assert_same_tensors
 from safetensors.torch import save_file
 
 import quantize_int4 as q
@@ -67,9 +68,7 @@ def test_nor_what_it_reads_through_the_cache_for_lack_of_another_way(checkpoint,
     quantize(checkpoint, tmp_path / "out", constants={} if direct else {"O_DIRECT": 0})
     assert cached_bytes(*checkpoint.iterdir()) < HEADERS
     quantize(checkpoint, tmp_path / "other", "--threads", 1)
-    one, other = (read_tensors(tmp_path / name) for name in ("out", "other"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same_tensors(tmp_path / "out", tmp_path / "other")
 
 
 def test_nor_a_pickle_whose_weights_are_mapped(checkpoint, tmp_path):
@@ -118,27 +117,11 @@ def test_even_at_its_fullest_a_run_adds_little_to_the_cache(tmp_path):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 run.wait(0.02)
     assert run.returncode == 0
-    assert most < 300 * MB  # of 1.2 GB in and 0.3 out
+    assert most < 250 * MB  # of 1.2 GB in and 0.3 out, which is synced and dropped while it is written
 
 
 def test_the_summary_says_what_the_cache_holds_more_than_before(checkpoint, tmp_path):
     assert "the page cache holds " in quantize(checkpoint, tmp_path / "out").stdout
-
-
-def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
-    """Tied tensors of a pickle lie in the same bytes; in a safetensors file a tensor may begin anywhere."""
-    tied = torch.arange(40_000.0)
-    torch.save({"one.weight": tied, "other.weight": tied[1000:2000]}, tmp_path / "model.pth")
-    tensors = {"odd.mask": torch.ones(4099).bool(), "m.weight": tied.bfloat16(), "n.weight": tied[:5].half()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    forget(*tmp_path.iterdir())
-    files = q.PickleFile(tmp_path / "model.pth"), q.SafetensorsFile(tmp_path / "model.safetensors")
-    expected = {"one.weight": tied, "other.weight": tied[1000:2000], **tensors}
-    for file, (name, info) in itertools.chain(*(itertools.product([each], each.infos.items()) for each in files)):
-        for start, nbytes in ((0, info.nbytes), (info.nbytes // 2, info.nbytes - info.nbytes // 2), (0, 1)):
-            found = file.read(info, start, nbytes, memoryview(mmap.mmap(-1, nbytes + q.READ_MARGIN)))
-            whole = expected[name].view(torch.uint8).numpy().tobytes()
-            assert bytes(found) == whole[start : start + nbytes] == bytes(file.read(info, start, nbytes))
 
 
 @pytest.fixture
@@ -176,3 +159,22 @@ def test_a_container_may_have_less_memory_than_the_output_has_bytes(small_contai
     )
     assert result.returncode == 0, result.stderr
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) > size
+
+
+# --- the reads around it, from inside: from outside they are a race ---------------------------------------------------
+
+
+def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
+    """Tied tensors of a pickle lie in the same bytes; in a safetensors file a tensor may begin anywhere."""
+    tied = torch.arange(40_000.0)
+    torch.save({"one.weight": tied, "other.weight": tied[1000:2000]}, tmp_path / "model.pth")
+    tensors = {"odd.mask": torch.ones(4099).bool(), "m.weight": tied.bfloat16(), "n.weight": tied[:5].half()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    forget(*tmp_path.iterdir())
+    files = q.PickleFile(tmp_path / "model.pth"), q.SafetensorsFile(tmp_path / "model.safetensors")
+    expected = {"one.weight": tied, "other.weight": tied[1000:2000], **tensors}
+    for file, (name, info) in itertools.chain(*(itertools.product([each], each.infos.items()) for each in files)):
+        for start, nbytes in ((0, info.nbytes), (info.nbytes // 2, info.nbytes - info.nbytes // 2), (0, 1)):
+            found = file.read(info, start, nbytes, memoryview(mmap.mmap(-1, nbytes + q.READ_MARGIN)))
+            whole = expected[name].view(torch.uint8).numpy().tobytes()
+            assert bytes(found) == whole[start : start + nbytes] == bytes(file.read(info, start, nbytes))

@@ -1,254 +1,79 @@
-"""What is kept: by its entry in every engine, and by its role, told by shape and place."""
+"""Plan: what is quantized or kept, refused before the run, or missing (README: "What gets quantized")."""
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 import torch
-from checkpoints import write_sparse_checkpoint
-from conftest import assert_refused, quantize, read_tensors, refuse, run_cli, save_model
-from small_models import BESIDE, FORMATS, INNER, MOE, PROJECTION, SEPARATE, E, H, is_kept, random, read_config, save
-from tiny_nemotron import NANO_30B, nemotron_tensors
-
-import quantize_int4 as q
-
-# --- entries for what is kept ---------------------------------------------------------------------------------------
-
-LANGUAGE = ["model.language_model.", "language_model.model.", "language_model.", "model."]
-TOWER = ["model.vision_tower.", "vision_tower.", "model.visual.", "visual."]
-ATTENTION = [f"layers.{layer}.self_attn.{p}_proj" for layer in range(2) for p in "qkvo"]
-
-
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("language", LANGUAGE)
-@pytest.mark.parametrize("tower", TOWER[1:3])
-@pytest.mark.parametrize("kept", ["language", "one layer", "tower"])
-def test_an_entry_matches_under_every_wrapper_and_no_packed_layer(tmp_path, form, language, tower, kept):
-    tensors = {f"{prefix}{name}.weight": random(64, 128) for prefix in (language, tower) for name in ATTENTION}
-    tensors[f"{language}embed_tokens.weight"] = random(48, 128)
-    prefix = {"language": f"{language}layers", "one layer": f"{language}layers.1.", "tower": tower}[kept]
-    options = ["--format", form, "--group_size", 64, "--exclude", f"^{re.escape(prefix)}.*_proj", "--verify"]
-    quantize(save(tmp_path / "in", tensors), tmp_path / "out", *options)
-    for name in ATTENTION:
-        expected = kept == "language" or (kept == "one layer" and name.startswith("layers.1."))
-        for wrapper in LANGUAGE:
-            assert is_kept(tmp_path / "out", wrapper + name) == expected
-        for wrapper in (tower, tower.removeprefix("model."), f"model.{tower.removeprefix('model.')}"):
-            assert is_kept(tmp_path / "out", wrapper + name) == (kept == "tower")
-    for wrapper in LANGUAGE:
-        assert is_kept(tmp_path / "out", f"{wrapper}embed_tokens")
-
-
-def test_kept_weights_with_embed_in_their_names_have_entries_too(tmp_path):
-    tensors = {
-        "model.embed_vision.embedding_projection.weight": random(64, 128),
-        "model.layers.0.mlp.up_proj.weight": random(64, 128),
-    }
-    quantize(save(tmp_path / "in", tensors), tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64)
-    for wrapper in ("model.", "", "language_model.model."):
-        assert is_kept(tmp_path / "out", f"{wrapper}embed_vision.embedding_projection")
-        assert not is_kept(tmp_path / "out", f"{wrapper}layers.0.mlp.up_proj")
-
-
-@pytest.mark.parametrize("kept", ["in_proj_a", "in_proj_z"])
-def test_a_split_of_what_vllm_fuses_in_linear_attention_is_refused(tmp_path, kept):
-    tensors = {f"model.layers.0.linear_attn.in_proj_{p}.weight": random(64, 128) for p in ("qkv", "z", "a", "b")}
-    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", kept]
-    assert_refused(run_cli(save(tmp_path / "in", tensors), tmp_path / "out", *options), "engines fuse", kept)
-
-
-INSIDE_EXPERTS = {
-    "experts.0.up_proj.bias": random(INNER),
-    "experts.e_score_correction_bias": random(E),
-    "experts.0.norm.weight": random(H),
-    "experts.router.weight": random(E, H),
-}
-
-
-@pytest.mark.parametrize("name", INSIDE_EXPERTS)
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-def test_what_lies_inside_experts_and_is_kept_does_not_keep_the_experts(tmp_path, form, name):
-    tensors = SEPARATE | BESIDE | {f"{MOE}.{name}": INSIDE_EXPERTS[name]}
-    plan = quantize(save(tmp_path / "in", tensors), tmp_path / "out", "--format", form, "--group_size", 64, "--verify")
-    assert "experts are kept" not in plan.stdout
-    assert not is_kept(tmp_path / "out", f"{MOE}.experts")
-    assert not is_kept(tmp_path / "out", f"{MOE}.experts.0.up_proj")
-    assert is_kept(tmp_path / "out", f"{MOE}.experts.router") == ("router" in name)
-
-
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("place", ["model.mm_projector", "model.layers.0.mlp"])
-def test_of_linear_layers_in_a_row_the_entry_keeps_the_narrow_one_alone(tmp_path, form, place):
-    tensors = {f"{place}.0.weight": random(64, 48), f"{place}.2.weight": random(64, 128)} | PROJECTION
-    quantize(save(tmp_path / "in", tensors), tmp_path / "out", "--format", form, "--group_size", 64, "--verify")
-    assert is_kept(tmp_path / "out", f"{place}.0")
-    assert not is_kept(tmp_path / "out", f"{place}.2")
-
-
-def test_the_entry_lm_head_stands_for_no_module_inside_it(tmp_path):
-    tensors = PROJECTION | {"lm_head.dense.weight": random(64, 128), "lm_head.weight": random(96, 128)}
-    options = ["--format", "compressed-tensors", "--group_size", 64, "--verify"]
-    quantize(save(tmp_path / "in", tensors), tmp_path / "out", *options)
-    assert "lm_head.dense.weight_packed" in read_tensors(tmp_path / "out")
-
-
-@pytest.mark.parametrize("entry", ["re:.*experts$", "re:.*experts.*", f"{MOE}.experts.1.up_proj"])
-def test_verify_finds_an_entry_that_keeps_packed_experts(tmp_path, entry):
-    source = save(tmp_path / "in", BESIDE | SEPARATE)
-    quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64)
-    config = read_config(tmp_path / "out")
-    config["quantization_config"]["ignore"].append(entry)
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    result = run_cli(source, tmp_path / "out", "--verify")
-    assert_refused(result, "found")
-    assert re.search(rf"the entry .* keeps '{re.escape(MOE)}.experts.1.up_proj', which is packed", result.stdout)
-
-
-WORDS_COUNT = 512
-
-# --- roles ----------------------------------------------------------------------------------------------------------
-
-
-def kept_of(folder, tensors, form, **config):
-    """The modules of 2-D weights that are kept."""
-    options = ["--format", form, "--group_size", 64]
-    quantize(save(folder / "in", PROJECTION | tensors, **config), folder / "out", *options)
-    return {name.removesuffix(".weight") for name in read_tensors(folder / "out") if name.endswith(".weight")}
-
-
-EMBEDDINGS = ["shared", "model.shared", "encoder.tok", "transformer.word_table", "model.embed_tokens.0"]
-HEADS = ["transformer.output_layer", "output", "language_model.output", "model.layers.9.shared_head.head", "lm_heads.0"]
-
-
-@pytest.mark.parametrize("config", [{"vocab_size": WORDS_COUNT}, {"text_config": {"vocab_size": WORDS_COUNT}}], ids=str)
-@pytest.mark.parametrize("name", EMBEDDINGS + HEADS)
-def test_embeddings_and_heads_are_told_by_their_rows(tmp_path, name, config):
-    weight = {f"{name}.weight": random(WORDS_COUNT, H)}
-    assert kept_of(tmp_path / "engine", weight, "compressed-tensors", hidden_size=H, **config) == {name}
-    assert kept_of(tmp_path / "int4", weight, "int4", hidden_size=H, **config) == ({name} - set(HEADS))
-
-
-@pytest.mark.parametrize("name", ["decoder.block.0.layer.0.SelfAttention.relative_attention_bias", "input_embeds.1"])
-@pytest.mark.parametrize("form", FORMATS)
-def test_embeddings_of_other_things_than_words_are_kept(tmp_path, form, name):
-    assert kept_of(tmp_path, {f"{name}.weight": random(32, H)}, form) == {name}
-
-
-def test_an_embedding_with_a_few_rows_more_than_there_are_words_is_kept(tmp_path):
-    tensors = {"decoder.tok.weight": random(WORDS_COUNT + 2, H)}
-    assert kept_of(tmp_path, tensors, "int4", vocab_size=WORDS_COUNT, hidden_size=H) == {"decoder.tok"}
-
-
-LINEAR = {
-    "time_embed.0": {"time_embed.0.weight": random(64, H), "time_embed.0.bias": random(64)},
-    "model.layers.0.mlp.shared": {"model.layers.0.mlp.shared.weight": random(64, H)},
-    "model.layers.0.mlp.gate": {"model.layers.0.mlp.gate.weight": random(2 * H, H)},
-}
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_a_linear_layer_that_is_called_like_something_else_is_quantized(tmp_path, name):
-    assert kept_of(tmp_path, LINEAR[name], "compressed-tensors") == set()
-
-
-def test_a_head_is_told_by_the_rows_of_the_embedding_where_the_config_says_nothing(tmp_path):
-    tensors = {"model.embed_tokens.weight": random(WORDS_COUNT, H), "model.unembedding.weight": random(WORDS_COUNT, H)}
-    assert kept_of(tmp_path, tensors, "gptq") == {"model.embed_tokens", "model.unembedding"}
-
-
-COINCIDENCES = [
-    "model.layers.0.mlp.gate_proj",
-    "model.layers.0.self_attn.q_proj",
-    "encoder.block.0.layer.1.DenseReluDense.wi",
-    "model.multi_modal_projector.linear_1",
-    "model.visual.merger.mlp.0",
-]
-
-
-@pytest.mark.parametrize("name", COINCIDENCES)
-def test_a_projection_with_as_many_rows_as_there_are_words_is_quantized(tmp_path, name):
-    tensors = {f"{name}.weight": random(WORDS_COUNT, H), "model.embed_tokens.weight": random(WORDS_COUNT, H)}
-    kept = kept_of(tmp_path, tensors, "compressed-tensors", vocab_size=WORDS_COUNT, hidden_size=H)
-    assert kept == {"model.embed_tokens"}
-
-
-def test_a_weight_with_as_many_rows_as_there_are_positions_is_quantized(tmp_path):
-    tensors = {"model.embed_positions.weight": random(WORDS_COUNT, H), "model.aligner.weight": random(WORDS_COUNT, H)}
-    assert kept_of(tmp_path, tensors, "int4") == {"model.embed_positions"}
-
-
-def test_a_weight_of_another_width_than_the_embedding_is_no_head(tmp_path):
-    tensors = {"model.aligner.weight": random(WORDS_COUNT, 128), "model.embed_tokens.weight": random(WORDS_COUNT, H)}
-    assert kept_of(tmp_path, tensors, "compressed-tensors", vocab_size=WORDS_COUNT) == {"model.embed_tokens"}
-
-
-ROUTERS = ["mlp.gate", "mlp.router.layer", "mlp.wg", "mlp.expert_selector", "mlp.router_proj", "mlp.switch.classifier"]
-
-
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("name", ROUTERS)
-def test_routers_of_every_spelling_are_kept_for_engines(tmp_path, form, name):
-    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, H) for e in range(8)}
-    tensors = experts | {f"model.layers.0.{name}.weight": random(8, H)}
-    assert kept_of(tmp_path, tensors, form) == {f"model.layers.0.{name}"}
-
-
-NO_ROUTERS = ["self_attn.k_proj", "mlp.shared_experts.down_proj", "mlp.shared_expert.up_proj", "mlp.fc1_latent_proj"]
-
-
-def test_a_square_matrix_beside_as_many_experts_is_no_router(tmp_path):
-    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, 128) for e in range(128)}
-    tensors = experts | {"model.layers.0.mlp.mixer.weight": random(128, 128)}
-    assert kept_of(tmp_path, tensors, "compressed-tensors") == set()
-
-
-@pytest.mark.parametrize("name", NO_ROUTERS)
-def test_a_projection_with_as_many_rows_as_there_are_experts_is_quantized(tmp_path, name):
-    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, H) for e in range(8)}
-    tensors = experts | {f"model.layers.0.{name}.weight": random(8, H), "model.layers.0.mlp.gate.weight": random(8, H)}
-    assert kept_of(tmp_path, tensors, "compressed-tensors") == {"model.layers.0.mlp.gate"}
-
-
-def test_quantize_embeddings_means_those_told_by_their_rows_too(tmp_path):
-    source = save(tmp_path / "in", PROJECTION | {"shared.weight": random(WORDS_COUNT, H)}, vocab_size=WORDS_COUNT)
-    quantize(source, tmp_path / "out", "--quantize_embeddings")
-    assert "shared.qweight" in read_tensors(tmp_path / "out")
-
-
-def test_an_exclude_pattern_that_matches_nothing_is_refused(model, tmp_path):
-    for pattern, shown in (("lm_heda", "lm_heda"), (r"lm\.heda", r"'lm\.heda'")):
-        refuse(model, tmp_path / "out", f"--exclude {shown} matches none", options=["--exclude", pattern])
-
-
-def test_a_config_with_a_quantization_config_is_refused(model, tmp_path):
-    (model / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
-    refuse(model, tmp_path / "out", "config.json", "already quantized")
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"m.qweight": torch.ones(4, 16, dtype=torch.int32)},
-        {"m.weight": torch.ones(4, 128, dtype=torch.int8)},
-        {"m.weight": torch.ones(4, 128).to(torch.float8_e4m3fn)},
-        {"m.weight": torch.ones(4, 128), "m.weight_scale_inv": torch.ones(1, 1)},
-    ],
-    ids=["qweight", "int8", "float8", "weight_scale_inv"],
-)
-def test_a_checkpoint_of_quantized_tensors_is_refused(tmp_path, tensors):
-    refuse(save_model(tmp_path / "in", tensors), tmp_path / "out", "already quantized", "'m.")
-
-
-def test_our_own_output_as_input_is_refused(model, tmp_path):
-    quantize(model, tmp_path / "out")
-    refuse(tmp_path / "out", tmp_path / "again", "already quantized")
-
-
-def test_an_output_name_that_the_checkpoint_has_already_is_refused(tmp_path):
-    folder = save_model(tmp_path / "in", {"m.weight": torch.ones(4, 128), "m.scales": torch.ones(4)})
-    refuse(folder, tmp_path / "out", "'m.scales'")
+from checkpoints import BESIDE, LAYER, WEIGHT, gated, layers, random, save_model, write_sparse_checkpoint
+from conftest import ENGINE_FORMATS, assert_refused, quantize, refuse, run_cli
+from folders import read_tensors
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
+    result = quantize(tiny, tmp_path / "out", "--dry_run")
+    for words in ("quantized to 4 bits", "embeddings", "vectors and scalars", "3-D", "free", "at the peak", "Dry run"):
+        assert words in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_list_prints_each_tensor_and_its_fate_separated_by_tabs_and_nothing_else(tiny, tmp_path):
+    result = quantize(tiny, tmp_path / "out", "--dry_run", "--list", "--group_size", 64, "--exclude", "o_proj")
+    rows = {row[0]: row[1:] for row in (line.split("\t") for line in result.stdout.splitlines())}
+    assert len(rows) == 43
+    assert rows["lm_head.weight"] == ["BF16", "512x256", "4 bits, groups of 64", "head"]
+    assert rows["backbone.layers.2.mixer.o_proj.weight"] == ["BF16", "256x256", "kept", "--exclude o_proj"]
+    assert not (tmp_path / "out").exists()
+    assert_refused(run_cli(tiny, tmp_path / "out", "--list"), "--list needs --dry_run", exit_code=2)
+
+
+def test_what_is_quantized_is_listed_by_kind_and_delicate_layers_are_noted_with_what_keeps_them(tiny, tmp_path):
+    plan = quantize(tiny, tmp_path / "out", "--dry_run").stdout
+    for kind, count in {
+        "experts": 16,
+        "shared experts": 4,
+        "attention": 4,
+        "Mamba": 2,
+        "head": 1,
+        "routers": 2,
+    }.items():
+        assert re.search(rf"^  {kind} +{count} ", plan, re.MULTILINE), kind
+    pattern = re.search(r"head and routers in 4 bits.* --exclude '(.*)' keeps them", plan)[1]
+    plan = quantize(tiny, tmp_path / "out", "--dry_run", "--exclude", pattern).stdout
+    assert not re.search(r"^  (head|routers) ", plan, re.MULTILINE)
+    assert "quantized to 4 bits                      26 " in plan
+
+
+def plan_counts(stdout: str) -> tuple[int, int, int]:
+    """Tensors in, quantized and kept, from the printed plan."""
+    rows = {line[:35].strip(): line[35:].split() for line in stdout.splitlines()}
+    return tuple(int(rows[row][0].replace(",", "")) for row in ("input", "quantized to 4 bits", "kept as they are"))
+
+
+def test_the_full_nemotron_inventory_plans_as_6028_quantized(inventory, tmp_path):
+    result = quantize(inventory, tmp_path / "out", "--dry_run")
+    assert plan_counts(result.stdout) == (6243, 6028, 215)
+    assert "63.2 GB" in result.stdout
+    assert "2,944" in result.stdout  # padded
+    assert not (tmp_path / "out").exists()
+    result = quantize(inventory, tmp_path / "out", "--dry_run", "--quantize_embeddings")
+    assert plan_counts(result.stdout) == (6243, 6029, 214)
+
+
+@pytest.mark.parametrize("form", ENGINE_FORMATS)
+def test_the_full_nemotron_inventory_plans_as_6004_quantized(inventory, tmp_path, form):
+    plan = quantize(inventory, tmp_path / "out", "--dry_run", "--format", form, "--group_size", 64).stdout
+    assert re.search(r"^quantized to 4 bits +6,004 ", plan, re.MULTILINE)
+    assert re.search(r"^ *routers .* 23 ", plan, re.MULTILINE)
+    assert ("use --format compressed-tensors" in plan) == (form == "gptq")
+
+
+def test_tens_of_thousands_of_tensors_are_planned(tmp_path):
+    write_sparse_checkpoint(tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8, 128)) for i in range(30_000)}, 4)
+    assert "30,000" in quantize(tmp_path / "in", tmp_path / "out", "--dry_run").stdout
 
 
 def test_exclude_keeps_what_any_of_its_patterns_finds(tiny, tmp_path):
@@ -267,35 +92,218 @@ def test_embeddings_are_kept_unless_asked_for(tiny, tmp_path):
     assert "backbone.embeddings.qweight" in read_tensors(tmp_path / "asked")
 
 
+ROUTERS_AND_HEADS = ["m.gate", "m.router", "m.shared_expert_gate", "m.router.layer", "m.gate.wg", "lm_head", "score"]
+LINEAR = ["m.gate_proj", "m.up_proj", "m.attention.output.dense", "m.gate_up_proj", "m.c_proj"]
+
+
+@pytest.mark.parametrize("form", ["int4", *ENGINE_FORMATS])
+def test_engine_formats_keep_heads_and_routers_and_int4_does_not(tmp_path, form):
+    tensors = {f"{module}.weight": torch.ones(8, 128) for module in [*ROUTERS_AND_HEADS, *LINEAR]}
+    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--format", form)
+    kept = {name.removesuffix(".weight") for name in read_tensors(tmp_path / "out") if name.endswith(".weight")}
+    assert kept == (set() if form == "int4" else set(ROUTERS_AND_HEADS))
+
+
+def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
+    folder = save_model(tmp_path / "in", {"attention.heads": torch.ones(4, 64, 128), **WEIGHT})
+    assert (
+        "only 2-D weights are quantized; 1 3-D one (131 kB) kept, e.g. attention.heads"
+        in quantize(folder, tmp_path / "out").stdout
+    )
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("name", "is_embedding"),
+    ("pattern", "hint"),
     [
-        ("model.embed_tokens.weight", True),
-        ("backbone.embeddings.weight", True),
-        ("transformer.wte.weight", True),
-        ("bert.embeddings.word_embeddings.weight", True),
-        ("wpe.weight", True),
-        ("embed_out.weight", False),  # GPT-NeoX's head
-        ("vision.patch_embed.proj.weight", False),
-        ("lm_head.weight", False),
+        ("q_prj", "did you mean q_proj?"),
+        ("lm_haed", "did you mean lm_head?"),
+        ("q_proj,k_proj", "give the option once for each pattern, or join them: 'q_proj|k_proj'"),
+        ("q_proj k_proj", "give the option once for each pattern, or join them: 'q_proj|k_proj'"),
+        (r"lm\.heda", r"--exclude 'lm\.heda' matches none"),
+        ("zzzz", "correct or drop it"),
     ],
 )
-def test_embeddings_are_known_by_the_last_part_of_their_modules_name(name, is_embedding):
-    assert bool(q.EMBEDDING_PATTERN.search(name)) == is_embedding
+def test_a_pattern_that_matches_nothing_says_what_was_meant(tiny, tmp_path, pattern, hint):
+    assert_refused(run_cli(tiny, tmp_path / "out", "--exclude", pattern), "matches none of the 43 tensors", hint)
 
 
-def plan_counts(stdout: str) -> tuple[int, int, int]:
-    """Tensors in, quantized and kept, from the printed plan."""
-    rows = {line[:35].strip(): line[35:].split() for line in stdout.splitlines()}
-    return tuple(int(rows[row][0].replace(",", "")) for row in ("input", "quantized to 4 bits", "kept as they are"))
+@pytest.mark.parametrize("options", [["--exclude", "."], ["--group_size", 256]], ids=str)
+def test_a_run_that_would_quantize_nothing_is_refused(tmp_path, options):
+    source = save_model(tmp_path / "in", {f"{LAYER}.weight": random(64, 128)})
+    assert_refused(run_cli(source, tmp_path / "out", *options), "no weight", "would be quantized", LAYER)
 
 
-def test_the_full_nemotron_inventory_plans_as_6028_quantized(tmp_path):
-    write_sparse_checkpoint(tmp_path / "in", nemotron_tensors(NANO_30B), shards=13)
-    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run")
-    assert plan_counts(result.stdout) == (6243, 6028, 215)
-    assert "63.2 GB" in result.stdout
-    assert "2,944" in result.stdout  # padded
-    assert not (tmp_path / "out").exists()
-    result = quantize(tmp_path / "in", tmp_path / "out", "--dry_run", "--quantize_embeddings")
-    assert plan_counts(result.stdout) == (6243, 6029, 214)
+def test_an_output_name_that_the_checkpoint_has_already_is_refused(tmp_path):
+    folder = save_model(tmp_path / "in", {"m.weight": torch.ones(4, 128), "m.scales": torch.ones(4)})
+    refuse(folder, tmp_path / "out", "'m.scales'")
+
+
+# --- what engines fuse ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "whole"),
+    [("layers.2.mixer.k_proj", "q_proj,k_proj,v_proj"), (r"experts\.0\.up_proj", "all experts of")],
+)
+@pytest.mark.parametrize("form", ENGINE_FORMATS)
+def test_an_exclude_that_splits_what_engines_fuse_is_refused(tiny, tmp_path, form, pattern, whole):
+    refuse(
+        tiny,
+        tmp_path / "out",
+        whole,
+        "all of them or none",
+        options=["--format", form, "--group_size=64", "--exclude", pattern],
+    )
+
+
+def test_an_exclude_that_splits_gate_and_up_is_refused(tmp_path):
+    tensors = {f"model.layers.0.mlp.{part}_proj.weight": torch.ones(8, 128) for part in ("gate", "up", "down")}
+    folder = save_model(tmp_path / "in", tensors)
+    refuse(folder, tmp_path / "out", "{gate_proj,up_proj}", options=["--format", "gptq", "--exclude", "up_proj"])
+    quantize(folder, tmp_path / "out", "--format", "gptq", "--exclude", "gate_proj|up_proj")
+
+
+@pytest.mark.parametrize("kept", ["in_proj_a", "in_proj_z"])
+def test_a_split_of_what_vllm_fuses_in_linear_attention_is_refused(tmp_path, kept):
+    tensors = {f"model.layers.0.linear_attn.in_proj_{p}.weight": random(64, 128) for p in ("qkv", "z", "a", "b")}
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", kept]
+    assert_refused(run_cli(save_model(tmp_path / "in", tensors), tmp_path / "out", *options), "engines fuse", kept)
+
+
+@pytest.mark.parametrize("pattern", ["down_proj", r"experts\.2\."])
+def test_an_exclude_that_splits_a_layers_stacks_is_refused_for_engines(tmp_path, pattern):
+    source = save_model(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", pattern]
+    assert_refused(run_cli(source, tmp_path / "out", *options), "all experts of", "all of them or none")
+
+
+# --- what is missing --------------------------------------------------------------------------------------------------
+
+
+def warnings_of(tmp_path, tensors, **config):
+    source = save_model(tmp_path / "in", tensors, **config)
+    return [line for line in quantize(source, tmp_path / "out").stdout.splitlines() if line.startswith("WARNING:")]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "missing"), [((0, 2), "'model.layers.1'"), ((0, 1), "'model.layers.2'"), ((0, 1, 2, 3), None)]
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_missing_layers_are_warned_of(tmp_path, numbers, missing, nested):
+    config = {"num_hidden_layers": 3}
+    tower = {f"visual.blocks.{number}.proj.weight": random(64, 128) for number in range(5)}
+    source = save_model(tmp_path / "in", layers(*numbers) | tower, **({"text_config": config} if nested else config))
+    warnings = [line for line in quantize(source, tmp_path / "out").stdout.splitlines() if line.startswith("WARNING:")]
+    assert len(warnings) == bool(missing)
+    assert not missing or missing in warnings[0]
+
+
+def stacked_layers(container, count):
+    return {f"{container}.{number}.fc1.weight": random(64, 128) for number in range(count)}
+
+
+UNEVEN = {
+    "bart": ("model.encoder.layers", "model.decoder.layers", {"encoder_layers": 4}),
+    "t5": ("encoder.block", "decoder.block", {"num_layers": 4}),
+}
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+@pytest.mark.parametrize("counts", [(4, 2), (3, 2), (4, 1)])
+def test_the_layers_of_an_encoder_and_of_a_decoder_are_counted_apart(tmp_path, family, counts):
+    encoder, decoder, config = UNEVEN[family]
+    config |= {"decoder_layers": 2} if family == "bart" else {"num_decoder_layers": 2}
+    tensors = stacked_layers(encoder, counts[0]) | stacked_layers(decoder, counts[1])
+    warnings = warnings_of(tmp_path, tensors, **config)
+    assert len(warnings) == (counts != (4, 2))
+    assert not warnings or (f"'{encoder}.3'" if counts[0] == 3 else f"'{decoder}.1'") in warnings[0]
+
+
+@pytest.mark.parametrize("key", ["num_layers", "n_layers", "n_layer"])
+def test_layers_are_counted_whatever_the_config_calls_them(tmp_path, key):
+    assert "'h.2'" in warnings_of(tmp_path, stacked_layers("h", 2), **{key: 3})[0]
+
+
+def test_nothing_is_said_of_an_encoder_that_a_decoder_does_without(tmp_path):
+    assert not warnings_of(tmp_path, stacked_layers("model.decoder.layers", 2), num_hidden_layers=2)
+
+
+def test_nothing_is_said_of_layers_that_a_model_shares(tmp_path):
+    tensors = stacked_layers("encoder.albert_layer_groups", 1)
+    assert not warnings_of(tmp_path, tensors, num_hidden_layers=12, num_hidden_groups=1)
+
+
+def whole_model():
+    tensors = {f"model.layers.{n}.self_attn.{p}_proj.weight": random(64, 128) for n in range(4) for p in "qkvo"}
+    return tensors | {
+        f"model.layers.{n}.mlp.experts.{e}.{p}_proj.weight": random(64, 128)
+        for n in range(1, 4)
+        for e in range(4)
+        for p in ("up", "down")
+    }
+
+
+LOST = {
+    "model.layers.2.self_attn.k_proj.weight": "'model.layers.2.self_attn.k_proj'",
+    "model.layers.3.mlp.experts.1.up_proj.weight": "'model.layers.3.mlp.experts.1.up_proj'",
+    "model.layers.1.mlp.experts.2.": "'model.layers.1.mlp.experts.2'",
+    "model.layers.1.mlp.experts.3.": "'model.layers.1.mlp.experts.3'",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_single_weights_and_experts_that_are_missing_are_warned_of(tmp_path, lost):
+    tensors = {name: tensor for name, tensor in whole_model().items() if not name.startswith(lost)}
+    warnings = warnings_of(tmp_path, tensors, num_experts=4)
+    assert len(warnings) == 1
+    assert (
+        f"WEIGHTS ARE MISSING: 1 that the others of their kind have are not in the checkpoint: {LOST[lost]}."
+        in (warnings[0])
+    )
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_nothing_is_said_of_layers_of_several_kinds(tmp_path, count):
+    tensors = {name: tensor for name, tensor in whole_model().items() if int(name.split(".")[2]) < count}
+    tensors |= {"model.layers.0.self_attn.relative_attention_bias.weight": random(32, 4)}
+    assert not warnings_of(tmp_path, tensors, num_experts=4)
+
+
+UNTIED = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
+
+
+def test_a_missing_head_is_refused_for_engines_and_warned_of_in_int4(tmp_path):
+    source = save_model(tmp_path / "in", layers(0), **UNTIED)
+    result = run_cli(source, tmp_path / "out", "--format", "compressed-tensors")
+    assert_refused(result, "tie_word_embeddings false", "no head")
+    assert "THE HEAD IS MISSING" in quantize(source, tmp_path / "out").stdout
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config"),
+    [
+        ({"lm_head.weight": random(96, 128)}, UNTIED),
+        ({}, UNTIED | {"tie_word_embeddings": True}),
+        ({}, UNTIED | {"architectures": ["LlamaModel"]}),
+        (
+            {"output.weight": random(96, 128), "model.tok_embeddings.weight": random(96, 128)},
+            UNTIED | {"vocab_size": 96},
+        ),
+        ({}, UNTIED | {"text_config": {"tie_word_embeddings": True}}),
+    ],
+    ids=["head", "tied", "no head in this architecture", "head of another name", "tied in text_config"],
+)
+def test_nothing_is_said_of_a_head_that_is_there_or_not_due(tmp_path, tensors, config):
+    source = save_model(tmp_path / "in", layers(0) | tensors, **config)
+    assert "WARNING" not in quantize(source, tmp_path / "out", "--format", "compressed-tensors").stdout
+
+
+def test_a_missing_embedding_is_refused_for_engines_and_warned_of_in_int4(tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 96}
+    source = save_model(tmp_path / "in", layers(0) | {"lm_head.weight": random(96, 128)}, **config)
+    result = run_cli(source, tmp_path / "out", "--format", "compressed-tensors")
+    assert_refused(result, "no embedding")
+    assert "THE EMBEDDING IS MISSING" in quantize(source, tmp_path / "out").stdout

@@ -1,4 +1,4 @@
-"""What the user reads: lines that fit, words that help, an estimate that holds, and what to do next."""
+"""Printing: lines that fit, progress, what to do next, streams that fail (README: "What you see")."""
 
 from __future__ import annotations
 
@@ -6,42 +6,17 @@ import os
 import pty
 import re
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from checkpoints import write_sparse_checkpoint
-from conftest import ROOT, SCRIPT, WEIGHT, assert_refused, command, folder_bytes, quantize, run_cli, save_model
+from checkpoints import save_model
+from conftest import command, plain, quantize, run_in_terminal
+from folders import folder_bytes
 
 import quantize_int4 as q
 
 LONG = "model.language_model.layers.{}.a_very_long_name_of_a_module_that_somebody_chose.another_one.up_proj.weight"
-
-
-def run_in_terminal(arguments, columns, environment=None, interrupt_at=None):
-    """What a terminal of so many columns is sent, and the exit code; Ctrl-C once it has shown `interrupt_at`."""
-    pid, master = pty.fork()
-    if pid == 0:
-        os.environ.pop("NO_COLOR", None)
-        os.environ |= {"COLUMNS": str(columns), "TERM": "xterm"} | (environment or {})
-        os.execv(arguments[0], arguments)
-    text = ""
-    while True:
-        try:
-            chunk = os.read(master, 65536)
-        except OSError:  # Linux's end of file of a terminal
-            break
-        text += chunk.decode(errors="replace")
-        if interrupt_at and interrupt_at in text:
-            os.write(master, b"\x03")
-            interrupt_at = None
-    os.close(master)
-    return text.replace("\r\n", "\n"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def plain(text):
-    return re.sub(r"\033\[[\d;]*m", "", text)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +34,12 @@ def awkward(tmp_path_factory):
 # --- width ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [80, 60])
-def test_no_line_is_wider_than_the_terminal(awkward, tmp_path, columns):
-    for options in (["--verify"], ["--dry_run"], ["--help"], []):
-        text, code = run_in_terminal(command(awkward, tmp_path / "out", *options), columns)
+def test_no_line_is_wider_than_the_terminal(awkward, tmp_path):
+    for options, columns in ((["--verify"], 60), (["--dry_run"], 60), (["--help"], 80), ([], 60)):
+        text, code = run_in_terminal(command(awkward, tmp_path / "out", *options), 60)
         assert code == 0
         lines = [line.rpartition("\r\033[K")[2] for line in plain(text).split("\n")]
-        wide = [line for line in lines if len(line) > (columns if options != ["--help"] else 80)]
-        assert not wide
+        assert max(map(len, lines)) <= columns
 
 
 def test_a_pipe_gets_lines_of_80(awkward, tmp_path):
@@ -93,24 +66,7 @@ def test_sizes_have_three_digits(number, text):
     assert q.format_bytes(number).startswith(text)
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_quantized_is_listed_by_kind_and_delicate_layers_are_noted_with_what_keeps_them(tiny, tmp_path):
-    plan = quantize(tiny, tmp_path / "out", "--dry_run").stdout
-    for kind, count in {
-        "experts": 16,
-        "shared experts": 4,
-        "attention": 4,
-        "Mamba": 2,
-        "head": 1,
-        "routers": 2,
-    }.items():
-        assert re.search(rf"^  {kind} +{count} ", plan, re.MULTILINE), kind
-    pattern = re.search(r"head and routers in 4 bits.* --exclude '(.*)' keeps them", plan)[1]
-    plan = quantize(tiny, tmp_path / "out", "--dry_run", "--exclude", pattern).stdout
-    assert not re.search(r"^  (head|routers) ", plan, re.MULTILINE)
-    assert "quantized to 4 bits                      26 " in plan
+# --- plan and summary -------------------------------------------------------------------------------------------------
 
 
 def test_int4_says_that_no_engine_loads_it_in_the_plan_and_at_the_end(tiny, tmp_path):
@@ -129,27 +85,19 @@ def test_config_json_is_named_among_what_is_written(tiny, tmp_path):
     assert "config.json" not in copied.replace(",", "").split()
 
 
-def test_list_prints_each_tensor_and_its_fate_separated_by_tabs_and_nothing_else(tiny, tmp_path):
-    result = quantize(tiny, tmp_path / "out", "--dry_run", "--list", "--group_size", 64, "--exclude", "o_proj")
-    rows = {row[0]: row[1:] for row in (line.split("\t") for line in result.stdout.splitlines())}
-    assert len(rows) == 43
-    assert rows["lm_head.weight"] == ["BF16", "512x256", "4 bits, groups of 64", "head"]
-    assert rows["backbone.layers.2.mixer.o_proj.weight"] == ["BF16", "256x256", "kept", "--exclude o_proj"]
-    assert not (tmp_path / "out").exists()
-    assert_refused(run_cli(tiny, tmp_path / "out", "--list"), "--list needs --dry_run", exit_code=2)
-
-
-def test_memory_is_not_more_than_the_plan_says_with_mse(tmp_path):
-    shapes = {f"m.{number}.up_proj.weight": (torch.bfloat16, (2048, 4096)) for number in range(12)}
-    write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
-    stdout = subprocess.run(
-        command(tmp_path / "in", tmp_path / "out", "--scale", "mse", "--threads", 2), capture_output=True, text=True
-    ).stdout
-    planned, measured = map(float, re.search(r"about (\S+) MB at the peak;[^$]*Memory: +(\S+) MB at", stdout).groups())
-    assert measured <= planned
-
-
-# --- what next --------------------------------------------------------------------------------------------------------
+def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
+    summary = quantize(tiny, tmp_path / "out").stdout.split("\nDone in")[1]
+    for words in (
+        "29 tensors quantized, 14 kept",
+        "times smaller",
+        "at the peak of this process",
+        "RAM used",
+        "Available",
+    ):
+        assert words in summary
+    stages = ["Baseline", "Headers read", "Mid-quantization", "Written"]
+    rows = summary.split("All programs, no page cache")[1].splitlines()[1:5]
+    assert [line.split()[0] for line in rows] == [stage.split()[0] for stage in stages]
 
 
 @pytest.mark.parametrize(
@@ -181,148 +129,8 @@ def test_a_folder_that_is_complete_says_that_it_was_not_compared(tiny, tmp_path)
 
 # --- progress ---------------------------------------------------------------------------------------------------------
 
-
-def test_the_estimate_weighs_kinds_of_work_by_what_they_cost():
-    meter = q.Meter("quantizing")
-    meter.expect("kept", 900)
-    meter.expect("mse", 100)
-    assert meter.seconds_left(60) is None
-    meter.book("kept", 900, 9.0)  # 90 % of the bytes
-    assert meter.share_done() == pytest.approx(9 / 14)  # what has not begun is taken to cost five times as much
-    meter.book("mse", 10, 4.0)
-    assert meter.share_done() == pytest.approx(13 / (9 + 40))
-    assert meter.seconds_left(13) == pytest.approx(36)
-
-
-def test_there_is_no_estimate_before_it_means_something():
-    meter = q.Meter("quantizing")
-    meter.expect("mse", 10_000)
-    meter.book("mse", 100, 1.0)
-    assert meter.seconds_left(30) is None  # 1 % is done
-    meter.book("mse", 900, 9.0)
-    assert meter.seconds_left(1) is None  # of the first two seconds
-    assert meter.seconds_left(5) == pytest.approx(45)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3, "5 s"), (41, "45 s"), (95, "2 min"), (3000, "50 min"), (75_000, "21 h")]
-)
-def test_estimates_are_not_more_exact_than_they_are(seconds, text):
-    assert q.format_estimate(seconds) == text
-
-
-def test_on_a_narrow_terminal_the_memory_goes_first():
-    progress, meter = q.Progress(q.MemoryGuard(0)), q.Meter("quantizing")
-    meter.expect("mse", 10**9)
-    meter.tensors_total = 10
-    meter.book("mse", 10**8, 1.0)
-    lines = [progress._describe(meter, 10.0, room) for room in (200, 79, 40)]
-    assert all("quantizing  10%  about 2 min left" in line for line in lines)
-    assert ["RAM" in line for line in lines] == [True, False, False]
-    assert ["/s" in line for line in lines] == [True, True, False]
-    assert all(len(line) <= room for line, room in zip(lines, (200, 79, 40)))
-
-
-def test_ctrl_c_leaves_no_torn_line_and_says_what_is_kept(large, tmp_path):
-    arguments = command(large, tmp_path / "out", "--scale", "mse", "--shard_size_gb", 0.05, "--threads", 1)
-    text, code = run_in_terminal(arguments, 80, interrupt_at="quantizing")
-    assert code == 130
-    last = text.rstrip("\n").rpartition("\r\033[K")[2]  # what is on the screen's last line
-    assert re.fullmatch(
-        r"error: stopped by SIGINT; \d+ of \d+ shards are finished and kept, the same command continues", plain(last)
-    )
-
-
-def test_a_stop_in_verification_says_nothing_of_continuing(large, tmp_path):
-    quantize(large, tmp_path / "out")
-    text, code = run_in_terminal(command(large, tmp_path / "out", "--verify"), 80, interrupt_at="verifying")
-    assert code == 130
-    assert plain(text).rstrip("\n").endswith("error: stopped by SIGINT")
-
-
-# --- colour -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
-)
-def test_colour_is_for_terminals_that_want_it(tiny, tmp_path, environment, coloured):
-    text, _ = run_in_terminal(command(tiny, tmp_path / "out"), 80, environment)
-    assert ("\033[32mDone in" in text) == coloured
-    text, _ = run_in_terminal(command(tmp_path / "nowhere", tmp_path / "out"), 80, environment)
-    assert ("\033[31;1merror: \033[m" in text) == coloured
-    assert "error: " in plain(text)
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("pattern", "hint"),
-    [
-        ("q_prj", "did you mean q_proj?"),
-        ("lm_haed", "did you mean lm_head?"),
-        ("q_proj,k_proj", "give the option once for each pattern, or join them: 'q_proj|k_proj'"),
-        ("q_proj k_proj", "give the option once for each pattern, or join them: 'q_proj|k_proj'"),
-        ("zzzz", "correct or drop it"),
-    ],
-)
-def test_a_pattern_that_matches_nothing_says_what_was_meant(tiny, tmp_path, pattern, hint):
-    assert_refused(run_cli(tiny, tmp_path / "out", "--exclude", pattern), "matches none of the 43 tensors", hint)
-
-
-def test_a_model_of_the_hub_is_answered_with_the_command_that_gets_it(tmp_path):
-    result = run_cli("nvidia/Some-Model-4B", tmp_path / "out")
-    assert_refused(result, "hf download nvidia/Some-Model-4B --local-dir Some-Model-4B, then give Some-Model-4B")
-
-
-def test_missing_packages_are_named_each_with_the_command_that_installs_them():
-    result = subprocess.run([sys.executable, "-I", "-S", SCRIPT, "in", "out"], capture_output=True, text=True)
-    assert result.stderr.startswith(
-        "error: missing: torch, safetensors, psutil: pip install torch safetensors psutil; "
-    )
-    assert len(result.stderr.splitlines()) == 1
-    assert result.returncode == 1
-
-
-def test_the_readmes_first_command_works_twice_and_never_touches_another_folder(tmp_path):
-    arguments = [sys.executable, ROOT / "tests" / "tiny_nemotron.py", tmp_path / "tiny"]
-    subprocess.run(arguments, check=True)
-    states = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").iterdir()}
-    quantize(tmp_path / "tiny", tmp_path / "out")
-    subprocess.run(arguments, check=True)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").iterdir()} == states
-    assert "complete already" in quantize(tmp_path / "tiny", tmp_path / "out").stdout
-    (tmp_path / "tiny" / "config.json").write_text("{}")
-    assert subprocess.run(arguments, capture_output=True).returncode == 1
-    assert (tmp_path / "tiny" / "config.json").read_text() == "{}"
-
-
-def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
-    summary = quantize(tiny, tmp_path / "out").stdout.split("\nDone in")[1]
-    for words in (
-        "29 tensors quantized, 14 kept",
-        "times smaller",
-        "at the peak of this process",
-        "RAM used",
-        "Available",
-    ):
-        assert words in summary
-    stages = ["Baseline", "Headers read", "Mid-quantization", "Written"]
-    rows = summary.split("All programs, no page cache")[1].splitlines()[1:5]
-    assert [line.split()[0] for line in rows] == [stage.split()[0] for stage in stages]
-
-
-def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
-    folder = save_model(tmp_path / "in", {"attention.heads": torch.ones(4, 64, 128), **WEIGHT})
-    assert (
-        "only 2-D weights are quantized; 1 3-D one (131 kB) kept, e.g. attention.heads"
-        in quantize(folder, tmp_path / "out").stdout
-    )
-
-
 PROGRESS = re.compile(
-    r"quantizing  \d+%  (about \d+ (s|min) left  )?[\d.]+ \w+ of 1\.61 GB  [\d.]+ \w+/s  \d+/48 tensors"
+    r"quantizing  \d+%  (about \d+ (s|min) left  )?[\d.]+ \w+ of 805 MB  [\d.]+ \w+/s  \d+/24 tensors"
     r"  RAM .* used, .* available"
 )
 
@@ -355,6 +163,64 @@ def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
     assert updates[-1].startswith("\033[32mDone in")
 
 
+def test_on_a_narrow_terminal_the_memory_goes_first():
+    progress, meter = q.Progress(q.MemoryGuard(0)), q.Meter("quantizing")
+    meter.expect("mse", 10**9)
+    meter.tensors_total = 10
+    meter.book("mse", 10**8, 1.0)
+    lines = [progress._describe(meter, 10.0, room) for room in (200, 79, 40)]
+    assert all("quantizing  10%  about 2 min left" in line for line in lines)
+    assert ["RAM" in line for line in lines] == [True, False, False]
+    assert ["/s" in line for line in lines] == [True, True, False]
+    assert all(len(line) <= room for line, room in zip(lines, (200, 79, 40)))
+
+
+def test_the_estimate_weighs_kinds_of_work_by_what_they_cost():
+    meter = q.Meter("quantizing")
+    meter.expect("kept", 900)
+    meter.expect("mse", 100)
+    assert meter.seconds_left(60) is None
+    meter.book("kept", 900, 9.0)  # 90 % of the bytes
+    assert meter.share_done() == pytest.approx(9 / 14)  # what has not begun is taken to cost five times as much
+    meter.book("mse", 10, 4.0)
+    assert meter.share_done() == pytest.approx(13 / (9 + 40))
+    assert meter.seconds_left(13) == pytest.approx(36)
+
+
+def test_there_is_no_estimate_before_it_means_something():
+    meter = q.Meter("quantizing")
+    meter.expect("mse", 10_000)
+    meter.book("mse", 100, 1.0)
+    assert meter.seconds_left(30) is None  # 1 % is done
+    meter.book("mse", 900, 9.0)
+    assert meter.seconds_left(1) is None  # of the first two seconds
+    assert meter.seconds_left(5) == pytest.approx(45)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "5 s"), (41, "45 s"), (95, "2 min"), (3000, "50 min"), (75_000, "21 h")]
+)
+def test_estimates_are_not_more_exact_than_they_are(seconds, text):
+    assert q.format_estimate(seconds) == text
+
+
+# --- colour -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+)
+def test_colour_is_for_terminals_that_want_it(tiny, tmp_path, environment, coloured):
+    text, _ = run_in_terminal(command(tiny, tmp_path / "out"), 80, environment)
+    assert ("\033[32mDone in" in text) == coloured
+    text, _ = run_in_terminal(command(tmp_path / "nowhere", tmp_path / "out"), 80, environment)
+    assert ("\033[31;1merror: \033[m" in text) == coloured
+    assert "error: " in plain(text)
+
+
+# --- streams that take nothing ----------------------------------------------------------------------------------------
+
+
 def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):
     pipeline = f"{' '.join(command(tiny, tmp_path / 'out'))} | head -1"
     assert subprocess.run(pipeline, shell=True, capture_output=True).returncode == 0
@@ -371,24 +237,14 @@ def test_a_full_log_does_not_end_the_run(tiny, tmp_path):
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
 
 
-def test_a_terminal_that_closes_does_not_end_a_run_under_nohup(large, tmp_path):
-    master, slave = pty.openpty()
-    ignoring = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *command(large, tmp_path / "out")]
-    with subprocess.Popen(ignoring, stdout=slave, stderr=slave) as run:
-        os.close(slave)
-        os.read(master, 1)
-        os.close(master)  # from here on, every print fails
-    assert run.returncode == 0
-    assert "complete already" in quantize(large, tmp_path / "out").stdout
-
-
 def test_a_closed_standard_output_does_not_end_the_run(tiny, tmp_path):
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command(tiny, tmp_path / "out")]
     assert subprocess.run(closed, capture_output=True).stderr == b""
     assert "complete already" in quantize(tiny, tmp_path / "out").stdout
 
 
-def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(model, tmp_path):
+def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(tmp_path):
+    model = save_model(tmp_path / "in", {"m.weight": torch.ones(4, 128)})
     (model / "r\u00e9sum\u00e9.md").write_text("x")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run(command(model, tmp_path / "out"), env=environment, capture_output=True, text=True)

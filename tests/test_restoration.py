@@ -1,17 +1,16 @@
-"""--restore: a plain checkpoint of what a quantized folder decodes to, under the names of the source."""
+"""Restoration: what a quantized folder decodes to, under the names of the source (README: "**restore** to dense")."""
 
 from __future__ import annotations
 
 import json
 
-import families
 import pytest
 import torch
-from conftest import assert_refused, folder_bytes, quantize, read_tensors, run_cli
-from loader_helpers import read_dequantized
+from checkpoints import PROJECTION, random, save_model
+from conftest import assert_refused, quantize, run_cli
+from folders import folder_bytes, read_config, read_dequantized, read_tensors
 from reference import reference_quantize
 from safetensors.torch import save_file
-from small_models import PROJECTION, random, read_config, save
 
 MIXED = r"shared_experts|[qkv]_proj"
 LAYOUTS = {
@@ -22,6 +21,7 @@ LAYOUTS = {
     "mse": ["--format", "compressed-tensors", "--group_size", 32, "--scale", "mse"],
     "gptq": ["--format", "gptq", "--group_size", 64],
 }
+
 SMALL = {"TILE_WEIGHTS": 3000, "JOB_WEIGHTS": 7000, "TRANSPOSED_JOB_WEIGHTS": 9000, "COPY_BYTES": 500}
 
 
@@ -59,27 +59,12 @@ def test_every_weight_is_what_readers_decode(tiny, tmp_path, layout, constants):
 @pytest.mark.parametrize("columns", [128, 100])
 def test_int4_weights_are_their_codes_times_their_scales_without_the_padding(tmp_path, columns):
     name, weight = next(iter(PROJECTION)), random(64, columns)
-    quantize(save(tmp_path / "in", {name: weight}, torch_dtype="float32"), tmp_path / "out", "--group_size", 64)
+    quantize(save_model(tmp_path / "in", {name: weight}, torch_dtype="float32"), tmp_path / "out", "--group_size", 64)
     restore(tmp_path / "out", tmp_path / "back")
     padded = torch.nn.functional.pad(weight, (0, -columns % 64))
     codes, scales = reference_quantize(padded, 64, torch.float16)
     decoded = torch.tensor(codes) * torch.tensor(scales).repeat_interleave(64, 1)
     assert torch.equal(read_tensors(tmp_path / "back")[name].float(), decoded[:, :columns])
-
-
-@pytest.mark.parametrize("name", ["llama", "nemotron_h", "qwen3_moe"])
-def test_transformers_computes_with_it_what_it_computes_with_the_quantized_folder(tmp_path, name):
-    families.save(name, "pretrained", tmp_path / "in")
-    wide = next(iter(families.FAMILIES[name].wide))
-    quantize(tmp_path / "in", tmp_path / "out", *LAYOUTS["compressed-tensors"], *families.options(name, wide))
-    restore(tmp_path / "out", tmp_path / "back")
-    logits = []
-    for folder in ("out", "back"):
-        model, report = families.load(name, tmp_path / folder)
-        assert not any(report.values())
-        with torch.no_grad():
-            logits.append(model(input_ids=families.TOKENS).logits)
-    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +74,16 @@ def test_transformers_computes_with_it_what_it_computes_with_the_quantized_folde
 )
 def test_weights_are_restored_in_the_models_dtype(tmp_path, config, dtype):
     tensors = {name: weight.float() for name, weight in (PROJECTION | {"model.norm.weight": random(64)}).items()}
-    quantize(save(tmp_path / "in", tensors, **config), tmp_path / "out")
+    quantize(save_model(tmp_path / "in", tensors, **config), tmp_path / "out")
     restore(tmp_path / "out", tmp_path / "back")
     assert read_tensors(tmp_path / "back")[next(iter(PROJECTION))].dtype == dtype
+
+
+def test_a_restored_checkpoint_can_be_quantized_again(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out", *LAYOUTS["compressed-tensors"])
+    restore(tmp_path / "out", tmp_path / "back")
+    quantize(tmp_path / "back", tmp_path / "again", *LAYOUTS["compressed-tensors"], "--verify")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == read_config(tmp_path / "out")
 
 
 def test_a_resumed_restoration_writes_the_bytes_of_an_uninterrupted_one(tiny, tmp_path):
@@ -122,23 +114,9 @@ def test_a_checkpoint_that_is_not_quantized_is_refused(tiny, tmp_path):
     ("missing", "problem"), [("marks", "no shard in it says how it was made"), ("index", "is unfinished")]
 )
 def test_a_folder_that_another_program_packed_or_that_is_unfinished_is_refused(tmp_path, missing, problem):
-    quantize(save(tmp_path / "in", PROJECTION), tmp_path / "out")
+    quantize(save_model(tmp_path / "in", PROJECTION), tmp_path / "out")
     if missing == "index":
         (tmp_path / "out" / "model.safetensors.index.json").unlink()
     else:  # codes of another program may mean something else
         save_file(read_tensors(tmp_path / "out"), tmp_path / "out" / "model-00001.safetensors")
     assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), problem)
-
-
-@pytest.mark.parametrize(
-    "options", [["--verify"], ["--format", "gptq"], ["--exclude", "x"], ["--group_size", 64]], ids=str
-)
-def test_options_of_the_layout_are_a_usage_error(tiny, tmp_path, options):
-    assert_refused(run_cli(tiny, tmp_path / "back", "--restore", *options), "--restore takes the layout", exit_code=2)
-
-
-def test_a_restored_checkpoint_can_be_quantized_again(tiny, tmp_path):
-    quantize(tiny, tmp_path / "out", *LAYOUTS["compressed-tensors"])
-    restore(tmp_path / "out", tmp_path / "back")
-    quantize(tmp_path / "back", tmp_path / "again", *LAYOUTS["compressed-tensors"], "--verify")
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == read_config(tmp_path / "out")

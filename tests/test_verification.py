@@ -1,20 +1,22 @@
-"""--verify finds what is wrong with a folder, and nothing where all is well."""
+"""Verification finds what is wrong with a folder, and nothing where all is well (README: "It checks")."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import assert_refused, edit_shard, quantize, run_cli, save_model
+from checkpoints import BESIDE, MOE, SEPARATE, save_model
+from conftest import FORMATS, assert_refused, quantize, run_cli
+from folders import edit_json, edit_quantization_config, edit_shard, overwrite_weights
+from reference import pack_rows
 from safetensors.torch import load_file, save_file
 
 import quantize_int4 as q
 
-FORMATS = ["int4", "compressed-tensors", "gptq"]
 WORDS = {"int4": "qweight", "compressed-tensors": "weight_packed", "gptq": "qweight"}
 SCALES = {"int4": "scales", "compressed-tensors": "weight_scale", "gptq": "scales"}
 EXPERT = "backbone.layers.1.mixer.experts.2.down_proj"
@@ -47,6 +49,9 @@ def assert_found(tiny, folder, *fragments):
         assert fragment in result.stdout
 
 
+# --- what it passes, prints and needs ---------------------------------------------------------------------------------
+
+
 def test_a_finished_folder_verifies_alone(finished, tiny):
     _, folder = finished
     result = quantize(tiny, folder, "--verify")
@@ -54,17 +59,20 @@ def test_a_finished_folder_verifies_alone(finished, tiny):
     assert "Done in" not in result.stdout
 
 
-@pytest.mark.parametrize("options", [["--group_size", 128], ["--format", "int4"], ["--format", "gptq"]], ids=str)
-def test_a_finished_folder_of_another_layout_is_not_passed_off_as_what_was_asked_for(finished, tiny, options):
-    form, folder = finished
-    if options == ["--format", form]:
-        assert "holds what it should" in quantize(tiny, folder, "--verify", *options).stdout
-    else:
-        assert_refused(run_cli(tiny, folder, "--verify", *options), "is finished otherwise: --", "--overwrite")
+def test_verify_follows_a_conversion(tiny, tmp_path):
+    stdout = quantize(tiny, tmp_path / "out", "--verify").stdout
+    assert stdout.index("Done in") < stdout.index("holds what it should")
 
 
-def test_the_guard_watches_over_verification_too(finished, tiny):
-    assert_refused(run_cli(tiny, finished[1], "--verify", "--min_free_gb", 10**6), "--min_free_gb", exit_code=3)
+def test_verify_reads_a_group_size_and_padding_of_int4(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out", "--group_size", 40, "--shard_size_gb", 3e-4, "--verify")
+
+
+def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "in")
+    edit_json(tmp_path / "in" / "config.json", lambda config: config.update(quantization_config=None))
+    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
 
 
 def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny):
@@ -81,13 +89,31 @@ def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny)
     assert sum(line.startswith("  worst: 0.1") and ".weight" in line for line in lines) == 5
 
 
-def test_verify_follows_a_conversion(tiny, tmp_path):
-    stdout = quantize(tiny, tmp_path / "out", "--verify").stdout
-    assert stdout.index("Done in") < stdout.index("holds what it should")
+def test_the_guard_watches_over_verification_too(finished, tiny):
+    assert_refused(run_cli(tiny, finished[1], "--verify", "--min_free_gb", 10**6), "--min_free_gb", exit_code=3)
 
 
-def test_verify_reads_a_group_size_and_padding_of_int4(tiny, tmp_path):
-    quantize(tiny, tmp_path / "out", "--group_size", 40, "--shard_size_gb", 3e-4, "--verify")
+def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
+    class Guard:
+        looks = 0
+
+        def check(self):
+            self.looks += 1
+            if self.looks > 3:
+                raise q.MemoryGuardError("too little memory")
+
+        def read(self):
+            return q.MemoryReading(0, 0)
+
+    quantize(tiny, tmp_path / "out")
+    with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
+        verification = q.Verification(checkpoint, tmp_path / "out", guard := Guard(), None)
+        with pytest.raises(q.MemoryGuardError):
+            verification.run(1, q.Progress(guard))
+    assert verification.meter.tensors_done == 3
+
+
+# --- weights and tensors ----------------------------------------------------------------------------------------------
 
 
 def change_a_code(form):
@@ -122,6 +148,36 @@ def test_a_wrong_weight_is_found_and_named(damaged, tiny, fault):
     )
 
 
+def expert_weights(folder):
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            if name.endswith("up_proj.weight"):
+                yield name.removesuffix(".weight"), tensor
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 1.5])
+def test_scales_of_mse_that_were_changed_are_found_though_the_codes_fit_them(tiny, tmp_path, factor):
+    quantize(tiny, tmp_path / "out", "--scale", "mse", "--group_size", 64)
+    name, weight = next(iter(expert_weights(tiny)))
+
+    def change(tensors):
+        scales = tensors[f"{name}.scales"].mul_(factor).float().repeat_interleave(64, 1)
+        codes = (weight.float() / scales).round().clamp(-8, 7).int()
+        tensors[f"{name}.qweight"] = pack_rows(codes.tolist())
+
+    edit(tmp_path / "out", change)
+    assert_found(tiny, tmp_path / "out", f"'{name}.weight'")
+
+
+@pytest.mark.parametrize(
+    ("form", "part"), [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")]
+)
+def test_wrong_constants_are_found(tiny, tmp_path, form, part):
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
+    edit(tmp_path / "out", lambda tensors: tensors[f"{EXPERT}.{part}"].view(-1)[-1].add_(1))
+    assert_found(tiny, tmp_path / "out", f"{EXPERT}.{part}")
+
+
 def test_a_kept_tensor_that_differs_in_one_bit_is_found(damaged, tiny):
     _, folder = damaged
     name = "backbone.layers.1.mixer.gate.e_score_correction_bias"
@@ -148,10 +204,22 @@ def test_a_tensor_too_many_is_found(damaged, tiny):
     assert_found(tiny, folder, "'stray' is in model-00001.safetensors, it is nothing that the source becomes")
 
 
-def edit_json(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+def test_a_tensor_in_another_shard_is_found(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out", "--shard_size_gb", 0.0005)
+    one, other = sorted((tmp_path / "out").glob("*.safetensors"))[:2]
+    kept = dict(itertools.islice(load_file(other).items(), 1))
+    edit_shard(one, lambda tensors: tensors.update(kept))
+    assert_found(tiny, tmp_path / "out", f"{next(iter(kept))!r} is in {one.name}, it belongs in {other.name}")
+
+
+def test_an_unreadable_shard_is_found(damaged, tiny):
+    _, folder = damaged
+    shard = folder / "model-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert_found(tiny, folder, "model-00001.safetensors: cannot be opened")
+
+
+# --- index, config and other files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,31 +233,11 @@ def test_a_wrong_index_is_found(damaged, tiny, change):
     assert_found(tiny, folder, "model.safetensors.index.json is not as it was written")
 
 
-def test_a_tensor_in_another_shard_is_found(tiny, tmp_path):
-    quantize(tiny, tmp_path / "out", "--shard_size_gb", 0.0005)
-    one, other = sorted((tmp_path / "out").glob("*.safetensors"))[:2]
-    kept = dict(itertools.islice(load_file(other).items(), 1))
-    edit_shard(one, lambda tensors: tensors.update(kept))
-    assert_found(tiny, tmp_path / "out", f"{next(iter(kept))!r} is in {one.name}, it belongs in {other.name}")
-
-
 def test_a_wrong_true_shape_is_found(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     path = tmp_path / "out" / "quantize_config.json"
     edit_json(path, lambda config: config["padded_weights"].update({f"{EXPERT}.weight": [256, 191]}))
     assert_found(tiny, tmp_path / "out", "quantize_config.json is not as it was written")
-
-
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-def test_an_entry_that_keeps_a_packed_layer_is_found(tiny, tmp_path, form):
-    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
-
-    def change(config):
-        config = config["quantization_config"]
-        config["ignore"].append("re:.*o_proj") if "ignore" in config else config["dynamic"].update({"-:.*o_proj": {}})
-
-    edit_json(tmp_path / "out" / "config.json", change)
-    assert_found(tiny, tmp_path / "out", "o_proj", "which is packed")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
@@ -199,6 +247,17 @@ def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
     assert_found(tiny, tmp_path / "out", f"{name} is not as it was written")
     (tmp_path / "out" / name).unlink()
     assert_found(tiny, tmp_path / "out", f"{name} is missing")
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_an_entry_that_keeps_a_packed_layer_is_found(tiny, tmp_path, form):
+    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
+
+    def change(config):
+        config["ignore"].append("re:.*o_proj") if "ignore" in config else config["dynamic"].update({"-:.*o_proj": {}})
+
+    edit_quantization_config(tmp_path / "out", change)
+    assert_found(tiny, tmp_path / "out", "o_proj", "which is packed")
 
 
 @pytest.mark.parametrize(("form", "key"), [("compressed-tensors", "ignore"), ("gptq", "dynamic")])
@@ -213,8 +272,30 @@ def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
 )
 def test_wrong_entries_for_kept_layers_are_found(tiny, tmp_path, form, key, entries, problem):
     quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
-    edit_json(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update({key: entries}))
+    edit_quantization_config(tmp_path / "out", lambda config: config.update({key: entries}))
     assert_found(tiny, tmp_path / "out", problem)
+
+
+@pytest.mark.parametrize("entry", ["re:.*experts$", "re:.*experts.*", f"{MOE}.experts.1.up_proj"])
+def test_verify_finds_an_entry_that_keeps_packed_experts(tmp_path, entry):
+    source = save_model(tmp_path / "in", BESIDE | SEPARATE)
+    quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64)
+    edit_quantization_config(tmp_path / "out", lambda config: config["ignore"].append(entry))
+    result = run_cli(source, tmp_path / "out", "--verify")
+    assert_refused(result, "found")
+    assert re.search(rf"the entry .* keeps '{re.escape(MOE)}.experts.1.up_proj', which is packed", result.stdout)
+
+
+# --- a folder made otherwise ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["--group_size", 128], ["--format", "int4"], ["--format", "gptq"]], ids=str)
+def test_a_finished_folder_of_another_layout_is_not_passed_off_as_what_was_asked_for(finished, tiny, options):
+    form, folder = finished
+    if options == ["--format", form]:
+        assert "holds what it should" in quantize(tiny, folder, "--verify", *options).stdout
+    else:
+        assert_refused(run_cli(tiny, folder, "--verify", *options), "is finished otherwise: --", "--overwrite")
 
 
 OTHER_OPTIONS = [["--scale", "mse"], ["--exclude", "o_proj"], ["--quantize_embeddings"], ["--shard_size_gb", 0.0001]]
@@ -231,70 +312,6 @@ def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_
         assert_refused(refused, "is finished otherwise: --scale was mse, is absmax")
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify", *options).stdout
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify").stdout
-
-
-def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
-    class Guard:
-        looks = 0
-
-        def check(self):
-            self.looks += 1
-            if self.looks > 3:
-                raise q.MemoryGuardError("too little memory")
-
-        def read(self):
-            return q.MemoryReading(0, 0)
-
-    quantize(tiny, tmp_path / "out")
-    with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
-        verification = q.Verification(checkpoint, tmp_path / "out", guard := Guard(), None)
-        with pytest.raises(q.MemoryGuardError):
-            verification.run(1, q.Progress(guard))
-    assert verification.meter.tensors_done == 3
-
-
-def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path / "in")
-    edit_json(tmp_path / "in" / "config.json", lambda config: config.update(quantization_config=None))
-    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
-    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
-
-
-@pytest.mark.parametrize("factor", [0.1, 0.5, 1.5])
-def test_scales_of_mse_that_were_changed_are_found_though_the_codes_fit_them(tiny, tmp_path, factor):
-    quantize(tiny, tmp_path / "out", "--scale", "mse", "--group_size", 64)
-    name, weight = next(iter(expert_weights(tiny)))
-
-    def change(tensors):
-        scales = tensors[f"{name}.scales"].mul_(factor).float().repeat_interleave(64, 1)
-        codes = (weight.float() / scales).round().clamp(-8, 7).to(torch.int16)
-        tensors[f"{name}.qweight"].copy_(q.pack_int4(codes, q.Workspace()))
-
-    edit(tmp_path / "out", change)
-    assert_found(tiny, tmp_path / "out", f"'{name}.weight'")
-
-
-def expert_weights(folder):
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            if name.endswith("up_proj.weight"):
-                yield name.removesuffix(".weight"), tensor
-
-
-@pytest.mark.parametrize(
-    ("form", "part"), [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")]
-)
-def test_wrong_constants_are_found(tiny, tmp_path, form, part):
-    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
-    edit(tmp_path / "out", lambda tensors: tensors[f"{EXPERT}.{part}"].view(-1)[-1].add_(1))
-    assert_found(tiny, tmp_path / "out", f"{EXPERT}.{part}")
-
-
-def test_an_unreadable_shard_is_found(damaged, tiny):
-    _, folder = damaged
-    shard = folder / "model-00001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    assert_found(tiny, folder, "model-00001.safetensors: cannot be opened")
 
 
 def test_a_folder_whose_shards_do_not_say_how_they_were_made_is_refused(tiny, tmp_path):
@@ -323,11 +340,8 @@ def test_another_source_of_the_same_sizes_is_found_and_not_blamed_on_the_folder(
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
     shard = next(other.glob("*.safetensors"))
-    info = next(info for name, info in q.read_tensor_infos(shard).items() if name.endswith("up_proj.weight"))
-    name = info.name
-    with open(shard, "r+b") as file:
-        file.seek(info.offset)
-        file.write(b"\x12\x34" * 1000)
+    name = next(name for name in load_file(shard) if name.endswith("up_proj.weight"))
+    overwrite_weights(shard, name, b"\x12\x34" * 1000)
     result = run_cli(other, tmp_path / "out", "--verify")
     assert_refused(result, "found 1 problem, listed above", "another time than when it was made", "is it what")
     assert f"WRONG:     '{name}'" in result.stdout

@@ -17,8 +17,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from checkpoints import write_sparse_checkpoint
-from tiny_nemotron import NANO_30B, nemotron_tensors, write_other_files
+from tiny_nemotron import NANO_30B
 
 import quantize_int4 as q
 
@@ -264,24 +263,10 @@ def read_plan(planned):
     return Folder(tensors, holders, json.loads(planned.written["model.safetensors.index.json"]), json.loads(config))
 
 
-def write_nano(folder):
-    """Write Nemotron-3-Nano's headers over files without content, and its config.json."""
-    write_sparse_checkpoint(folder, nemotron_tensors(NANO_30B), shards=13)
-    write_other_files(folder, NANO_30B)
-
-
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Nemotron-3-Nano, all of its headers and none of its weights."""
-    folder = tmp_path_factory.mktemp("nano") / "model"
-    write_nano(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def planned(source):
+def planned(inventory):
     """The folder; tests must not change it."""
-    return read_plan(plan(source, GROUP_SIZE))
+    return read_plan(plan(inventory, GROUP_SIZE))
 
 
 @pytest.fixture
@@ -429,8 +414,8 @@ def test_the_config_says_what_vllm_reads(planned, setting):
     check_setting(planned, setting)
 
 
-def test_the_rest_of_config_json_reaches_vllm_unchanged(planned, source):
-    model = json.loads((source / "config.json").read_text())
+def test_the_rest_of_config_json_reaches_vllm_unchanged(planned, inventory):
+    model = json.loads((inventory / "config.json").read_text())
     assert {key: value for key, value in planned.config.items() if key != "quantization_config"} == model
 
 
@@ -444,10 +429,10 @@ def test_head_and_routers_are_ignored_by_name(planned):
 
 
 @pytest.fixture(scope="module")
-def partly_kept(source):
+def partly_kept(inventory):
     """A folder in which one layer of every kind that can be kept alone is kept."""
     names = ["0.mixer.in_proj", "1.mixer.experts", "3.mixer.shared_experts.up_proj", "5.mixer.[qkv]_proj"]
-    return read_plan(plan(source, GROUP_SIZE, *(rf"layers\.{name}\." for name in names)))
+    return read_plan(plan(inventory, GROUP_SIZE, *(rf"layers\.{name}\." for name in names)))
 
 
 @pytest.mark.parametrize("linear", LINEARS, ids=str)
@@ -463,10 +448,10 @@ def test_what_the_user_kept_is_there(partly_kept):
 
 
 @pytest.mark.parametrize(("group_size", "reason"), [(128, "--group_size 64 divides all"), (16, "Marlin")])
-def test_group_sizes_that_vllm_refuses_are_refused(source, group_size, reason):
+def test_group_sizes_that_vllm_refuses_are_refused(inventory, group_size, reason):
     """Experts of 1,856 columns are no whole groups of 128: CompressedTensorsWNA16MoEMethod.create_weights."""
     with pytest.raises(q.QuantizeError, match=reason):
-        plan(source, group_size)
+        plan(inventory, group_size)
 
 
 # --- the checks notice what is wrong ----------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requirements-vllm.txt")
 
 import families
-import loader_helpers as helpers
 import test_vllm_loader as loader
 from conftest import quantize
 from families import FAMILIES
+from folders import write_dense_twin
 from test_vllm_loader import vllm_process  # noqa: F401 - a fixture
 from vllm.model_executor.layers.attention import mla_attention
 from vllm.model_executor.models import registry
@@ -89,7 +89,7 @@ def convert(name, saved, layers, folder):
     """A family's model, saved in one way, quantized without what one exclude keeps, and the dense twin of that."""
     families.save(name, saved, folder / "source")
     quantize(folder / "source", folder / "out", *OPTIONS, *families.options(name, layers))
-    helpers.write_dense_twin(folder / "out", folder / "twin")
+    write_dense_twin(folder / "out", folder / "twin")
     return folder / "out", folder / "twin"
 
 

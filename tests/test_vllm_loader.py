@@ -11,6 +11,7 @@ Needs an environment of its own: see requirements-vllm.txt.
 """
 # ruff: noqa: E402 - vLLM is imported only where it is installed, and after the variable that it reads
 
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -24,10 +25,17 @@ import torch
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # read by the first import: the wheel is CUDA's and would look for a driver
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requirements-vllm.txt")
 
-import loader_helpers as helpers
+import families
 import test_vllm_contract as contract
 from checkpoints import write_checkpoint
-from conftest import quantize, read_tensors
+from conftest import quantize
+from folders import (
+    check_weights_resemble_source,
+    edit_quantization_config,
+    edit_tensors,
+    read_dequantized,
+    read_tensors,
+)
 from tiny_nemotron import NemotronConfig, random_tensors, write_other_files
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -91,7 +99,8 @@ def write_tiny_nemotron(folder):
 
 def convert(source, folder, group_size=64, exclude=None, output_format="compressed-tensors"):
     """Quantize the folder `source` into `folder`, which is returned."""
-    helpers.convert(source, folder, output_format=output_format, group_size=group_size, exclude=exclude)
+    options = ["--format", output_format, "--group_size", group_size, "--scale", "absmax"]
+    quantize(source, folder, *options, *(["--exclude", exclude] if exclude else []))
     return folder
 
 
@@ -267,7 +276,7 @@ def as_vllm_holds(name, tensor, dtype):
 def check_vllm_holds_the_files(model, folder):
     """vLLM's weights are those of the files, neither more nor fewer, in every element."""
     held, held_packed = read_vllm_model(model)
-    tensors, packed = helpers.read_dequantized(folder)
+    tensors, packed = read_dequantized(folder)
     written = {vllm_name(name): tensor for name, tensor in tensors.items()}
     assert held.keys() == written.keys(), sorted(held.keys() ^ written.keys())
     assert held_packed == {vllm_name(name) for name in packed}
@@ -278,8 +287,8 @@ def check_vllm_holds_the_files(model, folder):
 def check_folder(folder, source, exclude=None, dtype=torch.bfloat16):
     """vLLM makes of a quantized folder the source's model, with nothing packed that was excluded."""
     check_vllm_holds_the_files(load_into_vllm(folder, dtype), folder)
-    written, packed = helpers.read_dequantized(folder)
-    helpers.check_weights_resemble_source(written, packed, read_tensors(source))
+    written, packed = read_dequantized(folder)
+    check_weights_resemble_source(written, packed, read_tensors(source))
     assert not exclude or not any(re.search(exclude, name) for name in packed)
 
 
@@ -320,7 +329,7 @@ def test_vllm_holds_scales_of_both_signs(source, tmp_path):
 def test_vllm_holds_exactly_what_was_written_of_a_dense_model(tmp_path, output_format, exclude):
     """The same of a Llama in both engine formats; its gate and up projections are one layer to vLLM, too."""
     source = tmp_path / "source"
-    helpers.save_tiny_model("llama", source)
+    families.save("llama", "pretrained", source)
     folder = convert(source, tmp_path / "quantized", exclude=exclude, output_format=output_format)
     check_folder(folder, source, exclude, DENSE_CASES[output_format])
 
@@ -342,12 +351,10 @@ class Nano:
 
 
 @pytest.fixture(scope="module", params=[32, 64])
-def nano(request, tmp_path_factory):
+def nano(request, inventory, tmp_path_factory):
     """Nemotron-3-Nano at both group sizes that divide its weights."""
-    source, folder = (tmp_path_factory.mktemp("nano") / name for name in ("source", "quantized"))
-    contract.write_nano(source)
-    folder.mkdir()
-    helpers.write_config(folder, contract.read_plan(contract.plan(source, request.param)).config)
+    folder = tmp_path_factory.mktemp("nano")
+    (folder / "config.json").write_text(json.dumps(contract.read_plan(contract.plan(inventory, request.param)).config))
     with engine(folder) as config, torch.device("meta"):
         return Nano(request.param, initialize_model(config))
 
@@ -490,7 +497,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_that_vllm_loads_without_complaint_is_noticed(source, folder, fault):
     """vLLM loads each of these folders; the comparison names the weight that is wrong."""
-    helpers.edit_tensors(folder, fault)
+    edit_tensors(folder, fault)
     load_into_vllm(folder)
     with pytest.raises(AssertionError, match=FAULTS[fault]):
         check_folder(folder, source)
@@ -511,7 +518,7 @@ def test_one_wrong_bit_in_vllms_memory_is_noticed(folder):
 
 def edit_ignore(folder, edit):
     """Apply `edit` to the list of patterns of kept layers."""
-    helpers.edit_quantization_config(folder, lambda quantization: edit(quantization["ignore"]))
+    edit_quantization_config(folder, lambda quantization: edit(quantization["ignore"]))
 
 
 def test_vllm_refuses_a_fused_layer_that_is_half_ignored(folder):

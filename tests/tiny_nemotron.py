@@ -3,8 +3,8 @@
 
     python tests/tiny_nemotron.py OUT_DIR
 
-Two bf16 shards with an index, config.json and tokenizer files; random weights, the same at every run. Needs
-torch only. `nemotron_tensors(NANO_30B)` is the full inventory of Nemotron-3-Nano-30B: 6,243 tensors, 63.2 GB.
+Two bf16 shards with an index, config.json and tokenizer files; random weights, the same at every run. Needs torch
+and safetensors. `nemotron_tensors(NANO_30B)` is the full inventory of Nemotron-3-Nano-30B: 6,243 tensors, 63.2 GB.
 """
 
 from __future__ import annotations
