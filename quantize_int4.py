@@ -4384,7 +4384,7 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     words = 1 if plan.options.int8 else 0.5
     buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, 4, *searched, 2, words, 0.1)]
     if plan.options.importance:
-        buffers += [plan.options.importance.largest_factor * 4] * 10  # with what `Conversion` keeps for later jobs
+        buffers += [plan.options.importance.largest_factor * 4] * 12  # with what `Conversion` keeps for later jobs
     job_weights = TRANSPOSED_JOB_WEIGHTS if plan.options.format.transposed else JOB_WEIGHTS
     if plan.options.format.transposed:
         buffers += [job_weights * nbytes for nbytes in (0.5, 0.1)]
