@@ -748,8 +748,8 @@ class WeightsFile:
         Returns a part of `memory`, which begins a page and has READ_MARGIN bytes more than are asked for.
         """
         memory = memoryview(bytearray(nbytes)) if memory is None else memory
+        cached = self.is_cached(info, offset, nbytes)
         if info.offset is None or info.stride:
-            self.cached_before()
             (self._read_transposed if info.stride else self._read_line)(info, offset, memory[:nbytes])
             self._not_dropped += nbytes
             if self._not_dropped >= SYNC_BYTES:  # and not at once, since other rows lie in the same pages
@@ -758,7 +758,7 @@ class WeightsFile:
             return memory[:nbytes]
         start, end = info.offset + offset, info.offset + offset + nbytes
         may_go_around = self._direct_fd is not None and start % 8 == 0 and len(memory) >= nbytes + READ_MARGIN
-        if may_go_around and not self.is_cached(info, offset, nbytes):
+        if may_go_around and not cached:
             skip = start % DIRECT_BLOCK
             if self._read_directly(memory[: -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK], start - skip, end):
                 return memory[skip : skip + nbytes]

@@ -178,3 +178,10 @@ def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
             found = file.read(info, start, nbytes, memoryview(mmap.mmap(-1, nbytes + q.READ_MARGIN)))
             whole = expected[name].view(torch.uint8).numpy().tobytes()
             assert bytes(found) == whole[start : start + nbytes] == bytes(file.read(info, start, nbytes))
+
+
+def test_what_the_first_read_brings_into_the_cache_is_not_taken_for_anothers(checkpoint):
+    file = q.SafetensorsFile(sorted(checkpoint.glob("*.safetensors"))[1])
+    last = max(file.infos.values(), key=lambda info: info.offset)  # the header's reading reaches the first
+    file.read(last, 0, 16)
+    assert not file.is_cached(last, 0, 16)
