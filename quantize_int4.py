@@ -4560,6 +4560,20 @@ def compile_targets(targets: list[str]) -> list[re.Pattern]:
     return [re.compile(target[3:] if target[:3] == "re:" else rf"{re.escape(target)}$") for target in targets]
 
 
+def plan_of_folder(checkpoint: Checkpoint, folder: Path, importance: Importance | None) -> Plan:
+    """Plan once more what a finished folder was made as. Refuses one that was made from other files: all its weights
+    would be wrong, and the folder is not."""
+    facts = read_facts(folder)
+    if facts["version"] != FORMAT_VERSION:
+        raise QuantizeError(f"{folder} was made by another version of this program: verify it with that one")
+    if others := other_sources(facts["sources"], checkpoint.sources):
+        raise QuantizeError(
+            f"{folder} was not made from {checkpoint.folder}: {quote_names(others)} had other names or sizes: give the"
+            " checkpoint that it was made from"
+        )
+    return plan_conversion(checkpoint, Options.of(facts["options"], importance))
+
+
 class Mismatch(Exception):
     """A difference between output and source, in words."""
 
@@ -4568,15 +4582,12 @@ class Verification:
     """Compares a finished folder with the plan of how it was made, and each weight with its source. The decoding shares
     nothing with the packing."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, guard: MemoryGuard, importance: Importance | None):
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, folder: Path, guard: MemoryGuard):
         self.checkpoint = checkpoint
+        self.plan = plan
         self.folder = folder
-        self.importance = importance
+        self.importance = plan.options.importance
         self.facts = read_facts(folder)
-        if self.facts["version"] != FORMAT_VERSION:
-            raise QuantizeError(f"{folder} was made by another version of this program: verify it with that one")
-        self._refuse_another_source()
-        self.plan = plan_conversion(checkpoint, Options.of(self.facts["options"], importance))
         self.problems: list[str] = []
         self.errors: dict[str, WeightErrors] = {}  # of each quantized weight
         self.kept = 0  # tensors that are as in the source
@@ -4592,19 +4603,11 @@ class Verification:
         for tensor in self.plan.tensors:
             try:
                 self._compare_layout(tensor)
-                jobs += plan_jobs(tensor, JOB_WEIGHTS, whole_rows=importance is not None)
+                jobs += plan_jobs(tensor, JOB_WEIGHTS, whole_rows=self.importance is not None)
             except Mismatch as mismatch:
                 self._mismatches.append((tensor.source.name, 0, str(mismatch)))
         self.meter = Meter("verifying")
-        self.workers = Workers(jobs, checkpoint, self.plan.options, guard, self.meter)
-
-    def _refuse_another_source(self) -> None:
-        """Raise if the folder was made from other files: all its weights would be wrong, and the folder is not."""
-        if others := other_sources(self.facts["sources"], self.checkpoint.sources):
-            raise QuantizeError(
-                f"{self.folder} was not made from {self.checkpoint.folder}: {quote_names(others)} had other names or"
-                " sizes: give the checkpoint that it was made from"
-            )
+        self.workers = Workers(jobs, checkpoint, plan.options, guard, self.meter)
 
     @property
     def source_is_newer(self) -> bool:
@@ -4948,7 +4951,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             plan = plan_and_convert(args, checkpoint, progress)
         if args.verify and not args.dry_run:
-            verify(checkpoint, args, progress)
+            verify(checkpoint, plan, args, progress)
     if plan:
         print_next_steps(plan, args.output_dir, args.verify)
 
@@ -4967,8 +4970,11 @@ def make_options(args: argparse.Namespace) -> Options:
     scale = args.scale or ("mse" if form.for_engines else "absmax")
     if args.importance and scale != "mse":
         raise UsageError("--importance needs --scale mse")
-    importance = Importance(args.importance) if args.importance else None
-    return Options.of(vars(args) | {"format": form.name, "scale": scale}, importance)
+    return Options.of(vars(args) | {"format": form.name, "scale": scale}, open_importance(args))
+
+
+def open_importance(args: argparse.Namespace) -> Importance | None:
+    return Importance(args.importance) if args.importance else None
 
 
 def refuse_other_options(args: argparse.Namespace) -> None:
@@ -5011,13 +5017,13 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
     return plan
 
 
-def verify(checkpoint: Checkpoint, args: argparse.Namespace, progress: Progress) -> None:
-    """Compare a finished folder with its source."""
+def verify(checkpoint: Checkpoint, plan: Plan | None, args: argparse.Namespace, progress: Progress) -> None:
+    """Compare a finished folder with its source, by the plan of the run that just wrote it, if one did."""
     progress.restart()
     say()
     say_paragraph("Verifying", f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}")
-    importance = Importance(args.importance) if args.importance else None
-    with contextlib.closing(Verification(checkpoint, args.output_dir, progress.guard, importance)) as verification:
+    plan = plan or plan_of_folder(checkpoint, args.output_dir, open_importance(args))
+    with contextlib.closing(Verification(checkpoint, plan, args.output_dir, progress.guard)) as verification:
         try:
             verification.run(args.threads, progress)
         finally:

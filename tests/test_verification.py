@@ -107,7 +107,8 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
 
     quantize(tiny, tmp_path / "out")
     with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
-        verification = q.Verification(checkpoint, tmp_path / "out", guard := Guard(), None)
+        plan = q.plan_of_folder(checkpoint, tmp_path / "out", None)
+        verification = q.Verification(checkpoint, plan, tmp_path / "out", guard := Guard())
         with pytest.raises(q.MemoryGuardError):
             verification.run(1, q.Progress(guard))
     assert verification.meter.tensors_done == 3
