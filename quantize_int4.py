@@ -305,6 +305,7 @@ SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
 MAX_GROUP = 1024  # columns of a group that the kernel takes: the sums of its search fit 32 bits
 MAX_RANK = 64  # of a factor of second moments
 MAX_FACTOR = 1 << 21  # numbers in it; a worker holds eight times as many
+KEPT_ROUNDINGS = 2  # of the last weights, with what was prepared of their statistics for all jobs of one
 # Of error feedback. What few tokens say of columns' correlation is believed by four fifths; the best is flat between a
 # half and nine tenths. The damping is a part of the mean second moment, as in GPTQ.
 FACTOR_SHARE, DAMPING = 0.8, 0.01
@@ -1626,9 +1627,10 @@ def quantize_with_torch(
     groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
 ) -> torch.Tensor:
     """Return the words and fill in the scales of `quantize_groups`."""
-    weights = scale_by_absmax(groups, scales, 127 if rounding.bits == 8 else CODE_MAX, workspace)
+    code_max = Packing(rounding.bits, groups.shape[1]).code_max
+    weights = scale_by_absmax(groups, scales, code_max, workspace)
     if rounding.bits == 8:  # four bytes a word, each a code plus 128, the first code's lowest
-        codes = round_to_codes(weights, divisors_of(scales), weights, code_max=127).add_(128)
+        codes = round_to_codes(weights, divisors_of(scales), weights, code_max).add_(code_max + 1)
         workspace.tensor("words", torch.uint8, *groups.shape).copy_(codes)
         return workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // 4)
     if rounding.feedback:
@@ -3683,12 +3685,15 @@ class OutputFolder:
 
     def refuse_unwritable(self) -> None:
         """Refuse a folder into which this user cannot write."""
-        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
+        if not os.access(existing := self._existing(), os.W_OK | os.X_OK):
             raise QuantizeError(
                 f"output folder {self.folder}: Permission denied: {existing} is not writable for this user, choose"
                 " another or change its owner"
             )
+
+    def _existing(self) -> Path:
+        """Find the folder, or the nearest one above it that is there."""
+        return next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
 
     def planned_names(self) -> set[str]:
         return {shard.name for shard in self.plan.shards} | self.plan.other_files.keys()
@@ -3706,14 +3711,13 @@ class OutputFolder:
         own_files = {item for path in fingerprints for item in json.loads(metadata[path].get(FILES_KEY, "{}")).items()}
         finished, remove, stale, foreign = set(), [], [], []
         for path in entries:
-            unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
             if path.is_file() and self._is_finished(path, metadata.get(path, {})):
                 finished.add(path.name)
-            elif unfinished and self.plan.fingerprint.startswith(unfinished[1]):
+            elif self._is_unfinished(path):
                 remove.append(path)
             elif fingerprints.get(path) == self.plan.fingerprint and path.name in self.planned_names():
                 remove.append(path)  # ours, but damaged since
-            elif unfinished or path in fingerprints or self._is_own(path, own_files):
+            elif UNFINISHED_PATTERN.fullmatch(path.name) or path in fingerprints or self._is_own(path, own_files):
                 stale.append(path)
             else:
                 foreign.append(path)
@@ -3741,7 +3745,14 @@ class OutputFolder:
             return bool(own_files)
         return path.name in dict(own_files) and path.is_file() and (path.name, hash_file(path)) in own_files
 
+    def _is_unfinished(self, path: Path) -> bool:
+        """Tell whether a run with this plan was writing the file when it stopped."""
+        unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
+        return unfinished is not None and self.plan.fingerprint.startswith(unfinished[1])
+
     def _is_finished(self, path: Path, metadata: dict[str, str]) -> bool:
+        """Tell whether a file is as planned; of a shard from when the sources had other times, that it may be, so that
+        it is compared."""
         shard = next((shard for shard in self.plan.shards if shard.name == path.name), None)
         if shard:
             with open(path, "rb") as file:
@@ -3766,8 +3777,7 @@ class OutputFolder:
 
     def free_disk(self) -> int:
         """Count the bytes that are free for this user once leftovers are removed."""
-        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        return shutil.disk_usage(existing).free + sum(path.stat().st_blocks * 512 for path in self.remove)
+        return shutil.disk_usage(self._existing()).free + sum(path.stat().st_blocks * 512 for path in self.remove)
 
     def prepare(self) -> None:
         """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished."""
@@ -3838,11 +3848,9 @@ class OutputFolder:
 
     def clean_up(self) -> None:
         """Remove what was being written when the run stopped; whole shards stay for the next run."""
-        for path in self.folder.glob("*.unfinished"):
-            unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
-            if unfinished and self.plan.fingerprint.startswith(unfinished[1]):
-                with contextlib.suppress(OSError):  # the error that stopped the run is the one to report
-                    path.unlink()
+        for path in filter(self._is_unfinished, self.folder.glob("*.unfinished")):
+            with contextlib.suppress(OSError):  # the error that stopped the run is the one to report
+                path.unlink()
 
     def close(self) -> None:
         if self._lock_fd is not None:
@@ -4035,7 +4043,7 @@ class Conversion:
         self.placements = plan.placements
         self.writers = output.shard_writers()
         self.meter = Meter("restoring" if plan.options.restore else "quantizing")
-        self._rounding_of = functools.lru_cache(2)(self._find_rounding)  # for the jobs of one tensor
+        self._rounding_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_rounding)  # for the jobs of one tensor
         self._unsynced = 0  # bytes of input since a sync was last asked for
         self._lock = threading.Lock()
         self._to_sync: queue.Queue[ShardWriter] = queue.Queue()
@@ -4384,12 +4392,13 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     words = 1 if plan.options.int8 else 0.5
     buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, 4, *searched, 2, words, 0.1)]
     if plan.options.importance:
-        buffers += [plan.options.importance.largest_factor * 4] * 12  # with what `Conversion` keeps for later jobs
+        buffers += [plan.options.importance.largest_factor * 4] * 8
     job_weights = TRANSPOSED_JOB_WEIGHTS if plan.options.format.transposed else JOB_WEIGHTS
     if plan.options.format.transposed:
         buffers += [job_weights * nbytes for nbytes in (0.5, 0.1)]
     jobs = (threads + DISK_READERS) * whole_pages(max(job_weights * itemsize, COPY_BYTES) + READ_MARGIN)
-    return threads * sum(map(whole_pages, buffers)) + jobs
+    kept = 4 * KEPT_ROUNDINGS * plan.options.importance.largest_factor * 4 if plan.options.importance else 0
+    return threads * sum(map(whole_pages, buffers)) + jobs + kept
 
 
 class Meter:
@@ -4595,7 +4604,7 @@ class Verification:
         self._infos: dict[str, TensorInfo] = {}  # of the output's tensors
         self._mismatches: list[tuple[str, int, str]] = []  # tensor, row, what is wrong
         self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
-        self._moments = functools.lru_cache(4)(self._read_moments)
+        self._moments = functools.lru_cache(KEPT_ROUNDINGS)(self._read_moments)
         self._lock = threading.Lock()
         self._open_shards()
         self._compare_other_files()
@@ -4734,10 +4743,10 @@ class Verification:
         for row in range(0, job.rows, step):
             weights = block[row : row + step].to(torch.float32)
             codes = self._decode(words[row : row + step], packing)[:, : job.columns]
-            steps = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
-            steps = steps[:, : job.columns]
-            self._compare_codes(weights, codes, steps, scales.dtype, packing, moments, job.row + row)
-            for number, values in enumerate((weights - codes * steps, weights)):
+            own_scales = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
+            own_scales = own_scales[:, : job.columns]  # of each weight
+            self._compare_codes(weights, codes, own_scales, scales.dtype, packing, moments, job.row + row)
+            for number, values in enumerate((weights - codes * own_scales, weights)):
                 squares[0, number] += values.square().sum(dtype=torch.float64)
                 squares[1, number] += moments.output_energy(values) if moments else math.nan
         return squares
@@ -4779,16 +4788,16 @@ class Verification:
         """
         rule, rounding = self.facts["rule"] if packing.bits == 4 else "absmax", torch.finfo(scale_dtype)
         feedback, at_end = FEEDBACK in rule, codes.abs() >= packing.code_max
-        decoded, steps, aims = codes * scales, torch.full_like(scales, 0.5 + 1e-5), weights
+        decoded, tolerance, aims = codes * scales, torch.full_like(scales, 0.5 + 1e-5), weights
         if feedback and self.importance is None:
-            steps += MAX_CHANGE
+            tolerance += MAX_CHANGE
         elif feedback and moments and moments.factor is not None:
             changes = moments.expected_changes(weights - decoded, packing)
             most = scales.abs() * MAX_CHANGE
-            aims, steps = weights + changes.clamp(-most, most), steps + 0.01  # the quantizer adds up in float32
+            aims, tolerance = weights + changes.clamp(-most, most), tolerance + 0.01  # the quantizer adds up in float32
         # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
         slack = packing.code_max * rounding.eps / 2 * (scales.abs() * at_end + rounding.smallest_normal)
-        wrong = ~((aims - decoded).abs() <= scales.abs() * steps + slack)
+        wrong = ~((aims - decoded).abs() <= scales.abs() * tolerance + slack)
         if rule != "absmax":
             clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
             reach = scales.abs() * (MAX_SEARCHED + feedback * MAX_CHANGE)
