@@ -76,6 +76,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -3566,9 +3567,7 @@ def read_cgroup(folder: Path, machine_total: int) -> MemoryReading | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output folder: what may be there, and how files become final
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Output folder: what may be there, and how files become final ---------------------------------------------------
 
 
 def write_at(fd: int, buffer: memoryview, offset: int) -> None:
@@ -3587,79 +3586,71 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
-class ShardWriter:
-    """One output shard: tensors in any order and by any thread, under a temporary name until all are in."""
+def unfinished_path(path: Path, fingerprint: str) -> Path:
+    """Name the file that a run of this fingerprint writes before it has its final name."""
+    return path.with_name(f"{path.name}.{fingerprint[:12]}.unfinished")
 
-    def __init__(self, folder: Path, shard: ShardPlan, fingerprint: str, finished: bool, compare: bool):
-        self.final = folder / shard.name
-        self.compare = compare  # with what an earlier run wrote, instead of writing
-        self.temporary = unfinished_path(self.final, fingerprint)
-        self.shard = shard
-        self.jobs_left = 0
+
+class ShardFile:
+    """A shard that is there, or is being written: tensors in any order, under a temporary name until all are in."""
+
+    def __init__(self, folder: Path, plan: ShardPlan, fingerprint: str, finished: bool, compare: bool):
+        self.final = folder / plan.name
+        self.path = self.final if finished else unfinished_path(self.final, fingerprint)
+        self.plan = plan
         self.finished = finished
+        self.compare = compare  # what is there with what would be written
+        self.jobs_left = 0
         self._fd: int | None = None
         self._cached: Ranges = []
         self._lock = threading.Lock()
 
-    def write(self, buffer: memoryview, offset: int) -> None:
-        """Write bytes to their place. A resumed run may share a tensor between a finished and an unfinished shard."""
-        if self.compare:
-            with naming(self.final):
-                if os.pread(self._open(), len(buffer), offset) != buffer:
-                    raise QuantizeError(
-                        f"the source files changed since {self.final.name} was made from them, or are another"
-                        " checkpoint's: choose another folder, or --overwrite starts afresh"
-                    )
-        elif not self.finished:
-            with naming(self.temporary):
-                write_at(self._open(), buffer, offset)
-
     def _open(self) -> int:
         with self._lock:
-            if self._fd is None and self.compare:
-                self._fd = os.open(self.final, os.O_RDWR | os.O_CLOEXEC)
+            if self._fd is None and self.finished:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 self._cached = cached_ranges(self._fd)
-            if self._fd is None:
-                self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                write_at(self._fd, memoryview(self.shard.header), 0)
-                os.ftruncate(self._fd, self.shard.size)
+            elif self._fd is None:
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                write_at(self._fd, memoryview(self.plan.header), 0)
+                os.ftruncate(self._fd, self.plan.size)
             return self._fd
 
+    def write(self, buffer: memoryview, offset: int) -> None:
+        with naming(self.path):
+            write_at(self._open(), buffer, offset)
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        with naming(self.path):
+            return os.pread(self._open(), nbytes, offset)
+
     def sync(self) -> None:
-        """Bring what was written so far to the disk, so that little is left when the shard is finished."""
+        """Bring what was written so far to the disk, and let the page cache forget it."""
         if self._fd is not None:
-            with naming(self.temporary):
+            with naming(self.path):
                 os.fsync(self._fd)
             drop_pages(self._fd, self._cached)
 
     def finish(self) -> None:
         """Sync the file, whose bytes are all in, and give it its final name."""
-        if self.finished:
-            self.sync()
-            self.close()
-            return
-        with naming(self.temporary):
+        with naming(self.path):
             self._open()  # a shard of empty tensors, to which nothing was written
             self.sync()
             self.close()
-            os.rename(self.temporary, self.final)
-        sync_file(self.final.parent)
-        self.finished = True
+            if not self.finished:
+                os.rename(self.path, self.final)
+                sync_file(self.final.parent)
+        self.finished, self.path = True, self.final
 
     def confirm(self) -> None:
-        """Mark a shard as made from the source files of now, once all that was to be compared has been equal."""
-        if self.compare:
-            write_at(self._open(), memoryview(self.shard.header), 0)
-            self.sync()
+        """Mark a shard that was compared as made from the source files of now."""
+        with naming(self.path), open(self.path, "r+b") as file:
+            file.write(self.plan.header)
 
     def close(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
-
-
-def unfinished_path(path: Path, fingerprint: str) -> Path:
-    return path.with_name(f"{path.name}.{fingerprint[:12]}.unfinished")
 
 
 class OutputFolder:
@@ -3669,55 +3660,54 @@ class OutputFolder:
         self.folder = folder
         self.plan = plan
         self.overwrite = overwrite
-        self.compare: set[str] = set()  # shards that are final, but were made when the sources had other times
-        # Names of shards and other files that are final and as planned, and leftovers of earlier runs.
-        self.finished, self.remove = self._survey()
+        self.planned = {shard.name: shard for shard in plan.shards} | plan.other_files
+        # Names of files that are final and as planned; those of them that were made when the sources had other times
+        # and are to be compared; and paths of what earlier runs left.
+        self.finished, self.compare, self.remove = self._survey()
         self._lock_fd: int | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self.nothing_to_write and not self.compare
 
     @property
     def nothing_to_write(self) -> bool:
         """Tell whether all is there, though some of it may have to be compared with the source."""
-        return not self.remove and self.finished == self.planned_names()
+        return not self.remove and self.finished == self.planned.keys()
 
-    def refuse_unwritable(self) -> None:
-        """Refuse a folder into which this user cannot write."""
-        if not os.access(existing := self._existing(), os.W_OK | os.X_OK):
-            raise QuantizeError(
-                f"output folder {self.folder}: Permission denied: {existing} is not writable for this user, choose"
-                " another or change its owner"
-            )
-
+    @property
     def _existing(self) -> Path:
         """Find the folder, or the nearest one above it that is there."""
         return next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
 
-    def planned_names(self) -> set[str]:
-        return {shard.name for shard in self.plan.shards} | self.plan.other_files.keys()
+    def refuse_unwritable(self) -> None:
+        """Refuse a folder into which this user cannot write."""
+        if not os.access(self._existing, os.W_OK | os.X_OK):
+            raise QuantizeError(
+                f"output folder {self.folder}: Permission denied: {self._existing} is not writable for this user,"
+                " choose another or change its owner"
+            )
 
-    def _survey(self) -> tuple[set[str], list[Path]]:
-        """Sort what is in the folder: what this run need not write again, and what it is to remove. The user's own
-        files are refused, and so are an earlier run's unless --overwrite is given."""
+    def _survey(self) -> tuple[set[str], set[str], list[Path]]:
+        """Sort what is in the folder: what this run need not write again, what of it to compare, what to remove. The
+        user's own files are refused, and so are an earlier run's unless --overwrite is given."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
-        self.compare.clear()
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        metadata = {path: read_metadata(path) for path in entries if SHARD_PATTERN.match(path.name)}
-        shards = {path: found for path, found in metadata.items() if SHARD_PATTERN.fullmatch(path.name)}
-        fingerprints = {path: found[METADATA_KEY] for path, found in shards.items() if METADATA_KEY in found}
-        own_files = {item for path in fingerprints for item in json.loads(metadata[path].get(FILES_KEY, "{}")).items()}
-        finished, remove, stale, foreign = set(), [], [], []
+        marks = {path: read_metadata(path) for path in entries if SHARD_PATTERN.match(path.name)}
+        shards = {path for path in marks if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in marks[path]}
+        own_files = {item for path in shards for item in json.loads(marks[path].get(FILES_KEY, "{}")).items()}
+        if shards and (index := self.folder / INDEX_NAME).is_file():
+            own_files.add((INDEX_NAME, hash_file(index)))  # it follows from the shards
+        finished, compare, remove, stale, foreign = set(), set(), [], [], []
         for path in entries:
-            if path.is_file() and self._is_finished(path, metadata.get(path, {})):
+            unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
+            own = path in shards and marks[path][METADATA_KEY] == self.plan.fingerprint and path.name in self.planned
+            as_planned, to_compare = self._is_as_planned(path), False
+            if own and not as_planned and path.stat().st_size == self.planned[path.name].size:
+                to_compare = marks[path].get(FACTS_KEY) != json.dumps(self.plan.facts)  # else it is damaged
+            if as_planned or to_compare:
                 finished.add(path.name)
-            elif self._is_unfinished(path):
+                compare |= {path.name} if to_compare else set()
+            elif own or (unfinished and self.plan.fingerprint.startswith(unfinished[1])):
                 remove.append(path)
-            elif fingerprints.get(path) == self.plan.fingerprint and path.name in self.planned_names():
-                remove.append(path)  # ours, but damaged since
-            elif UNFINISHED_PATTERN.fullmatch(path.name) or path in fingerprints or self._is_own(path, own_files):
+            elif unfinished or path in shards or (path.name, hash_file(path) if path.is_file() else "") in own_files:
                 stale.append(path)
             else:
                 foreign.append(path)
@@ -3726,77 +3716,44 @@ class OutputFolder:
                 f"output folder {self.folder} holds {quote_names(path.name for path in foreign)}, not written by this"
                 " program or changed since: choose a new or empty folder, or move it away"
             )
-        if stale and not self.overwrite:
-            facts = [json.loads(metadata[path][FACTS_KEY]) for path in stale if FACTS_KEY in metadata.get(path, {})]
+        if self.overwrite:
+            return set(), set(), [*remove, *stale, *(self.folder / name for name in finished)]
+        if stale:
+            facts = [json.loads(marks[path][FACTS_KEY]) for path in stale if FACTS_KEY in marks.get(path, {})]
             differs = what_differs(facts[0], self.plan.facts) if facts else "by other options or from other files"
             raise QuantizeError(
                 f"output folder {self.folder} holds {quote_names(path.name for path in stale)} of another run:"
                 f" {differs}: --overwrite starts afresh, or choose another folder"
             )
-        if self.overwrite:
-            self.compare.clear()
-            return set(), [*remove, *stale, *(self.folder / name for name in finished)]
-        return finished, remove
+        return finished, compare, remove
 
-    def _is_own(self, path: Path, own_files: set[tuple[str, str]]) -> bool:
-        """Tell whether an earlier run wrote just this file, by what its shards say; an index follows from the
-        shards."""
-        if path.name == INDEX_NAME:
-            return bool(own_files)
-        return path.name in dict(own_files) and path.is_file() and (path.name, hash_file(path)) in own_files
-
-    def _is_unfinished(self, path: Path) -> bool:
-        """Tell whether a run with this plan was writing the file when it stopped."""
-        unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
-        return unfinished is not None and self.plan.fingerprint.startswith(unfinished[1])
-
-    def _is_finished(self, path: Path, metadata: dict[str, str]) -> bool:
-        """Tell whether a file is as planned; of a shard from when the sources had other times, that it may be, so that
-        it is compared."""
-        shard = next((shard for shard in self.plan.shards if shard.name == path.name), None)
-        if shard:
-            with open(path, "rb") as file:
-                header = file.read(len(shard.header))
-            if path.stat().st_size == shard.size and header == shard.header:
-                return True
-            same = metadata.get(METADATA_KEY) == self.plan.fingerprint and path.stat().st_size == shard.size
-            if same and metadata.get(FACTS_KEY) != json.dumps(self.plan.facts):
-                self.compare.add(path.name)
-            return path.name in self.compare
-        planned = self.plan.other_files.get(path.name)
-        if isinstance(planned, bytes):
-            return path.read_bytes() == planned
-        return planned is not None and filecmp.cmp(path, planned, shallow=False)
+    def _is_as_planned(self, path: Path) -> bool:
+        """Tell whether a file is what this run would write under its name; of a shard by its size and header."""
+        planned = self.planned.get(path.name)
+        if planned is None or not path.is_file():
+            return False
+        if isinstance(planned, Path):
+            return filecmp.cmp(path, planned, shallow=False)
+        start = planned if isinstance(planned, bytes) else planned.header
+        with open(path, "rb") as file:
+            size = len(planned) if isinstance(planned, bytes) else planned.size
+            return path.stat().st_size == size and file.read(len(start)) == start
 
     def bytes_to_write(self) -> int:
         """Count what the disk must still hold, less what will be removed from it first."""
-        sizes = {shard.name: shard.size for shard in self.plan.shards}
-        for name, content in self.plan.other_files.items():
-            sizes[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
+        sizes = {name: planned.stat().st_size for name, planned in self.planned.items() if isinstance(planned, Path)}
+        sizes |= {name: len(planned) for name, planned in self.plan.written.items()}
+        sizes |= {shard.name: shard.size for shard in self.plan.shards}
         return sum(size for name, size in sizes.items() if name not in self.finished)
 
     def free_disk(self) -> int:
         """Count the bytes that are free for this user once leftovers are removed."""
-        return shutil.disk_usage(self._existing()).free + sum(path.stat().st_blocks * 512 for path in self.remove)
+        return shutil.disk_usage(self._existing).free + sum(path.stat().st_blocks * 512 for path in self.remove)
 
     def prepare(self) -> None:
-        """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished."""
+        """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished. The
+        lock is the folder's own and dies with the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        if (self.finished, self.remove) != self._survey():
-            raise QuantizeError(f"output folder {self.folder} changed since it was looked at: start again")
-        if self.nothing_to_write:
-            return
-        index = self.folder / INDEX_NAME
-        # Shards last: they tell which of the other files are this program's.
-        for path in [index, *sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))]:
-            path.unlink(missing_ok=True)
-        self.finished.discard(INDEX_NAME)
-        sync_file(self.folder)
-
-    def _lock(self) -> None:
-        """Keep another run out of the folder, with which bytes would mix. The lock is the folder's own and dies with
-        the process."""
         self._lock_fd = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3804,51 +3761,43 @@ class OutputFolder:
             raise QuantizeError(f"output folder {self.folder}: another run is writing to it, wait for it") from None
         except OSError:
             pass  # a network file system without such locks
-
-    def shard_writers(self) -> list[ShardWriter]:
-        """Make a writer for each shard, in the plan's order."""
-        return [
-            ShardWriter(
-                self.folder, shard, self.plan.fingerprint, shard.name in self.finished, shard.name in self.compare
-            )
-            for shard in self.plan.shards
-        ]
+        if (self.finished, self.compare, self.remove) != self._survey():
+            raise QuantizeError(f"output folder {self.folder} changed since it was looked at: start again")
+        if self.nothing_to_write:
+            return
+        # Shards last: they tell which of the other files are this program's.
+        leftovers = sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))
+        for path in [self.folder / INDEX_NAME, *leftovers]:
+            path.unlink(missing_ok=True)
+        self.finished.discard(INDEX_NAME)
+        sync_file(self.folder)
 
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name; the index once all is on
         disk."""
         for name, content in self.plan.other_files.items():
-            if name == INDEX_NAME:
-                sync_file(self.folder)
             if name in self.finished:
                 continue
-            if isinstance(content, bytes):
-                self._write_file(name, [content])
-            else:
-                with reading(content) as file:
-                    self._write_file(name, iter(functools.partial(file.read, COPY_BYTES), b""))
+            if name == INDEX_NAME:
+                sync_file(self.folder)
+            check_signals()
+            temporary = unfinished_path(self.folder / name, self.plan.fingerprint)
+            with (
+                reading(content) if isinstance(content, Path) else io.BytesIO(content) as source,
+                open(temporary, "wb", buffering=0) as target,
+            ):
+                while data := source.read(COPY_BYTES):
+                    with naming(temporary):
+                        write_at(target.fileno(), memoryview(data), source.tell() - len(data))
+                with naming(temporary):
+                    os.fsync(target.fileno())
+                drop_pages(target.fileno(), [])
+            os.rename(temporary, self.folder / name)
         sync_file(self.folder)
-
-    def _write_file(self, name: str, parts: Iterable[bytes]) -> None:
-        final = self.folder / name
-        temporary = unfinished_path(final, self.plan.fingerprint)
-        check_signals()
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            with naming(temporary):
-                end = 0
-                for part in parts:
-                    write_at(fd, memoryview(part), end)
-                    end += len(part)
-                os.fsync(fd)
-                drop_pages(fd, [])
-        finally:
-            os.close(fd)
-        os.rename(temporary, final)
 
     def clean_up(self) -> None:
         """Remove what was being written when the run stopped; whole shards stay for the next run."""
-        for path in filter(self._is_unfinished, self.folder.glob("*.unfinished")):
+        for path in self.folder.glob(f"*.{self.plan.fingerprint[:12]}.unfinished"):
             with contextlib.suppress(OSError):  # the error that stopped the run is the one to report
                 path.unlink()
 
@@ -3875,15 +3824,13 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Jobs: workers take them in the input's order, each with the bytes that were read for it
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Conversion: read, quantize, pack and write each block of weights at its planned place --------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """A block of a tensor that lies in one piece, row-major: whole rows, or part of one row. Of a tensor that is kept,
-    which is taken as one row of bytes, too."""
+    """A block of a tensor that lies in one piece, row-major: whole rows, or part of one row. A tensor that is kept is
+    taken as one row of bytes."""
 
     tensor: TensorPlan
     row: int
@@ -3894,110 +3841,102 @@ class Job:
     nbytes: int
 
 
-def plan_jobs(tensor: TensorPlan, weights: int, whole_rows: bool) -> Iterator[Job]:
-    """Cut a tensor into jobs of about so many `weights`; a row longer than a tile is cut between groups, unless they
-    must be `whole_rows`. A tensor of no elements has none."""
-    info, packing = tensor.source, tensor.packing
-    if not packing:
-        for start in range(0, info.nbytes, COPY_BYTES):
-            nbytes = min(COPY_BYTES, info.nbytes - start)
-            yield Job(tensor, 0, 1, start, nbytes, start, nbytes)
-        return
-    rows, columns = info.shape
-    width = columns if whole_rows else min(columns, max(1, TILE_WEIGHTS // packing.group_size) * packing.group_size)
-    height = max(1, weights // columns) if width == columns else 1
-    itemsize = info.nbytes // (rows * columns)
-    for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
-        row_count, column_count = min(height, rows - row), min(width, columns - column)
-        offset, nbytes = (row * columns + column) * itemsize, row_count * column_count * itemsize
-        yield Job(tensor, row, row_count, column, column_count, offset, nbytes)
+class Conversion:
+    """One run over a plan: threads that do jobs in the input's order. The first error stops all."""
 
-
-def read_block(
-    source: Checkpoint | WeightsFile,
-    info: TensorInfo,
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-    workspace: Workspace,
-) -> torch.Tensor:
-    """Read a block of a matrix that lies in one piece; of rows and of columns the first, and how many."""
-    start, count = rows[0] * info.shape[1] + columns[0], rows[1] * columns[1]
-    dtype = torch.int32 if info.dtype == "I32" else FLOAT_DTYPES[info.dtype]
-    memory = workspace.buffer(f"read {info.dtype}", count * dtype.itemsize + READ_MARGIN)
-    data = source.read(info, start * dtype.itemsize, count * dtype.itemsize, memory)
-    return torch.frombuffer(data, dtype=dtype).view(rows[1], columns[1])
-
-
-def kind_of_work(tensor: TensorPlan, options: Options) -> str:
-    """Name one of Meter.COSTS."""
-    if tensor.scales or not tensor.packing:
-        return "restored" if tensor.scales else "kept"
-    feedback = options.importance is not None and options.importance.has_factor(tensor.source)
-    return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else options.scale
-
-
-class Stopped(Exception):
-    """Another thread failed, or a signal came: what this one does is not needed any more."""
-
-
-class Workers:
-    """Threads that do jobs, and others that read for them what is not in memory yet. The first error stops all."""
-
-    def __init__(self, jobs: list[Job], checkpoint: Checkpoint, options: Options, guard: MemoryGuard, meter: Meter):
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], guard: MemoryGuard, meter: Meter):
         self.checkpoint = checkpoint
-        self.options = options
-        self.guard = guard
+        self.plan = plan
+        self.shards = shards
         self.meter = meter
+        self._guard = guard
+        self._kernel = kernel_for(plan)
+        self._rounding_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_rounding)  # for the jobs of one tensor
+        self._unsynced = 0  # bytes of input since a sync was last asked for
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._tasks: set[concurrent.futures.Future] = set()  # that are not known to be done
+        jobs = [job for tensor in plan.tensors if self._is_due(tensor) for job in self._plan_jobs(tensor)]
+        for job in jobs:
+            meter.expect(self._kind_of_work(job.tensor), job.nbytes)
+            for shard in self._shards_of(job.tensor):
+                shard.jobs_left += 1
         self._jobs = iter(jobs)
         self._left = Counter(job.tensor.source.name for job in jobs)  # jobs by tensor
         meter.tensors_total = len(self._left)
         self._ahead: deque[tuple[Job, concurrent.futures.Future | None]] = deque()
         self._room = max((job.nbytes for job in jobs), default=0) + READ_MARGIN
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()  # buffers of that size
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        for job in jobs:
-            meter.expect(kind_of_work(job.tensor, options), job.nbytes)
 
-    def run(
-        self,
-        work: Callable[[Job, memoryview, Workspace], None],
-        threads: int,
-        progress: Progress,
-        beside: Collection[Callable[[], None]] = (),
-    ) -> None:
-        """Do all jobs in some threads, and what is to go on beside them in others; returns when all is done."""
-        with (
-            concurrent.futures.ThreadPoolExecutor(DISK_READERS) as self._readers,
-            concurrent.futures.ThreadPoolExecutor(threads + len(beside)) as pool,
-        ):
-            running = {pool.submit(task) for task in [functools.partial(self._work, work)] * threads + [*beside]}
-            try:
-                while running:
-                    done, running = concurrent.futures.wait(running, 0.1, concurrent.futures.FIRST_EXCEPTION)
-                    for task in done:
-                        task.result()
-                    check_signals()
-                    progress.show(self.meter)
-            finally:
-                self._stop.set()
-        self.checkpoint.drop_all_read()
+    def _shards_of(self, tensor: TensorPlan) -> list[ShardFile]:
+        return [self.shards[number] for number in {self.plan.placements[o.name].shard for o in tensor.outputs}]
 
-    def check_stop(self) -> None:
-        if self._stop.is_set():
-            raise Stopped
+    def _is_due(self, tensor: TensorPlan) -> bool:
+        """Tell whether there is something to do for a tensor: an earlier run may have finished it."""
+        return any(shard.compare or not shard.finished for shard in self._shards_of(tensor))
+
+    def _kind_of_work(self, tensor: TensorPlan) -> str:
+        """Name one of Meter.COSTS."""
+        if tensor.scales or not tensor.packing:
+            return "restored" if tensor.scales else "kept"
+        importance = self.plan.options.importance
+        feedback = importance is not None and importance.has_factor(tensor.source)
+        return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else self.plan.options.scale
+
+    def _plan_jobs(self, tensor: TensorPlan) -> Iterator[Job]:
+        """Cut a tensor: whole rows, but for a row longer than a tile, which is cut between groups where its parts can
+        be quantized apart. A tensor of no elements has no job."""
+        info, packing, options = tensor.source, tensor.packing, self.plan.options
+        if not packing:
+            (rows, columns), itemsize, width, height = (1, info.nbytes), 1, COPY_BYTES, 1
+        else:
+            (rows, columns), itemsize = info.shape, DTYPE_BITS[info.dtype] // 8
+            weights = TRANSPOSED_JOB_WEIGHTS if options.format.transposed else JOB_WEIGHTS
+            weights //= packing.codes_per_word if tensor.scales else 1
+            whole_groups = max(1, TILE_WEIGHTS // packing.group_size) * packing.group_size
+            width = columns if tensor.scales or options.importance else min(columns, whole_groups)
+            height = max(1, weights // columns) if width == columns else 1
+        for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
+            row_count, column_count = min(height, rows - row), min(width, columns - column)
+            offset, nbytes = (row * columns + column) * itemsize, row_count * column_count * itemsize
+            yield Job(tensor, row, row_count, column, column_count, offset, nbytes)
+
+    def run(self, threads: int, progress: Progress) -> None:
+        """Do all jobs; returns when every shard has its final name."""
+        executor = concurrent.futures.ThreadPoolExecutor
+        try:
+            # Syncing a shard takes as long as the disk does, so it has a thread of its own.
+            with executor(DISK_READERS) as self._readers, executor(1) as self._syncer, executor(threads) as workers:
+                with self._lock:
+                    self._tasks |= {self._syncer.submit(self._sync, s) for s in self.shards if not s.jobs_left}
+                    self._tasks |= {workers.submit(self._work) for _ in range(threads)}
+                try:
+                    while tasks := set(self._tasks):
+                        done = concurrent.futures.wait(tasks, 0.1, concurrent.futures.FIRST_EXCEPTION).done
+                        for task in done:
+                            task.result()
+                        with self._lock:
+                            self._tasks -= done
+                        check_signals()
+                        progress.show(self.meter)
+                finally:
+                    self._stop.set()
+                    self._syncer.shutdown(wait=False, cancel_futures=True)
+            self.checkpoint.drop_all_read()
+        finally:
+            for shard in self.shards:
+                shard.close()
 
     @torch.inference_mode()
-    def _work(self, work: Callable[[Job, memoryview, Workspace], None]) -> None:
+    def _work(self) -> None:
         """Do jobs until there are no more."""
         workspace = Workspace()
-        while taken := self._take():
+        while (taken := self._take()) and not self._stop.is_set():
             job, reading = taken
-            self.check_stop()
-            self.guard.check()
+            self._guard.check()
             buffer, data = reading.result() if reading else self._read(job)
             started = time.monotonic()
-            work(job, data, workspace)
+            self._do(job, data, workspace)
             self._free.put(buffer)
             self._count(job, time.monotonic() - started)
 
@@ -4018,198 +3957,138 @@ class Workers:
             buffer = allocate(self._room)
         return buffer, self.checkpoint.read(job.tensor.source, job.offset, job.nbytes, memoryview(buffer))
 
+    def _do(self, job: Job, data: memoryview, workspace: Workspace) -> None:
+        """Write what a job's bytes become, or compare it with what an earlier run wrote."""
+        for output, offset, part in self._parts(job, data, workspace):
+            place = self.plan.placements[output.name]
+            shard = self.shards[place.shard]
+            if shard.compare and shard.read(len(part), place.offset + offset) != part:
+                raise QuantizeError(
+                    f"the source files changed since {shard.final.name} was made from them, or are another"
+                    " checkpoint's: choose another folder, or --overwrite starts afresh"
+                )
+            if not shard.finished:
+                shard.write(part, place.offset + offset)
+
     def _count(self, job: Job, seconds: float) -> None:
+        """Book a job. Its shard is synced if a sync is due, and finished if that was its last job."""
         name = job.tensor.source.name
         with self._lock:
-            self.meter.book(kind_of_work(job.tensor, self.options), job.nbytes, seconds)
+            self.meter.book(self._kind_of_work(job.tensor), job.nbytes, seconds)
             self._left[name] -= 1
             self.meter.tensors_done += self._left[name] == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversion: quantize, pack and write each tile to its planned place
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Conversion:
-    """One run over a plan: what becomes of each job's bytes, and the shards' writers."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, output: OutputFolder, guard: MemoryGuard, kernel: Kernel | None
-    ):
-        self.checkpoint = checkpoint
-        self.kernel = kernel
-        self.options = plan.options
-        self.placements = plan.placements
-        self.writers = output.shard_writers()
-        self.meter = Meter("restoring" if plan.options.restore else "quantizing")
-        self._rounding_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_rounding)  # for the jobs of one tensor
-        self._unsynced = 0  # bytes of input since a sync was last asked for
-        self._lock = threading.Lock()
-        self._to_sync: queue.Queue[ShardWriter] = queue.Queue()
-        jobs = [job for tensor in plan.tensors for job in self._plan_jobs(tensor)]
-        self.workers = Workers(jobs, checkpoint, plan.options, guard, self.meter)
-        for writer in self.writers:
-            if not writer.jobs_left:
-                self._to_sync.put(writer)
-
-    def _plan_jobs(self, tensor: TensorPlan) -> list[Job]:
-        """List a tensor's jobs, unless an earlier run finished it, and book them."""
-        writers = self._writers_of(tensor)
-        if all(writer.finished and not writer.compare for writer in writers):
-            return []
-        feedback = kind_of_work(tensor, self.options) == "feedback"
-        weights = TRANSPOSED_JOB_WEIGHTS if self.options.format.transposed else JOB_WEIGHTS
-        jobs = list(plan_jobs(tensor, weights, whole_rows=feedback or tensor.scales is not None))
-        for writer in writers:
-            writer.jobs_left += len(jobs)
-        return jobs
-
-    def _writers_of(self, tensor: TensorPlan) -> list[ShardWriter]:
-        return [self.writers[shard] for shard in {self.placements[output.name].shard for output in tensor.outputs}]
-
-    def run(self, threads: int, progress: Progress) -> None:
-        """Convert everything; returns when every shard has its final name."""
-        try:
-            # Syncing a shard takes as long as the disk does, so it has a thread of its own.
-            self.workers.run(self._convert, threads, progress, beside=[self._finish_shards])
-            for writer in self.writers:
-                writer.confirm()
-        finally:
-            for writer in self.writers:
-                writer.close()
-
-    def _convert(self, job: Job, data: memoryview, workspace: Workspace) -> None:
-        """Do one job; its shard goes to the finisher, if that was the last one or a sync is due."""
-        while self._to_sync.qsize() > MAX_WAITING_SHARDS:
-            time.sleep(0.01)
-            self.workers.check_stop()
-        tensor = job.tensor
-        if not tensor.packing:
-            self._write(tensor.outputs[0], job.offset, data)
-        else:
-            (self._restore if tensor.scales else self._quantize)(job, data, workspace)
-        self._count(job)
-
-    def _count(self, job: Job) -> None:
-        with self._lock:
             self._unsynced += job.nbytes
-            sync = self._unsynced >= SYNC_BYTES
-            if sync:
-                self._unsynced = 0
-            for writer in self._writers_of(job.tensor):
-                writer.jobs_left -= 1
-                if sync or writer.jobs_left == 0:
-                    self._to_sync.put(writer)
+            due = self._unsynced >= SYNC_BYTES
+            self._unsynced = 0 if due else self._unsynced
+            for shard in self._shards_of(job.tensor):
+                shard.jobs_left -= 1
+                if due or not shard.jobs_left:
+                    self._tasks.add(self._syncer.submit(self._sync, shard))
+        while len(self._tasks) > MAX_WAITING_SHARDS and not self._stop.is_set():
+            time.sleep(0.01)
 
-    def _finish_shards(self) -> None:
-        """Sync shards, and give them their final names when all is in."""
-        unfinished = set(self.writers)
-        while unfinished:
-            with contextlib.suppress(queue.Empty):
-                writer = self._to_sync.get(timeout=0.1)
-                if writer.jobs_left:
-                    writer.sync()
-                elif writer in unfinished:  # and not asked for again by a sync that was due
-                    self.checkpoint.check_unchanged()
-                    writer.finish()
-                    unfinished.remove(writer)
-            self.workers.check_stop()
+    def _sync(self, shard: ShardFile) -> None:
+        """Sync a shard, and give it its final name when all is in."""
+        if shard.jobs_left:
+            shard.sync()
+        elif shard.compare or not shard.finished:
+            self.checkpoint.check_unchanged()
+            shard.finish()
 
-    def _quantize(self, job: Job, data: memoryview, workspace: Workspace) -> None:
-        """Quantize the job's rows tile by tile."""
-        tensor, packing, outputs = job.tensor, job.tensor.packing, job.tensor.outputs[:2]  # words and scales
-        scale_dtype = FLOAT_DTYPES[outputs[1].dtype]
-        block = torch.frombuffer(data, dtype=FLOAT_DTYPES[tensor.source.dtype]).view(job.rows, job.columns)
-        in_row = packing.columns_of(job.columns) // packing.group_size
-        rounding = self._rounding_of(tensor).of_groups(job.column // packing.group_size, in_row)
-        staged = self._stage(job, workspace) if self.options.format.transposed else ()
+    def _parts(
+        self, job: Job, data: memoryview, workspace: Workspace
+    ) -> Iterator[tuple[OutputTensor, int, memoryview]]:
+        """Make what a job's bytes become, in pieces: of which output tensor, from which of its bytes on, and the
+        bytes."""
+        tensor, packing = job.tensor, job.tensor.packing
+        if not packing:
+            yield tensor.outputs[0], job.offset, data
+            return
+        lines = self._restore(job, data, workspace) if tensor.scales else self._quantize(job, data, workspace)
+        for output, (role, part) in zip(tensor.outputs, lines.items()):
+            buffer, itemsize = workspace.bytes_of(role, part), part.itemsize
+            if not self.plan.options.format.transposed or tensor.scales:  # whole rows, or part of one
+                first = job.column * output.shape[1] // packing.columns_of(tensor.source.shape[1])
+                yield output, (job.row * output.shape[1] + first) * itemsize, buffer
+                continue
+            columns, rows = output.shape
+            first = job.column * columns // packing.columns_of(tensor.source.shape[1])
+            height = len(part) if job.rows == rows else 1  # of lines in one piece
+            nbytes = height * job.rows * itemsize
+            for line in range(0, len(part), height):
+                start = line * job.rows * itemsize
+                yield output, ((first + line) * rows + job.row) * itemsize, buffer[start : start + nbytes]
+        for output in tensor.outputs[len(lines) :] if job.row == job.column == 0 else ():
+            yield output, 0, memoryview(output.content())
+
+    def _lines(self, job: Job, workspace: Workspace) -> dict[str, torch.Tensor]:
+        """Make room for the job's words and scales, (rows, columns) or, if transposed, (columns, rows)."""
+        packing, columns = job.tensor.packing, job.tensor.packing.columns_of(job.columns)
+        lines = {}
+        for output, width in zip(job.tensor.outputs, (packing.codes_per_word, packing.group_size)):
+            shape = (job.rows, columns // width)
+            shape = shape[::-1] if self.plan.options.format.transposed else shape
+            dtype = torch.int32 if output.dtype == "I32" else FLOAT_DTYPES[output.dtype]
+            lines[f"lines by {width}"] = workspace.tensor(f"lines by {width}", dtype, *shape)
+        return lines
+
+    def _quantize(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
+        """Quantize a job's rows tile by tile; returns words and scales as they lie in the output."""
+        info, packing = job.tensor.source, job.tensor.packing
+        block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
+        lines = self._lines(job, workspace)
+        by_row = [part.T if self.plan.options.format.transposed else part for part in lines.values()]
+        in_row = by_row[1].shape[1]
+        rounding = self._rounding_of(job.tensor).of_groups(job.column // packing.group_size, in_row)
         step = max(1, TILE_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
-            groups = as_groups(block[row : row + step], packing, workspace)
+            weights = block[row : row + step]
+            if padding := in_row * packing.group_size - job.columns:  # rows are padded with zeros to whole groups
+                padded = workspace.tensor("padded", weights.dtype, len(weights), job.columns + padding)
+                padded[:, : job.columns].copy_(weights)
+                weights = padded.index_fill_(1, torch.arange(job.columns, job.columns + padding), 0)
+            groups = weights.view(-1, packing.group_size)
             try:
-                results = quantize_groups(groups, scale_dtype, workspace, rounding)
+                results = quantize_groups(groups, by_row[1].dtype, workspace, rounding)
             except NotQuantizable as error:
                 raise QuantizeError(describe_bad_value(job, row, groups, error.scales)) from None
-            for number, (role, width) in enumerate((("words", packing.codes_per_word), ("scales", packing.group_size))):
-                values = results[number].view(len(groups) // in_row, -1)  # (rows, columns // width)
-                if staged:
-                    staged[number][:, row : row + step].copy_(values.T)
-                else:
-                    start = (job.row + row) * outputs[number].shape[1] + job.column // width
-                    self._write(outputs[number], start * values.itemsize, workspace.bytes_of(role, values))
-        for role, output, lines in zip(("staged words", "staged scales"), outputs, staged):
-            self._write_lines(job, output, workspace.bytes_of(role, lines))
-        for output in tensor.outputs[2:] if job.row == job.column == 0 else ():
-            self._write(output, 0, memoryview(output.content()))
-
-    def _stage(self, job: Job, workspace: Workspace) -> list[torch.Tensor]:
-        """Make room for the job's part of transposed words and scales: (columns, rows of the job)."""
-        packing, scale_dtype = job.tensor.packing, FLOAT_DTYPES[job.tensor.outputs[1].dtype]
-        columns = packing.columns_of(job.columns)
-        return [
-            workspace.tensor("staged words", torch.int32, columns // packing.codes_per_word, job.rows),
-            workspace.tensor("staged scales", scale_dtype, columns // packing.group_size, job.rows),
-        ]
-
-    def _write_lines(self, job: Job, output: OutputTensor, lines: memoryview) -> None:
-        """Write the job's part of each line of `output` (columns, rows); in one piece if the job has all rows."""
-        columns, rows = output.shape
-        width = output.nbytes // columns // rows * job.rows
-        first = job.column * columns // job.tensor.packing.columns_of(job.tensor.source.shape[1])
-        if width * columns == len(lines) == output.nbytes:
-            self._write(output, 0, lines)
-            return
-        for number in range(len(lines) // width):
-            start = ((first + number) * rows + job.row) * (width // job.rows)
-            self._write(output, start, lines[number * width : (number + 1) * width])
+            for part, values in zip(by_row, results):
+                part[row : row + step].copy_(values.view(-1, part.shape[1]))
+        return lines
 
     def _find_rounding(self, tensor: TensorPlan) -> Rounding:
         """Say how a weight is rounded, by its statistics if there are some, whose columns are padded with zeros."""
-        packing, importance = tensor.packing, self.options.importance
-        rounding = Rounding(self.options.format.with_offset, kernel=self.kernel, bits=packing.bits)
-        if self.options.scale == "absmax" or packing.bits == 8:
+        packing, options = tensor.packing, self.plan.options
+        rounding = Rounding(options.format.with_offset, kernel=self._kernel, bits=packing.bits)
+        if options.scale == "absmax" or packing.bits == 8:
             return rounding
         columns = packing.columns_of(tensor.source.shape[1])
-        mean_squares, factor = (importance and importance.get(tensor.source)) or (torch.ones(columns), None)
+        mean_squares, factor = (options.importance and options.importance.get(tensor.source)) or (
+            torch.ones(columns),
+            None,
+        )
         mean_squares = torch.nn.functional.pad(mean_squares, (0, columns - len(mean_squares)))
         rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
         if factor is None:
             return rounding
         factor = torch.nn.functional.pad(factor, (0, 0, 0, columns - len(factor)))
-        return replace(rounding, feedback=Feedback.of(mean_squares, factor, self.kernel))
+        return replace(rounding, feedback=Feedback.of(mean_squares, factor, self._kernel))
 
-    def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> None:
-        """Decode the job's rows by quarters of a tile, of which torch makes several temporary tensors."""
-        tensor, (output,) = job.tensor, job.tensor.outputs
+    def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
+        """Decode a job's rows by quarters of a tile, of which torch makes several temporary tensors."""
+        tensor, (output,), info = job.tensor, job.tensor.outputs, job.tensor.scales
         words = torch.frombuffer(data, dtype=torch.int32).view(job.rows, -1)
-        groups = (0, tensor.scales.shape[1])
-        scales = read_block(self.checkpoint, tensor.scales, (job.row, job.rows), groups, workspace)
+        row_bytes = info.nbytes // info.shape[0]
+        memory = workspace.buffer("scales", job.rows * row_bytes + READ_MARGIN)
+        scales = self.checkpoint.read(info, job.row * row_bytes, job.rows * row_bytes, memory)
+        scales = torch.frombuffer(scales, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, -1)
+        dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
         for row in range(0, job.rows, step):
             rows = slice(row, row + step)
-            weights = dequantize(words[rows], scales[rows], tensor.packing, self.options.format.with_offset)
-            weights = weights[:, : output.shape[1]]
-            dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], *weights.shape).copy_(weights)
-            start = (job.row + row) * output.shape[1] * dense.itemsize
-            self._write(output, start, workspace.bytes_of("dense", dense))
-
-    def _write(self, output: OutputTensor, offset: int, buffer: memoryview) -> None:
-        self.workers.check_stop()
-        placement = self.placements[output.name]
-        self.writers[placement.shard].write(buffer, placement.offset + offset)
-
-
-def as_groups(weights: torch.Tensor, packing: Packing, workspace: Workspace) -> torch.Tensor:
-    """View weights (rows, columns) as (groups, group_size), with rows padded with zeros to whole groups."""
-    rows, columns = weights.shape
-    padded_columns = packing.columns_of(columns)
-    if padded_columns != columns:
-        padded = workspace.tensor("padded", weights.dtype, rows, padded_columns)
-        padded[:, :columns].copy_(weights)
-        padded[:, columns:].zero_()
-        weights = padded
-    return weights.view(-1, packing.group_size)
+            weights = dequantize(words[rows], scales[rows], tensor.packing, self.plan.options.format.with_offset)
+            dense[rows].copy_(weights[:, : output.shape[1]])
+        return {"dense": dense}
 
 
 def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
@@ -4559,14 +4438,7 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
         say_paragraph(f"  {label}:", text.replace("{name}", name), command=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verification: the output as its readers see it, against the source
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def compile_targets(targets: list[str]) -> list[re.Pattern]:
-    """Compile the names in an `ignore` or `targets` of compressed-tensors: whole ones, and what follows `re:`."""
-    return [re.compile(target[3:] if target[:3] == "re:" else rf"{re.escape(target)}$") for target in targets]
+# ---- Verification: the output as its readers see it, against the source ---------------------------------------------
 
 
 def plan_of_folder(checkpoint: Checkpoint, folder: Path, importance: Importance | None) -> Plan:
@@ -4583,346 +4455,186 @@ def plan_of_folder(checkpoint: Checkpoint, folder: Path, importance: Importance 
     return plan_conversion(checkpoint, Options.of(facts["options"], importance))
 
 
-class Mismatch(Exception):
-    """A difference between output and source, in words."""
-
-
-class Verification:
-    """Compares a finished folder with the plan of how it was made, and each weight with its source. The decoding shares
-    nothing with the packing."""
+class Verification(Conversion):
+    """Compares a finished folder with the plan of how it was made, byte for byte with what its source becomes, and each
+    weight, decoded by code that shares nothing with the packing, with the source."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, folder: Path, guard: MemoryGuard):
-        self.checkpoint = checkpoint
-        self.plan = plan
         self.folder = folder
-        self.importance = plan.options.importance
         self.facts = read_facts(folder)
         self.problems: list[str] = []
-        self.errors: dict[str, WeightErrors] = {}  # of each quantized weight
-        self.kept = 0  # tensors that are as in the source
-        self._files: dict[Path, SafetensorsFile] = {}
-        self._infos: dict[str, TensorInfo] = {}  # of the output's tensors
-        self._mismatches: list[tuple[str, int, str]] = []  # tensor, row, what is wrong
-        self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
-        self._moments = functools.lru_cache(KEPT_ROUNDINGS)(self._read_moments)
-        self._lock = threading.Lock()
-        self._open_shards()
-        self._compare_other_files()
-        jobs = []
-        for tensor in self.plan.tensors:
-            try:
-                self._compare_layout(tensor)
-                jobs += plan_jobs(tensor, JOB_WEIGHTS, whole_rows=self.importance is not None)
-            except Mismatch as mismatch:
-                self._mismatches.append((tensor.source.name, 0, str(mismatch)))
-        self.meter = Meter("verifying")
-        self.workers = Workers(jobs, checkpoint, plan.options, guard, self.meter)
+        self.squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
+        self.kept = sum(not tensor.packing for tensor in plan.tensors)  # that are as in the source
+        # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
+        self.blind = bool(self.facts["options"]["importance"]) and plan.options.importance is None
+        self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
+        self._compare_files(plan)
+        shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
+        self._sound = {shard.final.name for shard in shards if self._is_sound(shard, plan)}
+        super().__init__(checkpoint, plan, shards, guard, Meter("verifying"))
 
-    @property
-    def source_is_newer(self) -> bool:
-        """Tell whether a file of the source has another time than when the folder was made from it."""
-        return self.facts["sources"] != self.checkpoint.sources
-
-    def _open_shards(self) -> None:
-        """Find each tensor in its shard, which the library opens, too, and nothing else there."""
-        planned = {name: shard.name for shard in self.plan.shards for name in shard.tensors}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                self._files[path] = SafetensorsFile(path)
-                self._files[path].cached_before()
-                with safe_open(path, framework="pt"):  # and no longer: pages that it maps cannot be dropped
-                    pass
-            except (SafetensorError, OSError, RuntimeError, QuantizeError) as error:
-                self.problems.append(f"{path.name}: cannot be opened ({error})")
-                continue
-            for name, info in self._files[path].infos.items():
-                if planned.get(name) == path.name:
-                    self._infos[name] = info
-                else:
-                    where = f"belongs in {planned[name]}" if name in planned else "is nothing that the source becomes"
-                    self.problems.append(f"{name!r} is in {path.name}, it {where}")
-
-    def _compare_other_files(self) -> None:
-        """Compare the files beside the shards with what these say of them, and config.json with the plan."""
-        hashes = {INDEX_NAME: hashlib.sha256(self.plan.written[INDEX_NAME]).hexdigest()}
-        for path in self._files:
-            hashes |= json.loads(read_metadata(path).get(FILES_KEY, "{}"))
-        for name, digest in sorted(hashes.items()):
-            if not (self.folder / name).is_file():
+    def _compare_files(self, plan: Plan) -> None:
+        """Compare the files beside the shards with what is planned."""
+        for name, planned in plan.other_files.items():
+            path = self.folder / name
+            if not path.is_file():
                 self.problems.append(f"{name} is missing")
-            elif hash_file(self.folder / name) != digest:
-                self.problems.append(f"{name} is not as it was written")
-        if self.plan.options.format.for_engines and (self.folder / CONFIG_NAME).exists():
-            try:
-                self._compare_patterns()
-            except (KeyError, TypeError, AttributeError, re.error) as error:
-                self.problems.append(f"{CONFIG_NAME}: quantization_config cannot be read ({error!r})")
+            elif path.read_bytes() != (planned if isinstance(planned, bytes) else planned.read_bytes()):
+                self.problems.append(f"{name} is not what the source gives")
+        names = {shard.name for shard in plan.shards}
+        strays = [path.name for path in self.folder.glob("*.safetensors") if path.name not in names]
+        self.problems += [f"{name} is none of the shards" for name in sorted(strays)]
 
-    def _compare_patterns(self) -> None:
-        """Read config.json as an engine does: its entries for kept layers must match all of these and no packed one,
-        and a packed layer's group must have its width."""
-        config = read_json(self.folder / CONFIG_NAME)["quantization_config"]
-        kept = compile_targets(self.plan.options.format.kept_targets(config))
-        groups = [
-            (compile_targets(group["targets"]), Packing(group["weights"]["num_bits"], group["weights"]["group_size"]))
-            for group in config.get("config_groups", {}).values()
-        ]
-        for tensor in self.plan.tensors:
-            info, packing = tensor.source, tensor.packing
-            module = info.name.removesuffix(".weight")
-            if len(info.shape) != 2 or module == info.name:
-                continue
-            # An engine asks for a layer's experts as one module, too.
-            asked = [module, match[1]] if (match := EXPERT_PATTERN.match(info.name)) and packing else [module]
-            caught = next((pattern.pattern for pattern in kept if any(map(pattern.match, asked))), None)
-            if caught and packing:
-                self.problems.append(f"{CONFIG_NAME}: the entry {caught!r} keeps {module!r}, which is packed")
-            elif not caught and not packing:
-                self.problems.append(f"{CONFIG_NAME}: no entry keeps {module!r}, which is not packed")
-            if packing and groups:  # names count before the class, which the first group has
-                named = (stated for targets, stated in groups if any(target.match(module) for target in targets))
-                if (stated := next(named, groups[0][1])) != packing:
-                    self.problems.append(f"{CONFIG_NAME}: {module!r} is {stated}, by its tensors' shapes {packing}")
+    def _is_sound(self, shard: ShardFile, plan: Plan) -> bool:
+        """Tell whether a shard holds the planned tensors at their places, and the library opens it."""
+        try:
+            infos = read_tensor_infos(shard.path)
+            with safe_open(shard.path, framework="pt"):  # and no longer: pages that it maps cannot be dropped
+                pass
+        except (SafetensorError, OSError, RuntimeError, QuantizeError) as error:
+            self.problems.append(f"{shard.final.name}: cannot be opened ({error})")
+            return False
+        found = {name: (info.dtype, info.shape, info.offset) for name, info in infos.items()}
+        planned = {
+            output.name: (output.dtype, output.shape, plan.placements[output.name].offset)
+            for tensor in plan.tensors
+            for output in tensor.outputs
+            if output.name in shard.plan.tensors
+        }
+        for parts in (slice(2), slice(3)):  # places differ if any tensor does
+            names = (
+                name for name in found.keys() | planned if found.get(name, ())[parts] != planned.get(name, ())[parts]
+            )
+            if differing := sorted(names):
+                self.problems.append(f"{shard.final.name}: {quote_names(differing)} differ from what the source gives")
+                return False
+        return True
 
-    def _compare_layout(self, tensor: TensorPlan) -> None:
-        """Compare shapes and dtypes, and the bytes of what follows from these alone."""
-        if missing := [output.name for output in tensor.outputs if output.name not in self._infos]:
-            raise Mismatch(f"the output lacks {quote_names(missing)}")
-        for planned in tensor.outputs:
-            found = self._infos[planned.name]
-            if (found.shape, found.dtype) != (planned.shape, planned.dtype):
-                raise Mismatch(f"{planned.name} is {found.dtype} {found.shape}, not {planned.dtype} {planned.shape}")
-            if planned.content and self._files[found.file].read(found, 0, found.nbytes) != planned.content():
-                raise Mismatch(f"{planned.name} does not hold what its shape calls for")
+    def _is_due(self, tensor: TensorPlan) -> bool:
+        return all(shard.final.name in self._sound for shard in self._shards_of(tensor))
 
     def run(self, threads: int, progress: Progress) -> None:
         """Compare every tensor; problems are collected, not raised."""
-        self.workers.run(self._compare, threads, progress)
-        wrong = {name: text for name, _, text in sorted(self._mismatches, reverse=True)}  # the first of each tensor
+        super().run(threads, progress)
         names = [tensor.source.name for tensor in self.plan.tensors]
-        self.problems += [f"{name!r}: {wrong[name]}" for name in names if name in wrong]
-        self.kept = sum(not tensor.packing and tensor.source.name not in wrong for tensor in self.plan.tensors)
-        for name, squares in self._squares.items():
-            if name not in wrong:
-                tiny = torch.finfo(torch.float64).tiny
-                self.errors[name] = WeightErrors(*(squares[:, 0] / squares[:, 1].clamp_min(tiny)).sqrt().tolist())
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def _compare(self, job: Job, data: memoryview, workspace: Workspace) -> None:
-        """Compare a job's part of a tensor with what it became."""
-        name = job.tensor.source.name
-        try:
-            if job.tensor.packing:
-                squares = self._compare_quantized(job, data, workspace)
-                with self._lock:
-                    self._squares[name] = self._squares.get(name, 0) + squares
-            else:
-                output = self._infos[job.tensor.outputs[0].name]
-                memory = workspace.buffer("kept", job.nbytes + READ_MARGIN)
-                written = self._files[output.file].read(output, job.offset, job.nbytes, memory)
-                if not torch.equal(*(torch.frombuffer(part, dtype=torch.uint8) for part in (data, written))):
-                    raise Mismatch("kept, but its bytes differ from the source's")
-        except Mismatch as mismatch:
-            with self._lock:
-                self._mismatches.append((name, job.row, str(mismatch)))
-
-    def _compare_quantized(self, job: Job, data: memoryview, workspace: Workspace) -> torch.Tensor:
-        """Measure the squares of errors and weights; raises at the first difference beyond what the scale allows."""
-        info, packing = job.tensor.source, job.tensor.packing
-        moments = self._moments(info) if self.importance else None
-        block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
-        words, scales = (
-            self._read_part(job, output, width, workspace)
-            for output, width in zip(job.tensor.outputs, (packing.codes_per_word, packing.group_size))
+        self.problems += [f"{name!r}: {self._wrong[name][1]}" for name in names if name in self._wrong]
+        self.kept = sum(
+            not tensor.packing and self._is_due(tensor) and tensor.source.name not in self._wrong
+            for tensor in self.plan.tensors
         )
-        squares = torch.zeros(2, 2, dtype=torch.float64)
+
+    def _do(self, job: Job, data: memoryview, workspace: Workspace) -> None:
+        """Compare what a job's bytes become with what is there."""
+        tensor, problem = job.tensor, ""
+        for output, offset, part in self._parts(job, data, workspace):
+            place = self.plan.placements[output.name]
+            found = self.shards[place.shard].read(len(part), place.offset + offset)
+            chosen = tensor.packing and not output.content  # words or scales
+            if found != part and not (chosen and self.blind and tensor.packing.bits == 4):
+                first = next(number for number, pair in enumerate(zip(found, part)) if pair[0] != pair[1])
+                element = torch.tensor((offset + first) * 8 // DTYPE_BITS[output.dtype])
+                index = [int(number) for number in torch.unravel_index(element, output.shape)]
+                problem = f"{output.name}{index} differs from what the source gives"
+            if chosen:
+                part[:] = found  # so that what is decoded is what is there
+        if tensor.packing:
+            problem = self._measure(job, data, workspace) or problem
+        if problem:
+            with self._lock:
+                name = tensor.source.name
+                self._wrong[name] = min((job.row, problem), self._wrong.get(name, (math.inf, "")))
+
+    def _measure(self, job: Job, data: memoryview, workspace: Workspace) -> str:
+        """Add up squares of errors and weights; describe the first weight that is further from its source than its
+        scale allows.
+
+        A code is the nearest one, so that half a scale is allowed, but where error feedback moved the weight, and at
+        the ends of the range: beyond them by as much as the scale was rounded, or as the search of a scale chose to.
+        """
+        info, packing, importance = job.tensor.source, job.tensor.packing, self.plan.options.importance
+        block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
+        by_row = (
+            part.T if self.plan.options.format.transposed else part for part in self._lines(job, workspace).values()
+        )
+        words, scales = by_row
+        searched = packing.bits == 4 and self.facts["rule"] != "absmax"
+        tolerance = 0.5 + 1e-5 + (MAX_CHANGE if searched and FEEDBACK in self.facts["rule"] else 0)
+        given = importance and importance.get(info)
+        rounding, half = torch.finfo(scales.dtype), packing.code_max + 1
+        squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
             weights = block[row : row + step].to(torch.float32)
-            codes = self._decode(words[row : row + step], packing)[:, : job.columns]
-            own_scales = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
-            own_scales = own_scales[:, : job.columns]  # of each weight
-            self._compare_codes(weights, codes, own_scales, scales.dtype, packing, moments, job.row + row)
-            for number, values in enumerate((weights - codes * own_scales, weights)):
+            codes = words[row : row + step].contiguous().view(torch.uint8)
+            if packing.bits == 4:  # a byte holds the low nibble first
+                codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
+            codes = codes[:, : job.columns].to(torch.float32)
+            codes -= half if self.plan.options.format.with_offset else 2 * half * (codes >= half)
+            steps = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
+            decoded = codes * steps[:, : job.columns]
+            steps, errors, at_end = steps[:, : job.columns].abs(), weights - decoded, codes.abs() >= packing.code_max
+            slack = packing.code_max * rounding.eps / 2 * (steps * at_end + rounding.smallest_normal)
+            wrong = ~(errors.abs() <= steps * tolerance + slack)
+            if searched:
+                reached = weights.abs() <= steps * (MAX_SEARCHED + tolerance)
+                wrong &= ~(at_end & (weights.abs() > decoded.abs()) & (weights * decoded > 0) & reached)
+            if wrong.any() and not problem:
+                at, column = (int(i) for i in wrong.nonzero()[0])
+                problem = (
+                    f"row {job.row + row + at}, column {column} decodes to {float(decoded[at, column]):.6g}, the source"
+                    f" has {float(weights[at, column]):.6g}, too far for a scale of {float(steps[at, column]):.6g}"
+                )
+            for number, values in enumerate((errors, weights)):
                 squares[0, number] += values.square().sum(dtype=torch.float64)
-                squares[1, number] += moments.output_energy(values) if moments else math.nan
-        return squares
+                squares[1, number] += output_energy(values, *given) if given else math.nan
+        with self._lock:
+            self.squares[info.name] = self.squares.get(info.name, 0) + squares
+        return problem
 
-    def _read_moments(self, info: TensorInfo) -> SecondMoments | None:
-        statistics = self.importance.get(info)
-        return SecondMoments(*statistics) if statistics else None
-
-    def _read_part(self, job: Job, output: OutputTensor, width: int, workspace: Workspace) -> torch.Tensor:
-        """Read a job's part of words or scales, one for each `width` columns, as (rows, columns // width)."""
-        info = as_rows(self._infos[output.name], self.plan.options.format)
-        columns = job.tensor.packing.columns_of(job.columns) // width
-        file = self._files[info.file]
-        return read_block(file, info, (job.row, job.rows), (job.column // width, columns), workspace)
-
-    def _decode(self, words: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Decode codes, float32 (rows, columns): through the bytes, which hold the low nibble first."""
-        codes, half = words.contiguous().view(torch.uint8), packing.code_max + 1
-        if packing.bits == 4:
-            codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
-        codes = codes.to(torch.float32)
-        return codes - half if self.plan.options.format.with_offset else codes - 2 * half * (codes >= half)
-
-    def _compare_codes(
-        self,
-        weights: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        scale_dtype: torch.dtype,
-        packing: Packing,
-        moments: SecondMoments | None,
-        first: int,
-    ) -> None:
-        """Require every code to be the nearest one, and absmax scales to be what they have to. All float32 (rows,
-        columns).
-
-        With error feedback the nearest one to the weight as the errors before it changed it, where the statistics are
-        at hand, else one within MAX_CHANGE scales more.
-        """
-        rule, rounding = self.facts["rule"] if packing.bits == 4 else "absmax", torch.finfo(scale_dtype)
-        feedback, at_end = FEEDBACK in rule, codes.abs() >= packing.code_max
-        decoded, tolerance, aims = codes * scales, torch.full_like(scales, 0.5 + 1e-5), weights
-        if feedback and self.importance is None:
-            tolerance += MAX_CHANGE
-        elif feedback and moments and moments.factor is not None:
-            changes = moments.expected_changes(weights - decoded, packing)
-            most = scales.abs() * MAX_CHANGE
-            aims, tolerance = weights + changes.clamp(-most, most), tolerance + 0.01  # the quantizer adds up in float32
-        # Half a step; a weight at the end of the range may lie beyond it by as much as the scale was rounded.
-        slack = packing.code_max * rounding.eps / 2 * (scales.abs() * at_end + rounding.smallest_normal)
-        wrong = ~((aims - decoded).abs() <= scales.abs() * tolerance + slack)
-        if rule != "absmax":
-            clipped = (codes == CODE_MIN) | (codes == CODE_MAX)
-            reach = scales.abs() * (MAX_SEARCHED + feedback * MAX_CHANGE)
-            wrong &= ~(clipped & (aims.abs() > decoded.abs()) & (aims * decoded > 0) & (aims.abs() <= reach))
-            if rule == "mse":
-                wrong |= worse_than_absmax(weights, decoded, scale_dtype, packing)
-        elif not torch.equal(absmax_scales(weights, scale_dtype, packing)[:, : scales.shape[1]], scales):
-            raise Mismatch(
-                f"a scale in rows {first} to {first + len(weights) - 1} is not its group's largest weight"
-                f" / {packing.code_max}"
-            )
-        if wrong.any():
-            row, column = (int(i) for i in wrong.nonzero()[0])
-            raise Mismatch(
-                f"row {first + row}, column {column} decodes to {float(decoded[row, column]):.6g}, the source has"
-                f" {float(weights[row, column]):.6g}, too far for a scale of {float(scales[row, column]):.6g}"
-            )
+    @property
+    def errors(self) -> dict[str, list[float]]:
+        """Return relative RMS errors by weight: of the weight, and of its products with inputs of the statistics,
+        sqrt(tr(E H E^T) / tr(W H W^T)), NaN without these."""
+        tiny = torch.finfo(torch.float64).tiny
+        ratios = {name: squares[:, 0] / squares[:, 1].clamp_min(tiny) for name, squares in self.squares.items()}
+        return {name: ratio.sqrt().tolist() for name, ratio in ratios.items() if name not in self._wrong}
 
 
-def worse_than_absmax(
-    weights: torch.Tensor, decoded: torch.Tensor, dtype: torch.dtype, packing: Packing
-) -> torch.Tensor:
-    """Tell whether a weight's group has a larger squared error than its absmax scale would give; (rows, columns)."""
-    scales = absmax_scales(weights, dtype, packing)[:, : weights.shape[1]]
-    codes = (weights / torch.where(scales == 0, 1, scales)).round().clamp(CODE_MIN, CODE_MAX)
-    padding = -weights.shape[1] % packing.group_size
-    errors = (
-        torch.nn.functional.pad((weights - values).square(), (0, padding)).unflatten(1, (-1, packing.group_size)).sum(2)
-        for values in (decoded, codes * scales)
-    )
-    found, absmax = errors
-    wrong = found > absmax * (1 + 1e-3) + torch.finfo(torch.float32).tiny
-    return wrong.repeat_interleave(packing.group_size, 1)[:, : weights.shape[1]]
-
-
-def absmax_scales(weights: torch.Tensor, dtype: torch.dtype, packing: Packing) -> torch.Tensor:
-    """Return what the scale of each weight has to be, float32 (rows, columns padded to whole groups)."""
-    padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % packing.group_size))
-    largest = padded.unflatten(1, (-1, packing.group_size)).abs().amax(2)
-    return (largest / packing.code_max).to(dtype).to(torch.float32).repeat_interleave(packing.group_size, 1)
-
-
-@dataclass(frozen=True)
-class WeightErrors:
-    """Relative errors of a weight: the root of the squares' ratio."""
-
-    rms: float  # of the weight itself
-    output: float  # of its products with inputs of the statistics: sqrt(tr(E H E^T) / tr(W H W^T)); NaN without these
-
-
-class SecondMoments:
-    """H = diag(mean_squares - row sums of factor^2) + factor factor^T of a weight's inputs, in float64, by formulas
-    that share nothing with those of the quantizer."""
-
-    def __init__(self, mean_squares: torch.Tensor, factor: torch.Tensor | None):
-        self.mean_squares = mean_squares.to(torch.float64)
-        self.factor = None if factor is None else factor.to(torch.float64)
-        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def output_energy(self, rows: torch.Tensor) -> float:
-        """Return the trace of R H R^T for rows R, float32 (rows, columns)."""
-        rows, rest = rows.to(torch.float64), self.mean_squares
-        if self.factor is None:
-            return float((rows.square() @ rest).sum())
-        rest = (rest - self.factor.square().sum(1)).clamp_min(0)
-        return float((rows.square() @ rest).sum() + (rows @ self.factor).square().sum())
-
-    def expected_changes(self, errors: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Say what the errors of the columns before it add to each column; float32 (rows, columns), as the errors."""
-        padding = packing.columns_of(errors.shape[1]) - errors.shape[1]
-        errors = torch.nn.functional.pad(errors.to(torch.float64), (0, padding))
-        self._groups = self._groups or self._split(packing)
-        carried = errors.new_zeros(len(errors), self.factor.shape[1])
-        changes = []
-        for (v, solved, upper), error in zip(self._groups, errors.split(packing.group_size, 1)):
-            shift = carried @ solved.T
-            changes.append(shift + (error + shift) @ upper)
-            carried = carried + error @ v
-        return torch.cat(changes, 1)[:, : errors.shape[1] - padding].to(torch.float32)
-
-    def _split(self, packing: Packing) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Return for each group V, H_g^-1 V P, and U above its diagonal.
-
-        With all later columns free, a group's own second moments are H_g = diag(d) + V P V^T, where P =
-        (I + V_later^T diag(1 / d) V_later)^-1. These are split into U D U^T, U unit upper triangular.
-        """
-        padding = packing.columns_of(len(self.factor)) - len(self.factor)
-        factor = torch.nn.functional.pad(self.factor, (0, 0, 0, padding)) * math.sqrt(FACTOR_SHARE)
-        mean_squares = torch.nn.functional.pad(self.mean_squares, (0, padding))
-        rest = (mean_squares - factor.square().sum(1)).clamp_min(0) + mean_squares.mean() * DAMPING
-        groups, later = [], torch.eye(factor.shape[1], dtype=torch.float64)
-        for v, d in zip(*(reversed(tensor.split(packing.group_size)) for tensor in (factor, rest))):
-            inverse = torch.linalg.inv(later)
-            own = torch.diag(d) + v @ inverse @ v.T
-            upper = torch.linalg.cholesky(own.flip(0, 1)).flip(0, 1)
-            groups.append((v, torch.linalg.solve(own, v @ inverse), (upper / upper.diagonal()).triu(1)))
-            later = later + v.T @ (v / d[:, None])
-        return groups[::-1]
+def output_energy(rows: torch.Tensor, mean_squares: torch.Tensor, factor: torch.Tensor | None) -> float:
+    """Return the trace of R H R^T for rows R, float32 (rows, columns), and H of the statistics, in float64."""
+    rows, rest = rows.to(torch.float64), mean_squares.to(torch.float64)
+    if factor is None:
+        return float((rows.square() @ rest).sum())
+    factor = factor.to(torch.float64)
+    rest = (rest - factor.square().sum(1)).clamp_min(0)
+    return float((rows.square() @ rest).sum() + (rows @ factor).square().sum())
 
 
 def print_verification(verification: Verification) -> None:
     """Print errors by kind of layer, and the worst weights by name."""
-    kinds: dict[str, list[WeightErrors]] = {}
+    errors, outputs = verification.errors, verification.plan.options.importance is not None
+    kinds: dict[str, list[list[float]]] = {}
     for tensor in verification.plan.tensors:
-        if tensor.source.name in verification.errors:
+        if tensor.source.name in errors:
             kind = tensor.kind + (", 8 bits" if tensor.packing.bits == 8 else "")
-            kinds.setdefault(kind, []).append(verification.errors[tensor.source.name])
-    outputs = verification.importance is not None
+            kinds.setdefault(kind, []).append(errors[tensor.source.name])
     say()
     say(f"{'Verified':<24}{'weights':>7}{'relative RMS error':>23}{'of their outputs' if outputs else '':>20}".rstrip())
     say(f"{'':<31}{'min':>8}{'median':>8}{'max':>8}" + (f"{'median':>12}{'max':>8}" if outputs else ""))
     for kind in sorted(kinds):
-        errors = [error.rms for error in kinds[kind]]
-        of_outputs = [error.output for error in kinds[kind] if not math.isnan(error.output)]
-        cells = [f"{three_digits(error):>8}" for error in (min(errors), statistics.median(errors), max(errors))]
+        own, of_outputs = ([error for error in column if not math.isnan(error)] for column in zip(*kinds[kind]))
+        cells = [f"{three_digits(error):>8}" for error in (min(own), statistics.median(own), max(own))]
         if of_outputs:
             cells += [f"{three_digits(statistics.median(of_outputs)):>12}{three_digits(max(of_outputs)):>8}"]
-        say(f"  {shorten(kind, 22):<22}{len(kinds[kind]):>7,}{''.join(cells)}")
+        say(f"  {shorten(kind, 22):<22}{len(own):>7,}{''.join(cells)}")
     say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
-    for name, error in sorted(verification.errors.items(), key=lambda item: -item[1].rms)[:5]:
-        say(f"  worst: {three_digits(error.rms)}  {shorten(name, terminal_width() - 18)}")
-    if FEEDBACK in verification.facts["rule"] and not outputs:
+    for name, (error, _) in sorted(errors.items(), key=lambda item: -item[1][0])[:5]:
+        say(f"  worst: {three_digits(error)}  {shorten(name, terminal_width() - 18)}")
+    if verification.blind:
+        within = f"within {MAX_CHANGE + 0.5 if FEEDBACK in verification.facts['rule'] else 0.5} scales of their weights"
         say_paragraph(
             "Note:",
-            f"codes {FEEDBACK} are checked to be within {MAX_CHANGE + 0.5} scales of their weights; with the"
+            f"4-bit codes {verification.facts['rule'].partition(' ')[2]} are checked to be {within}; with the"
             " --importance that they were made with, each is checked exactly",
         )
     for problem in verification.problems[:20]:
@@ -4931,27 +4643,21 @@ def print_verification(verification: Verification) -> None:
         say(f"  {shorten(str(verification.folder), terminal_width() - 30)} holds what it should.", colour=GREEN)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command: what is done, in which order
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def refuse_nested_folders(input_dir: Path, output_dir: Path) -> None:
-    """Refuse to write into the input folder."""
-    source, target = input_dir.resolve(), output_dir.resolve()
-    if target == source or source in target.parents:
-        where = "the input folder itself" if target == source else f"inside the input folder {input_dir}"
-        raise QuantizeError(f"output folder {output_dir} is {where}: choose one outside it")
+# ---- Command: what is done, in which order --------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what is asked for; every error is raised."""
-    format_asked_for(args)  # a wrong name is said before anything is opened
+    if args.format not in (None, *FORMATS):  # a wrong name is said before anything is opened
+        raise UsageError(f"--format {args.format!r} is none of {', '.join(FORMATS)}{nearest(args.format, FORMATS)}")
     guard = MemoryGuard(int(args.min_free_gb * GB))
     progress = Progress(guard)
     args.threads = args.threads or usable_cores()
+    target = args.output_dir.resolve()
     for folder in filter(None, (args.input_dir, args.config_dir)):
-        refuse_nested_folders(folder, args.output_dir)
+        if target == folder.resolve() or folder.resolve() in target.parents:
+            where = "the input folder itself" if target == folder.resolve() else f"inside the input folder {folder}"
+            raise QuantizeError(f"output folder {args.output_dir} is {where}: choose one outside it")
     with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
         finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
         plan = None
@@ -4963,27 +4669,6 @@ def run(args: argparse.Namespace) -> None:
             verify(checkpoint, plan, args, progress)
     if plan:
         print_next_steps(plan, args.output_dir, args.verify)
-
-
-def format_asked_for(args: argparse.Namespace) -> Format:
-    """Find the row of --format."""
-    name = args.format or "int4"
-    if name not in FORMATS:
-        raise UsageError(f"--format {name!r} is none of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
-    return FORMATS[name]
-
-
-def make_options(args: argparse.Namespace) -> Options:
-    """Read the arguments; by default int4 takes absmax scales, and formats for engines those of mse."""
-    form = format_asked_for(args)
-    scale = args.scale or ("mse" if form.for_engines else "absmax")
-    if args.importance and scale != "mse":
-        raise UsageError("--importance needs --scale mse")
-    return Options.of(vars(args) | {"format": form.name, "scale": scale}, open_importance(args))
-
-
-def open_importance(args: argparse.Namespace) -> Importance | None:
-    return Importance(args.importance) if args.importance else None
 
 
 def refuse_other_options(args: argparse.Namespace) -> None:
@@ -4999,13 +4684,22 @@ def refuse_other_options(args: argparse.Namespace) -> None:
         )
 
 
-def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Plan | None:
-    """Print the plan and carry it out; returns it if a folder was written."""
+def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
+    """Plan what the arguments ask for; by default int4 takes absmax scales, and formats for engines those of mse."""
     if args.restore:
         made = read_facts(args.input_dir)["options"] | {"shard_size_gb": args.shard_size_gb}
-        plan = plan_restoration(checkpoint, Options.of(made, restore=True))
-    else:
-        plan = plan_conversion(checkpoint, make_options(args))
+        return plan_restoration(checkpoint, Options.of(made, restore=True))
+    form = FORMATS[args.format or "int4"]
+    scale = args.scale or ("mse" if form.for_engines else "absmax")
+    if args.importance and scale != "mse":
+        raise UsageError("--importance needs --scale mse")
+    importance = Importance(args.importance) if args.importance else None
+    return plan_conversion(checkpoint, Options.of(vars(args) | {"format": form.name, "scale": scale}, importance))
+
+
+def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Plan | None:
+    """Print the plan and carry it out; returns it if a folder was written."""
+    plan = plan_as_asked(args, checkpoint)
     if args.list:
         print_list(plan)
         return None
@@ -5017,7 +4711,7 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
         if args.dry_run:
             say("Dry run: nothing was written.")
             return None
-        if output.complete:
+        if output.nothing_to_write and not output.compare:
             there = shorten(str(args.output_dir), terminal_width() - 25)
             told = "" if args.restore else "It was not compared with the source; --verify does that."
             say_paragraph("Finished:", f"{there} is complete already. {told}")
@@ -5026,33 +4720,8 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
     return plan
 
 
-def verify(checkpoint: Checkpoint, plan: Plan | None, args: argparse.Namespace, progress: Progress) -> None:
-    """Compare a finished folder with its source, by the plan of the run that just wrote it, if one did."""
-    progress.restart()
-    say()
-    say_paragraph("Verifying", f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}")
-    plan = plan or plan_of_folder(checkpoint, args.output_dir, open_importance(args))
-    with contextlib.closing(Verification(checkpoint, plan, args.output_dir, progress.guard)) as verification:
-        try:
-            verification.run(args.threads, progress)
-        finally:
-            progress.clear()
-    checkpoint.check_unchanged()
-    print_verification(verification)
-    if verification.problems:
-        newer = (
-            f"{verification.checkpoint.folder} has another time than when it was made: is it what it was made from?"
-            if verification.source_is_newer
-            else "convert again with --overwrite"
-        )
-        raise QuantizeError(
-            f"verification of {verification.folder} found {count_of(len(verification.problems), 'problem')}, listed"
-            f" above: {newer}"
-        )
-
-
 def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int) -> None:
-    """Write the planned output folder."""
+    """Write the planned output folder, or compare what is there."""
     needed, free = output.bytes_to_write(), output.free_disk()
     if needed > free:
         raise QuantizeError(
@@ -5060,20 +4729,26 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
             f" for {format_bytes(needed - free)} more or choose another disk"
         )
     progress.guard.check()
-    kernel, compared = kernel_for(plan), output.nothing_to_write
+    compared, meter = output.nothing_to_write, Meter("restoring" if plan.options.restore else "quantizing")
+    shards = [
+        ShardFile(output.folder, shard, plan.fingerprint, shard.name in output.finished, shard.name in output.compare)
+        for shard in plan.shards
+    ]
+    conversion = Conversion(checkpoint, plan, shards, progress.guard, meter)
     say()
     output.prepare()
     progress.restart()
-    conversion = Conversion(checkpoint, plan, output, progress.guard, kernel)
     try:
         conversion.run(threads, progress)
         checkpoint.check_unchanged()
         if plan.options.importance:
             plan.options.importance.check_unchanged()
+        for shard in shards:
+            if shard.compare:
+                shard.confirm()
         output.write_other_files()
     except (Interrupted, MemoryGuardError) as stop:
-        finished = sum(writer.finished for writer in conversion.writers)
-        kept = f"{finished:,} of {count_of(len(plan.shards), 'shard')} are finished and kept"
+        kept = f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')} are finished and kept"
         stop.args = (f"{stop}; {kept}, the same command continues",)
         raise
     finally:
@@ -5087,17 +4762,42 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         print_summary(plan, conversion, progress)
 
 
+def verify(checkpoint: Checkpoint, plan: Plan | None, args: argparse.Namespace, progress: Progress) -> None:
+    """Compare a finished folder with its source, by the plan of the run that just wrote it, if one did."""
+    progress.restart()
+    say()
+    say_paragraph("Verifying", f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}")
+    importance = Importance(args.importance) if args.importance and not plan else None
+    plan = plan or plan_of_folder(checkpoint, args.output_dir, importance)
+    verification = Verification(checkpoint, plan, args.output_dir, progress.guard)
+    try:
+        verification.run(args.threads, progress)
+    finally:
+        progress.clear()
+    checkpoint.check_unchanged()
+    print_verification(verification)
+    if verification.problems:
+        newer = (
+            f"{checkpoint.folder} has another time than when it was made: is it what it was made from?"
+            if verification.facts["sources"] != checkpoint.sources
+            else "convert again with --overwrite"
+        )
+        raise QuantizeError(
+            f"verification of {args.output_dir} found {count_of(len(verification.problems), 'problem')}, listed"
+            f" above: {newer}"
+        )
+
+
 def kernel_for(plan: Plan) -> Kernel | None:
     """Compile the kernel if the plan has work for it. It is never needed, and so the user is only told."""
-    if all(tensor.packing is None or tensor.packing.bits == 8 for tensor in plan.tensors):
+    if plan.options.restore or all(not tensor.packing or tensor.packing.bits == 8 for tensor in plan.tensors):
         return None
     try:
         return compile_kernel(plan.options.scale == "mse")
     except NoKernel as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"
-        text = f"rounding with torch, which takes {times} the processor's time or more: {reason}"
-        say_paragraph("Note:", text)
+        say_paragraph("Note:", f"rounding with torch, which takes {times} the processor's time or more: {reason}")
         return None
 
 
@@ -5115,21 +4815,18 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
+        message = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        if isinstance(error, QuantizeError):
+            message = str(error)
+        elif isinstance(error, OSError):
+            message = f"{error.filename}: " if error.filename else ""
+            message += error.strerror or str(error)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                message += ": make room, then the same command continues"
         with contextlib.suppress(OSError):
-            message = printable(describe_error(error)[:MAX_ERROR_LENGTH])
+            message = printable(message[:MAX_ERROR_LENGTH])
             print(paint(ERROR, BOLD_RED, sys.stderr) + message, file=sys.stderr, flush=True)
         return getattr(error, "exit_code", 1)
-
-
-def describe_error(error: Exception) -> str:
-    """Describe an error in one line: what is wrong and what to do."""
-    if isinstance(error, QuantizeError):
-        return str(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return f"{where}{error.strerror or error}{': make room, then the same command continues' if full else ''}"
-    return f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SCRIPT = ROOT / "quantize_int4.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoints import WEIGHT, save_model, write_checkpoint, write_sparse_checkpoint  # noqa: E402
-from folders import folder_bytes  # noqa: E402
+from folders import assert_entries_fit, folder_bytes  # noqa: E402
 from launcher import WIDE, Run, Setting  # noqa: E402
 from tiny_nemotron import NANO_30B, TINY, nemotron_tensors, random_tensors, write_other_files  # noqa: E402
 
@@ -99,10 +99,13 @@ def run_cli(input_dir: Path, output_dir: Path, *options: object, **setting) -> s
 
 
 def quantize(input_dir: Path, output_dir: Path, *options: object, **setting) -> subprocess.CompletedProcess:
-    """Run the command, which must succeed and keep standard error empty."""
+    """Run the command, which must succeed, keep standard error empty, and leave entries by which engines find all."""
     result = run_cli(input_dir, output_dir, *options, **setting)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+    config = output_dir / "config.json"
+    if "--restore" not in options and config.exists() and re.search('"(ignore|dynamic)"', config.read_text()):
+        assert_entries_fit(output_dir)
     return result
 
 

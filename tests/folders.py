@@ -46,11 +46,16 @@ def changed_tensors(folder: Path, other: Path) -> set[str]:
 
 
 def edit_shard(shard: Path, change: Callable[[Tensors], None]) -> None:
-    """Change the tensors of a shard, and nothing in its metadata."""
+    """Change the tensors of a shard, and nothing in its metadata; their places, too, only if shapes change."""
     with safe_open(shard, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard, metadata=metadata)
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} != layout:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard, metadata=metadata)
+        return
+    for name, tensor in tensors.items():
+        overwrite_weights(shard, name, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 def edit_tensors(folder: Path, change: Callable[[Tensors], None]) -> None:
@@ -104,6 +109,26 @@ def patterns(folder: Path) -> list[str]:
     """List the entries for kept layers of a folder in either format for engines."""
     config = read_config(folder)["quantization_config"]
     return config["ignore"] if "ignore" in config else list(config["dynamic"])
+
+
+def assert_entries_fit(folder: Path) -> None:
+    """Read config.json as an engine does: its entries keep every 2-D layer that is kept and no packed one, and a packed
+    layer's group has the width and the group size of its tensors."""
+    infos = {name: info for shard in folder.glob("*.safetensors") for name, info in read_header(shard)[0].items()}
+    groups = read_config(folder)["quantization_config"].get("config_groups", {}).values()
+    for name, info in infos.items():
+        module, _, last = name.rpartition(".")
+        if last == "weight" and len(info["shape"]) == 2 and module != "lm_head":  # which engines know
+            assert is_kept(folder, module), module
+        if last not in READERS:
+            continue
+        experts = re.match(r"((?:.*\.)?experts)\.\d+\.", name)  # an engine asks for these as one module, too
+        for asked in [module, *([experts[1]] if experts else [])]:
+            assert not is_kept(folder, asked), asked
+        named = [g for g in groups if any(t[:3] == "re:" and re.match(t[3:], module) for t in g["targets"])]
+        for stated in [g["weights"] for g in [*named, *groups][:1]]:
+            columns = info["shape"][1] * 32 // stated["num_bits"]
+            assert columns == infos[f"{module}.weight_scale"]["shape"][1] * stated["group_size"], module
 
 
 def is_kept(folder: Path, name: str) -> bool:

@@ -421,7 +421,7 @@ def test_verify_with_the_statistics_finds_a_code_that_is_one_off(model, finished
     row, column = move_a_code(folder, by)
     result = run_cli(model, folder, *options, "--verify")
     assert_refused(result, "1 problem")
-    assert f"WRONG:     '{NAME}.weight': row {row}, column {column} decodes" in result.stdout
+    assert f"WRONG:     '{NAME}.weight': {NAME}.qweight[{row}, {column // 8}] differs" in result.stdout
 
 
 def test_verify_without_the_statistics_says_what_it_checks_and_finds_a_code_that_is_far_off(model, finished):

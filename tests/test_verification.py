@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 import shutil
 
 import pytest
 import torch
-from checkpoints import BESIDE, MOE, SEPARATE, save_model
+from checkpoints import save_model
 from conftest import FORMATS, assert_refused, quantize, run_cli
-from folders import edit_json, edit_quantization_config, edit_shard, overwrite_weights
+from folders import edit_json, edit_shard, overwrite_weights
 from reference import pack_rows
 from safetensors.torch import load_file, save_file
 
@@ -144,9 +143,7 @@ def swap_experts(form):
 def test_a_wrong_weight_is_found_and_named(damaged, tiny, fault):
     form, folder = damaged
     edit(folder, fault(form))
-    assert_found(
-        tiny, folder, f"'{EXPERT}.weight'", "the source has" if fault == change_a_code else "largest weight / 7"
-    )
+    assert_found(tiny, folder, f"'{EXPERT}.weight': row ", "the source has")
 
 
 def expert_weights(folder):
@@ -183,26 +180,26 @@ def test_a_kept_tensor_that_differs_in_one_bit_is_found(damaged, tiny):
     _, folder = damaged
     name = "backbone.layers.1.mixer.gate.e_score_correction_bias"
     edit(folder, lambda tensors: tensors[name].view(torch.int32)[2].bitwise_xor_(1))
-    assert_found(tiny, folder, f"'{name}'", "bytes differ")
+    assert_found(tiny, folder, f"'{name}'", f"{name}[2] differs from what the source gives")
 
 
 def test_a_kept_tensor_in_another_dtype_is_found(damaged, tiny):
     _, folder = damaged
     name = "backbone.embeddings.weight"
     edit(folder, lambda tensors: tensors.update({name: tensors[name].half()}))
-    assert_found(tiny, folder, f"'{name}'", "is F16 (", "not BF16")
+    assert_found(tiny, folder, f"'{name}'", "differ from what the source gives")
 
 
 def test_a_lost_tensor_is_found(damaged, tiny):
     form, folder = damaged
     edit(folder, lambda tensors: tensors.pop(f"{EXPERT}.{SCALES[form]}"))
-    assert_found(tiny, folder, f"'{EXPERT}.weight': the output lacks '{EXPERT}.{SCALES[form]}'")
+    assert_found(tiny, folder, f"'{EXPERT}.{SCALES[form]}'", "differ from what the source gives")
 
 
 def test_a_tensor_too_many_is_found(damaged, tiny):
     _, folder = damaged
     edit(folder, lambda tensors: tensors.update({"stray": torch.ones(1)}))
-    assert_found(tiny, folder, "'stray' is in model-00001.safetensors, it is nothing that the source becomes")
+    assert_found(tiny, folder, "'stray'", "differ from what the source gives")
 
 
 def test_a_tensor_in_another_shard_is_found(tiny, tmp_path):
@@ -210,7 +207,7 @@ def test_a_tensor_in_another_shard_is_found(tiny, tmp_path):
     one, other = sorted((tmp_path / "out").glob("*.safetensors"))[:2]
     kept = dict(itertools.islice(load_file(other).items(), 1))
     edit_shard(one, lambda tensors: tensors.update(kept))
-    assert_found(tiny, tmp_path / "out", f"{next(iter(kept))!r} is in {one.name}, it belongs in {other.name}")
+    assert_found(tiny, tmp_path / "out", f"{one.name}: ", repr(next(iter(kept))))
 
 
 def test_an_unreadable_shard_is_found(damaged, tiny):
@@ -231,60 +228,23 @@ def test_an_unreadable_shard_is_found(damaged, tiny):
 def test_a_wrong_index_is_found(damaged, tiny, change):
     _, folder = damaged
     edit_json(folder / "model.safetensors.index.json", change)
-    assert_found(tiny, folder, "model.safetensors.index.json is not as it was written")
+    assert_found(tiny, folder, "model.safetensors.index.json is not what the source gives")
 
 
 def test_a_wrong_true_shape_is_found(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     path = tmp_path / "out" / "quantize_config.json"
     edit_json(path, lambda config: config["padded_weights"].update({f"{EXPERT}.weight": [256, 191]}))
-    assert_found(tiny, tmp_path / "out", "quantize_config.json is not as it was written")
+    assert_found(tiny, tmp_path / "out", "quantize_config.json is not what the source gives")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
 def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
     quantize(tiny, tmp_path / "out")
     (tmp_path / "out" / name).write_text("{}")
-    assert_found(tiny, tmp_path / "out", f"{name} is not as it was written")
+    assert_found(tiny, tmp_path / "out", f"{name} is not what the source gives")
     (tmp_path / "out" / name).unlink()
     assert_found(tiny, tmp_path / "out", f"{name} is missing")
-
-
-@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
-def test_an_entry_that_keeps_a_packed_layer_is_found(tiny, tmp_path, form):
-    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
-
-    def change(config):
-        config["ignore"].append("re:.*o_proj") if "ignore" in config else config["dynamic"].update({"-:.*o_proj": {}})
-
-    edit_quantization_config(tmp_path / "out", change)
-    assert_found(tiny, tmp_path / "out", "o_proj", "which is packed")
-
-
-@pytest.mark.parametrize(("form", "key"), [("compressed-tensors", "ignore"), ("gptq", "dynamic")])
-@pytest.mark.parametrize(
-    ("entries", "problem"),
-    [
-        ([], "no entry keeps 'backbone.layers.1.mixer.gate'"),
-        (["re:-:("], "cannot be read"),
-        (None, "cannot be read"),
-    ],
-    ids=["none", "no pattern", "null"],
-)
-def test_wrong_entries_for_kept_layers_are_found(tiny, tmp_path, form, key, entries, problem):
-    quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
-    edit_quantization_config(tmp_path / "out", lambda config: config.update({key: entries}))
-    assert_found(tiny, tmp_path / "out", problem)
-
-
-@pytest.mark.parametrize("entry", ["re:.*experts$", "re:.*experts.*", f"{MOE}.experts.1.up_proj"])
-def test_verify_finds_an_entry_that_keeps_packed_experts(tmp_path, entry):
-    source = save_model(tmp_path / "in", BESIDE | SEPARATE)
-    quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64)
-    edit_quantization_config(tmp_path / "out", lambda config: config["ignore"].append(entry))
-    result = run_cli(source, tmp_path / "out", "--verify")
-    assert_refused(result, "found")
-    assert re.search(rf"the entry .* keeps '{re.escape(MOE)}.experts.1.up_proj', which is packed", result.stdout)
 
 
 # --- a folder made otherwise ------------------------------------------------------------------------------------------
