@@ -3577,13 +3577,11 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
         buffer, offset = buffer[count:], offset + count
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's bytes, or a folder's new and renamed entries, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def sync_folder(folder: Path) -> None:
+    """Make a folder's new and renamed entries survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def unfinished_path(path: Path, fingerprint: str) -> Path:
@@ -3639,7 +3637,7 @@ class ShardFile:
             self.close()
             if not self.finished:
                 os.rename(self.path, self.final)
-                sync_file(self.final.parent)
+                sync_folder(self.final.parent)
         self.finished, self.path = True, self.final
 
     def confirm(self) -> None:
@@ -3664,25 +3662,13 @@ class OutputFolder:
         # Names of files that are final and as planned; those of them that were made when the sources had other times
         # and are to be compared; and paths of what earlier runs left.
         self.finished, self.compare, self.remove = self._survey()
+        self.existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         self._lock_fd: int | None = None
 
     @property
     def nothing_to_write(self) -> bool:
         """Tell whether all is there, though some of it may have to be compared with the source."""
         return not self.remove and self.finished == self.planned.keys()
-
-    @property
-    def _existing(self) -> Path:
-        """Find the folder, or the nearest one above it that is there."""
-        return next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-
-    def refuse_unwritable(self) -> None:
-        """Refuse a folder into which this user cannot write."""
-        if not os.access(self._existing, os.W_OK | os.X_OK):
-            raise QuantizeError(
-                f"output folder {self.folder}: Permission denied: {self._existing} is not writable for this user,"
-                " choose another or change its owner"
-            )
 
     def _survey(self) -> tuple[set[str], set[str], list[Path]]:
         """Sort what is in the folder: what this run need not write again, what of it to compare, what to remove. The
@@ -3741,14 +3727,14 @@ class OutputFolder:
 
     def bytes_to_write(self) -> int:
         """Count what the disk must still hold, less what will be removed from it first."""
-        sizes = {name: planned.stat().st_size for name, planned in self.planned.items() if isinstance(planned, Path)}
-        sizes |= {name: len(planned) for name, planned in self.plan.written.items()}
-        sizes |= {shard.name: shard.size for shard in self.plan.shards}
+        sizes = {shard.name: shard.size for shard in self.plan.shards}
+        sizes |= {path.name: path.stat().st_size for path in self.plan.copied}
+        sizes |= {name: len(content) for name, content in self.plan.written.items()}
         return sum(size for name, size in sizes.items() if name not in self.finished)
 
     def free_disk(self) -> int:
         """Count the bytes that are free for this user once leftovers are removed."""
-        return shutil.disk_usage(self._existing).free + sum(path.stat().st_blocks * 512 for path in self.remove)
+        return shutil.disk_usage(self.existing).free + sum(path.stat().st_blocks * 512 for path in self.remove)
 
     def prepare(self) -> None:
         """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished. The
@@ -3770,7 +3756,7 @@ class OutputFolder:
         for path in [self.folder / INDEX_NAME, *leftovers]:
             path.unlink(missing_ok=True)
         self.finished.discard(INDEX_NAME)
-        sync_file(self.folder)
+        sync_folder(self.folder)
 
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name; the index once all is on
@@ -3779,7 +3765,7 @@ class OutputFolder:
             if name in self.finished:
                 continue
             if name == INDEX_NAME:
-                sync_file(self.folder)
+                sync_folder(self.folder)
             check_signals()
             temporary = unfinished_path(self.folder / name, self.plan.fingerprint)
             with (
@@ -3793,7 +3779,7 @@ class OutputFolder:
                     os.fsync(target.fileno())
                 drop_pages(target.fileno(), [])
             os.rename(temporary, self.folder / name)
-        sync_file(self.folder)
+        sync_folder(self.folder)
 
     def clean_up(self) -> None:
         """Remove what was being written when the run stopped; whole shards stay for the next run."""
@@ -3998,55 +3984,53 @@ class Conversion:
     def _parts(
         self, job: Job, data: memoryview, workspace: Workspace
     ) -> Iterator[tuple[OutputTensor, int, memoryview]]:
-        """Make what a job's bytes become, in pieces: of which output tensor, from which of its bytes on, and the
-        bytes."""
+        """Make what a job's bytes become: of which output tensor, from which of its bytes on, and the bytes."""
         tensor, packing = job.tensor, job.tensor.packing
         if not packing:
             yield tensor.outputs[0], job.offset, data
             return
         lines = self._restore(job, data, workspace) if tensor.scales else self._quantize(job, data, workspace)
-        for output, (role, part) in zip(tensor.outputs, lines.items()):
-            buffer, itemsize = workspace.bytes_of(role, part), part.itemsize
-            if not self.plan.options.format.transposed or tensor.scales:  # whole rows, or part of one
-                first = job.column * output.shape[1] // packing.columns_of(tensor.source.shape[1])
-                yield output, (job.row * output.shape[1] + first) * itemsize, buffer
-                continue
-            columns, rows = output.shape
-            first = job.column * columns // packing.columns_of(tensor.source.shape[1])
-            height = len(part) if job.rows == rows else 1  # of lines in one piece
-            nbytes = height * job.rows * itemsize
-            for line in range(0, len(part), height):
-                start = line * job.rows * itemsize
-                yield output, ((first + line) * rows + job.row) * itemsize, buffer[start : start + nbytes]
+        widths = (packing.codes_per_word, packing.group_size)  # columns of the weight in one of an output
+        for output, (role, part), width in zip(tensor.outputs, lines.items(), widths):
+            first, rows, nbytes = job.column // width, output.shape[1], part.nbytes
+            start = job.row * output.shape[1] + first  # of whole rows, or of part of one
+            if self.plan.options.format.transposed and not tensor.scales:
+                start = first * rows + job.row
+                nbytes = nbytes if job.rows == rows else job.rows * part.itemsize  # of what lies in one piece
+            for begin in range(0, part.nbytes, nbytes):
+                piece = workspace.bytes_of(role, part)[begin : begin + nbytes]
+                yield output, (start + begin // nbytes * rows) * part.itemsize, piece
         for output in tensor.outputs[len(lines) :] if job.row == job.column == 0 else ():
             yield output, 0, memoryview(output.content())
 
     def _lines(self, job: Job, workspace: Workspace) -> dict[str, torch.Tensor]:
-        """Make room for the job's words and scales, (rows, columns) or, if transposed, (columns, rows)."""
-        packing, columns = job.tensor.packing, job.tensor.packing.columns_of(job.columns)
-        lines = {}
-        for output, width in zip(job.tensor.outputs, (packing.codes_per_word, packing.group_size)):
-            shape = (job.rows, columns // width)
+        """Make room for a job's words and scales: (rows, columns) or, if transposed, (columns, rows)."""
+        packing, lines = job.tensor.packing, {}
+        widths = {"lines of words": packing.codes_per_word, "lines of scales": packing.group_size}
+        for output, (role, width) in zip(job.tensor.outputs, widths.items()):
+            shape = (job.rows, packing.columns_of(job.columns) // width)
             shape = shape[::-1] if self.plan.options.format.transposed else shape
             dtype = torch.int32 if output.dtype == "I32" else FLOAT_DTYPES[output.dtype]
-            lines[f"lines by {width}"] = workspace.tensor(f"lines by {width}", dtype, *shape)
+            lines[role] = workspace.tensor(role, dtype, *shape)
         return lines
 
     def _quantize(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
-        """Quantize a job's rows tile by tile; returns words and scales as they lie in the output."""
+        """Quantize a job's rows tile by tile, padded with zeros to whole groups; returns words and scales as they lie
+        in the output."""
         info, packing = job.tensor.source, job.tensor.packing
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
         lines = self._lines(job, workspace)
         by_row = [part.T if self.plan.options.format.transposed else part for part in lines.values()]
-        in_row = by_row[1].shape[1]
+        padded_columns, in_row = packing.columns_of(job.columns), by_row[1].shape[1]
         rounding = self._rounding_of(job.tensor).of_groups(job.column // packing.group_size, in_row)
         step = max(1, TILE_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
             weights = block[row : row + step]
-            if padding := in_row * packing.group_size - job.columns:  # rows are padded with zeros to whole groups
-                padded = workspace.tensor("padded", weights.dtype, len(weights), job.columns + padding)
+            if padded_columns > job.columns:
+                padded = workspace.tensor("padded", weights.dtype, len(weights), padded_columns)
                 padded[:, : job.columns].copy_(weights)
-                weights = padded.index_fill_(1, torch.arange(job.columns, job.columns + padding), 0)
+                padded[:, job.columns :].zero_()
+                weights = padded
             groups = weights.view(-1, packing.group_size)
             try:
                 results = quantize_groups(groups, by_row[1].dtype, workspace, rounding)
@@ -4062,30 +4046,28 @@ class Conversion:
         rounding = Rounding(options.format.with_offset, kernel=self._kernel, bits=packing.bits)
         if options.scale == "absmax" or packing.bits == 8:
             return rounding
-        columns = packing.columns_of(tensor.source.shape[1])
-        mean_squares, factor = (options.importance and options.importance.get(tensor.source)) or (
-            torch.ones(columns),
-            None,
-        )
-        mean_squares = torch.nn.functional.pad(mean_squares, (0, columns - len(mean_squares)))
+        columns = tensor.source.shape[1]
+        padding = packing.columns_of(columns) - columns
+        mean_squares, factor = torch.ones(columns), None
+        if options.importance:
+            mean_squares, factor = options.importance.get(tensor.source) or (mean_squares, None)
+        mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
         rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
         if factor is None:
             return rounding
-        factor = torch.nn.functional.pad(factor, (0, 0, 0, columns - len(factor)))
+        factor = torch.nn.functional.pad(factor, (0, 0, 0, padding))
         return replace(rounding, feedback=Feedback.of(mean_squares, factor, self._kernel))
 
     def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
         """Decode a job's rows by quarters of a tile, of which torch makes several temporary tensors."""
         tensor, (output,), info = job.tensor, job.tensor.outputs, job.tensor.scales
-        words = torch.frombuffer(data, dtype=torch.int32).view(job.rows, -1)
-        row_bytes = info.nbytes // info.shape[0]
+        words, row_bytes = torch.frombuffer(data, dtype=torch.int32).view(job.rows, -1), info.nbytes // info.shape[0]
         memory = workspace.buffer("scales", job.rows * row_bytes + READ_MARGIN)
         scales = self.checkpoint.read(info, job.row * row_bytes, job.rows * row_bytes, memory)
         scales = torch.frombuffer(scales, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, -1)
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
-        for row in range(0, job.rows, step):
-            rows = slice(row, row + step)
+        for rows in (slice(row, row + step) for row in range(0, job.rows, step)):
             weights = dequantize(words[rows], scales[rows], tensor.packing, self.plan.options.format.with_offset)
             dense[rows].copy_(weights[:, : output.shape[1]])
         return {"dense": dense}
@@ -4093,20 +4075,18 @@ class Conversion:
 
 def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
     """Name the first weight of a tile that is not finite or too large for the scale's dtype."""
-    info, group_size = job.tensor.source, groups.shape[1]
-    bad_group = int((~torch.isfinite(scales)).nonzero()[0])
-    weights = groups[bad_group].to(torch.float64)
-    magnitudes = torch.where(torch.isnan(weights), torch.inf, weights.abs())
-    row, group = divmod(bad_group, -(-job.columns // group_size))
-    column = job.column + group * group_size + int(magnitudes.argmax())
-    value = float(weights[magnitudes.argmax()])
-    problem = "is not finite"
+    info, group = job.tensor.source, int((~torch.isfinite(scales)).nonzero()[0])
+    weights = groups[group].to(torch.float64)
+    place = int(torch.where(torch.isnan(weights), torch.inf, weights.abs()).argmax())
+    row, group = divmod(group, -(-job.columns // groups.shape[1]))
+    value, problem = float(weights[place]), "is not finite"
     if math.isfinite(value):
         largest = torch.finfo(scales.dtype).max * job.tensor.packing.code_max
         problem = f"needs a scale beyond {str(scales.dtype).removeprefix('torch.')} (weights up to {largest:.6g})"
     return (
-        f"tensor {info.name!r} ({info.file.name}), row {job.row + first_row + row}, column {column}: {value:.6g}"
-        f" {problem}: mend the checkpoint, or keep this tensor as it is with --exclude"
+        f"tensor {info.name!r} ({info.file.name}), row {job.row + first_row + row},"
+        f" column {job.column + group * groups.shape[1] + place}: {value:.6g} {problem}: mend the checkpoint, or keep"
+        " this tensor as it is with --exclude"
     )
 
 
@@ -4273,8 +4253,7 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     if plan.options.importance:
         buffers += [plan.options.importance.largest_factor * 4] * 8
     job_weights = TRANSPOSED_JOB_WEIGHTS if plan.options.format.transposed else JOB_WEIGHTS
-    if plan.options.format.transposed:
-        buffers += [job_weights * nbytes for nbytes in (0.5, 0.1)]
+    buffers += [job_weights * nbytes for nbytes in (words, 0.1)]
     jobs = (threads + DISK_READERS) * whole_pages(max(job_weights * itemsize, COPY_BYTES) + READ_MARGIN)
     kept = 4 * KEPT_ROUNDINGS * plan.options.importance.largest_factor * 4 if plan.options.importance else 0
     return threads * sum(map(whole_pages, buffers)) + jobs + kept
@@ -4470,44 +4449,37 @@ class Verification(Conversion):
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
         self._compare_files(plan)
         shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
-        self._sound = {shard.final.name for shard in shards if self._is_sound(shard, plan)}
+        self._sound = {shard.final.name for shard in shards if self._is_sound(shard)}
         super().__init__(checkpoint, plan, shards, guard, Meter("verifying"))
 
     def _compare_files(self, plan: Plan) -> None:
         """Compare the files beside the shards with what is planned."""
         for name, planned in plan.other_files.items():
-            path = self.folder / name
-            if not path.is_file():
+            digest = hashlib.sha256(planned).hexdigest() if isinstance(planned, bytes) else hash_file(planned)
+            if not (self.folder / name).is_file():
                 self.problems.append(f"{name} is missing")
-            elif path.read_bytes() != (planned if isinstance(planned, bytes) else planned.read_bytes()):
+            elif hash_file(self.folder / name) != digest:
                 self.problems.append(f"{name} is not what the source gives")
         names = {shard.name for shard in plan.shards}
         strays = [path.name for path in self.folder.glob("*.safetensors") if path.name not in names]
         self.problems += [f"{name} is none of the shards" for name in sorted(strays)]
 
-    def _is_sound(self, shard: ShardFile, plan: Plan) -> bool:
-        """Tell whether a shard holds the planned tensors at their places, and the library opens it."""
+    def _is_sound(self, shard: ShardFile) -> bool:
+        """Tell whether the library opens a shard, and it holds the planned tensors at their places."""
         try:
-            infos = read_tensor_infos(shard.path)
+            shard.read(0, 0)  # which asks what of it is cached
             with safe_open(shard.path, framework="pt"):  # and no longer: pages that it maps cannot be dropped
-                pass
-        except (SafetensorError, OSError, RuntimeError, QuantizeError) as error:
+                found, start = read_header(shard.path)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             self.problems.append(f"{shard.final.name}: cannot be opened ({error})")
             return False
-        found = {name: (info.dtype, info.shape, info.offset) for name, info in infos.items()}
-        planned = {
-            output.name: (output.dtype, output.shape, plan.placements[output.name].offset)
-            for tensor in plan.tensors
-            for output in tensor.outputs
-            if output.name in shard.plan.tensors
-        }
-        for parts in (slice(2), slice(3)):  # places differ if any tensor does
-            names = (
-                name for name in found.keys() | planned if found.get(name, ())[parts] != planned.get(name, ())[parts]
-            )
-            if differing := sorted(names):
-                self.problems.append(f"{shard.final.name}: {quote_names(differing)} differ from what the source gives")
-                return False
+        planned = json.loads(shard.plan.header[8:])
+        del found["__metadata__"], planned["__metadata__"]
+        differing = found.keys() ^ planned.keys() or {name for name in found if found[name] != planned[name]}
+        if differing or start != len(shard.plan.header):
+            names = quote_names(sorted(differing)) or "the header"
+            self.problems.append(f"{shard.final.name}: {names} differ from what the source gives")
+            return False
         return True
 
     def _is_due(self, tensor: TensorPlan) -> bool:
@@ -4546,21 +4518,19 @@ class Verification(Conversion):
 
     def _measure(self, job: Job, data: memoryview, workspace: Workspace) -> str:
         """Add up squares of errors and weights; describe the first weight that is further from its source than its
-        scale allows.
-
-        A code is the nearest one, so that half a scale is allowed, but where error feedback moved the weight, and at
-        the ends of the range: beyond them by as much as the scale was rounded, or as the search of a scale chose to.
-        """
-        info, packing, importance = job.tensor.source, job.tensor.packing, self.plan.options.importance
+        scale allows: half a scale and the scale's own rounding, more where error feedback moved the weight, and at the
+        ends of the range as far as the search of a scale reaches."""
+        info, packing, rule = job.tensor.source, job.tensor.packing, self.facts["rule"]
+        with_offset, transposed = self.plan.options.format.with_offset, self.plan.options.format.transposed
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
-        by_row = (
-            part.T if self.plan.options.format.transposed else part for part in self._lines(job, workspace).values()
+        words, scales = (part.T if transposed else part for part in self._lines(job, workspace).values())
+        rounding, half, searched = (
+            torch.finfo(scales.dtype),
+            packing.code_max + 1,
+            packing.bits == 4 and rule != "absmax",
         )
-        words, scales = by_row
-        searched = packing.bits == 4 and self.facts["rule"] != "absmax"
-        tolerance = 0.5 + 1e-5 + (MAX_CHANGE if searched and FEEDBACK in self.facts["rule"] else 0)
-        given = importance and importance.get(info)
-        rounding, half = torch.finfo(scales.dtype), packing.code_max + 1
+        tolerance = 0.5 + 1e-5 + packing.code_max * rounding.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
+        given = self.plan.options.importance and self.plan.options.importance.get(info)
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
@@ -4569,21 +4539,19 @@ class Verification(Conversion):
             if packing.bits == 4:  # a byte holds the low nibble first
                 codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
             codes = codes[:, : job.columns].to(torch.float32)
-            codes -= half if self.plan.options.format.with_offset else 2 * half * (codes >= half)
+            codes -= half if with_offset else 2 * half * (codes >= half)
             steps = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
             decoded = codes * steps[:, : job.columns]
-            steps, errors, at_end = steps[:, : job.columns].abs(), weights - decoded, codes.abs() >= packing.code_max
-            slack = packing.code_max * rounding.eps / 2 * (steps * at_end + rounding.smallest_normal)
-            wrong = ~(errors.abs() <= steps * tolerance + slack)
+            steps, errors = steps[:, : job.columns].abs(), weights - decoded
+            wrong = ~(errors.abs() <= steps * tolerance + half * rounding.smallest_normal)
             if searched:
-                reached = weights.abs() <= steps * (MAX_SEARCHED + tolerance)
-                wrong &= ~(at_end & (weights.abs() > decoded.abs()) & (weights * decoded > 0) & reached)
+                at_end = (codes.abs() >= packing.code_max) & (weights * decoded > 0)
+                wrong &= ~(at_end & (weights.abs() <= steps * (MAX_SEARCHED + tolerance)))
             if wrong.any() and not problem:
                 at, column = (int(i) for i in wrong.nonzero()[0])
-                problem = (
-                    f"row {job.row + row + at}, column {column} decodes to {float(decoded[at, column]):.6g}, the source"
-                    f" has {float(weights[at, column]):.6g}, too far for a scale of {float(steps[at, column]):.6g}"
-                )
+                values = (f"{float(tensor[at, column]):.6g}" for tensor in (decoded, weights, steps))
+                text = "row {}, column {} decodes to {}, the source has {}, too far for a scale of {}"
+                problem = text.format(job.row + row + at, column, *values)
             for number, values in enumerate((errors, weights)):
                 squares[0, number] += values.square().sum(dtype=torch.float64)
                 squares[1, number] += output_energy(values, *given) if given else math.nan
@@ -4705,8 +4673,11 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
         return None
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
-        if not args.dry_run:
-            output.refuse_unwritable()
+        if not args.dry_run and not os.access(output.existing, os.W_OK | os.X_OK):
+            raise QuantizeError(
+                f"output folder {output.folder}: Permission denied: {output.existing} is not writable for this user,"
+                " choose another or change its owner"
+            )
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
         if args.dry_run:
             say("Dry run: nothing was written.")

@@ -186,7 +186,7 @@ def change_scale(tensors):
 
 
 CHANGES = {
-    change_code: "o_proj.weight': row 5, column 30",
+    change_code: "o_proj.weight_packed[5, 7] differs",
     change_scale: "o_proj.weight': row 5, column ",
 }
 
