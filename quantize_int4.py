@@ -3640,11 +3640,6 @@ class ShardFile:
                 sync_folder(self.final.parent)
         self.finished, self.path = True, self.final
 
-    def confirm(self) -> None:
-        """Mark a shard that was compared as made from the source files of now."""
-        with naming(self.path), open(self.path, "r+b") as file:
-            file.write(self.plan.header)
-
     def close(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
@@ -4443,7 +4438,7 @@ class Verification(Conversion):
         self.facts = read_facts(folder)
         self.problems: list[str] = []
         self.squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
-        self.kept = sum(not tensor.packing for tensor in plan.tensors)  # that are as in the source
+        self.kept = 0  # tensors that are as in the source
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
         self.blind = bool(self.facts["options"]["importance"]) and plan.options.importance is None
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
@@ -4714,9 +4709,6 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         checkpoint.check_unchanged()
         if plan.options.importance:
             plan.options.importance.check_unchanged()
-        for shard in shards:
-            if shard.compare:
-                shard.confirm()
         output.write_other_files()
     except (Interrupted, MemoryGuardError) as stop:
         kept = f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')} are finished and kept"

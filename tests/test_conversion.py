@@ -200,7 +200,6 @@ def test_a_source_of_another_time_alone_is_compared_and_the_run_continues(model,
     assert f"Comparing: {len(before)} shard" in result.stdout
     after = finished_shards(tmp_path / "out")
     assert {name: after[name][0] for name in before} == {name: inode for name, (inode, _) in before.items()}
-    assert "complete already" in quantize(source, tmp_path / "out", *SHARDS).stdout
     (tmp_path / "wanted").mkdir()
     for name, data in expected.items():
         (tmp_path / "wanted" / name).write_bytes(data)
@@ -218,8 +217,8 @@ def test_a_finished_folder_is_compared_with_a_source_of_another_time_and_keeps_i
     shutil.copytree(model, source)
     quantize(source, out, *SHARDS)
     os.utime(source / "model-00001-of-00002.safetensors")
-    assert "what is there is what the source files give" in quantize(source, out, *SHARDS).stdout
-    assert "complete already" in quantize(source, out, *SHARDS).stdout
+    for _ in range(2):
+        assert "what is there is what the source files give" in quantize(source, out, *SHARDS).stdout
     overwrite_weights(source / "model-00001-of-00002.safetensors", "m.0.weight", b"\x12\x34" * 4096)
     before = folder_bytes(out)
     assert_refused(run_cli(source, out, *SHARDS), "or are another checkpoint's: choose another folder, or --overwrite")
