@@ -553,44 +553,32 @@ def quote_names(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(repr(name) for name in names[:most]) + more
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Page cache: a guest leaves it as it was. Where CPU and GPU share their memory, the GPU's programs count it as used.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Page cache: a guest leaves it as it was. Where CPU and GPU share memory, the GPU's programs count it as used ----
 
 Ranges = list[tuple[int, int]]  # of bytes: start and end of each, in order
-_LOWEST_BIT = bytes(byte & 1 for byte in range(256))  # of mincore's bytes the others mean nothing
 
 
 def cached_ranges(fd: int) -> Ranges:
     """Ask which parts of a file are in the page cache; all of it where the system does not tell. (mincore(2))"""
-    size, page = os.fstat(fd).st_size, mmap.PAGESIZE
-    ranges: Ranges = []
-    try:
-        ask = ctypes.CDLL(None).mincore
+    size, page, ranges = os.fstat(fd).st_size, mmap.PAGESIZE, []
+    with contextlib.suppress(OSError):
+        mincore = ctypes.CDLL(None).mincore
         for start in range(0, size, MINCORE_BYTES):
             nbytes = min(MINCORE_BYTES, size - start)
-            resident = ctypes.create_string_buffer(-(-nbytes // page))
+            resident = ctypes.create_string_buffer(b"\1" * -(-nbytes // page))  # and stays so where mincore fails
             with mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE, offset=start) as pages:  # no page of which is touched
-                address = ctypes.addressof(first_byte := ctypes.c_char.from_buffer(pages))
-                failed = ask(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), resident)
-                del first_byte  # by which the map could not be closed
-            if failed:
-                return [(0, size)]
-            for run in re.finditer(rb"[^\0]+", resident.raw.translate(_LOWEST_BIT)):
-                ranges.append((start + run.start() * page, min(start + run.end() * page, size)))
-    except (OSError, AttributeError):
-        return [(0, size)]
-    return ranges
+                mincore(ctypes.byref(ctypes.c_char.from_buffer(pages)), ctypes.c_size_t(nbytes), resident)
+            runs = re.finditer(rb"\x01+", resident.raw.translate(bytes([0, 1] * 128)))  # the other bits mean nothing
+            ranges += [(start + run.start() * page, min(start + run.end() * page, size)) for run in runs]
+        return ranges
+    return [(0, size)]
 
 
 def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
     """Let the page cache forget part of a file but for what others have there. Written pages must be synced before."""
-    if not hasattr(os, "posix_fadvise"):
-        return
     for first, last in [*others, (end, end)]:
         if start < min(first, end) and (first == end or first - start >= LEAST_DROPPED):
-            nbytes = min(first, end) - start
-            os.posix_fadvise(fd, start, 0 if nbytes > 1 << 60 else nbytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, start, min(first, end) - start, os.POSIX_FADV_DONTNEED)
         start = max(start, last)
 
 
@@ -603,9 +591,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
         drop_pages(file.fileno(), others)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoint: what is in the input folder, and its bytes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoint: what is in the input folder, and its bytes ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -637,56 +623,44 @@ class TensorInfo:
 def read_header(path: Path) -> tuple[dict, int]:
     """Read the JSON header of a safetensors file, and where the tensors' bytes begin. ValueError if it has none."""
     with open(path, "rb") as file:
-        length, size = file.read(8), os.fstat(file.fileno()).st_size
-        header_size = int.from_bytes(length, "little")
-        if len(length) < 8 or header_size > min(MAX_HEADER_BYTES, size - 8):
+        header_size, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if header_size > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{size:,} bytes with a header of {header_size:,}")
-        header = json.loads(file.read(header_size).decode(), object_pairs_hook=_dict_of_unique_keys)
+        text = file.read(header_size).decode()
+    # An object with a name given twice stays a list of pairs.
+    header = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else pairs)
     if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is no JSON object, or names a tensor twice")
     return header, 8 + header_size
-
-
-def _dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"its header names {twice!r} twice")
-    return unique
 
 
 def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
     """Read what one safetensors file holds. Checks what the library checks (tensors without gap or overlap, their
-    sizes, the file's length), and unique names; `safe_open` itself maps the file in a way that fails for files beyond
-    the machine's memory."""
-    check_signals()
+    sizes, the file's length), and unique names; `safe_open` itself maps the file, which fails beyond the memory."""
+    infos: dict[str, TensorInfo] = {}
     try:
         header, start = read_header(path)
-        infos = [_tensor_info(name, entry, path, start) for name, entry in header.items() if name != "__metadata__"]
-        end = start
-        for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
-            if info.offset != end:
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            try:
+                dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+                whole = all(type(number) is int and 0 <= number < 2**63 for number in [*shape, first, last])
+                # No tensor has more dimensions than torch allows; the product of millions would take minutes.
+                if not whole or len(shape) > 64 or math.prod(shape) * DTYPE_BITS[dtype] != (last - first) * 8:
+                    raise ValueError
+                name.encode()
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"tensor {name!r} has no valid dtype, shape and offsets") from None
+            infos[name] = TensorInfo(name, dtype, tuple(shape), last - first, path, start + first)
+        for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
+            if info.offset != start:
                 raise ValueError(f"gap or overlap before tensor {info.name!r}")
-            end += info.nbytes
-        if end != path.stat().st_size:
-            raise ValueError(f"{path.stat().st_size:,} bytes, {end:,} by its header")
+            start += info.nbytes
+        if start != path.stat().st_size:
+            raise ValueError(f"{path.stat().st_size:,} bytes, {start:,} by its header")
     except (ValueError, RecursionError) as error:
         raise QuantizeError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from None
-    return {info.name: info for info in infos}
-
-
-def _tensor_info(name: str, entry: object, path: Path, start: int) -> TensorInfo:
-    try:
-        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole_numbers = all(type(number) is int and 0 <= number < 2**63 for number in [*shape, first, last])
-        # No tensor has more dimensions than torch allows; the product of millions would take minutes.
-        valid = whole_numbers and len(shape) <= 64 and math.prod(shape) * DTYPE_BITS[dtype] == (last - first) * 8
-        name.encode()
-    except (KeyError, TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise ValueError(f"tensor {name!r} has no valid dtype, shape and offsets")
-    return TensorInfo(name, dtype, tuple(shape), last - first, path, start + first)
+    return infos
 
 
 def read_json(path: Path) -> dict:
@@ -700,320 +674,203 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _file_state(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
-
-
 class WeightsFile:
-    """A file of tensors that is held open, and what it was like when it was opened."""
+    """A file of tensors that is held open, and what it and its pages were like when it was opened: safetensors, or a
+    state dict saved by torch.save, of which nothing but tensors and plain containers is ever unpickled."""
 
     def __init__(self, path: Path):
         check_signals()
         if not path.is_file():
-            raise QuantizeError(f"{path} is not a regular file")
+            raise QuantizeError(f"{path} is {'not a regular file' if path.exists() else 'missing'}")
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.state = _file_state(os.stat(self.fd))
+        self.fd = os.open(path, os.O_RDONLY)
+        self.state = os.stat(self.fd).st_size, os.stat(self.fd).st_mtime_ns
+        self.cached = cached_ranges(self.fd)  # by others; 10 ms a gigabyte
         self._direct_fd: int | None = None
         with contextlib.suppress(OSError):  # a file system without
-            self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT) if O_DIRECT else None
-        self._cached: Ranges | None = None
-        self._lock = threading.Lock()
+            self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
         self._not_dropped = 0  # bytes that were read since all that this run read was last dropped
+        self.notes, self._tensors, self._factors = [], {}, {}  # the last two of a pickle: see `resolve_quantizers`
+        self.infos = self._load_pickle() if path.suffix in (".bin", ".pth", ".pt") else read_tensor_infos(path)
 
-    def cached_before(self) -> Ranges:
-        """Tell what was in the page cache before this run read tensors: it is asked before the first is read, and not
-        at the opening, since it takes 10 ms a gigabyte."""
-        with self._lock:
-            if self._cached is None:
-                self._cached = cached_ranges(self.fd)
-            return self._cached
+    def _load_pickle(self) -> dict[str, TensorInfo]:
+        """Map a pickle's tensors, and find in the file those that lie there in one piece."""
+        self._tensors, self._factors = resolve_quantizers(load_state_dict(self.path, self.notes), self.path, self.notes)
+        with zipfile.ZipFile(self.path) as archive:
+            orders = {archive.read(name).decode() for name in archive.namelist() if name.endswith("/byteorder")}
+        # This process's maps: start, end, offset in the file (proc(5)); none where torch.load swapped bytes in memory.
+        lines = re.findall(r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", Path("/proc/self/maps").read_text(), re.MULTILINE)
+        maps = [[int(number, 16) for number in line] for line in lines if orders <= {sys.byteorder}]
+        infos = {}
+        for name, tensor in self._tensors.items():
+            dtype = DTYPE_NAMES.get(tensor.dtype)
+            plain = (tensor.layout, tensor.is_conj(), tensor.is_neg()) == (torch.strided, False, False)
+            if dtype is None or not plain or tensor.device.type != "cpu":
+                kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}: only plain tensors with data can be read"
+                raise QuantizeError(f"tensor {name!r} ({self.path.name}) is {kind}")
+            at = tensor.data_ptr()
+            offsets = (offset + at - start for start, end, offset in maps if start <= at <= end - tensor.nbytes)
+            offset = next(offsets, None) if tensor.is_contiguous() and name not in self._factors else None
+            infos[name] = TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, offset)
+        return infos
+
+    def check_unchanged(self, whole: bool = True) -> None:
+        """Raise if the file was written to or replaced since it was opened, or its end is missing."""
+        found = {(found.st_size, found.st_mtime_ns) for found in (os.stat(self.fd), os.stat(self.path))}
+        if found != {self.state} or not whole:
+            raise QuantizeError(f"{self.path} changed while it was read: {START_AGAIN}")
 
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         """Tell whether some of a tensor's bytes were in the page cache before this run."""
         start = (info.offset or 0) + offset
-        return any(first < start + nbytes and start < last for first, last in self.cached_before())
-
-    def drop_read(self, start: int = 0, end: int = 1 << 62) -> None:
-        """Let the page cache forget what this run brought there of the file, or of some of its bytes."""
-        if self._cached is not None:
-            drop_pages(self.fd, self._cached, start, end)
-
-    def check_unchanged(self) -> None:
-        """Raise if the file was written to or replaced since it was opened."""
-        if _file_state(os.stat(self.fd)) != self.state or _file_state(os.stat(self.path)) != self.state:
-            raise QuantizeError(f"{self.path} changed while it was read: {START_AGAIN}")
+        return any(first < start + nbytes and start < last for first, last in self.cached)
 
     def read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None) -> memoryview:
-        """Read a tensor's bytes, row-major, from `offset` on, and leave the page cache as it was.
-
-        Returns a part of `memory`, which begins a page and has READ_MARGIN bytes more than are asked for.
-        """
+        """Read a tensor's bytes, row-major, from `offset` on, and leave the page cache as it was. Returns a part of
+        `memory`, which begins a page and has READ_MARGIN bytes more than are asked for."""
         memory = memoryview(bytearray(nbytes)) if memory is None else memory
-        cached = self.is_cached(info, offset, nbytes)
-        if info.offset is None or info.stride:
-            (self._read_transposed if info.stride else self._read_line)(info, offset, memory[:nbytes])
-            self._not_dropped += nbytes
-            if self._not_dropped >= SYNC_BYTES:  # and not at once, since other rows lie in the same pages
-                self._not_dropped = 0
-                self.drop_read()
-            return memory[:nbytes]
-        start, end = info.offset + offset, info.offset + offset + nbytes
-        may_go_around = self._direct_fd is not None and start % 8 == 0 and len(memory) >= nbytes + READ_MARGIN
-        if may_go_around and not cached:
+        buffer, start = memory[:nbytes], (info.offset or 0) + offset
+        in_one_piece = info.offset is not None and not info.stride
+        may_go_around = in_one_piece and self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
+        if may_go_around and start % 8 == 0 and not self.is_cached(info, offset, nbytes):
+            # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
             skip = start % DIRECT_BLOCK
-            if self._read_directly(memory[: -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK], start - skip, end):
-                return memory[skip : skip + nbytes]
-        self._read_piece(memory[:nbytes], start)
-        self.drop_read(start, end)
-        return memory[:nbytes]
+            blocks = memory[: -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK]
+            with contextlib.suppress(OSError):  # some file systems open it so, and read it not
+                if os.preadv(self._direct_fd, [blocks], start - skip) >= skip + nbytes:
+                    return memory[skip : skip + nbytes]
+        (self._read_transposed if info.stride else self._read_line)(info, offset, buffer)
+        self._not_dropped = self._not_dropped % SYNC_BYTES + (0 if in_one_piece else nbytes)
+        if in_one_piece:
+            drop_pages(self.fd, self.cached, start, start + nbytes)
+        elif self._not_dropped >= SYNC_BYTES:  # and not at once, since other rows lie in the same pages
+            drop_pages(self.fd, self.cached)
+        return buffer
 
-    def _read_directly(self, memory: memoryview, position: int, end: int) -> bool:
-        """Read whole blocks around the page cache: a tenth of the processor's time of a read through the cache, which
-        finds and frees each page. (open(2), O_DIRECT) False if the file cannot be read so, which is for others to
-        explain."""
-        with contextlib.suppress(OSError):  # some file systems open it so, and read it not
-            while position < end:
-                count = os.preadv(self._direct_fd, [memory], position)
-                if count == 0 or (count % DIRECT_BLOCK and position + count < end):
-                    return False
-                memory, position = memory[count:], position + count
-            return True
-        return False
-
-    def _read_piece(self, buffer: memoryview, position: int) -> None:
-        """Fill `buffer` with the file's bytes from `position` on.
-
-        With `preadv` rather than through a memory map: as fast from the page cache, and a file that is truncated or
-        fails while it is read is an error message, not a SIGBUS.
-        """
-        while len(buffer):
-            with naming(self.path):
-                count = os.preadv(self.fd, [buffer], position)
-            if count == 0:
-                self.refuse_shortened()
-            buffer, position = buffer[count:], position + count
+    def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on, as the tensor's bytes lie, or by rows of one that is not in one piece."""
+        if info.offset is None:
+            self.check_unchanged()  # reading the map beyond the file's end would be a SIGBUS
+            tensor, offset = torch.atleast_1d(self._tensors[info.name_in_file]), offset + info.start
+            row_bytes = tensor.nbytes // len(tensor)
+            first, skip = divmod(offset, row_bytes)
+            rows = tensor[first : -(-(offset + len(buffer)) // row_bytes)]
+            if info.name_in_file in self._factors:
+                rows = (rows.to(torch.float32) * self._factors[info.name_in_file]).to(tensor.dtype)
+            source = rows.contiguous().view(-1).view(torch.uint8)[skip : skip + len(buffer)]
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
+            return
+        position = info.offset + offset
+        # As fast from the page cache as a map, and where the file is truncated or fails, an error and not a SIGBUS.
+        with naming(self.path):
+            while buffer and (count := os.preadv(self.fd, [buffer], position)):
+                buffer, position = buffer[count:], position + count
+        if buffer:
+            self.check_unchanged(whole=False)
 
     def _read_transposed(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from a tensor that lies transposed: of each column, the part that is in these rows."""
-        rows, columns = info.shape
-        itemsize = info.nbytes // (rows * columns)
-        first, last = offset // (columns * itemsize), -(-(offset + len(buffer)) // (columns * itemsize))
-        width = (last - first) * itemsize
-        lines = bytearray(columns * width)
+        columns, dtype = info.shape[1], getattr(torch, f"int{DTYPE_BITS[info.dtype]}")  # which keeps all bits
+        row_bytes = columns * dtype.itemsize
+        first, skip = divmod(offset, row_bytes)
+        width = -(-(skip + len(buffer)) // row_bytes) * dtype.itemsize
+        lines = memoryview(bytearray(columns * width))
         for column in range(columns):
-            line = memoryview(lines)[column * width : (column + 1) * width]
-            self._read_line(info, column * info.stride + first * itemsize, line)
-        words = torch.frombuffer(lines, dtype={2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize])
-        source = words.view(columns, -1).T.contiguous().view(-1).view(torch.uint8)
-        skip = offset - first * columns * itemsize
+            line = lines[column * width : (column + 1) * width]
+            self._read_line(info, column * info.stride + first * dtype.itemsize, line)
+        source = torch.frombuffer(lines, dtype=dtype).view(columns, -1).T.contiguous().view(-1).view(torch.uint8)
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(source[skip : skip + len(buffer)])
-
-    def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on, as the tensor's bytes lie."""
-        self._read_piece(buffer, info.offset + offset)
-
-    def refuse_shortened(self) -> None:
-        raise QuantizeError(f"{self.path} changed while it was read, it is shorter now: {START_AGAIN}")
-
-    def close(self) -> None:
-        self.drop_read()
-        for fd in (self.fd, self._direct_fd):
-            if fd is not None:
-                os.close(fd)
-
-
-class SafetensorsFile(WeightsFile):
-    """Tensors in row-major order at the offsets of the checked header."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.infos = read_tensor_infos(path)
-
-
-class PickleFile(WeightsFile):
-    """A state dict saved by torch.save. Never unpickles anything but tensors and plain containers."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        state_dict, self.notes = load_state_dict(path)
-        self._tensors, self._factors, notes = resolve_quantizers(state_dict, path)
-        self.notes += notes
-        self._maps = [] if is_byteswapped(path) else read_memory_maps()
-        self.infos = {name: self._describe(name, tensor) for name, tensor in self._tensors.items()}
 
     def close(self) -> None:
         self._tensors.clear()  # pages that are mapped cannot be dropped
-        super().close()
-
-    def _describe(self, name: str, tensor: torch.Tensor) -> TensorInfo:
-        dtype = DTYPE_NAMES.get(tensor.dtype)
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_conj()
-        if dtype is None or not plain or tensor.is_neg():
-            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise QuantizeError(
-                f"tensor {name!r} ({self.path.name}) is {kind}: only plain tensors with data can be read"
-            )
-        return TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, self._offset(name, tensor))
-
-    def _offset(self, name: str, tensor: torch.Tensor) -> int | None:
-        """Find where the tensor lies in the file, from where it lies in torch's memory map; None if not as one
-        piece."""
-        address = tensor.data_ptr()
-        if tensor.is_contiguous() and name not in self._factors:
-            for start, end, offset in self._maps:
-                if start <= address and address + tensor.nbytes <= end:
-                    return offset + address - start
-        return None
-
-    def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer`, if the tensor is not in one piece through the map, by rows (of the first dimension)."""
-        if info.offset is not None:
-            super()._read_line(info, offset, buffer)
-            return
-        if os.fstat(self.fd).st_size < self.state[0]:  # reading the map beyond the file's end would be a SIGBUS
-            self.refuse_shortened()
-        tensor, offset = self._tensors[info.name_in_file], offset + info.start
-        tensor = tensor if tensor.dim() else tensor.view(1)
-        row_bytes = tensor.nbytes // len(tensor)
-        first = offset // row_bytes
-        rows = tensor[first : -(-(offset + len(buffer)) // row_bytes)]
-        if info.name_in_file in self._factors:
-            rows = (rows.to(torch.float32) * self._factors[info.name_in_file]).to(tensor.dtype)
-        skip = offset - first * row_bytes
-        source = rows.contiguous().view(-1).view(torch.uint8)[skip : skip + len(buffer)]
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
+        drop_pages(self.fd, self.cached)
+        for fd in {self.fd, self._direct_fd} - {None}:
+            os.close(fd)
 
 
-def is_byteswapped(path: Path) -> bool:
-    """Tell whether torch.load swaps a pickle's bytes in memory, since it comes from a machine of the other byte
-    order."""
-    with zipfile.ZipFile(path) as archive:
-        records = [name for name in archive.namelist() if name.endswith("/byteorder")]
-        return any(archive.read(name).decode() != sys.byteorder for name in records)
-
-
-def read_memory_maps() -> list[tuple[int, int, int]]:
-    """List first address, end, and offset in its file of each memory map of this process. (proc(5), Linux alone)"""
-    with contextlib.suppress(OSError):
-        lines = re.findall(r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", Path("/proc/self/maps").read_text(), re.MULTILINE)
-        return [(int(start, 16), int(end, 16), int(offset, 16)) for start, end, offset in lines]
-    return []
-
-
-def load_state_dict(path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
     """Load the tensors of a pickled state dict, mapped and not read, and make notes on what else it held."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"would run {culprit[1]} when opened" if culprit else "is no pickle of tensors alone"
-        raise QuantizeError(
-            f"{path} {reason}, but only tensors are read from pickles: save model.state_dict() alone, or as safetensors"
-        ) from None
+        problem = f"would run {culprit[1]} when opened" if culprit else "is no pickle of tensors alone"
+        raise QuantizeError(f"{path} {problem}, and only tensors are read: save model.state_dict() alone") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         problem = " ".join(str(error).split())
         if "mmap can only be used" in problem:
             problem = "it is not in torch.save's zip format of torch 1.6 and newer"
         raise QuantizeError(f"{path}: not a whole torch checkpoint ({problem}): copy or save it again") from None
-    wrapper = next((key for key in PICKLE_WRAPPERS if _is_state_dict(content, key)), None)
-    beside = [key for key in content if key != wrapper] if wrapper else []
-    notes = [f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}"] if beside else []
-    tensors = content[wrapper] if wrapper else content
-    if not isinstance(tensors, Mapping):
-        raise QuantizeError(f"{path} holds a {type(tensors).__name__}, not a state dict: save model.state_dict()")
-    nested = [str(name) for name, value in tensors.items() if isinstance(value, Mapping)]
-    if nested:
+    if not isinstance(content, Mapping):
+        raise QuantizeError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
+    if wrapper := next((key for key in PICKLE_WRAPPERS if isinstance(content.get(key), Mapping)), None):
+        if beside := [key for key in content if key != wrapper]:
+            notes.append(f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}")
+        content = content[wrapper]
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if nested := [str(name) for name, value in content.items() if isinstance(value, Mapping)]:
         raise QuantizeError(f"{path}: {nested[0]!r} is a dict inside the state dict: save model.state_dict() alone")
-    others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
-    if others:
+    if others := [str(name) for name in content if str(name) not in tensors]:
         notes.append(f"{path.name}: {len(others):,} entries are no tensors and are left out: {quote_names(others)}")
-    return {str(name): value for name, value in tensors.items() if isinstance(value, torch.Tensor)}, notes
+    return tensors
 
 
-def _is_state_dict(content: object, key: str) -> bool:
-    return isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+def resolve_quantizers(state_dict: dict[str, torch.Tensor], path: Path, notes: list[str]) -> tuple[dict, dict]:
+    """Undo what ModelOpt (0.25 to 0.33) did to a state dict before its export failed, with a note.
 
-
-def resolve_quantizers(
-    state_dict: dict[str, torch.Tensor], path: Path
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
-    """Undo what ModelOpt (0.25 to 0.33) did to a state dict before its export failed.
-
-    Returns the model's own tensors, for some weights a float32 factor for each column, and notes. `_amax` records what
-    was seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
+    Returns the model's own tensors, and for some weights a float32 factor for each column. `_amax` records what was
+    seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
     multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused.
     """
     tensors = {name: tensor for name, tensor in state_dict.items() if not QUANTIZER_PATTERN.search(name)}
-    quantizers = state_dict.keys() - tensors.keys()
-    scales = sorted(name for name in quantizers if name.endswith("._pre_quant_scale"))
-    unknown = sorted(name for name in quantizers if not name.endswith("._amax") and name not in scales)
-    factors, cancelled = {}, 0
-    for name in scales:
-        module, _, quantizer = name.removesuffix("._pre_quant_scale").rpartition(".")
-        other = f"{module}.weight_quantizer._pre_quant_scale"
-        weight, scale = tensors.get(f"{module}.weight"), state_dict[name].to(torch.float32).flatten()
-        if quantizer == "weight_quantizer" and f"{module}.input_quantizer._pre_quant_scale" in quantizers:
-            cancelled += 1
-        elif quantizer != "input_quantizer" or weight is None or weight.dim() != 2 or len(scale) != weight.shape[1]:
-            unknown.append(name)
-        elif not (torch.isfinite(scale) & (scale > 0)).all():
-            raise QuantizeError(f"tensor {name!r} ({path.name}): scales must be positive and finite to be undone")
-        elif other not in quantizers:
-            factors[f"{module}.weight"] = scale
-    if unknown:
-        raise QuantizeError(
-            f"tensor {unknown[0]!r} ({path.name}): a quantizer's tensor whose effect on the weights is unknown"
-            f"{f' ({len(unknown):,} such)' if len(unknown) > 1 else ''}: give the checkpoint from before ModelOpt"
-        )
-    if not quantizers:
-        return tensors, {}, []
-    note = (
-        f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}; pre_quant_scale multiplied back into"
-        f" {len(factors):,} weights, cancelled in {cancelled:,}"
-    )
-    return tensors, factors, [note]
+    quantizers, factors = state_dict.keys() - tensors.keys(), {}
+    known = {name for name in quantizers if name.endswith("._amax")}
+    for name in quantizers:
+        module = name.removesuffix(".input_quantizer._pre_quant_scale")
+        weight, twin = tensors.get(f"{module}.weight"), f"{module}.weight_quantizer._pre_quant_scale"
+        if weight is not None and weight.dim() == 2 and state_dict[name].numel() == weight.shape[1]:
+            factors[f"{module}.weight"] = scale = state_dict[name].to(torch.float32).flatten()
+            if not (torch.isfinite(scale) & (scale > 0)).all():
+                raise QuantizeError(f"tensor {name!r} ({path.name}): scales must be positive and finite to be undone")
+            known |= {name, twin}
+    if unknown := sorted(quantizers - known):
+        problem = f"tensors of quantizers whose effect on the weights is unknown, {quote_names(unknown)}"
+        raise QuantizeError(f"{path.name}: {problem}: give the checkpoint from before ModelOpt")
+    cancelled = {name for name in factors if f"{name}_quantizer._pre_quant_scale" in quantizers}
+    factors = {name: factors[name] for name in factors.keys() - cancelled}
+    if quantizers:
+        scales = f"multiplied back into {len(factors):,} weights, cancelled in {len(cancelled):,}"
+        notes.append(f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}; pre_quant_scale {scales}")
+    return tensors, factors
 
 
 class Checkpoint:
     """The tensors of an input folder, in file order, and the door to their bytes, however they are stored."""
 
-    def __init__(self, folder: Path, config_folder: Path, files: list[WeightsFile], weight_map: dict[str, str] | None):
-        self.folder = folder
-        self.config_folder = config_folder  # of config.json and all other files that are copied
+    def __init__(self, folder: Path, config_folder: Path, files: list[WeightsFile], weight_map: dict[str, str]):
+        self.folder, self.config_folder = folder, config_folder  # which has config.json and what else is copied
         self.files = {file.path: file for file in files}
+        self.sources = {file.path.name: list(file.state) for file in files}  # sizes and times
         self.tensors: dict[str, TensorInfo] = {}
-        self.notes = [note for file in files for note in getattr(file, "notes", [])]
-        unlisted = []
-        for file in files:
-            for name, info in file.infos.items():
-                if weight_map is not None and weight_map.get(name, file.path.name) != file.path.name:
-                    continue  # the index takes it from another shard
-                if name in self.tensors:
-                    raise QuantizeError(
-                        f"tensor {name!r} is in both {self.tensors[name].file.name} and {file.path.name}, and no index"
-                        " says which counts: remove the file that does not belong to the model"
-                    )
-                self.tensors[name] = info
-                if weight_map is not None and name not in weight_map:
-                    unlisted.append(name)
-        lost = [name for name in weight_map or () if name not in self.tensors]
+        self.notes = [note for file in files for note in file.notes]
+        for name, info in (item for file in files for item in file.infos.items()):
+            if weight_map.get(name, info.file.name) != info.file.name:
+                continue  # the index takes it from another shard
+            if name in self.tensors:
+                both = f"{self.tensors[name].file.name} and {info.file.name}"
+                raise QuantizeError(f"tensor {name!r} is in both {both}, and no index says which counts: remove one")
+            self.tensors[name] = info
         if not self.tensors:
-            raise QuantizeError(f"{folder}: {quote_names(file.path.name for file in files)} hold no tensors")
-        if lost:
-            raise QuantizeError(
-                f"{folder}: the index puts tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
-                + (f" ({len(lost):,} such tensors)" if len(lost) > 1 else "")
-            )
-        if unlisted:
+            raise QuantizeError(f"{folder}: {quote_names(self.sources)} hold no tensors")
+        if lost := [name for name in weight_map if name not in self.tensors]:
+            problem = f"tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it ({len(lost):,} such)"
+            raise QuantizeError(f"{folder}: the index puts {problem}")
+        if unlisted := [name for name in self.tensors if weight_map and name not in weight_map]:
             self.notes.append(f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}")
-        config = config_folder / CONFIG_NAME
-        self.has_config = config.exists()
-        self.config = read_json(config) if self.has_config else {}
+        self.has_config = (config_folder / CONFIG_NAME).exists()
+        self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
         if not self.has_config:
-            self.notes.append(
-                f"no {CONFIG_NAME} in {config_folder}, without which no loader knows the model: --config_dir"
-            )
+            self.notes.append(f"no {CONFIG_NAME} in {config_folder}, without which no loader knows it: --config_dir")
         self._drop_wrappers()
 
     def _drop_wrappers(self) -> None:
@@ -1022,14 +879,19 @@ class Checkpoint:
         if averaged and self.tensors.pop("n_averaged", None):
             self.notes.append("left out 'n_averaged', which counts an AveragedModel's steps")
         dropped = Counter(match[2] for name in self.tensors for match in WRAPPER_PATTERN.finditer(name))
-        names = {name: WRAPPER_PATTERN.sub("", name) for name in self.tensors}
-        while prefix := common_wrapper(names.values(), self.config):
-            dropped[prefix] += len(names)
-            names = {name: short.removeprefix(f"{prefix}.") for name, short in names.items()}
+        parts = {name: WRAPPER_PATTERN.sub("", name).split(".") for name in self.tensors}
+        # What stands before every name may be data parallelism's `module`s, or whatever a whole language model, body
+        # and head, was put into; but a model's part where config.json has configs for these, as Qwen-Omni's `thinker`.
+        shared = os.path.commonprefix([part[:-1] for part in parts.values()])  # noqa: RUF071 - of lists
+        nested = any(isinstance(value, dict) and key.endswith("_config") for key, value in self.config.items())
+        if nested or {part[len(shared)] for part in parts.values()} != {"model", "lm_head"}:
+            shared = list(itertools.takewhile("module".__eq__, shared))
+        dropped.update(shared * len(parts))
         if not dropped:
             return
-        if clash := next((name for name, count in Counter(names.values()).items() if count > 1), None):
-            twins = [name for name, short in names.items() if short == clash]
+        names = {name: ".".join(part[len(shared) :]) for name, part in parts.items()}
+        counts = Counter(names.values())
+        if twins := [name for name in names if counts[names[name]] > 1]:
             raise QuantizeError(TWO_COPIES.format(quote_names(twins)))
         self.tensors = {short: replace(self.tensors[name], name=short, stored=name) for name, short in names.items()}
         wrappers = ", ".join(f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items())
@@ -1040,32 +902,19 @@ class Checkpoint:
         """Open a folder's weights, and config.json there or in another folder."""
         for path in filter(None, (folder, config_folder)):
             if not path.is_dir():
-                hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path))
-                there = "no such folder; if it is a model of the hub: hf download {0} --local-dir {1}, then give {1}"
-                problem = there.format(path, path.name) if hub else "no such folder"
+                hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.name
+                advice = f"; if it is a model of the hub: hf download {path} --local-dir {hub}, then give {hub}"
+                problem = f"no such folder{advice if hub else ''}"
                 raise QuantizeError(f"folder {path}: {'is a file, give its folder' if path.exists() else problem}")
-        names, weight_map = find_weights(folder)
+        names, weight_map, ignored = find_weights(folder)
         with contextlib.ExitStack() as opened:
-            files = []
-            for name in names:
-                file = (SafetensorsFile if name.endswith(".safetensors") else PickleFile)(folder / name)
-                files.append(file)
-                opened.callback(file.close)
+            files = [opened.enter_context(contextlib.closing(WeightsFile(folder / name))) for name in names]
             elsewhere = config_folder and config_folder.resolve() != folder.resolve()
             checkpoint = cls(folder, config_folder if elsewhere else folder, files, weight_map)
-            opened.pop_all()
-        if names[0].endswith(".safetensors"):
-            ignored = [path.name for path in sorted(folder.iterdir()) if is_pickled_weights(path)]
-            if ignored:
-                checkpoint.notes.append(
-                    f"weights are read from safetensors; not from {quote_names(ignored)} beside them"
-                )
+            checkpoint.close = opened.pop_all().close
+        if ignored:
+            checkpoint.notes.append(f"weights are read from safetensors; not from {quote_names(ignored)} beside them")
         return checkpoint
-
-    @property
-    def sources(self) -> dict[str, list[int]]:
-        """List size and time of the files of weights, by name."""
-        return {file.path.name: list(file.state) for file in self.files.values()}
 
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         return self.files[info.file].is_cached(info, offset, nbytes)
@@ -1076,113 +925,70 @@ class Checkpoint:
     def drop_all_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
         for file in self.files.values():
-            file.drop_read()
+            drop_pages(file.fd, file.cached)
 
     def check_unchanged(self) -> None:
         for file in self.files.values():
             file.check_unchanged()
 
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
 
-
-def common_wrapper(names: Collection[str], config: dict) -> str:
-    """Find what stands before every name though it is no part of the model: data parallelism's `module`, or whatever a
-    whole language model, body and head, was put into. Nothing if there is none.
-
-    Where config.json has configs for a model's parts, such a prefix is one of these, as Qwen-Omni's `thinker`.
-    """
-    modules = [name.split(".")[:-1] for name in names]
-    shared = os.path.commonprefix(modules)  # noqa: RUF071 - of lists
-    if shared[:1] == ["module"]:
-        return "module"
-    inside = {module[len(shared)] if len(module) > len(shared) else "" for module in modules}
-    parts = any(isinstance(value, dict) and key.endswith("_config") for key, value in config.items())
-    return ".".join(shared) if inside == {"model", "lm_head"} and not parts else ""
-
-
-def find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Name the files that hold the model's weights, and read the index if there is one. Safetensors come first."""
+def find_weights(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
+    """Name the files of the weights, safetensors first; read their index, if any; name the pickles left beside them."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_")))
     safetensors = [name for name in names if name.endswith(".safetensors")]
     # Mistral's own copy of the weights beside Hugging Face's. `plan_other_files` names it among what is left out.
     safetensors = [name for name in safetensors if not name.startswith("consolidated")] or safetensors
+    pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
+    pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
+    binaries = [name for name in pickles if name.endswith(".bin")]
     index = folder / (INDEX_NAME if safetensors or INDEX_NAME in names else "pytorch_model.bin.index.json")
     if index.exists():
-        weight_map = read_weight_map(index)
-        return sorted(set(weight_map.values())), weight_map
-    pickles = [name for name in names if is_pickled_weights(folder / name)]
-    binaries = [name for name in pickles if name.endswith(".bin")]
-    if not safetensors and not binaries and len(pickles) > 1:
-        raise QuantizeError(
-            f"input folder {folder} holds {quote_names(pickles)}: parts of a model that was saved by several ranks, or"
-            " several models. Merge them, or leave one"
-        )
+        weight_map = read_weight_map(index, [*safetensors, *pickles])
+        found = sorted(set(weight_map.values()))
+        return found, weight_map, pickles if found[0].endswith(".safetensors") else []
     found = safetensors or binaries or pickles
-    sets = dict.fromkeys(re.sub(r"\d+(?=-of-\d+\.)", "*", name) for name in found)
+    problem = "" if found else "no *.safetensors, pytorch_model*.bin or *.pth in it"
+    others = [name for name in names if name.endswith((".ckpt", ".bin")) and not found]
+    if (folder / "adapter_config.json").exists() and not found:
+        problem += ": it holds a LoRA adapter, merge that into its base model first"
+    elif others:
+        problem += f": if {others[0]!r} is the model's state dict, name it model.pth"
+    if not safetensors and not binaries and len(pickles) > 1:
+        problem = f"it holds {quote_names(pickles)}, of several ranks or several models: merge them, or leave one"
+    sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found}
     if len(sets) > 1 and re.search(r"-of-\d+\.|^(pytorch_)?model\.", "\n".join(found), re.MULTILINE):
-        raise QuantizeError(
-            f"input folder {folder} holds {quote_names(sets)}: two sets of weights and no index that says which counts:"
-            " leave one"
-        )
-    for name in found:
-        if part := re.fullmatch(r"(.*-)(\d+)(-of-)(\d+)(\.\w+)", name):
-            numbers = range(1, int(part[4]) + 1) if int(part[4]) < 10**5 else ()
-            parts = [f"{part[1]}{number:0{len(part[2])}}{part[3]}{part[4]}{part[5]}" for number in numbers]
-            if missing := [other for other in parts if other not in found]:
-                raise QuantizeError(
-                    f"input folder {folder}: {quote_names(missing)} of {part[4]} missing: copy it again"
-                )
-    if not found:
-        adapter = (folder / "adapter_config.json").exists()
-        others = [name for name in names if name.endswith((".ckpt", ".bin"))]
-        hint = f": if {others[0]!r} is the model's state dict, name it model.pth" if others else ""
-        hint = ": it holds a LoRA adapter, merge that into its base model first" if adapter else hint
-        raise QuantizeError(f"input folder {folder}: no *.safetensors, pytorch_model*.bin or *.pth in it{hint}")
-    return found, None
+        problem = f"it holds {quote_names(sets)}: two sets of weights and no index that says which counts: leave one"
+    for pattern, name in sets.items():
+        if part := re.search(r"(\d+)-of-(\d{1,5})\.\w+$", name):
+            parts = [pattern.replace("*", f"{number:0{len(part[1])}}") for number in range(1, int(part[2]) + 1)]
+            if missing := [name for name in parts if name not in found]:
+                problem = problem or f"{quote_names(missing)} of {part[2]} missing: copy it again"
+    if problem:
+        raise QuantizeError(f"input folder {folder}: {problem}")
+    return found, {}, pickles if safetensors else []
 
 
-def is_pickled_weights(path: Path) -> bool:
-    binary = path.name.startswith("pytorch_model") and path.suffix == ".bin"
-    return (binary or path.suffix in (".pth", ".pt")) and not TRAINER_PATTERN.search(path.name)
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Read an index, tensor name -> file name; all files must lie beside it."""
+def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
+    """Read an index, tensor name -> file name; all files must lie beside it, where files of these names do."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
-            raise QuantizeError(f"{index}: tensor {name!r} is in {file!r}, which is no file of this folder")
-        if not file.endswith((".safetensors", ".bin", ".pth", ".pt")):
-            raise QuantizeError(
-                f"{index}: tensor {name!r} is in {file!r}, which is neither safetensors nor a torch pickle"
-            )
-    for file in sorted(set(weight_map.values())):
-        if not (index.parent / file).exists():
-            raise QuantizeError(
-                f"{index} names {file}, which is missing: {remedy_for_missing_shard(index, weight_map)}"
-            )
-    return weight_map
-
-
-def remedy_for_missing_shard(index: Path, weight_map: dict[str, str]) -> str:
-    """Say how to mend a missing shard: copy it again, unless other files beside the index have all weights, as after a
-    save into an old folder."""
-    others = [path for path in sorted(index.parent.iterdir()) if path.name not in weight_map.values()]
-    others = [path for path in others if path.suffix == ".safetensors" or is_pickled_weights(path)]
-    found: set[str] = set()
-    for path in others:
-        with contextlib.suppress(QuantizeError):
-            found |= (load_state_dict(path)[0] if is_pickled_weights(path) else read_tensor_infos(path)).keys()
+        if not re.fullmatch(r"[^/\\\0]+\.(safetensors|bin|pth?)", str(file)):
+            problem = "no file of this folder, or neither safetensors nor a torch pickle"
+            raise QuantizeError(f"{index}: tensor {name!r} is in {file!r}, which is {problem}")
+    missing = sorted(file for file in set(weight_map.values()) if not (index.parent / file).exists())
+    if not missing:
+        return weight_map
+    # Other files may have all the weights, as after a save into an old folder.
+    found, remedy, others = set(), "copy or download it again", sorted({*names} - {*weight_map.values()})
+    for name in others:
+        with contextlib.suppress(QuantizeError), contextlib.closing(WeightsFile(index.parent / name)) as file:
+            found |= file.infos.keys()
     if weight_map.keys() <= found:
-        return (
-            f"the index may be stale, since {quote_names(path.name for path in others)} beside it have all"
-            f" {len(weight_map):,} tensors that it names: remove the index if they are the model"
-        )
-    return "copy or download it again"
+        beside = f"{quote_names(others)} beside it have all {len(weight_map):,} tensors that it names"
+        remedy = f"the index may be stale, since {beside}: remove the index if they are the model"
+    raise QuantizeError(f"{index} names {missing[0]}, which is missing: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2543,12 +2349,10 @@ FORMATS = {
     )
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics of the layers' inputs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Statistics of the layers' inputs -------------------------------------------------------------------------------
 
 
-class Importance:
+class Importance(WeightsFile):
     """Statistics of each layer's input activations, from --importance: mean squares (columns,), which weigh the error
     of a weight's columns, and a factor (columns, rank), which tells how the columns go together, if there is one.
 
@@ -2557,140 +2361,97 @@ class Importance:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.state = _file_state(path.stat())
-        if not path.is_file():
-            raise QuantizeError(f"--importance {path}: is no file")
-        try:
-            self._file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise QuantizeError(f"{path}: not a safetensors file ({error})") from None
-        names = self._file.keys()
-        self._factors = {name for name in names if name.endswith(".factor")}
-        self._names = [name for name in names if name not in self._factors]
-        if alone := sorted(self._factors - {f"{name}.factor" for name in self._names}):
+        super().__init__(path)
+        factors = [name for name in self.infos if name.endswith(".factor")]
+        if alone := [name for name in factors if name.removesuffix(".factor") not in self.infos]:
             raise QuantizeError(f"{path}: {alone[0]!r} has no {alone[0].removesuffix('.factor')!r} beside it")
-        self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
+        self.has_factors = bool(factors)
         self.largest_factor = 0  # numbers in it
-
-    def check_unchanged(self) -> None:
-        if _file_state(self.path.stat()) != self.state:
-            raise QuantizeError(f"{self.path} changed while it was read: give the same command again with --overwrite")
-
-    @property
-    def has_factors(self) -> bool:
-        return bool(self._factors)
+        self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
 
     def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None) -> None:
-        """Find the weights' vectors. Raises if more than half of them have none."""
-        shapes = {name: self._file.get_slice(name).get_shape() for name in self._names}
-        self._found = match_statistics(shapes, weights, tensors, naming)
+        """Find each weight's vector or the row of a stack: by name, else by what follows the wrappers, where only one
+        vector and only one of all tensors of the checkpoint ends so. Raises if more than half of them have none."""
+
+        def ending(name: str) -> str:  # from the layers' container on, or the last part where it lies in no layer
+            layer = LAYER_PATTERN.match(name)
+            return name[layer.start(2) :] if layer else ".".join(name.split(".")[-2:])
+
+        names = [name for name in self.infos if not name.endswith(".factor")]
+        vectors: dict[str, tuple[str, int | None]] = {}
+        for name in names:
+            shape, stack = self.infos[name].shape, STACK_PATTERN.match(name)
+            if len(shape) == 2 and stack and stack["projection"]:
+                for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
+                    vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
+            else:
+                vectors[renamed(f"{name}.weight", naming)] = name, None
+        ends = Counter(map(ending, [*vectors, *(info.name for info in tensors)]))
+        by_end = {ending(name): vector for name, vector in vectors.items() if ends[ending(name)] == 2}
+        found = {weight.name: vectors.get(weight.name) or by_end.get(ending(weight.name)) for weight in weights}
+        self._found = {name: vector for name, vector in found.items() if vector}
         if len(self._found) * 2 < len(weights):
             raise QuantizeError(
                 f"{self.path} names {len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized: its"
-                f" names are {quote_names(self._names)}, the checkpoint's {quote_names(w.name for w in weights)}:"
-                " collect them from this model"
+                f" names are {quote_names(names)}, the checkpoint's {quote_names(found)}: collect them from this model"
             )
 
     def describe(self, weights: list[TensorInfo]) -> str:
-        """Say how many of these have what, in words for the plan."""
+        """Say how many of these have what, in words for the plan; all of it is read and checked."""
         named = [weight for weight in weights if weight.name in self._found]
-        weighed, ranks = 0, []
-        for _, factor in filter(None, map(self.get, named)):
-            weighed += 1
-            if factor is not None:
-                ranks.append(factor.shape[1])
-                self.largest_factor = max(self.largest_factor, factor.numel())
-        rank = f"rank {min(ranks)}" + (f" to {max(ranks)}" if min(ranks) < max(ranks) else "") if ranks else ""
-        feedback = f", {len(ranks):,} of them with error feedback of {rank}" if ranks else ""
+        shapes = [None if factor is None else factor.shape for _, factor in filter(None, map(self.get, named))]
+        ranks = [shape[1] for shape in shapes if shape]
+        self.largest_factor = max((shape.numel() for shape in shapes if shape), default=0)
+        feedback = " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else ""
+        feedback = f", {len(ranks):,} of them with error feedback of rank {feedback}" if ranks else ""
         return (
-            f"importance weighs {count_of(weighed, 'weight')}{feedback}; {len(named) - weighed:,} are named but without"
-            f" data, and {len(weights) - len(named):,} are not named"
+            f"importance weighs {count_of(len(shapes), 'weight')}{feedback}; {len(named) - len(shapes):,} are named but"
+            f" without data, and {len(weights) - len(named):,} are not named"
         )
 
     def has_factor(self, info: TensorInfo) -> bool:
-        return info.name in self._found and f"{self._found[info.name][0]}.factor" in self._factors
+        return info.name in self._found and f"{self._found[info.name][0]}.factor" in self.infos
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Read a weight's mean squares, float32 (columns,), and its factor, float32 (columns, rank), or None if it has
-        none.
-
-        None if the file does not name the weight, or if no data reached the layer.
-        """
+        none. None if the file does not name the weight, or if no data reached the layer."""
         if info.name not in self._found:
             return None
-        name, row = self._found[info.name]
-        vector, columns = self._read(name, row), info.shape[1]
-        self._require(
-            vector.dtype == torch.float32 and tuple(vector.shape) == (columns,),
-            f"{name!r} is {vector.dtype} {tuple(vector.shape)}; {info.name!r} needs a float32 for each of its"
-            f" {columns:,} columns",
-        )
-        sound = torch.isfinite(vector) & (vector >= 0)
-        self._require(sound.all(), f"{name!r} holds a value that is negative or not finite")
-        if not vector.any():
-            return None
+        (name, row), columns = self._found[info.name], info.shape[1]
+        rule = f"{info.name!r} needs a float32 for each of its {columns:,} columns"
+        squares = self._read(name, row, ["F32"], [(columns,)], rule, 0)
         name = f"{name}.factor"
-        return vector, self._check_factor(name, self._read(name, row), vector) if name in self._factors else None
-
-    def _read(self, name: str, row: int | None) -> torch.Tensor:
-        """Read a tensor of the file, or a row of one: none of the file's other bytes."""
-        return self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row]
-
-    def _require(self, sound: bool, problem: str) -> None:
-        if not sound:
-            raise QuantizeError(f"{self.path}: {problem}")
-
-    def _check_factor(self, name: str, factor: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
-        columns, shape = len(mean_squares), tuple(factor.shape)
-        well_formed = factor.dtype in (torch.float32, torch.float16) and shape[:-1] == (columns,)
-        self._require(
-            well_formed and 0 < shape[-1] <= MAX_RANK,
-            f"{name!r} is {factor.dtype} {shape}: a factor is float32 or float16 (columns, rank), here ({columns:,}, 1"
-            f" to {MAX_RANK})",
-        )
-        self._require(
-            factor.numel() <= MAX_FACTOR,
-            f"{name!r} holds {factor.numel():,} numbers, at most {MAX_FACTOR:,} are held in memory: collect it with a"
-            f" rank of {MAX_FACTOR // columns}",
-        )
+        if not squares.any() or name not in self.infos:
+            return (squares, None) if squares.any() else None
+        rule = f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
+        shapes = [(columns, rank + 1) for rank in range(MAX_RANK)]
+        factor = self._read(name, row, ["F32", "F16"], shapes, rule, -math.inf)
+        if factor.numel() > MAX_FACTOR:
+            held = f"at most {MAX_FACTOR:,} are held in memory: collect it with a rank of {MAX_FACTOR // columns}"
+            raise QuantizeError(f"{self.path}: {name!r} holds {factor.numel():,} numbers, {held}")
         rounding, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
-        self._require(torch.isfinite(factor).all(), f"{name!r} holds a value that is not finite")
         sums = (factor.abs() * (1 - rounding.eps) - rounding.eps * rounding.tiny).clamp_(min=0).square_().sum(1)
-        beyond = sums > mean_squares * (1 + 1e-4) + mean_squares.max() * 1e-6
-        column = int(beyond.int().argmax())
-        self._require(
-            not beyond.any(),
-            f"{name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more than the column's"
-            f" mean square, {float(mean_squares[column]):.6g}: collect both from the same inputs",
-        )
-        return factor
+        beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
+        if beyond.any():
+            column = int(beyond.int().argmax())
+            raise QuantizeError(
+                f"{self.path}: {name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more"
+                f" than the column's mean square, {float(squares[column]):.6g}: collect both from the same inputs"
+            )
+        return squares, factor
 
-
-def match_statistics(
-    shapes: Mapping[str, list[int]], weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None
-) -> dict[str, tuple[str, int | None]]:
-    """Find each weight's vector, a tensor of these shapes or the row of a stack: by name, else by what follows the
-    wrappers, where only one vector and only one of all tensors of the checkpoint ends so."""
-    vectors: dict[str, tuple[str, int | None]] = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2 and (stack := STACK_PATTERN.match(name)) and stack["projection"]:
-            for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
-                vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
-        else:
-            vectors[renamed(f"{name}.weight", naming)] = name, None
-    tails = Counter(map(name_without_wrappers, [*vectors, *(info.name for info in tensors)]))
-    by_tail = {tail: vectors[name] for name in vectors if tails[tail := name_without_wrappers(name)] == 2}
-    names = [weight.name for weight in weights]
-    found = {name: vectors.get(name) or by_tail.get(name_without_wrappers(name)) for name in names}
-    return {name: vector for name, vector in found.items() if vector}
-
-
-def name_without_wrappers(name: str) -> str:
-    """Shorten a weight's name to what stands from its layers' container on, or its last part where it lies in no
-    layer."""
-    match = LAYER_PATTERN.match(name)
-    return name[match.start(2) :] if match else ".".join(name.split(".")[-2:])
+    def _read(self, name: str, row: int | None, dtypes: list, shapes: list, rule: str, least: float) -> torch.Tensor:
+        """Read a tensor of the file, or a row of one, which must have one of these dtypes and shapes and be finite."""
+        info = self.infos[name]
+        rows, shape = (1, info.shape) if row is None else (math.prod(info.shape[:1]), info.shape[1:])
+        if info.dtype not in dtypes or shape not in shapes or (row or 0) >= rows:
+            raise QuantizeError(f"{self.path}: {name!r} is {info.dtype} {info.shape}; {rule}")
+        data = self.read(info, (row or 0) * info.nbytes // rows, info.nbytes // rows)
+        tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
+        if not (torch.isfinite(tensor) & (tensor >= least)).all():
+            wrong = "negative or not finite" if least == 0 else "not finite"
+            raise QuantizeError(f"{self.path}: {name!r} holds a value that is {wrong}")
+        return tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

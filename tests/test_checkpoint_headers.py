@@ -51,7 +51,7 @@ def test_a_name_given_twice_in_a_header_is_refused(model, tmp_path):
     entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     header = f"{{{entry},{entry}}}".encode()
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
-    refuse(model, tmp_path / "out", "names 'a' twice")
+    refuse(model, tmp_path / "out", "names a tensor twice")
 
 
 HEADERS = st.recursive(

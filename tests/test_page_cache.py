@@ -171,7 +171,7 @@ def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
     tensors = {"odd.mask": torch.ones(4099).bool(), "m.weight": tied.bfloat16(), "n.weight": tied[:5].half()}
     save_file(tensors, tmp_path / "model.safetensors")
     forget(*tmp_path.iterdir())
-    files = q.PickleFile(tmp_path / "model.pth"), q.SafetensorsFile(tmp_path / "model.safetensors")
+    files = q.WeightsFile(tmp_path / "model.pth"), q.WeightsFile(tmp_path / "model.safetensors")
     expected = {"one.weight": tied, "other.weight": tied[1000:2000], **tensors}
     for file, (name, info) in itertools.chain(*(itertools.product([each], each.infos.items()) for each in files)):
         for start, nbytes in ((0, info.nbytes), (info.nbytes // 2, info.nbytes - info.nbytes // 2), (0, 1)):
@@ -181,7 +181,7 @@ def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
 
 
 def test_what_the_first_read_brings_into_the_cache_is_not_taken_for_anothers(checkpoint):
-    file = q.SafetensorsFile(sorted(checkpoint.glob("*.safetensors"))[1])
+    file = q.WeightsFile(sorted(checkpoint.glob("*.safetensors"))[1])
     last = max(file.infos.values(), key=lambda info: info.offset)  # the header's reading reaches the first
     file.read(last, 0, 16)
     assert not file.is_cached(last, 0, 16)
