@@ -183,7 +183,11 @@ def make_parser() -> Parser:
         ("group_size", "columns that share a scale, a multiple of 8 (default: 128; for engines see below)", eights),
         ("shard_size_gb", "largest size of an output file, in 10^9 bytes, but for larger tensors (default: 4.0)", size),
         ("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", regex),
-        ("scale", "rule of the scales, see below (default: absmax in int4, else mse)", {"choices": ("absmax", "mse")}),
+        (
+            "scale",
+            "how scales are chosen, see below (default: absmax in int4, else mse)",
+            {"choices": ("absmax", "mse")},
+        ),
         ("importance", "what the layers' inputs are like, see below (safetensors); needs --scale mse", file),
         ("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", regex),
         ("quantize_embeddings", "quantize embeddings too (default: they are kept)", flag),
@@ -229,7 +233,7 @@ if ARGUMENTS:
         sys.exit(paint(ERROR, BOLD_RED, sys.stderr) + what)
     with contextlib.suppress(OSError):
         print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy|Validating sparse")  # torch's: needed by nothing
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy|Validating sparse")  # torch's; neither is needed
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
@@ -3402,7 +3406,7 @@ class MemoryGuard:
         return info.rss - getattr(info, "shared", 0)
 
     def check(self) -> None:
-        """Raise if less than `min_free` is available. Cheap to call often: a look takes 0.5 ms."""
+        """Raise if less than `min_free` is available. Cheap to call often: it looks 10 times a second, for 0.5 ms."""
         with self._lock:
             if time.monotonic() < self._next_look:
                 return
@@ -4168,7 +4172,6 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     how = f"format {options.format.name}, groups of {options.group_size}, {choice}, {count_of(threads, 'thread')}"
     for label, text in (("From:", str(checkpoint.folder)), ("To:", str(output.folder)), ("How:", how)):
         say_paragraph(label, text)
-    say()
     print_table(plan, checkpoint)
     say()
     shards, compared = count_of(len(plan.shards), "shard"), count_of(len(output.compare), "shard")
@@ -4207,7 +4210,7 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
         say(f"{shorten(label, 35):<35}{count:>8,}{size:>10}  {shorten(note, terminal_width() - 56)}".rstrip())
 
     tensors, files = plan.tensors, count_of(len(checkpoint.files), "file")
-    say(f"{'Plan':<35}{'tensors':>8}{'size':>10}")
+    say(f"{'Plan':<35}{'tensors':>8}{'size':>10}", before="\n")
     row("input", len(checkpoint.tensors), format_bytes(sum(tensor.bytes_read for tensor in tensors)), files)
     if plan.stacks:
         weights = count_of(len(tensors) - len(checkpoint.tensors) + plan.stacks, "weight")
@@ -4329,8 +4332,7 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
     say_paragraph("Cache:", f"the page cache holds {format_bytes(more) if more > 0 else 'no'} more than before")
     say_paragraph("GPU:", f"its programs see {format_bytes(memory.free)} free now" if shares_memory_with_gpu() else "")
-    say()
-    say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}")
+    say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}", before="\n")
     for stage, reading in progress.stages:
         say(f"{stage:<34}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
 
@@ -4859,11 +4861,10 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
             plan.options.importance.check_unchanged()
         output.write_other_files()
     except QuantizeError as stop:
-        if stop.exit_code != 3 and stop.exit_code <= 128:
-            raise
-        finished = sum(writer.finished for writer in conversion.writers)
-        kept = f"{finished:,} of {count_of(len(plan.shards), 'shard')} are finished and kept"
-        stop.args = (f"{stop}; {kept}, the same command continues",)
+        if stop.exit_code == 3 or stop.exit_code > 128:
+            finished = sum(writer.finished for writer in conversion.writers)
+            kept = f"{finished:,} of {count_of(len(plan.shards), 'shard')} are finished and kept"
+            stop.args = (f"{stop}; {kept}, the same command continues",)
         raise
     finally:
         progress.clear()
