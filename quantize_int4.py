@@ -185,7 +185,7 @@ def make_parser() -> Parser:
         ("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", regex),
         (
             "scale",
-            "how scales are chosen, see below (default: absmax in int4, else mse)",
+            "how scales are chosen, see below (default: absmax; for engines mse)",
             {"choices": ("absmax", "mse")},
         ),
         ("importance", "what the layers' inputs are like, see below (safetensors); needs --scale mse", file),
