@@ -7,60 +7,47 @@
 
     python quantize_int4.py --input_dir merged_model --output_dir merged_int4
 
-Works on the checkpoint's tensors alone: no model code is imported, so any
-architecture will do. Every 2-D floating-point `*.weight` of at least one group
-of columns is quantized, but for embeddings, what --exclude names and, in
+(Or --input-dir; or the two folders alone.) No model code is imported, so any
+architecture will do. Every 2-D floating-point *.weight, rows (outputs) by
+columns (inputs), of at least one group (group_size columns of a row, which
+share a scale) is quantized, but for embeddings, what --exclude names and, in
 formats for engines, heads and expert routers; 3-D stacks of routed experts are
 read as one weight an expert and projection. All else is kept bit for bit. The
-plan is made from the headers and printed before the first weight is read
-(--dry_run stops there).
+plan is printed before the first weight is read. By --format, X.weight (rows,
+columns) becomes (g: group_size; padded: columns rounded up to whole groups):
 
-Words: a module X has a weight, the tensor X.weight: rows (outputs) by columns
-(inputs). A group is group_size columns of a row, which share a scale. A shard
-is a file of output tensors.
-
-Formats of the output (--format): each weight `X.weight` of shape (rows,
-columns) is replaced by these tensors:
-
-  int4                X.qweight        int32    (rows, padded // 8)
-                      X.scales         float16  (rows, padded // group_size)
+  int4, for readers   X.qweight        int32    (rows, padded // 8)
+    of your own       X.scales         float16  (rows, padded // g)
   compressed-tensors  X.weight_packed  int32    (rows, columns // 8)
-                      X.weight_scale   *        (rows, columns // group_size)
-                      X.weight_shape   int64    (2,): rows, columns
-  gptq (v1)           X.qweight        int32    (columns // 8, rows)
-                      X.scales         float16  (columns // group_size, rows)
-                      X.qzeros         int32    (columns // group_size,
-                                                rows // 8): 7 in each nibble
+    for vLLM and      X.weight_scale   *        (rows, columns // g)
+    transformers      X.weight_shape   int64    (2,): rows, columns
+  gptq (v1), other    X.qweight        int32    (columns // 8, rows)
+    engines, dense    X.scales         float16  (columns // g, rows)
+    models only       X.qzeros         int32    (columns // g, rows // 8): 7s
                       X.g_idx          int32    (columns,): group of each
 
-(padded: columns rounded up to whole groups; quantize_config.json lists where
-they differ. *: the dtype that config.json names if bfloat16 or float16, else
-the weight's own, float32 for float64.)
+*: bfloat16 or float16 if config.json names it, else the weight's own dtype,
+float32 for float64. If padded differs from columns, quantize_config.json says
+so. For engines g is by default the largest of 128, 64 and 32 that divides all
+columns. Eight codes a word along the columns, element 0 in the lowest bits, as
+4-bit two's complement in int4 and as code + 8 in the others; weight = code *
+scale; code = clamp(round(weight / scale), -8, 7). --scale absmax: max|weight|
+/ 7, rounded to its dtype; mse, the default for engines: the scale of least
+squared error. --importance FILE: for each X, a float32 tensor X of its
+columns' mean square inputs, which weigh the columns' errors, and X.factor
+(columns, up to 64) of their second moments, for error feedback as in GPTQ.
+What --int8 names has 8 bits: scale = max|weight| / 127, and weight_packed
+(rows, columns // 4) holds code + 128, the first in the lowest byte.
 
-Eight codes a word along the columns, element 0 in the lowest bits, as 4-bit
-two's complement in int4 and as code + 8 in the others; weight = code * scale.
-Group-wise symmetric: code = clamp(round(weight / scale), -8, 7) with scale =
-max|weight| / 7 rounded to its dtype, or, by default in formats for engines,
-the scale of least squared error (--scale mse). To this --importance adds what
-the layers' inputs are like: it weighs the columns' errors, and lets columns
-make up for the errors of those before them, as GPTQ does. What --int8 names
-has 8 bits in compressed-tensors: scale = max|weight| / 127, and weight_packed
-(rows, columns // 4) holds code + 128, the first code in the lowest byte.
-
-Where there is a C compiler (cc, or what CC names), a kernel compiled at the
-start does the arithmetic in half of torch's time or less; the result is the
-same. --restore makes a plain checkpoint of what a quantized folder decodes to.
-
-Exit codes: 0 done, 1 refused or failed, 2 usage, 3 too little memory, 129, 130
-and 143 stopped by SIGHUP, SIGINT and SIGTERM. A run that was stopped, killed
-or out of memory or disk continues when the same command is given again.
+With a C compiler (cc, or what CC names) this takes half of torch's time or
+less, to the same result. A run that was stopped, killed or out of memory or
+disk continues with the same command. Exit codes: 0 done, 1 refused or failed,
+2 usage, 3 too little memory, 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM.
 """
 
-# For those who change it, downwards as a tensor goes: `Checkpoint` opens the files and knows each tensor's place;
-# `expert_weights` says what a stack of experts becomes, `stays_whole` whether it does, `reason_to_keep` why a tensor is
-# kept; `FORMATS` has a row for each format, `ODDITIES` one for each type of models that is unlike the others;
-# `plan_shards` gives each byte its place; `OutputFolder._survey` finds whether a run may continue; `Workers` do jobs,
-# by which `Conversion` writes and `Verification` compares. A section's tests are in tests/test_SECTION*.py.
+# For those who change it, downwards as a tensor goes: `Checkpoint` knows each tensor's place; `reason_to_keep` says why
+# one is kept; `FORMATS` has a row for each format, `ODDITIES` for each unusual type of models; `plan_shards` gives each
+# byte its place; `Workers` do the jobs of `Conversion` and `Verification`. Tests are in tests/test_SECTION*.py.
 
 from __future__ import annotations
 
@@ -99,7 +86,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,14 +94,13 @@ from typing import BinaryIO, ClassVar, TextIO
 
 __version__ = "1.0.0"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options: what may be asked for. Before the imports of torch and others, which take seconds.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Options: what may be asked for. Before the imports of torch and others, which take seconds ---------------------
 
 ERROR = "error: "  # before every message of one
 BOLD_RED, GREEN = "31;1", "32"  # ECMA-48, select graphic rendition
 CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
 SEE_HELP = " (see quantize_int4.py --help)"
+SIGNALS_RECEIVED: list[int] = []  # see `stop_on_signals`
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -122,10 +108,20 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def terminal_width() -> int:
+    """Return the columns of the terminal; for a pipe COLUMNS, or 80."""
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) or os.environ.get("COLUMNS") else 80
+
+
 def paint(text: str, colour: str, stream: TextIO | None) -> str:
     """Colour a text for a terminal that shows colours; any other stream gets it as it is."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return f"\033[{colour}m{text}\033[m" if is_terminal(stream) and not plain else text
+    return f"\033[{colour}m{text}\033[m" if colour and is_terminal(stream) and not plain else text
+
+
+def printable(text: str) -> str:
+    """Escape control characters: names come from files, and a terminal obeys what it is sent."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -137,13 +133,29 @@ def nearest(word: str, known: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Say in one line, as with all errors, what is wrong and what was meant."""
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
         if unknown and unknown[1].startswith("-"):
-            known = [name for action in self._actions for name in action.option_strings]
-            message += nearest(with_underscores(unknown[1].partition("=")[0]), known)
+            message += nearest(unknown[1], [name for action in self._actions for name in action.option_strings])
         elif unknown:
             message += ": quote a value with a space or a *, and give --exclude or --int8 once for each pattern"
         self.exit(2, f"{paint(ERROR, BOLD_RED, sys.stderr)}{message}{SEE_HELP}\n")
+
+
+def checked(metavar: str, rule: str, convert: Callable, accept: Callable = lambda value: True, **settings) -> dict:
+    """Make the settings of an option whose text `convert` reads and whose value `accept` accepts, as `rule` says."""
+
+    def parse(text: str) -> object:
+        problem = f"{text!r} is not {rule}"
+        try:
+            if accept(value := convert(text)):
+                return value
+        except ValueError:
+            pass
+        except re.error as error:
+            problem += f" ({error})"
+        raise argparse.ArgumentTypeError(problem)
+
+    return {"metavar": metavar, "type": parse, **settings}
 
 
 def make_parser() -> Parser:
@@ -153,74 +165,55 @@ def make_parser() -> Parser:
         prog="quantize_int4.py",
         usage="%(prog)s --input_dir DIR --output_dir DIR [option ...]",
         description=summary,
-        epilog=f"{description}\nThe two folders may stand alone, without their options' names. Every option\n"
-        "may be written with hyphens: --input-dir.",
+        epilog=description,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1),
         allow_abbrev=False,
     )
-    folder, flag = {"type": Path, "metavar": "DIR"}, {"action": "store_true"}
-    regex = {"type": regex_argument, "metavar": "REGEX", "action": "append", "default": []}
-    gigabytes, count = {"metavar": "GB"}, {"metavar": "N"}
-    above_0 = number_argument(float, "a positive number of gigabytes", lambda n: 0 < n <= 1e9)
-    from_0 = number_argument(float, "a number of gigabytes", lambda n: 0 <= n <= 1e9)
-    eights = number_argument(int, "a positive multiple of 8", lambda n: n > 0 and n % 8 == 0)
-    threads = number_argument(int, "a number of threads from 1 to 1024", lambda n: 1 <= n <= 1024)
-
-    def option(name: str, text: str, **settings) -> None:
-        parser.add_argument(f"--{name}", help=text, **settings)
-
+    folder, file, flag = {"metavar": "DIR", "type": Path}, {"metavar": "FILE", "type": Path}, {"action": "store_true"}
+    regex = checked("REGEX", "a regular expression", lambda x: re.compile(x).pattern, action="append", default=[])
+    eights = checked("N", "a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
+    threads = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
+    size = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9, default=4.0)
+    free = checked("GB", "a number of gigabytes", float, lambda n: 0 <= n <= 1e9, default=10.0)
     parser.add_argument("folders", nargs="*", type=Path, help=argparse.SUPPRESS)
-    option("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", **folder)
-    option("output_dir", "folder to write to; new or empty, or unfinished", **folder)
-    option("config_dir", "folder of config.json, tokenizer and so on, if not --input_dir", **folder)
-    formats = (
-        "int4: the layout below, for readers of your own (default); compressed-tensors: for vLLM and transformers;"
-        " gptq: for other engines, dense models only"
-    )
-    option("format", formats, metavar="NAME")
-    groups = (
-        "columns that share a scale, a multiple of 8 (default: 128; in formats for engines the largest of 128, 64 and"
-        " 32 that divides all)"
-    )
-    option("group_size", groups, type=eights, **count)
-    largest = "largest size of an output file, in 10^9 bytes; a larger tensor gets a file to itself (default: 4.0)"
-    option("shard_size_gb", largest, type=above_0, default=4.0, **gigabytes)
-    option("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", **regex)
-    scales = (
-        "how scales are chosen: absmax, from each group's largest weight (default of int4); mse, of least squared error"
-        " (default of the other formats)"
-    )
-    option("scale", scales, choices=("absmax", "mse"))
-    inputs = (
-        "safetensors: for X.weight, X with each column's mean square input, float32, which weighs the columns' errors,"
-        " and X.factor (columns, up to 64) of the inputs' second moments, for error feedback; needs --scale mse"
-    )
-    option("importance", inputs, type=Path, metavar="FILE")
-    option("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", **regex)
-    option("quantize_embeddings", "quantize embeddings too (default: they are kept)", **flag)
-    least = "stop when less memory than this is available, in 10^9 bytes, container limits counted (default: 10)"
-    option("min_free_gb", least, type=from_0, default=10.0, **gigabytes)
-    option("threads", "worker threads (default: the cores that this process may use)", type=threads, **count)
-    option("dry_run", "print the plan and stop; nothing is written", **flag)
-    option("list", "with --dry_run: print every tensor and its fate instead of the plan, separated by tabs", **flag)
-    checks = "compare the output with the source, weight by weight: a finished folder, or after writing"
-    option("verify", checks, **flag)
-    option("restore", "the other way: make a plain checkpoint of what a folder of any format decodes to", **flag)
-    option("overwrite", "replace what an earlier run left in the output folder, nothing else", **flag)
-    option("debug", "show a traceback with an error", **flag)
+    for name, text, settings in (
+        ("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", folder),
+        ("output_dir", "folder to write to; new or empty, or unfinished", folder),
+        ("config_dir", "folder of config.json, tokenizer and so on, if not --input_dir", folder),
+        ("format", "layout of the output, see below: int4 (default), compressed-tensors or gptq", {"metavar": "NAME"}),
+        ("group_size", "columns that share a scale, a multiple of 8 (default: 128; for engines see below)", eights),
+        ("shard_size_gb", "largest size of an output file, in 10^9 bytes, but for larger tensors (default: 4.0)", size),
+        ("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", regex),
+        (
+            "scale",
+            "how scales are chosen, see below (default: absmax; for engines mse)",
+            {"choices": ("absmax", "mse")},
+        ),
+        ("importance", "what the layers' inputs are like, see below (safetensors); needs --scale mse", file),
+        ("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", regex),
+        ("quantize_embeddings", "quantize embeddings too (default: they are kept)", flag),
+        ("min_free_gb", "stop when less memory is available, in 10^9 bytes, container limits too (default: 10)", free),
+        ("threads", "worker threads (default: the cores that this process may use)", threads),
+        ("dry_run", "print the plan and stop; nothing is written", flag),
+        ("list", "with --dry_run: print every tensor and its fate instead of the plan, separated by tabs", flag),
+        ("verify", "compare the output with the source, weight by weight: a finished folder, or after writing", flag),
+        ("restore", "the other way: make a plain checkpoint of what a folder of any format decodes to", flag),
+        ("overwrite", "replace what an earlier run left in the output folder, nothing else", flag),
+        ("debug", "show a traceback with an error", flag),
+    ):
+        parser.add_argument(f"--{name}", help=text, **settings)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Read the options; exits with a usage error if they make no sense together."""
+    """Read the options, spelled --input_dir or --input-dir; exits with a usage error if they make no sense together."""
+    argv = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument) for argument in argv]
     parser = make_parser()
-    args = parser.parse_args([with_underscores(argument) for argument in argv])
+    args = parser.parse_args(argv)
     for name in ("input_dir", "output_dir"):
-        if getattr(args, name) is None and args.folders:
-            setattr(args, name, args.folders.pop(0))
         if getattr(args, name) is None:
-            parser.error(f"--{name} is missing")
+            setattr(args, name, args.folders.pop(0) if args.folders else parser.error(f"--{name} is missing"))
     if args.folders:
         parser.error(f"unrecognized arguments: {' '.join(map(str, args.folders))}")
     layout = args.format or args.group_size or args.exclude or args.int8 or args.scale or args.importance
@@ -231,63 +224,24 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def with_underscores(argument: str) -> str:
-    """Spell an option as it is declared: --input-dir=a-b -> --input_dir=a-b."""
-    option, equals, value = argument.partition("=")
-    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
-
-
-def number_argument(kind: type, rule: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
-    """Make an argparse type of a number that `accept` accepts, as `rule` says in words."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if accept(number := kind(text)):
-                return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-
-    return parse
-
-
-def regex_argument(text: str) -> str:
-    """Check a regular expression; an argparse type."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
-    return text
-
-
-def terminal_width() -> int:
-    """Return the columns of the terminal; for a pipe COLUMNS, or 80."""
-    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) or os.environ.get("COLUMNS") else 80
-
-
-def show_on_terminal(text: str) -> None:
-    """Print without a new line, if there is a terminal to see it."""
-    with contextlib.suppress(OSError):
-        if is_terminal(sys.stdout):
-            print(text, end="", flush=True)
-
-
 ARGUMENTS = parse_args(sys.argv[1:]) if __name__ == "__main__" else None
 if ARGUMENTS:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports shows no traceback
     if missing := [name for name in ("torch", "safetensors", "psutil") if not importlib.util.find_spec(name)]:
         cpu = "; of torch the build for CPUs is enough, see pytorch.org/get-started" if "torch" in missing else ""
-        sys.exit(
-            f"{paint(ERROR, BOLD_RED, sys.stderr)}missing: {', '.join(missing)}: pip install {' '.join(missing)}{cpu}"
-        )
-    show_on_terminal("loading torch ...")
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
-warnings.filterwarnings("ignore", message="Validating sparse tensor")  # torch 2.14; such tensors are refused
+        what = f"missing: {', '.join(missing)}: pip install {' '.join(missing)}{cpu}"
+        sys.exit(paint(ERROR, BOLD_RED, sys.stderr) + what)
+    with contextlib.suppress(OSError):
+        print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy|Validating sparse")  # torch's; neither is needed
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 
 if ARGUMENTS:
-    show_on_terminal(CLEAR_LINE)
+    with contextlib.suppress(OSError):
+        print(CLEAR_LINE if is_terminal(sys.stdout) else "", end="", flush=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts and constants
@@ -331,10 +285,8 @@ MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
-LABEL_WIDTH = 11  # columns before a paragraph's text
 MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
 COMPILER_TIMEOUT_S = 10  # it takes 0.2
-GUARD_INTERVAL_S = 0.1  # the least time between two looks at the machine's memory (a look costs about 0.5 ms)
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
 START_AGAIN = "let whatever writes to it finish, then give the same command again"
@@ -481,51 +433,24 @@ TRAINER_PATTERN = re.compile(
     r"|^latest$|\.distcp$"
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors: one line each, with what to do
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Errors: one line each, with what to do -------------------------------------------------------------------------
 
 
 class QuantizeError(Exception):
-    """What the user can mend: `main` prints it as one line and exits with `exit_code`."""
+    """Report what the user can mend: `main` prints it as one line and exits with `exit_code`."""
 
-    exit_code = 1
-
-
-class MemoryGuardError(QuantizeError):
-    """Less memory is available than the user wants left."""
-
-    exit_code = 3
-
-
-class UsageError(QuantizeError):
-    """Options that make no sense together, or for this input."""
-
-    exit_code = 2
-
-    def __init__(self, message: str):
-        super().__init__(message + SEE_HELP)
-
-
-class Interrupted(QuantizeError):
-    """A signal asked the run to stop."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
-
-
-_signals_received: list[int] = []
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message + (SEE_HELP if exit_code == 2 else ""))
+        self.exit_code = exit_code
 
 
 def stop_on_signals() -> None:
-    """Let SIGINT, SIGTERM and a closed terminal stop the run at its next `check_signals`; a second one ends the process
-    on the spot. An exception raised by the handler itself could surface anywhere, half-way into starting a thread."""
+    """Let a signal stop the run at its next `check_signals`, and a second one end the process on the spot."""
 
-    def handler(signum: int, _frame: object) -> None:
-        if _signals_received:
+    def handler(signum: int, _frame: object) -> None:  # what it raised could surface half-way into starting a thread
+        if SIGNALS_RECEIVED:
             os._exit(128 + signum)
-        _signals_received.append(signum)
+        SIGNALS_RECEIVED.append(signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -533,8 +458,8 @@ def stop_on_signals() -> None:
 
 
 def check_signals() -> None:
-    if _signals_received:
-        raise Interrupted(_signals_received[0])
+    for signum in SIGNALS_RECEIVED:
+        raise QuantizeError(f"stopped by {signal.Signals(signum).name}", 128 + signum)
 
 
 @contextlib.contextmanager
@@ -546,11 +471,10 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def quote_names(names: Iterable[str], most: int = 3) -> str:
+def quote_names(names: Iterable[str]) -> str:
     """Quote the first names and count the others: 'a', 'b', 'c' and 4 more."""
-    names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
+    names = list(map(repr, names))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 # ---- Page cache: a guest leaves it as it was. Where CPU and GPU share memory, the GPU's programs count it as used ----
@@ -3209,35 +3133,34 @@ def _shard_bytes(outputs: Iterable[OutputTensor]) -> int:
     return sum(o.nbytes + len(json.dumps({o.name: {**entry, "shape": o.shape}})) for o in outputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory: what the machine, the container and this process use
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Memory: what the machine, the container and this process use ---------------------------------------------------
 
-
-@dataclass(frozen=True)
-class MemoryReading:
-    used: int  # bytes, of the machine or the container, page cache not counted
-    available: int  # bytes
+MemoryReading = namedtuple("MemoryReading", "available used")  # bytes; the page cache counts as available
 
 
 class MemoryGuard:
     """Stops the run while the machine still breathes."""
 
-    def __init__(self, min_free: int, cgroup_folders: list[Path] | None = None):
+    def __init__(self, min_free: int, system: Path = Path("/")):
         self.min_free = min_free
         self.own_peak = 0  # bytes of anonymous memory of this process, the most seen at any look
+        self._system = system
         self._process = psutil.Process()
-        self._cgroups = find_cgroups("memory") if cgroup_folders is None else cgroup_folders
         self._next_look = 0.0
         self._lock = threading.Lock()
 
     def read(self) -> MemoryReading:
         """Read the tightest of the machine and the control groups that this process is in."""
         machine = psutil.virtual_memory()
-        readings = [MemoryReading(machine.total - machine.available, machine.available)]
-        readings += filter(None, (read_cgroup(folder, machine.total) for folder in self._cgroups))
+        readings = [MemoryReading(machine.available, machine.total - machine.available)]
+        v2, v1 = "max current stat", "limit_in_bytes usage_in_bytes stat"
+        for limit, usage, *stat in read_cgroups(self._system, "memory", v2, v1):
+            counts = dict(zip(stat[::2], map(int, stat[1::2])))  # those of v1's groups below are in total_*
+            cached = sum(counts.get(f"total_{key}", counts.get(key, 0)) for key in ("active_file", "inactive_file"))
+            if int(limit) < machine.total:  # v1 writes "no limit" as a huge number
+                readings.append(MemoryReading(int(limit) - int(usage) + cached, int(usage) - cached))
         self.own_peak = max(self.own_peak, self.own())
-        return min(readings, key=lambda reading: reading.available)
+        return min(readings)
 
     def own(self) -> int:
         """Count the anonymous memory of this process: all but mapped files, which the kernel takes back at will."""
@@ -3245,47 +3168,34 @@ class MemoryGuard:
         return info.rss - getattr(info, "shared", 0)
 
     def check(self) -> None:
-        """Raise if less than `min_free` is available. Cheap to call often: it looks 10 times a second at most."""
+        """Raise if less than `min_free` is available. Cheap to call often: it looks 10 times a second, for 0.5 ms."""
         with self._lock:
             if time.monotonic() < self._next_look:
                 return
-            self._next_look = time.monotonic() + GUARD_INTERVAL_S
+            self._next_look = time.monotonic() + 0.1
         available = self.read().available
         if available < self.min_free:
-            raise MemoryGuardError(
-                f"stopped: {format_bytes(available)} of memory available, --min_free_gb asks for"
-                f" {format_bytes(self.min_free)}: stop other programs or containers, raise the container's --memory, or"
-                " lower --min_free_gb"
-            )
+            free, least = format_bytes(available), format_bytes(self.min_free)
+            advice = "stop other programs or containers, raise the container's --memory, or lower --min_free_gb"
+            raise QuantizeError(f"stopped: {free} of memory available, --min_free_gb asks for {least}: {advice}", 3)
 
 
-def find_cgroups(
-    controller: str, membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> list[Path]:
-    """List the folders of the control groups whose limits hold for this process: its own and all above it.
-
-    cgroup v2 lists `0::/path` under one tree, v1 `N:controller:/path` under `controller/`. Inside a container the path
-    may be the host's and not exist there; the tree's root is then the container's own group.
-    """
-    folders = []
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []  # no Linux, no limits
-    for line in lines:
+def read_cgroups(system: Path, controller: str, v2: str, v1: str) -> Iterator[list[str]]:
+    """Read the words of some files of the control groups that limit this process: its own and all above it. v2 lists
+    `0::/path` under one tree, v1 `N:controllers:/path` under `controller/`."""
+    membership, root = system / "proc/self/cgroup", system / "sys/fs/cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else ():  # no Linux, no limits
         number, controllers, path = line.split(":", 2)
         if number != "0" and controller not in controllers.split(","):
             continue
-        tree = root if number == "0" else root / controller
+        tree, names = (root, v2) if number == "0" else (root / controller, v1)
         folder = tree / path.lstrip("/")
-        folder = folder if folder.is_dir() else tree
-        folders += [parent for parent in (folder, *folder.parents) if parent == tree or tree in parent.parents]
-    return folders
-
-
-def page_cache() -> int:
-    """Count the bytes of files that the system holds in memory."""
-    return getattr(psutil.virtual_memory(), "cached", 0)
+        # In a container the path may be the host's and not exist there: the tree's root is then the container's group.
+        for group in (folder, *folder.parents) if folder.is_dir() else (tree,):
+            with contextlib.suppress(OSError):  # above the tree there are no such files
+                text = "\n".join((group / f"{controller}.{name}").read_text() for name in names.split())
+                if text[:1].isdigit():  # v2 writes "max" for no limit, v1 -1 for no quota
+                    yield text.split()
 
 
 def shares_memory_with_gpu(system: Path = Path("/")) -> bool:
@@ -3297,35 +3207,12 @@ def shares_memory_with_gpu(system: Path = Path("/")) -> bool:
     return False
 
 
-def usable_cores(cgroup_folders: list[Path] | None = None) -> int:
-    """Count the cores this process may run on, by its affinity and by the CPU quotas (`docker run --cpus`) it is
-    under."""
+def usable_cores(system: Path = Path("/")) -> int:
+    """Count the cores that this process may use, by its affinity and its CPU quotas (`docker run --cpus`)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in find_cgroups("cpu") if cgroup_folders is None else cgroup_folders:
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # v2: "quota period"; v1
-            with contextlib.suppress(OSError, ValueError):
-                quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
-                if quota > 0:  # v2 writes "max" for none, v1 -1
-                    cores = min(cores, max(1, round(quota / period)))
+    for quota, period in read_cgroups(system, "cpu", "max", "cfs_quota_us cfs_period_us"):
+        cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
-
-
-def read_cgroup(folder: Path, machine_total: int) -> MemoryReading | None:
-    """Read use and limit of a control group, v2 or v1; None where it sets no limit."""
-    for limit_name, usage_name, prefix in (
-        ("memory.max", "memory.current", ""),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    ):
-        try:
-            limit = int((folder / limit_name).read_text())  # "max" is no number: no limit
-            usage = int((folder / usage_name).read_text())
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        if limit < machine_total:  # v1 writes "no limit" as a huge number
-            reclaimable = sum(int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            return MemoryReading(usage - reclaimable, limit - usage + reclaimable)
-    return None
 
 
 # ---- Output folder: what may be there, and how files become final ---------------------------------------------------
@@ -3846,21 +3733,13 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Printing: what the user reads
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """Escape control characters: names come from files, and a terminal obeys what it is sent."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+# ---- Printing: what the user reads ----------------------------------------------------------------------------------
 
 
 def say(text: str = "", before: str = "", end: str = "\n", colour: str = "") -> None:
     """Print a line; a reader that went away (`| head`), a closed terminal or a full log must not end a long run."""
-    text = paint(printable(text), colour, sys.stdout) if colour else printable(text)
     try:
-        print(before + text, end=end, flush=True)
+        print(before + paint(printable(text), colour, sys.stdout), end=end, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
 
@@ -3872,122 +3751,106 @@ def shorten(text: str, room: int) -> str:
 
 
 def say_paragraph(label: str, text: str, command: bool = False) -> None:
-    """Print a text in lines as long as the terminal, behind a label; words that are longer lose their middle, but not
-    those of a command, which is to be copied."""
-    width, indent = terminal_width() - 1, " " * LABEL_WIDTH
-    words = printable(text).split()
-    text = label.ljust(LABEL_WIDTH) + " ".join(words if command else (shorten(w, width - LABEL_WIDTH) for w in words))
+    """Print a text, if any, in lines as long as the terminal; words too long lose their middle, but not a command's."""
+    width, indent = terminal_width() - 1, " " * 11
+    words = [word if command else shorten(word, width - len(indent)) for word in printable(text).split()]
+    text = " ".join([label.ljust(len(indent) - 1), *words]) if words else ""
     for line in textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False):
         say(line)
 
 
 def format_bytes(nbytes: float) -> str:
     """Give a size in decimal units and three significant digits: 63.2 GB, 17.1 MB, 812 bytes."""
-    for unit, size in (("TB", 1000 * GB), ("GB", GB), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= 0.9995 * size:
-            return f"{three_digits(nbytes / size)} {unit}"
-    return count_of(round(nbytes), "byte")
+    power = min(int(math.log(max(nbytes, 1) / 0.9995, 1000)), 4)
+    return f"{three_digits(nbytes / 1000**power)} {' kMGT'[power]}B" if power else count_of(round(nbytes), "byte")
 
 
 def three_digits(number: float) -> str:
     """Give a number in three significant digits: 1.52, 63.2, 812, 0.0967."""
-    digits = 2 - math.floor(math.log10(abs(number) * 1.0005)) if number else 2
-    return f"{number:,.{max(digits, 0)}f}"
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:#.3g}".rstrip(".")
 
 
 def format_seconds(seconds: float) -> str:
     """Give a duration: 7.32 s, 3:05, 1:02:03."""
-    if seconds < 59.95:
-        return f"{three_digits(seconds)} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    clock = f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}"
+    return clock.lstrip("0:") if seconds >= 59.95 else f"{three_digits(seconds)} s"
 
 
 def count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def say_row(label: str, count: object = "", size: str = "", note: str = "") -> None:
-    """Print a row of the plan's table."""
-    count = f"{count:,}" if isinstance(count, int) else count
-    say(f"{shorten(label, 35):<35}{count:>8}{size:>10}  {shorten(note, terminal_width() - 56)}".rstrip())
-
-
-def say_group(label: str, tensors: list[TensorPlan], note: str, kinds: Callable[[TensorPlan], str]) -> None:
-    """Print a row for some tensors, and under it one for each kind of them."""
-    say_row(label, len(tensors), format_bytes(sum(tensor.bytes_read for tensor in tensors)), note)
-    members: dict[str, list[TensorPlan]] = {}
-    for tensor in tensors:
-        members.setdefault(kinds(tensor), []).append(tensor)
-    for kind, group in sorted(members.items(), key=lambda item: -sum(tensor.bytes_read for tensor in item[1])):
-        names = group[0].source.name.removesuffix(".weight") if len(group) == 1 else ""
-        say_row(f"  {kind}", len(group), format_bytes(sum(tensor.bytes_read for tensor in group)), names)
-
-
 def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
     """Say what a run will do, and what the user should know before it."""
     options = plan.options
     choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
-    say_paragraph("From:", str(checkpoint.folder))
-    say_paragraph("To:", str(output.folder))
     how = f"format {options.format.name}, groups of {options.group_size}, {choice}, {count_of(threads, 'thread')}"
-    say_paragraph("How:", how)
-    say()
+    for label, text in (("From:", str(checkpoint.folder)), ("To:", str(output.folder)), ("How:", how)):
+        say_paragraph(label, text)
     print_table(plan, checkpoint)
     say()
-    for label, text in remarks(plan, output, guard, threads):
+    shards, compared = count_of(len(plan.shards), "shard"), count_of(len(output.compare), "shard")
+    finished = sum(shard.name in output.finished for shard in plan.shards)
+    need, free = output.bytes_to_write(), output.free_disk()
+    itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
+    job = TRANSPOSED_JOB_WEIGHTS if options.format.transposed else JOB_WEIGHTS
+    jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
+    factor = options.importance.largest_factor * 4 if options.importance else 0
+    # A worker's padded weights, magnitudes, float32 weights, codes, words, scales; a search's four; a job's words and scales.
+    words = 1 if options.int8 else 0.5
+    widths = [itemsize, itemsize, 4, 2, words, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
+    buffers = [TILE_WEIGHTS * width for width in widths] + [job * words, job * 0.1]
+    own = guard.own() + threads * sum(map(whole_pages, [*buffers, *[factor] * 8])) + jobs + 4 * KEPT_ROUNDINGS * factor
+    available, least = format_bytes(guard.read().available), format_bytes(guard.min_free)
+    seen = f"{format_bytes(psutil.virtual_memory().free)} free now, the page cache not counted"
+    for label, text in (
+        *(("WARNING:", warning) for warning in plan.warnings),
+        *(("Note:", note) for note in plan.notes),
+        ("Copied:", ", ".join(path.name for path in plan.copied) or "no other files"),
+        ("Written:", ", ".join(sorted(plan.written))),
+        ("Left out:", ", ".join(plan.left_out)),
+        ("Resuming:", f"{finished:,} of {shards} finished by an earlier run" if finished else ""),
+        ("Comparing:", f"{compared} with source files of another time" if output.compare else ""),
+        ("Removing:", f"{quote_names(path.name for path in output.remove)} of an earlier run" if output.remove else ""),
+        ("Disk:", f"{format_bytes(need)} to write, {format_bytes(free)} free{': not enough' if need > free else ''}"),
+        ("Memory:", f"about {format_bytes(own)} at the peak; {available} available, stops below {least}"),
+        ("GPU:", f"shares this memory; its programs see {seen}" if shares_memory_with_gpu() else ""),
+    ):
         say_paragraph(label, text)
 
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
-    """Print how many tensors of how many bytes have which fate."""
-    options, tensors = plan.options, plan.tensors
-    say_row("Plan", "tensors", "size")
-    total_in = format_bytes(sum(tensor.bytes_read for tensor in tensors))
-    say_row("input", len(checkpoint.tensors), total_in, count_of(len(checkpoint.files), "file"))
+    """Print how many tensors of how many bytes have which fate, and of each fate which kinds."""
+
+    def row(label: str, count: int, size: str, note: str) -> None:
+        say(f"{shorten(label, 35):<35}{count:>8,}{size:>10}  {shorten(note, terminal_width() - 56)}".rstrip())
+
+    tensors, files = plan.tensors, count_of(len(checkpoint.files), "file")
+    say(f"{'Plan':<35}{'tensors':>8}{'size':>10}", before="\n")
+    row("input", len(checkpoint.tensors), format_bytes(sum(tensor.bytes_read for tensor in tensors)), files)
     if plan.stacks:
-        weights = len(tensors) - len(checkpoint.tensors) + plan.stacks
-        say_row("  of these stacks of experts", plan.stacks, "", f"read as {count_of(weights, 'weight')}")
-    for packing in sorted({t.packing for t in tensors if t.packing}, key=lambda p: (p.bits, p.group_size)):
+        weights = count_of(len(tensors) - len(checkpoint.tensors) + plan.stacks, "weight")
+        row("  of these stacks of experts", plan.stacks, "", f"read as {weights}")
+    for packing in [*sorted({t.packing for t in tensors if t.packing}, key=lambda p: (p.bits, p.group_size)), None]:
         group = [tensor for tensor in tensors if tensor.packing == packing]
-        packed = format_bytes(sum(output.nbytes for tensor in group for output in tensor.outputs))
-        verb = "restored from" if options.restore else "quantized to"
-        several = f", by {packing.group_size}" if packing.bits == 8 else ""
-        say_group(f"{verb} {packing.bits} bits{several}", group, f"become {packed}", lambda tensor: tensor.kind)
-    padded = [t for t in tensors if t.packing and not options.restore and t.source.shape[1] % t.packing.group_size]
-    if padded:
-        columns = padded[0].source.shape[1]
-        example = f"e.g. {columns:,} to {padded[0].packing.columns_of(columns):,}"
-        say_row("  of these padded to whole groups", len(padded), "", example)
-    say_group("kept as they are", [t for t in tensors if not t.packing], "", lambda tensor: tensor.kept_because)
-    limit = f"{count_of(len(plan.shards), 'shard')}, up to {format_bytes(options.shard_size)}"
-    say_row("output", sum(len(tensor.outputs) for tensor in tensors), format_bytes(plan.total_size), limit)
-
-
-def remarks(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: int) -> Iterator[tuple[str, str]]:
-    """List what the user should know before a run, each with its label."""
-    yield from (("WARNING:", warning) for warning in plan.warnings)
-    yield from (("Note:", note) for note in plan.notes)
-    yield "Copied:", ", ".join(path.name for path in plan.copied) or "no other files"
-    yield "Written:", ", ".join(sorted(plan.written))
-    if plan.left_out:
-        yield "Left out:", ", ".join(plan.left_out)
-    if finished := sum(shard.name in output.finished for shard in plan.shards):
-        yield "Resuming:", f"{finished:,} of {count_of(len(plan.shards), 'shard')} finished by an earlier run"
-    if output.compare:
-        yield "Comparing:", f"{count_of(len(output.compare), 'shard')} with source files of another time"
-    if output.remove:
-        yield "Removing:", f"{quote_names(path.name for path in output.remove)} of an earlier run"
-    needed, free = output.bytes_to_write(), output.free_disk()
-    shortage = ": not enough" if needed > free else ""
-    yield "Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}"
-    peak = format_bytes(guard.own() + buffer_bytes(plan, threads))
-    available, least = format_bytes(guard.read().available), format_bytes(guard.min_free)
-    yield "Memory:", f"about {peak} at the peak; {available} available, stops below {least}"
-    if shares_memory_with_gpu():
-        free = format_bytes(psutil.virtual_memory().free)
-        yield "GPU:", f"shares this memory; its programs see {free} free now, the page cache not counted"
+        label, note, padded = "kept as they are", "", []
+        if packing:
+            by = f", by {packing.group_size}" if packing.bits == 8 else ""
+            label = f"{'restored from' if plan.options.restore else 'quantized to'} {packing.bits} bits{by}"
+            note = f"become {format_bytes(sum(output.nbytes for tensor in group for output in tensor.outputs))}"
+            padded = [t.source.shape[1] for t in group if not t.scales and t.source.shape[1] % packing.group_size]
+        row(label, len(group), format_bytes(sum(tensor.bytes_read for tensor in group)), note)
+        sizes, names = Counter(), {}  # by kind
+        for tensor in group:
+            kind = f"  {tensor.kept_because or tensor.kind}"
+            sizes[kind] += tensor.bytes_read
+            names.setdefault(kind, []).append(tensor.source.name.removesuffix(".weight"))
+        for kind, nbytes in sizes.most_common():
+            row(kind, len(names[kind]), format_bytes(nbytes), names[kind][0] if len(names[kind]) == 1 else "")
+        for wide in padded[:1]:
+            row("  of these padded to whole groups", len(padded), "", f"e.g. {wide:,} to {packing.columns_of(wide):,}")
+    shards = f"{count_of(len(plan.shards), 'shard')}, up to {format_bytes(plan.options.shard_size)}"
+    row("output", sum(len(tensor.outputs) for tensor in tensors), format_bytes(plan.total_size), shards)
 
 
 def print_list(plan: Plan) -> None:
@@ -3999,64 +3862,23 @@ def print_list(plan: Plan) -> None:
         say(before="\t".join(map(printable, cells)))
 
 
-def buffer_bytes(plan: Plan, threads: int) -> int:
-    """Add up all buffers: the bytes of each job at work or ahead; for each worker padded weights, magnitudes, float32
-    weights, a search's four of this size, codes, words and scales, staged lines."""
-    itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
-    searched = (4, 4, 4, 4) if plan.options.scale == "mse" else ()
-    words = 1 if plan.options.int8 else 0.5
-    buffers = [TILE_WEIGHTS * nbytes for nbytes in (itemsize, itemsize, 4, *searched, 2, words, 0.1)]
-    if plan.options.importance:
-        buffers += [plan.options.importance.largest_factor * 4] * 8
-    job_weights = TRANSPOSED_JOB_WEIGHTS if plan.options.format.transposed else JOB_WEIGHTS
-    buffers += [job_weights * nbytes for nbytes in (words, 0.1)]
-    jobs = (threads + DISK_READERS) * whole_pages(max(job_weights * itemsize, COPY_BYTES) + READ_MARGIN)
-    kept = 4 * KEPT_ROUNDINGS * plan.options.importance.largest_factor * 4 if plan.options.importance else 0
-    return threads * sum(map(whole_pages, buffers)) + jobs + kept
-
-
 class Meter:
-    """How much of a task is done, and how long the rest takes. Its kinds of work differ in seconds a byte, which are
-    measured as it goes; one that has not begun is taken to cost as much more than the others as it does here."""
+    """Measures how much of a task is done, by kinds of work, which differ in what a byte costs."""
 
-    COSTS: ClassVar = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}
+    COSTS: ClassVar = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}  # until measured
 
     def __init__(self, task: str):
         self.task = task
         self.tensors_done = self.tensors_total = 0
-        self._expected, self._done, self._seconds = Counter(), Counter(), Counter()
-        self._lock = threading.Lock()
-
-    @property
-    def bytes_total(self) -> int:
-        return self._expected.total()
-
-    @property
-    def bytes_done(self) -> int:
-        return self._done.total()
+        self.work: dict[str, list[float]] = {}  # by kind: its cost, bytes in all, bytes done, seconds in one thread
 
     def expect(self, kind: str, nbytes: int) -> None:
-        self._expected[kind] += nbytes
+        self.work.setdefault(kind, [self.COSTS[kind], 0, 0, 0.0])[1] += nbytes
 
     def book(self, kind: str, nbytes: int, seconds: float) -> None:
-        """Add some bytes that were worked on for so many seconds, in one thread."""
-        with self._lock:
-            self._done[kind] += nbytes
-            self._seconds[kind] += seconds
-
-    def share_done(self) -> float:
-        """Return the part of all work that is done, from 0 to 1, by the time that it takes."""
-        spent, guess = self._seconds.total(), sum(self._done[kind] * self.COSTS[kind] for kind in self._done)
-        if not spent or not guess:
-            return 0.0
-        known = {kind: self._seconds[kind] / self._done[kind] for kind in self._done if self._done[kind]}
-        costs = (known.get(kind, self.COSTS[kind] * spent / guess) * n for kind, n in self._expected.items())
-        return min(1.0, spent / sum(costs))
-
-    def seconds_left(self, elapsed: float) -> float | None:
-        """Estimate the rest; None before that means something."""
-        share = self.share_done()
-        return None if elapsed < 2 or share < 0.02 else elapsed / share * (1 - share)
+        """Count some work as done; for one caller at a time."""
+        self.work[kind][2] += nbytes
+        self.work[kind][3] += seconds
 
 
 class Progress:
@@ -4064,21 +3886,14 @@ class Progress:
 
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
-        self.terminal = is_terminal(sys.stdout)
         self.stages = [("Baseline", guard.read())]
-        self._cached = page_cache()
-        self._shown = self._half_way = False
+        self.cached = getattr(psutil.virtual_memory(), "cached", 0)  # bytes of files
         self.restart()
 
     def restart(self) -> None:
         """Count time from here."""
         self.started = time.monotonic()
-        self._next = self.started + (0 if self.terminal else PROGRESS_INTERVAL_S[False])
-
-    @property
-    def more_cached(self) -> int:
-        """Count the bytes by which the page cache has grown."""
-        return page_cache() - self._cached
+        self._next = self.started + (0 if is_terminal(sys.stdout) else PROGRESS_INTERVAL_S[False])
 
     def mark(self, stage: str) -> None:
         """Note the memory at a stage, for the table at the end."""
@@ -4086,91 +3901,67 @@ class Progress:
 
     def show(self, meter: Meter) -> None:
         """Print how far it is, if the last time is long enough ago; and note the memory half-way."""
-        if not self._half_way and meter.bytes_done * 2 >= meter.bytes_total:
-            self._half_way = True
+        work = [(0, 0, 0, 0.0), *meter.work.values()]
+        _, total, done, spent = map(sum, zip(*work))
+        if len(self.stages) == 2 and done * 2 >= total:
             self.mark(f"Mid-{meter.task.replace('izing', 'ization')}")
-        now = time.monotonic()
+        now, terminal, room = time.monotonic(), is_terminal(sys.stdout), terminal_width() - 1
         if now < self._next:
             return
-        self._next = now + PROGRESS_INTERVAL_S[self.terminal]
-        room = terminal_width() - 1
-        line = shorten(self._describe(meter, now - self.started, room), room)
-        say(line, before=CLEAR_LINE if self.terminal else "", end="" if self.terminal else "\n")
-        self._shown = True
-
-    def _describe(self, meter: Meter, elapsed: float, room: int) -> str:
-        """Say what fits the line, the first first."""
-        done, total = meter.bytes_done, meter.bytes_total
-        if done == total:
-            return f"{meter.task}: {count_of(meter.tensors_total, 'tensor')} done, waiting for the disk"
-        left, reading = meter.seconds_left(elapsed), self.guard.read()
+        self._next, elapsed, reading = now + PROGRESS_INTERVAL_S[terminal], now - self.started, self.guard.read()
+        guess = sum(cost * part for cost, _, part, _ in work)
+        costs = [n * (seconds / part if part else cost * spent / guess) for cost, n, part, seconds in work if guess]
+        share = min(1.0, spent / (sum(costs) or 1.0))
+        left = math.ceil(elapsed / max(share, 0.02) * (1 - share) / 5) * 5  # seconds
+        unit, size = ("h", 3600) if left >= 5400 else ("min", 60) if left > 90 else ("s", 1)
         parts = [
-            f"{meter.task}  {meter.share_done():.0%}",
-            f"about {format_estimate(left)} left" if left is not None else "",
+            f"{meter.task}  {share:.0%}",
+            *([f"about {left / size:,.0f} {unit} left"] if elapsed >= 2 and share >= 0.02 else []),
             f"{format_bytes(done)} of {format_bytes(total)}",
             f"{format_bytes(done / max(elapsed, 1e-9))}/s",
             f"{meter.tensors_done:,}/{count_of(meter.tensors_total, 'tensor')}",
             f"RAM {format_bytes(reading.used)} used, {format_bytes(reading.available)} available",
         ]
-        line = ""
-        for part in filter(None, parts):
-            if len(line) + len(part) + 2 > room:
-                break
-            line += f"  {part}" if line else part
-        return line
+        if done == total:
+            parts = [f"{meter.task}: {count_of(meter.tensors_total, 'tensor')} done, waiting for the disk"]
+        fitting = [line for line in itertools.accumulate(parts, "{}  {}".format) if len(line) <= room]
+        say(fitting[-1] if fitting else "", CLEAR_LINE if terminal else "", "" if terminal else "\n")
 
     def clear(self) -> None:
         """Leave the updating line, so that what follows starts on a fresh one."""
-        if self.terminal and self._shown:
+        if is_terminal(sys.stdout):
             say(before=CLEAR_LINE, end="")
-            self._shown = False
-
-
-def format_estimate(seconds: float) -> str:
-    """Give a duration as exact as an estimate is: 40 s, 3 min, 2 h."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{round(seconds / size):,} {unit}"
-    return f"{math.ceil(seconds / 5) * 5} s"
 
 
 def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> None:
     """Say what was done, and what it took."""
-    seconds = time.monotonic() - progress.started
-    before = sum(tensor.bytes_read for tensor in plan.tensors)
-    quantized = sum(tensor.packing is not None for tensor in plan.tensors)
-    rate = format_bytes(conversion.meter.bytes_total / max(seconds, 1e-9))
-    smaller = "" if plan.options.restore else f" ({three_digits(before / max(plan.total_size, 1))} times smaller)"
-    verb = "restored" if plan.options.restore else "quantized"
+    seconds, verb = time.monotonic() - progress.started, "restored" if plan.options.restore else "quantized"
+    rate = format_bytes(sum(nbytes for _, nbytes, *_ in conversion.meter.work.values()) / max(seconds, 1e-9))
+    before, after = sum(tensor.bytes_read for tensor in plan.tensors), plan.total_size
+    smaller = "" if plan.options.restore else f" ({three_digits(before / max(after, 1))} times smaller)"
+    packed = sum(tensor.packing is not None for tensor in plan.tensors)
+    counts = f"{count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept"
+    peak, memory = format_bytes(progress.guard.own_peak), psutil.virtual_memory()
+    more = getattr(memory, "cached", 0) - progress.cached
     say(f"Done in {format_seconds(seconds)}, {rate}/s", colour=GREEN)
-    counts = f"{count_of(quantized, 'tensor')} {verb}, {len(plan.tensors) - quantized:,} kept"
-    say_paragraph("Result:", f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller}; {counts}")
-    peak = format_bytes(progress.guard.own_peak)
+    say_paragraph("Result:", f"{format_bytes(before)} became {format_bytes(after)}{smaller}; {counts}")
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
-    more = f"{format_bytes(progress.more_cached)} more" if progress.more_cached > 0 else "no more"
-    say_paragraph("Cache:", f"the page cache holds {more} than before")
-    if shares_memory_with_gpu():
-        say_paragraph("GPU:", f"its programs see {format_bytes(psutil.virtual_memory().free)} free now")
-    say()
-    say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}")
+    say_paragraph("Cache:", f"the page cache holds {format_bytes(more) if more > 0 else 'no'} more than before")
+    say_paragraph("GPU:", f"its programs see {format_bytes(memory.free)} free now" if shares_memory_with_gpu() else "")
+    say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}", before="\n")
     for stage, reading in progress.stages:
         say(f"{stage:<34}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
 
 
 def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     """Say what can be done with the finished folder."""
-    name, form = shlex.quote(folder.resolve().name), plan.options.format
-    copy, steps = "rsync -a --partial {name} HOST:", list(form.next_steps)
-    if plan.options.restore:
-        steps = [("Try", LOAD_STEP)]
-    elif verified:
-        steps.append(("Copy", copy))
-    else:
-        steps.append(("Check", f"the same command with --verify; then copy it: {copy}"))
+    copy = "rsync -a --partial {name} HOST:"
+    last = ("Copy", copy) if verified else ("Check", f"the same command with --verify; then copy it: {copy}")
+    steps = [("Try", LOAD_STEP)] if plan.options.restore else [*plan.options.format.next_steps, last]
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     for label, text in steps:
-        say_paragraph(f"  {label}:", text.replace("{name}", name), command=True)
+        say_paragraph(f"  {label}:", text.replace("{name}", shlex.quote(folder.resolve().name)), command=True)
 
 
 # ---- Verification: the output as its readers see it, against the source ---------------------------------------------
@@ -4373,7 +4164,9 @@ def print_verification(verification: Verification) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do what is asked for; every error is raised."""
     if args.format not in (None, *FORMATS):  # a wrong name is said before anything is opened
-        raise UsageError(f"--format {args.format!r} is none of {', '.join(FORMATS)}{nearest(args.format, FORMATS)}")
+        raise QuantizeError(
+            f"--format {args.format!r} is none of {', '.join(FORMATS)}{nearest(args.format, FORMATS)}", 2
+        )
     guard = MemoryGuard(int(args.min_free_gb * GB))
     progress = Progress(guard)
     args.threads = args.threads or usable_cores()
@@ -4416,7 +4209,7 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
     form = FORMATS[args.format or "int4"]
     scale = args.scale or ("mse" if form.for_engines else "absmax")
     if args.importance and scale != "mse":
-        raise UsageError("--importance needs --scale mse")
+        raise QuantizeError("--importance needs --scale mse", 2)
     importance = Importance(args.importance) if args.importance else None
     return plan_conversion(checkpoint, Options.of(vars(args) | {"format": form.name, "scale": scale}, importance))
 
@@ -4471,9 +4264,11 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         if plan.options.importance:
             plan.options.importance.check_unchanged()
         output.write_other_files()
-    except (Interrupted, MemoryGuardError) as stop:
-        kept = f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')} are finished and kept"
-        stop.args = (f"{stop}; {kept}, the same command continues",)
+    except QuantizeError as stop:
+        if stop.exit_code == 3 or stop.exit_code > 128:
+            finished = sum(shard.finished for shard in shards)
+            kept = f"{finished:,} of {count_of(len(shards), 'shard')} are finished and kept"
+            stop.args = (f"{stop}; {kept}, the same command continues",)
         raise
     finally:
         progress.clear()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -97,11 +98,16 @@ def test_the_guard_refuses_to_start_when_too_little_is_available(tiny, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def write_files(folder: Path, files: dict[str, object]) -> Path:
-    folder.mkdir(parents=True)
-    for name, text in files.items():
-        (folder / name).write_text(f"{text}\n")
-    return folder
+def write_system(system: Path, membership: str, groups: dict[str, dict[str, object]]) -> Path:
+    """Write what a system says of the control groups of a process, each by its folder below /sys/fs/cgroup."""
+    (system / "proc/self").mkdir(parents=True)
+    (system / "proc/self/cgroup").write_text(membership)
+    for group, files in groups.items():
+        folder = system / "sys/fs/cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(f"{text}\n")
+    return system
 
 
 V2 = {
@@ -113,66 +119,80 @@ V2 = {
 V1 = {
     "memory.limit_in_bytes": 8 * GB,
     "memory.usage_in_bytes": 7 * GB,
-    "memory.stat": f"cache 1\ntotal_active_file {GB}\ntotal_inactive_file {4 * GB}",
+    "memory.stat": f"cache 1\nactive_file 1\ntotal_active_file {GB}\ntotal_inactive_file {4 * GB}",
 }
+IN_V1 = "12:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n"
 
 
-@pytest.mark.parametrize("files", [V2, V1], ids=["cgroup v2", "cgroup v1"])
-def test_reclaimable_page_cache_counts_as_available_in_a_container(tmp_path, files):
-    folder = write_files(tmp_path / "group", files)
-    assert q.read_cgroup(folder, 128 * GB) == q.MemoryReading(used=2 * GB, available=6 * GB)
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of 128 GB, of which 100 are available."""
+    memory = SimpleNamespace(total=128 * GB, available=100 * GB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    return q.MemoryReading(available=100 * GB, used=28 * GB)
 
 
-@pytest.mark.parametrize("limit", [{"memory.max": "max"}, {"memory.limit_in_bytes": 9223372036854771712}, {}])
-def test_a_group_without_a_limit_does_not_count(tmp_path, limit):
-    usage = {"memory.current": GB, "memory.usage_in_bytes": GB, "memory.stat": "anon 1"}
-    assert q.read_cgroup(write_files(tmp_path / "group", usage | limit), 128 * GB) is None
+@pytest.mark.parametrize(
+    ("membership", "groups"),
+    [("0::/docker/abc\n", {"docker/abc": V2}), (IN_V1, {"memory/docker/abc": V1})],
+    ids=["cgroup v2", "cgroup v1"],
+)
+def test_reclaimable_page_cache_counts_as_available_in_a_container(tmp_path, machine, membership, groups):
+    guard = q.MemoryGuard(0, write_system(tmp_path, membership, groups))
+    assert guard.read() == q.MemoryReading(available=6 * GB, used=2 * GB)
 
 
-def test_the_limits_of_all_groups_above_count_and_the_tightest_wins(tmp_path):
-    root = tmp_path / "cgroup"
-    write_files(root, {})
-    write_files(root / "docker", V2 | {"memory.max": 3 * GB})
-    write_files(root / "docker" / "abc", V2)
-    membership = tmp_path / "membership"
-    membership.write_text("0::/docker/abc\n")
-    folders = q.find_cgroups("memory", membership, root)
-    assert folders == [root / "docker" / "abc", root / "docker", root]
-    available = min(psutil.virtual_memory().available, GB)
-    assert q.MemoryGuard(0, folders).read().available <= available
+@pytest.mark.parametrize(
+    ("membership", "groups"),
+    [
+        ("0::/\n", {"": V2 | {"memory.max": "max"}}),
+        (IN_V1, {"memory": V1 | {"memory.limit_in_bytes": 9223372036854771712}}),
+        ("0::/\n", {}),
+        ("", {}),
+    ],
+)
+def test_a_group_without_a_limit_does_not_count(tmp_path, machine, membership, groups):
+    assert q.MemoryGuard(0, write_system(tmp_path, membership, groups)).read() == machine
 
 
-def test_inside_a_container_the_hosts_path_does_not_exist_and_the_root_is_the_group(tmp_path):
-    write_files(tmp_path / "memory", V1)
-    membership = tmp_path / "membership"
-    membership.write_text("12:cpu,cpuacct:/docker/abc\n5:memory:/docker/abc\n")
-    assert q.find_cgroups("memory", membership, tmp_path) == [tmp_path / "memory"]
+def test_without_control_groups_the_machine_counts(tmp_path, machine):
+    assert q.MemoryGuard(0, tmp_path / "not Linux").read() == machine
 
 
-def test_a_container_limit_trips_the_guard(tmp_path):
-    guard = q.MemoryGuard(7 * GB, [write_files(tmp_path / "group", V2)])
-    with pytest.raises(q.MemoryGuardError, match=r"6\.00 GB of memory available"):
+def test_the_limits_of_all_groups_above_count_and_the_tightest_wins(tmp_path, machine):
+    groups = {"docker": V2 | {"memory.max": 3 * GB}, "docker/abc": V2, "docker/other": V2 | {"memory.max": GB}}
+    assert q.MemoryGuard(0, write_system(tmp_path, "0::/docker/abc\n", groups)).read().available == GB
+
+
+def test_inside_a_container_the_hosts_path_does_not_exist_and_the_root_is_the_group(tmp_path, machine):
+    assert q.MemoryGuard(0, write_system(tmp_path, IN_V1, {"memory": V1})).read().available == 6 * GB
+
+
+def test_a_container_limit_trips_the_guard(tmp_path, machine):
+    guard = q.MemoryGuard(7 * GB, write_system(tmp_path, "0::/\n", {"": V2}))
+    with pytest.raises(q.QuantizeError, match=r"6\.00 GB of memory available") as stop:
         guard.check()
+    assert stop.value.exit_code == 3
 
 
 # --- cores and machines -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("files", "cores"),
+    ("membership", "files", "cores"),
     [
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "20000 100000"}, 1),
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.cfs_quota_us": 100000, "cpu.cfs_period_us": 100000}, 1),
-        ({"cpu.cfs_quota_us": -1, "cpu.cfs_period_us": 100000}, None),
-        ({}, None),
+        ("0::/\n", {"cpu.max": "150000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "20000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        (IN_V1, {"cpu.cfs_quota_us": 100000, "cpu.cfs_period_us": 100000}, 1),
+        (IN_V1, {"cpu.cfs_quota_us": -1, "cpu.cfs_period_us": 100000}, None),
+        ("0::/\n", {}, None),
     ],
 )
-def test_threads_default_to_the_cores_that_affinity_and_quota_allow(tmp_path, files, cores):
+def test_threads_default_to_the_cores_that_affinity_and_quota_allow(tmp_path, membership, files, cores):
     free = len(os.sched_getaffinity(0))
-    folder = write_files(tmp_path / "group", files)
-    assert q.usable_cores([folder]) == min(cores or free, free)
+    system = write_system(tmp_path, membership, {"cpu" if membership == IN_V1 else "": files})
+    assert q.usable_cores(system) == min(cores or free, free)
 
 
 def test_threads_default_to_the_affinity():

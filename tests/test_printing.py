@@ -163,45 +163,79 @@ def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
     assert updates[-1].startswith("\033[32mDone in")
 
 
-def test_on_a_narrow_terminal_the_memory_goes_first():
-    progress, meter = q.Progress(q.MemoryGuard(0)), q.Meter("quantizing")
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    """What is shown of a meter after some seconds, in so many columns."""
+    monkeypatch.setattr(q, "PROGRESS_INTERVAL_S", {True: 0, False: 0})
+    progress = q.Progress(q.MemoryGuard(0))
+
+    def show(meter: q.Meter, seconds: float, columns: int = 200) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        progress.restart()
+        with monkeypatch.context() as later:
+            later.setattr(time, "monotonic", lambda: progress.started + seconds)
+            progress.show(meter)
+        return capsys.readouterr().out.rstrip("\n")
+
+    return show
+
+
+def test_on_a_narrow_terminal_the_memory_goes_first(shown):
+    meter = q.Meter("quantizing")
     meter.expect("mse", 10**9)
     meter.tensors_total = 10
     meter.book("mse", 10**8, 1.0)
-    lines = [progress._describe(meter, 10.0, room) for room in (200, 79, 40)]
-    assert all("quantizing  10%  about 2 min left" in line for line in lines)
+    lines = [shown(meter, 10.0, columns) for columns in (201, 80, 41)]
+    assert all("quantizing  10%  about 90 s left" in line for line in lines)
     assert ["RAM" in line for line in lines] == [True, False, False]
     assert ["/s" in line for line in lines] == [True, True, False]
-    assert all(len(line) <= room for line, room in zip(lines, (200, 79, 40)))
+    assert all(len(line) < columns for line, columns in zip(lines, (201, 80, 41)))
 
 
-def test_the_estimate_weighs_kinds_of_work_by_what_they_cost():
+def test_the_estimate_weighs_kinds_of_work_by_what_they_cost(shown):
     meter = q.Meter("quantizing")
     meter.expect("kept", 900)
     meter.expect("mse", 100)
-    assert meter.seconds_left(60) is None
+    assert "quantizing  0%  0 bytes of 1.00 kB" in shown(meter, 60)
     meter.book("kept", 900, 9.0)  # 90 % of the bytes
-    assert meter.share_done() == pytest.approx(9 / 14)  # what has not begun is taken to cost five times as much
+    # What has not begun is taken to cost five times as much, so that 9 of 14 parts are done.
+    assert "quantizing  64%  about 20 s left" in shown(meter, 36)
     meter.book("mse", 10, 4.0)
-    assert meter.share_done() == pytest.approx(13 / (9 + 40))
-    assert meter.seconds_left(13) == pytest.approx(36)
+    assert "quantizing  27%  about 40 s left" in shown(meter, 13)  # 13 seconds of 9 + 40, and 36 to come
 
 
-def test_there_is_no_estimate_before_it_means_something():
+def test_there_is_no_estimate_before_it_means_something(shown):
     meter = q.Meter("quantizing")
     meter.expect("mse", 10_000)
     meter.book("mse", 100, 1.0)
-    assert meter.seconds_left(30) is None  # 1 % is done
+    assert "left" not in shown(meter, 30)  # 1 % is done
     meter.book("mse", 900, 9.0)
-    assert meter.seconds_left(1) is None  # of the first two seconds
-    assert meter.seconds_left(5) == pytest.approx(45)
+    assert "left" not in shown(meter, 1)  # of the first two seconds
+    assert "10%  about 45 s left" in shown(meter, 5)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3, "5 s"), (41, "45 s"), (95, "2 min"), (3000, "50 min"), (75_000, "21 h")]
 )
-def test_estimates_are_not_more_exact_than_they_are(seconds, text):
-    assert q.format_estimate(seconds) == text
+def test_estimates_are_not_more_exact_than_they_are(shown, seconds, text):
+    meter = q.Meter("quantizing")
+    meter.expect("mse", 100)
+    meter.book("mse", 50, 1.0)
+    assert f"50%  about {text} left" in shown(meter, seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.318, "7.32 s"), (59.97, "1:00"), (185, "3:05"), (3723, "1:02:03"), (90_000, "25:00:00")]
+)
+def test_durations_longer_than_a_minute_are_those_of_a_clock(seconds, text):
+    assert q.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0.00"), (0.09667, "0.0967"), (1.5151, "1.52"), (9.997, "10.0"), (999.6, "1,000")]
+)
+def test_numbers_have_three_digits(number, text):
+    assert q.three_digits(number) == text
 
 
 # --- colour -----------------------------------------------------------------------------------------------------------

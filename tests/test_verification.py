@@ -99,7 +99,7 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
         def check(self):
             self.looks += 1
             if self.looks > 3:
-                raise q.MemoryGuardError("too little memory")
+                raise q.QuantizeError("too little memory", 3)
 
         def read(self):
             return q.MemoryReading(0, 0)
@@ -108,7 +108,7 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
     with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
         plan = q.plan_of_folder(checkpoint, tmp_path / "out", None)
         verification = q.Verification(checkpoint, plan, tmp_path / "out", guard := Guard())
-        with pytest.raises(q.MemoryGuardError):
+        with pytest.raises(q.QuantizeError, match="too little memory"):
             verification.run(1, q.Progress(guard))
     assert verification.meter.tensors_done == 3
 
