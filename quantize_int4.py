@@ -280,7 +280,6 @@ DIRECT_BLOCK = 4096  # bytes, to which such reads are aligned
 READ_MARGIN = 2 * DIRECT_BLOCK  # that a buffer must have beyond what is read into it
 MAX_WAITING_SHARDS = 100  # for the disk; each may be an open file, and the system allows about a thousand
 SYNC_BYTES = 1 << 27  # of input, after which what came of it is synced and both leave the page cache
-LEAST_DROPPED = 1 << 20  # bytes between parts of a file that others had in the page cache
 MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
@@ -311,7 +310,6 @@ DTYPE_BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}  # in config.json, narrower than a checkpoint's
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}  # of all that a pickle may hold
@@ -501,7 +499,7 @@ def cached_ranges(fd: int) -> Ranges:
 def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
     """Let the page cache forget part of a file but for what others have there. Written pages must be synced before."""
     for first, last in [*others, (end, end)]:
-        if start < min(first, end) and (first == end or first - start >= LEAST_DROPPED):
+        if start < min(first, end) and (first == end or first - start >= 1 << 20):  # fewer are not worth a call
             os.posix_fadvise(fd, start, min(first, end) - start, os.POSIX_FADV_DONTNEED)
         start = max(start, last)
 
@@ -548,7 +546,7 @@ def read_header(path: Path) -> tuple[dict, int]:
     """Read the JSON header of a safetensors file, and where the tensors' bytes begin. ValueError if it has none."""
     with open(path, "rb") as file:
         header_size, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
-        if header_size > min(MAX_HEADER_BYTES, size - 8):
+        if header_size > min(100_000_000, size - 8):  # the library's own limit
             raise ValueError(f"{size:,} bytes with a header of {header_size:,}")
         text = file.read(header_size).decode()
     # An object with a name given twice stays a list of pairs.
