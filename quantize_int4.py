@@ -607,7 +607,6 @@ class WeightsFile:
         self.path = path
         self.fd = os.open(path, os.O_RDONLY)
         self.state = os.stat(self.fd).st_size, os.stat(self.fd).st_mtime_ns
-        self.cached = cached_ranges(self.fd)  # by others; 10 ms a gigabyte
         self._direct_fd: int | None = None
         with contextlib.suppress(OSError):  # a file system without
             self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
@@ -636,6 +635,11 @@ class WeightsFile:
             infos[name] = TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, offset)
         return infos
 
+    @functools.cached_property
+    def cached(self) -> Ranges:
+        """What was cached before this run read tensors: asked before the first, since it takes 10 ms a gigabyte."""
+        return cached_ranges(self.fd)
+
     def check_unchanged(self, whole: bool = True) -> None:
         """Raise if the file was written to or replaced since it was opened, or its end is missing."""
         found = {(found.st_size, found.st_mtime_ns) for found in (os.stat(self.fd), os.stat(self.path))}
@@ -652,9 +656,9 @@ class WeightsFile:
         `memory`, which begins a page and has READ_MARGIN bytes more than are asked for."""
         memory = memoryview(bytearray(nbytes)) if memory is None else memory
         buffer, start = memory[:nbytes], (info.offset or 0) + offset
-        in_one_piece = info.offset is not None and not info.stride
+        in_one_piece, cached = info.offset is not None and not info.stride, self.is_cached(info, offset, nbytes)
         may_go_around = in_one_piece and self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
-        if may_go_around and start % 8 == 0 and not self.is_cached(info, offset, nbytes):
+        if may_go_around and start % 8 == 0 and not cached:
             # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
             skip = start % DIRECT_BLOCK
             blocks = memory[: -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK]
@@ -705,7 +709,8 @@ class WeightsFile:
 
     def close(self) -> None:
         self._tensors.clear()  # pages that are mapped cannot be dropped
-        drop_pages(self.fd, self.cached)
+        if "cached" in vars(self):
+            drop_pages(self.fd, self.cached)
         for fd in {self.fd, self._direct_fd} - {None}:
             os.close(fd)
 
@@ -1462,7 +1467,8 @@ class Feedback:
     @classmethod
     def of(cls, mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel | None) -> Feedback:
         """Prepare it from the second moments diag(mean_squares - row sums of factor^2) + factor factor^T."""
-        factor = torch.nn.functional.pad(factor, (0, -factor.shape[1] % SUM_LANES)) * math.sqrt(FACTOR_SHARE)
+        padding = (0, -factor.shape[1] % SUM_LANES, 0, len(mean_squares) - len(factor))
+        factor = torch.nn.functional.pad(factor, padding).mul_(math.sqrt(FACTOR_SHARE))
         rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
         rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
         return cls(factor, (kernel.spread_of if kernel else spread_of)(factor, rest))
@@ -2352,7 +2358,7 @@ class Importance(WeightsFile):
             held = f"at most {MAX_FACTOR:,} are held in memory: collect it with a rank of {MAX_FACTOR // columns}"
             raise QuantizeError(f"{self.path}: {name!r} holds {factor.numel():,} numbers, {held}")
         rounding, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
-        sums = (factor.abs() * (1 - rounding.eps) - rounding.eps * rounding.tiny).clamp_(min=0).square_().sum(1)
+        sums = factor.abs().mul_(1 - rounding.eps).sub_(rounding.eps * rounding.tiny).clamp_(min=0).square_().sum(1)
         beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
         if beyond.any():
             column = int(beyond.int().argmax())
@@ -3696,7 +3702,6 @@ class Conversion:
         rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
         if factor is None:
             return rounding
-        factor = torch.nn.functional.pad(factor, (0, 0, 0, padding))
         return replace(rounding, feedback=Feedback.of(mean_squares, factor, self._kernel))
 
     def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
@@ -3794,7 +3799,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     job = TRANSPOSED_JOB_WEIGHTS if options.format.transposed else JOB_WEIGHTS
     jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
     factor = options.importance.largest_factor * 4 if options.importance else 0
-    # A worker's padded weights, magnitudes, float32 weights, codes, words, scales; a search's four; a job's words and scales.
+    # A worker's padded weights, magnitudes, float32 weights, codes, words, scales; a search's four; a job's output.
     words = 1 if options.int8 else 0.5
     widths = [itemsize, itemsize, 4, 2, words, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
     buffers = [TILE_WEIGHTS * width for width in widths] + [job * words, job * 0.1]
