@@ -184,11 +184,7 @@ def make_parser() -> Parser:
         ("group_size", "columns that share a scale, a multiple of 8 (default: 128; for engines see below)", eights),
         ("shard_size_gb", "largest size of an output file, in 10^9 bytes, but for larger tensors (default: 4.0)", size),
         ("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", regex),
-        (
-            "scale",
-            "how scales are chosen, see below (default: absmax; for engines mse)",
-            {"choices": ("absmax", "mse")},
-        ),
+        ("scale", "how scales are chosen, see below (default: absmax; engines: mse)", {"choices": ("absmax", "mse")}),
         ("importance", "what the layers' inputs are like, see below (safetensors); needs --scale mse", file),
         ("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", regex),
         ("quantize_embeddings", "quantize embeddings too (default: they are kept)", flag),
