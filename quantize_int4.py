@@ -58,7 +58,6 @@ import ctypes
 import difflib
 import errno
 import fcntl
-import filecmp
 import functools
 import gc
 import hashlib
@@ -173,7 +172,7 @@ def make_parser() -> Parser:
     regex = checked("REGEX", "a regular expression", lambda x: re.compile(x).pattern, action="append", default=[])
     eights = checked("N", "a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
     threads = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
-    size = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9, default=4.0)
+    size = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
     free = checked("GB", "a number of gigabytes", float, lambda n: 0 <= n <= 1e9, default=10.0)
     parser.add_argument("folders", nargs="*", type=Path, help=argparse.SUPPRESS)
     for name, text, settings in (
@@ -244,7 +243,7 @@ if ARGUMENTS:
 # ---------------------------------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
-FORMAT_VERSION = 6  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+FORMAT_VERSION = 7  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
@@ -307,107 +306,21 @@ DTYPE_BITS = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}  # in config.json, narrower than a checkpoint's
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}  # of all that a pickle may hold
 DTYPE_NAMES |= {getattr(torch, f"int{bits}"): f"I{bits}" for bits in (8, 16, 32, 64)}
 DTYPE_NAMES |= {getattr(torch, f"uint{bits}"): f"U{bits}" for bits in (8, 16, 32, 64)}
 DTYPE_NAMES |= {torch.bool: "BOOL", torch.complex64: "C64"}
 DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 
-# Names, by the convention of the architectures on the hub; `find_roles` knows other ones by their shape and place.
-EMBEDDING_PATTERN = re.compile(
-    r"(^|\.)(\w*embed(?!_out)\w*(\.\d+)?|wte|wpe|\w+_bias)\.weight$|^(\w+\.)?shared\.weight$"
-)
-HEAD_PATTERN = re.compile(
-    r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
-)
-ROUTER_PATTERN = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$")
-HEAD_WORDS = re.compile(r"head|output|logits|unembed|classifier|score")
-NO_WORDS = re.compile(r"pos|wpe|type|bias")  # in the name of an embedding of something else
-EXTRA_WORDS = 64  # rows that an embedding or head may have beyond vocab_size
-VOCABULARY_WORDS = re.compile(r"head|output_layer|logits|embed|vocab|wte")
 LAYER_PATTERN = re.compile(r"(.*?)\.?(\w+)\.(\d+)\.")  # wrappers, the layers' container, a layer's number
 # Parts of a multimodal model that are not its language model, and what joins them to it.
 TOWER_WORDS = re.compile(
     r"vis(ion|ual)|image|audio|speech|tower|proj|merger|connector|adapter|sampler|pool|dense|linear|(^|\.)(mlp|fc)"
 )
-NOT_A_ROUTER = re.compile(r"_proj$|^(shared_|self_)|attn|attention|(^|\.)mlp(\.|$)|experts")
 EXPERT_PATTERN = re.compile(r"((?:.*\.)?experts)\.(\d+)\.\w+\.weight$")
 STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
     r"(?P<place>(?:.*\.)?)(?:experts\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?"
     r"|(?P<linear>input_linear|output_linear)\.weight)$"
-)
-LAYER_KINDS = (  # for the tables; the first that matches
-    ("experts", re.compile(r"\.experts\.\d+\.")),
-    ("shared experts", re.compile(r"\.shared_experts?\.")),
-    ("attention", re.compile(r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\.")),
-    ("Mamba", re.compile(r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm")),
-    ("MLP", re.compile(r"mlp|ffn|feed_forward|(gate|up|down)_proj|fc\d|dense_(h_to|4h)|\.(w[123]|wi|wo)(_\d)?\.")),
-)
-
-# What config.json calls the number of layers: of a decoder, of an encoder, of layers that are shared, of others.
-LAYER_COUNTS = (
-    (r"decoder", ("decoder_layers", "num_decoder_layers")),
-    (r"encoder", ("encoder_layers", "num_encoder_layers")),
-    (r"", ("num_hidden_groups",)),
-    (r"", ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
-)
-# Layers that engines hold as one, and so in one precision, as they do a layer's routed experts. (vLLM 0.29.0:
-# packed_modules_mapping of its models)
-FUSED_LAYERS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-    ("wq", "wk", "wv"),
-    ("q", "k", "v"),
-    ("c_fc_0", "c_fc_1"),
-    ("fc1", "fc3"),
-    ("gate_proj", "dense_h_to_4h"),
-)
-DEFAULT_GROUP_SIZE = 128
-MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
-
-# Marks of a checkpoint that is quantized already: formats in use on the hub.
-QUANTIZED_NAME_PATTERN = re.compile(
-    r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)|\w*quantizer\._\w+)$"
-)
-QUANTIZED_DTYPES = {name for name, bits in DTYPE_BITS.items() if name.startswith("F") and bits <= 8}
-
-# Marks of what is not a merged model: in a tensor's name, of which tensors, what it means and what to do.
-UNMERGED = (
-    (
-        # The spellings of peft, torchtune, kohya's scripts and AdapterHub; `low_rank_update` finds others.
-        re.compile(
-            r"(^|[._])(?i:lora)[._]?([AB]|up|down|left|right|embedding_[AB])(\.|$)|(^|\.)(lora_[ab]|adapter_?[AB])(\.|$)"
-            r"|magnitude_vector|(^|\.)(hada_[wt][12]|lokr_[wt][12]|b?oft_[RSrs]|vera_[AB]|ia3_l|trainable_tokens_)"
-            r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\.|adapters\.\w+\.adapter_)"
-            r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)"
-        ),
-        lambda info: True,
-        ADAPTER := "belongs to an adapter that is not merged: merge it into its base model first (peft:"
-        " merge_and_unload), then save that",
-    ),
-    (
-        re.compile(r"flat_param"),
-        lambda info: True,
-        "holds the parameters of many layers, flattened by FSDP: save a full state dict (FULL_STATE_DICT, or accelerate"
-        " merge-weights)",
-    ),
-    (
-        re.compile(r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$"),
-        lambda info: len(info.shape) == 2,  # some models' convolutions have such parts of their own
-        "is what a weight is computed from, by pruning or another parametrization: make it permanent first"
-        " (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that",
-    ),
-    (
-        re.compile(r"(weight|bias)$|\.experts\."),
-        lambda info: info.nbytes == 0,
-        "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
-        " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
-    ),
 )
 # Modules that training wraps around a model or its layers; they have no weights of their own.
 WRAPPER_PATTERN = re.compile(
@@ -417,11 +330,7 @@ WRAPPER_PATTERN = re.compile(
 PICKLE_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # of a model's state dict, in trainers' files
 QUANTIZER_PATTERN = re.compile(r"\.\w*quantizer(\.\d+)?\._\w+$")  # ModelOpt's tensors beside a model's own
 
-# Which files beside the weights are not the model's, by name. All others at the folder's top level are copied.
-WEIGHTS_PATTERN = re.compile(
-    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo|tar|tgz|zip|tar\.\w+)$"
-    r"|\.index\.json$"
-)
+# Names of a trainer's files.
 TRAINER_PATTERN = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|events\.out\.tfevents|zero_to_fp32)"
     r"|^latest$|\.distcp$"
@@ -914,34 +823,34 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
     raise QuantizeError(f"{index} names {missing[0]}, which is missing: {remedy}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Architectures: stacks of experts, and what a tensor is for
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Architectures: stacks of experts, and what a tensor is for -----------------------------------------------------
 
-
-def config_values(config: dict, *keys: str) -> list:
-    """List what config.json says under any of `keys`, and then its language model's own config (`text_config` and
-    alike)."""
-    values = [config[key] for key in keys if config.get(key) is not None]
-    for key, nested in config.items():
-        if isinstance(nested, dict) and re.match(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key):
-            values += config_values(nested, *keys)
-    return values
-
-
-def model_dtype(config: dict) -> str | None:
-    """Return the dtype that engines compute in, by its safetensors name; None if config.json names none."""
-    names = (str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype"))
-    return next((MODEL_DTYPES[name] for name in names if name in MODEL_DTYPES), None)
+# Names of weights, by the convention of the architectures on the hub; `find_kinds` finds others by shape and place.
+EMBEDDING_NAME = r"(^|\.)(\w*embed(?!_out)\w*(\.\d+)?|wte|wpe|\w+_bias)\.weight$|^(\w+\.)?shared\.weight$"
+HEAD_NAME = r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
+ROUTER_NAME = r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$"
+NO_ROUTER = r"_proj$|^(shared_|self_)|attn|attention|(^|\.)mlp(\.|$)|experts"
+HEAD_WORDS = r"head|output|logits|unembed|classifier|score"
+VOCABULARY_WORDS = r"head|output_layer|logits|embed|vocab|wte"
+NO_WORDS = r"pos|wpe|type|bias"  # in the name of an embedding of something else
+EXTRA_WORDS = 64  # rows that an embedding or head may have beyond vocab_size
+LAYER_KINDS = (  # for the tables; the first that matches
+    ("experts", r"\.experts\.\d+\."),
+    ("shared experts", r"\.shared_experts?\."),
+    ("attention", r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\."),
+    ("Mamba", r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm"),
+    ("MLP", r"mlp|ffn|feed_forward|(gate|up|down)_proj|fc\d|dense_(h_to|4h)|\.(w[123]|wi|wo)(_\d)?\."),
+)
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # in config.json
+EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
 
 
 @dataclass(frozen=True)
 class Oddity:
-    """What sets models of some types apart from what most checkpoints' names and shapes say.
+    """Say what sets models of some types apart from what most checkpoints' names and shapes tell.
 
-    `projections` and `renames` turn the names of `model.state_dict()`, which holds stacks of experts, into those that
-    `save_pretrained` writes and vLLM 0.29.0 alone knows (the `ckpt_*_proj_name` of its models).
-    """
+    `projections` and `renames` turn names of `model.state_dict()`, which has stacks of experts, into those that
+    `save_pretrained` writes and vLLM 0.29.0 alone knows (its models' `ckpt_*_proj_name`)."""
 
     model_types: str  # separated by blanks
     projections: tuple[str, str, str] | None = None  # an expert's gate (nothing where it has none), up and down
@@ -955,6 +864,7 @@ class Oddity:
 
 
 GATED, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+SPARSE_BLOCK = (r"\.mlp\.", ".block_sparse_moe.")
 ODDITIES = (
     # Names of experts: transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way.
     Oddity(
@@ -967,13 +877,8 @@ ODDITIES = (
     Oddity("ernie4_5_moe", GATED, ((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
     Oddity("llama4 llama4_text", GATED, whole_in_vllm=False, linear_experts=True),  # and transposed
     Oddity("lfm2_moe", MIXTRAL, whole_in_vllm=False),
-    Oddity("mixtral minimax minimax_m2", MIXTRAL, ((r"\.mlp\.", ".block_sparse_moe."),), whole_in_vllm=False),
-    Oddity(
-        "phimoe",
-        MIXTRAL,
-        ((r"\.mlp\.router\.weight$", ".block_sparse_moe.gate.weight"), (r"\.mlp\.", ".block_sparse_moe.")),
-        whole_in_vllm=False,
-    ),
+    Oddity("mixtral minimax minimax_m2", MIXTRAL, (SPARSE_BLOCK,), whole_in_vllm=False),
+    Oddity("phimoe", MIXTRAL, ((r"\.mlp\.router\.weight$", ".mlp.gate.weight"), SPARSE_BLOCK), whole_in_vllm=False),
     # transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
     Oddity(
         "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text",
@@ -995,9 +900,22 @@ ODDITIES = (
     ),
     Oddity("gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),  # transformers 5.23.0: users of pytorch_utils
 )
-STACK_ROLES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}  # Granite's, which are gated, too
-EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # in config.json
-EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+
+
+def config_values(config: dict, *keys: str) -> list:
+    """List what config.json says under any of `keys`, then its language model's config (`text_config` and alike)."""
+    values = [config[key] for key in keys if config.get(key) is not None]
+    for key, nested in config.items():
+        if isinstance(nested, dict) and re.match(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key):
+            values += config_values(nested, *keys)
+    return values
+
+
+def model_dtype(config: dict) -> str | None:
+    """Return the dtype that engines compute in, by its safetensors name; None if config.json names none."""
+    known = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}  # narrower than a checkpoint's
+    names = (str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype"))
+    return next((known[name] for name in names if name in known), None)
 
 
 def oddity_with(field: str, config: dict) -> tuple[Oddity | None, str]:
@@ -1013,61 +931,66 @@ def expert_naming(config: dict) -> Oddity | None:
     return oddity_with("projections", config)[0]
 
 
+def projections_of(role: str, naming: Oddity | None) -> tuple[str, ...]:
+    """Name the weights of a stack, in their order."""
+    gate, up, down = naming.projections if naming else GATED
+    return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
+
+
+def renamed(name: str, naming: Oddity | None) -> str:
+    """Rename a tensor of a state dict as `save_pretrained` does."""
+    for pattern, replacement in naming.renames if naming else ():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 @dataclass(frozen=True)
 class ExpertStack:
-    """A tensor that holds all routed experts of a layer, and the 2-D weights it is read as."""
+    """Describe a tensor that holds all routed experts of a layer, and the 2-D weights it is read as."""
 
     info: TensorInfo
-    weights: tuple[TensorInfo, ...] = ()  # expert by expert; none if there is a problem
-    problem: str = ""  # why it cannot be read so
+    weights: list[TensorInfo]  # expert by expert; none if its layout does not tell them
+    problem: str = ""  # why it is not read so
     whole_in_vllm: bool = True  # whether vLLM knows it as it is, too
 
 
-def find_expert_stacks(checkpoint: Checkpoint) -> dict[str, ExpertStack]:
+def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, ExpertStack]:
     """Find every tensor that holds a layer's routed experts together, by its name."""
-    naming = expert_naming(checkpoint.config)
+    naming, counts = expert_naming(checkpoint.config), config_values(checkpoint.config, *EXPERT_COUNTS)
+    odd, model_type = oddity_with("problem_of_engines", checkpoint.config) if for_engines else (None, "")
     stacks: dict[str, ExpertStack] = {}
     layers: dict[str, dict[str, TensorInfo]] = {}  # by where the experts are, and by role
-    for info in checkpoint.tensors.values():
-        if not holds_experts(info, checkpoint.config):
+    for name, info in checkpoint.tensors.items():
+        if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", name):
             continue
-        if len(info.shape) != 3 or not (match := STACK_PATTERN.match(info.name)):
-            stacks[info.name] = ExpertStack(info, problem="in a layout that is not known")
-            continue
-        role = match["projection"] or STACK_ROLES[match["linear"]]
-        twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
-        if twin is not info:
-            raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, info.name])))
+        match = STACK_PATTERN.match(name) if len(info.shape) == 3 else None
+        if len(info.shape) == 3 and min(info.shape[1:]) >= CODES_PER_WORD:  # else a convolution
+            counted = info.shape[0] > 1 and info.shape[0] in counts
+            found = re.search(r"(^|[._])(experts?|moe)[._]", name) or (counted and re.search(r"\.\d+\.", name))
+        else:  # DBRX's
+            found = len(info.shape) == 2 and re.search(r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", name)
+        if found and not match:
+            stacks[name] = ExpertStack(info, [], "in a layout that is not known")
+        elif found:  # Granite's are gated, too
+            role = match["projection"] or ("gate_up_proj" if match["linear"] == "input_linear" else "down_proj")
+            twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
+            if twin is not info:
+                raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, name])))
     for module, layer in layers.items():
-        problem, transposed = layout_of_stacks(module, layer, checkpoint, naming)
+        problem, turned = layout_of_stacks(module, layer, checkpoint, naming)
+        in_engines = odd.problem_of_engines.format(model_type) if odd else ""
         for role, info in layer.items():
-            weights = () if problem else expert_weights(info, module, role, naming, transposed)
-            stacks[info.name] = ExpertStack(info, weights, problem, naming is None or naming.whole_in_vllm)
+            weights = [] if problem else expert_weights(info, module, role, naming, turned)
+            whole_in_vllm = naming is None or naming.whole_in_vllm
+            stacks[info.name] = ExpertStack(info, weights, problem or in_engines, whole_in_vllm)
     return stacks
 
 
-def holds_experts(info: TensorInfo, config: dict) -> bool:
-    """Tell whether it is a 3-D stack of matrices, called experts or as many as config.json counts, or DBRX's 2-D
-    kind."""
-    if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", info.name):
-        return False
-    if len(info.shape) == 2:
-        return bool(re.search(r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", info.name))
-    if len(info.shape) != 3 or min(info.shape[1:]) < CODES_PER_WORD:  # a convolution
-        return False
-    counted = info.shape[0] > 1 and info.shape[0] in config_values(config, *EXPERT_COUNTS)
-    return bool(re.search(r"(^|[._])(experts?|moe)[._]", info.name) or (counted and re.search(r"\.\d+\.", info.name)))
+def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, naming: Oddity | None) -> tuple[str, bool]:
+    """Say why a layer's stacks, by role, cannot be read as one weight an expert, if so, and whether they are (in, out).
 
-
-def layout_of_stacks(
-    module: str, layer: Mapping[str, TensorInfo], checkpoint: Checkpoint, naming: Oddity | None
-) -> tuple[str, bool]:
-    """Say why a layer's stacks, by role, cannot be read as one weight an expert (nothing if they can), and whether they
-    hold matrices (in, out).
-
-    The shapes of gate_up_proj and down_proj tell alone: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which
-    are never the same. Without a gate, (I, H) and (H, I), it takes config.json.
-    """
+    The shapes of gate_up_proj and down_proj tell: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which are
+    never the same. Without a gate, (I, H) and (H, I), it takes config.json."""
     config, shapes = checkpoint.config, {role: info.shape[1:] for role, info in layer.items()}
     if odd := oddity_with("problem", config)[0]:
         return odd.problem, False
@@ -1092,125 +1015,63 @@ def layout_of_stacks(
     return "", turned and not straight
 
 
-def expert_weights(
-    stack: TensorInfo, module: str, role: str, naming: Oddity | None, transposed: bool
-) -> tuple[TensorInfo, ...]:
+def expert_weights(stack: TensorInfo, module: str, role: str, naming: Oddity | None, turned: bool) -> list[TensorInfo]:
     """List the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
     experts, out_features, in_features = stack.shape
-    if transposed:
+    if turned:
         out_features, in_features = in_features, out_features
-    names = projections_of(role, naming)
-    shape = out_features // len(names), in_features
-    itemsize = DTYPE_BITS[stack.dtype] // 8
+    names, itemsize = projections_of(role, naming), DTYPE_BITS[stack.dtype] // 8
+    shape, stride = (out_features // len(names), in_features), out_features * itemsize if turned else 0
     weights = []
     for expert, (number, name) in itertools.product(range(experts), enumerate(names)):
-        start = expert * out_features * in_features + number * shape[0] * (1 if transposed else in_features)
-        stride = out_features * itemsize if transposed else 0
+        start = expert * out_features * in_features + number * shape[0] * (1 if turned else in_features)
         weights.append(stack.part(f"{module}.{expert}.{name}.weight", shape, start * itemsize, stride))
-    return tuple(weights)
+    return weights
 
 
-def projections_of(role: str, naming: Oddity | None) -> tuple[str, ...]:
-    """Name the weights of a stack, in their order."""
-    gate, up, down = naming.projections if naming else GATED
-    return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
+def find_kinds(tensors: list[TensorInfo], config: dict) -> dict[str, str]:
+    """Find of which kind each weight's layer is: embeddings, head and routers by their names, or shapes and places.
 
-
-def renamed(name: str, naming: Oddity | None) -> str:
-    """Rename a tensor of a state dict as `save_pretrained` does."""
-    for pattern, replacement in naming.renames if naming else ():
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def separate_experts(
-    checkpoint: Checkpoint, stacks: dict[str, ExpertStack], whole: Collection[str]
-) -> list[TensorInfo]:
-    """List the checkpoint's tensors, with the weights of stacks in place of these, but for those that stay `whole`.
-
-    Where a state dict is read so, other tensors, too, get the names that go with the weights'.
-    """
-    separated = {name: stack.weights for name, stack in stacks.items() if name not in whole}
-    naming = expert_naming(checkpoint.config) if separated else None
-    tensors = []
-    for info in checkpoint.tensors.values():
-        for weight in separated.get(info.name, (info,)):
-            name = renamed(weight.name, naming)
-            tensors.append(weight if name == weight.name else replace(weight, name=name, stored=weight.name_in_file))
-    return tensors
-
-
-def kind_of(name: str, role: str | None) -> str:
-    """Name the kind of a weight's layer for the tables."""
-    kinds = (kind for kind, pattern in LAYER_KINDS if pattern.search(name))
-    return "head" if role == "heads" else role or next(kinds, "other")
-
-
-def find_roles(tensors: Iterable[TensorInfo], config: dict) -> dict[str, str]:
-    """Find which weights are embeddings, heads and routers, by name: as these are called, or by their shape and
-    place."""
-    names = {info.name for info in tensors}
+    A router beside a layer's experts has a row for each. A weight with as many rows as there are words is an embedding
+    or a head, unless it is one of a layer's projections or joins a tower to the language model: it may be so wide by
+    chance."""
+    names, kinds, experts = {info.name for info in tensors}, {}, {}  # experts: their number, by the module around them
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
-    roles = {info.name: role for info in weights if (role := role_by_name(info, names))}
-    tables = [info.shape for info in weights if is_word_table(info.name, roles)]
-    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
-    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
-    experts = count_experts(tensors)
     for info in weights:
-        if info.name not in roles and (role := role_by_shape(info, words, widths, experts)):
-            roles[info.name] = role
-    return roles
-
-
-def role_by_name(info: TensorInfo, names: Collection[str]) -> str | None:
-    """Tell whether a 2-D weight is called as embeddings, routers or heads are, and is none of these by another sign."""
-    numbered_with_bias = re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names  # linear layers in a row
-    if EMBEDDING_PATTERN.search(info.name) and not numbered_with_bias:
-        return "embeddings"
-    if ROUTER_PATTERN.search(info.name) and info.shape[0] < info.shape[1]:  # else a gate for each of many columns
-        return "routers"
-    return "heads" if HEAD_PATTERN.search(info.name) else None
-
-
-def is_word_table(name: str, roles: Mapping[str, str]) -> bool:
-    """Tell whether it is the embedding of words, not of positions and the like."""
-    return roles.get(name) == "embeddings" and not NO_WORDS.search(name)
-
-
-def count_experts(tensors: Iterable[TensorInfo]) -> dict[str, int]:
-    """Count the routed experts of each layer, by the module that they and their router are in."""
-    experts: dict[str, int] = {}
+        numbered_with_bias = re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names  # linear layers in a row
+        if re.search(EMBEDDING_NAME, info.name) and not numbered_with_bias:
+            kinds[info.name] = "embeddings"
+        elif (
+            re.search(ROUTER_NAME, info.name) and info.shape[0] < info.shape[1]
+        ):  # else a gate for each of many columns
+            kinds[info.name] = "routers"
+        elif re.search(HEAD_NAME, info.name):
+            kinds[info.name] = "head"
     for info in tensors:
         if match := EXPERT_PATTERN.match(info.name):
             place = match[1].rpartition(".")[0]
             experts[place] = max(experts.get(place, 0), int(match[2]) + 1)
         elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
             experts[match["place"].rstrip(".")] = info.shape[0]
-    return experts
-
-
-def role_by_shape(
-    info: TensorInfo, words: Collection[int], widths: Collection[int], experts: Mapping[str, int]
-) -> str | None:
-    """Tell what a 2-D weight of another name is.
-
-    A router stands beside a layer's experts and has a row for each. A weight with as many rows as there are words is
-    an embedding or a head, unless it is one of a layer's projections or joins a tower to the language model, where it
-    may be so wide by chance.
-    """
-    module, (rows, columns) = info.name.removesuffix(".weight"), info.shape
-    parts = module.split(".")
-    for depth in (1, 2):
-        place, parent = ".".join(parts[-depth:]), ".".join(parts[:-depth])
-        if experts.get(parent) == rows < columns and ("rout" in place or not NOT_A_ROUTER.search(place)):
-            return "routers"
-    if not any(count <= rows <= count + EXTRA_WORDS for count in words) or (widths and columns not in widths):
-        return None
-    last = ".".join(parts[-2:])
-    in_layer = any(part.isdigit() for part in parts)
-    if VOCABULARY_WORDS.search(last) if in_layer else not TOWER_WORDS.search(module):
-        return "heads" if HEAD_WORDS.search(last) else "embeddings"
-    return None
+    tables = [
+        info.shape for info in weights if kinds.get(info.name) == "embeddings" and not re.search(NO_WORDS, info.name)
+    ]
+    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
+    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
+    for info in (info for info in weights if info.name not in kinds):
+        module, (rows, columns) = info.name.removesuffix(".weight"), info.shape
+        parts = module.split(".")
+        last, in_layer = ".".join(parts[-2:]), any(map(str.isdigit, parts))
+        as_many = any(count <= rows <= count + EXTRA_WORDS for count in words) and (not widths or columns in widths)
+        if as_many and (re.search(VOCABULARY_WORDS, last) if in_layer else not TOWER_WORDS.search(module)):
+            kinds[info.name] = "head" if re.search(HEAD_WORDS, last) else "embeddings"
+        for place in (parts[-1], last):
+            beside = experts.get(module.removesuffix(place).rstrip(".")) == rows < columns
+            if beside and ("rout" in place or not re.search(NO_ROUTER, place)):
+                kinds[info.name] = "routers"
+        named = (kind for kind, pattern in LAYER_KINDS if re.search(pattern, info.name))
+        kinds.setdefault(info.name, next(named, "other"))
+    return kinds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2010,7 +1871,7 @@ class Format:
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
     row_multiple: int = 1
-    for_engines: bool = False  # an engine's rules hold: see `refuse_what_engines_cannot_hold`
+    for_engines: bool = False  # an engine's rules hold: see `refuse_unloadable`
     kept_targets: Callable[[dict], list[str]] = lambda config: config["ignore"]  # of its quantization_config
     no_int8: str = "its words hold codes of 4 bits alone"  # why no weight can have 8; nothing if it can
     note: str = ""  # for the plan, as the next two
@@ -2061,7 +1922,7 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
     group_size, weights = options.group_size, [tensor.source for tensor in tensors if tensor.packing]
     description = {
         "quant_method": "int4_weight_only",
-        "format": options.format.name,
+        "format": options.format,
         "producer": f"quantize_int4.py {__version__}",
         "bits": 4,
         "group_size": group_size,
@@ -2086,7 +1947,7 @@ def mark_for_engines(options: Options) -> dict:
     numbers."""
     return {
         "quant_method": None,
-        "format": options.format.name,
+        "format": options.format,
         "bits": 4,
         "group_size": options.group_size,
         "about": f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no"
@@ -2378,59 +2239,95 @@ class Importance(WeightsFile):
         return tensor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plan: all that is decided before the first weight is read
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Plan: all that is decided before the first weight is read ------------------------------------------------------
+
+# What config.json calls the number of layers: of a decoder, of an encoder, of layers that are shared, of others.
+LAYER_COUNTS = (
+    ("decoder", ("decoder_layers", "num_decoder_layers")),
+    ("encoder", ("encoder_layers", "num_encoder_layers")),
+    ("", ("num_hidden_groups",)),
+    ("", ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+)
+# Layers that engines hold as one, and so in one precision. (vLLM 0.29.0: packed_modules_mapping of its models)
+FUSED_LAYERS = (
+    "q_proj,k_proj,v_proj gate_proj,up_proj w1,w3 q_a_proj,kv_a_proj_with_mqa in_proj_qkv,in_proj_z in_proj_b,in_proj_a"
+    " wq,wk,wv q,k,v c_fc_0,c_fc_1 fc1,fc3 gate_proj,dense_h_to_4h"
+)
+MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
+QUANTIZED = "means that it is already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
+ADAPTER = "is an unmerged adapter's: merge it into its base model first (peft: merge_and_unload), then save that"
+# Marks of what is no merged model: in a tensor's name, of which tensors, what it means and what to do.
+UNFIT = (
+    # Formats in use on the hub.
+    (
+        r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)"
+        r"|\w*quantizer\._\w+)$",
+        lambda info: True,
+        QUANTIZED,
+    ),
+    ("", lambda info: info.dtype[0] == "F" and DTYPE_BITS[info.dtype] <= 8, QUANTIZED),
+    (r"\.weight$", lambda info: info.dtype[0] in "IU" and len(info.shape) == 2, QUANTIZED),
+    # The spellings of peft, torchtune, kohya's scripts and AdapterHub; `refuse_unfit` finds others.
+    (
+        r"(^|[._])(?i:lora)[._]?([AB]|up|down|left|right|embedding_[AB])(\.|$)|(^|\.)(lora_[ab]|adapter_?[AB])(\.|$)"
+        r"|magnitude_vector|(^|\.)(hada_[wt][12]|lokr_[wt][12]|b?oft_[RSrs]|vera_[AB]|ia3_l|trainable_tokens_)"
+        r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\.|adapters\.\w+\.adapter_)"
+        r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)",
+        lambda info: True,
+        ADAPTER,
+    ),
+    (
+        r"flat_param",
+        lambda info: True,
+        "holds many layers' parameters, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate merge-weights",
+    ),
+    (
+        r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$",
+        lambda info: len(info.shape) == 2,  # some models' convolutions have such parts of their own
+        "is what a weight is computed from, by pruning or another parametrization: make it permanent first"
+        " (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that",
+    ),
+    (
+        r"(weight|bias)$|\.experts\.",
+        lambda info: info.nbytes == 0,
+        "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
+        " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
+    ),
+)
+# Files beside the weights that are not the model's. All others at the folder's top level are copied.
+OTHER_WEIGHTS = (
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo|tar|tgz|zip|tar\.\w+)$"
+    r"|\.index\.json$"
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for, as far as it decides the output's bytes."""
+    """Hold what the user asked for, as far as it decides the output's bytes; the shards say it as JSON."""
 
-    format: Format
+    format: str
     group_size: int | None  # None until `plan_conversion` has chosen one
-    shard_size: int  # bytes
-    exclude: tuple[str, ...]
+    exclude: list[str]
     quantize_embeddings: bool
-    int8: tuple[str, ...] = ()  # patterns of what is packed in 8 bits
-    scale: str = "absmax"  # or "mse": least squared error
-    importance: Importance | None = None
-    restore: bool = False  # the other way: from `format` to dense weights
+    int8: list[str]  # patterns of what is packed in 8 bits
+    scale: str  # "absmax", or "mse": least squared error
+    importance: str | None  # FEEDBACK or WEIGHED, and the file's SHA-256
+    restore: bool  # the other way: from `format` to dense weights
+    shard_size_gb: float
 
-    @classmethod
-    def of(cls, values: Mapping, importance: Importance | None = None, restore: bool = False) -> Options:
-        """Take options by their names, from the command line or from what a folder says of itself."""
-        return cls(
-            format=FORMATS[values["format"]],
-            group_size=values["group_size"],
-            shard_size=round(values["shard_size_gb"] * GB),
-            exclude=tuple(values["exclude"]),
-            quantize_embeddings=values["quantize_embeddings"],
-            int8=tuple(values["int8"]),
-            scale=values["scale"],
-            importance=importance,
-            restore=restore,
-        )
+    @property
+    def form(self) -> Format:
+        return FORMATS[self.format]
 
     @property
     def rule(self) -> str:
         """Say in words how scales and codes are chosen."""
-        if not self.importance:
-            return self.scale
-        return f"{self.scale} {FEEDBACK if self.importance.has_factors else WEIGHED}"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an output tensor's first byte goes."""
-
-    shard: int
-    offset: int  # in the file
+        return " ".join([self.scale, *(self.importance or "").split()[:-1]])
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What becomes of one tensor of the input."""
+    """Say what becomes of one tensor of the input."""
 
     source: TensorInfo
     kept_because: str | None  # None: it is quantized
@@ -2446,172 +2343,74 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A file of the output: its header, then the tensors' bytes."""
+    """Describe a file of the output: its header, then the tensors' bytes."""
 
     name: str
     header: bytes
     size: int  # bytes of the whole file
-    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is decided before the first weight is read."""
+    """Hold all that is decided before the first weight is read."""
 
     options: Options
+    statistics: Importance | None
+    facts: dict  # what decides the output and the user can change; JSON
     fingerprint: str  # of sources and options: two runs with the same one write the same bytes
-    facts: dict  # what of these a user can change: see `describe_facts`
     tensors: list[TensorPlan]
     total_size: int  # bytes of all output tensors
     shards: list[ShardPlan]
-    placements: dict[str, Placement]  # by output tensor
-    written: dict[str, bytes]  # the files that describe the model and its shards, the index last
-    copied: list[Path]
+    placements: dict[str, tuple[int, int]]  # by output tensor: number of its shard, and where in the file it begins
+    other_files: dict[str, Path | bytes]  # beside the shards, by name: what is copied or written, the index last
+    hashes: dict[str, str]  # of these, SHA-256
     left_out: list[str]
-    stacks: int  # of experts, that are read as one weight an expert
-    warnings: list[str]
     notes: list[str]
-
-    @property
-    def other_files(self) -> dict[str, Path | bytes]:
-        """List what is beside the shards, by name: files to copy and contents to write, the index last."""
-        return {path.name: path for path in self.copied} | self.written
+    warnings: Collection[str] = ()
+    stacks: int = 0  # of experts, that are read as one weight an expert
 
 
-def _json_bytes(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-Patterns = dict[str, list[re.Pattern]]  # of --exclude and --int8
-
-
-def plan_conversion(checkpoint: Checkpoint, options: Options) -> Plan:
+def plan_conversion(checkpoint: Checkpoint, options: Options, statistics: Importance | None = None) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
-    config, form, asked = checkpoint.config, options.format, options.group_size
+    config, form, asked = checkpoint.config, options.form, options.group_size
     if options.int8 and form.no_int8:
         raise QuantizeError(f"--int8: {form.name}: {form.no_int8}: use --format compressed-tensors")
-    refuse_quantized(checkpoint)
-    refuse_unmerged(checkpoint)
-    stacks = find_expert_stacks(checkpoint)
-    patterns = compile_patterns(checkpoint, options, stacks)
-    whole = {name for name, stack in stacks.items() if stays_whole(stack, options, patterns)}
-    refuse_stacks([stack for name, stack in stacks.items() if name not in whole], config, options)
-    sources = separate_experts(checkpoint, stacks, whole)
-    roles = find_roles(sources, config)
-    for size in [asked] if asked else MARLIN_GROUP_SIZES if form.for_engines else [DEFAULT_GROUP_SIZE]:
+    refuse_unfit(checkpoint)
+    stacks = find_expert_stacks(checkpoint, form.for_engines)
+    separated = {name: stack for name, stack in stacks.items() if not stays_whole(stack, options)}
+    sources = separate_experts(checkpoint, separated)
+    kinds = find_kinds(sources, config)
+    for size in [asked] if asked else MARLIN_GROUP_SIZES if form.for_engines else [128]:
         options = replace(options, group_size=size)
-        tensors = plan_tensors(sources, roles, options, patterns, model_dtype(config))
-        if all(map(fits_groups, tensors)):
+        tensors = plan_tensors(sources, kinds, options, config)
+        # An expert that is too narrow for a group does not fit either.
+        narrow = (t.source.name for t in tensors if not t.packing and t.kept_because.startswith("narrow"))
+        ragged = any(t.packing and t.source.shape[1] % t.packing.group_size for t in tensors)
+        if not ragged and not any(map(EXPERT_PATTERN.match, narrow)):
             break
-    refuse_clashing_names(tensors)
-    refuse_useless_options(checkpoint, tensors, patterns)
+    packed = packed_sources(tensors)
+    inside = [info for info in packed if re.search(r"\.\d+\.", info.name)]
+    fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
+    conv1d = inside if oddity_with("conv1d", config)[0] or any(n == 3 * m for m, n in fused) else []
+    refuse_useless_options(tensors, [weight for stack in stacks.values() for weight in stack.weights], options)
     if form.for_engines:
-        refuse_what_engines_cannot_hold(tensors, options, checkpoint)
-    warnings = list(what_is_missing(sources, roles, config, options))
-    notes = list(notes_on_tensors(tensors, options, config))
+        refuse_unloadable(checkpoint, tensors, options, conv1d)
+    warnings, notes = list(what_is_missing(sources, kinds, config, form.for_engines)), list(checkpoint.notes)
+    if statistics:
+        statistics.match(packed, sources, expert_naming(config))
+        notes.append(statistics.describe([t.source for t in tensors if t.packing and t.packing.bits == 4]))
     if not asked and form.for_engines:
-        notes.insert(0, f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
-    if options.importance:
-        options.importance.match(packed_sources(tensors), sources, expert_naming(config))
-        four_bits = [tensor.source for tensor in tensors if tensor.packing and tensor.packing.bits == 4]
-        notes.insert(0, options.importance.describe(four_bits))
-    return plan_files(checkpoint, tensors, options, len(stacks) - len(whole), warnings, notes)
-
-
-def plan_tensors(
-    sources: list[TensorInfo], roles: Mapping[str, str], options: Options, patterns: Patterns, computed_in: str | None
-) -> list[TensorPlan]:
-    """Decide for each tensor whether it is quantized, and what it becomes."""
-    reasons = {info.name: reason_to_keep(info, options, patterns, roles.get(info.name)) for info in sources}
-    packings = choose_packings([info for info in sources if not reasons[info.name]], options, patterns)
-    tensors = []
-    for info in sources:
-        if packing := packings.get(info.name):
-            outputs = options.format.outputs(info, packing, computed_in)
-            tensors.append(TensorPlan(info, None, packing, outputs, kind=kind_of(info.name, roles.get(info.name))))
-        else:
-            tensors.append(keep(info, reasons[info.name]))
-    return tensors
-
-
-def packed_sources(tensors: Iterable[TensorPlan]) -> list[TensorInfo]:
-    """List the weights that are quantized."""
-    return [tensor.source for tensor in tensors if tensor.packing]
-
-
-def fits_groups(tensor: TensorPlan) -> bool:
-    """Tell whether a weight's columns are whole groups; an expert that is too narrow for one does not fit either."""
-    if tensor.packing:
-        return tensor.source.shape[1] % tensor.packing.group_size == 0
-    return not (EXPERT_PATTERN.match(tensor.source.name) and tensor.kept_because.startswith("narrow"))
-
-
-def keep(info: TensorInfo, reason: str) -> TensorPlan:
-    """Plan to write a tensor as it is."""
-    return TensorPlan(info, reason, None, (OutputTensor(info.name, info.dtype, info.shape),))
-
-
-def plan_files(
-    checkpoint: Checkpoint,
-    tensors: list[TensorPlan],
-    options: Options,
-    stacks: int = 0,
-    warnings: Iterable[str] = (),
-    notes: Iterable[str] = (),
-) -> Plan:
-    """Decide where each byte goes, and what becomes of the other files."""
-    copied, left_out = plan_other_files(checkpoint)
-    if options.restore:
-        left_out += [f"{path.name} (of the quantization)" for path in copied if path.name == QUANTIZE_CONFIG_NAME]
-        copied = [path for path in copied if path.name != QUANTIZE_CONFIG_NAME]
-    written = describe_model(checkpoint, tensors, options)
-    copied = [path for path in copied if path.name not in written]
-    hashes = {path.name: hash_file(path) for path in copied}
-    hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
-    facts = describe_facts(checkpoint, options)
-    fingerprint = make_fingerprint(facts, [tensor.source for tensor in tensors], hashes)
-    shards, placements = plan_shards(tensors, options, fingerprint, facts, hashes)
-    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-    total_size = sum(output.nbytes for tensor in tensors for output in tensor.outputs)
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    return Plan(
-        options=options,
-        fingerprint=fingerprint,
-        facts=facts,
-        tensors=tensors,
-        total_size=total_size,
-        shards=shards,
-        placements=placements,
-        written=written | {INDEX_NAME: _json_bytes(index)},
-        copied=copied,
-        left_out=left_out,
-        stacks=stacks,
-        warnings=list(warnings),
-        notes=[*checkpoint.notes, *notes],
-    )
-
-
-def describe_model(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options) -> dict[str, bytes]:
-    """Make config.json and what else describes the quantization; by name."""
-    if options.restore:
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        return {CONFIG_NAME: _json_bytes(config)} if config else {}
-    files = options.format.describe(tensors, options)
-    if not options.format.for_engines and checkpoint.has_config:
-        files[CONFIG_NAME] = {"quantization_config": mark_for_engines(options)}
-    if CONFIG_NAME in files:
-        files[CONFIG_NAME] = checkpoint.config | files[CONFIG_NAME]
-    return {name: _json_bytes(value) for name, value in files.items()}
+        notes.append(f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
+    notes += notes_on_tensors(tensors, form, config, conv1d)
+    return plan_files(checkpoint, tensors, options, statistics, notes=notes, warnings=warnings, stacks=len(separated))
 
 
 def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
-    """Decide what each weight of a folder that this program packed is decoded to: the dtype that config.json names, or
-    else that of most tensors that were kept."""
+    """Decide what weights are decoded to: the dtype that config.json names, or else that of most kept tensors."""
     if not (checkpoint.folder / INDEX_NAME).exists():
         raise QuantizeError(f"{checkpoint.folder} is unfinished: give the command that began it again")
-    form, infos = options.format, checkpoint.tensors
-    described = checkpoint.folder / QUANTIZE_CONFIG_NAME
-    padded = read_json(described).get("padded_weights", {}) if not form.for_engines else {}
+    form, infos = options.form, checkpoint.tensors
+    padded = {} if form.for_engines else read_json(checkpoint.folder / QUANTIZE_CONFIG_NAME).get("padded_weights", {})
     modules = [name.removesuffix(form.words_suffix) for name in infos if name.endswith(form.words_suffix)]
     parts = {module + suffix for module in modules for suffix in form.suffixes}
     kept = [info for name, info in infos.items() if name not in parts]
@@ -2625,369 +2424,242 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
             rows, columns = struct.unpack("<2q", checkpoint.read(infos[f"{module}.weight_shape"], 0, 16))
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
-        outputs = (OutputTensor(f"{module}.weight", dtype, shape),)
-        role = role_by_name(replace(words, name=f"{module}.weight", shape=shape), infos)
-        tensors.append(TensorPlan(words, None, packing, outputs, scales, kind_of(f"{module}.weight", role)))
-    tensors += [keep(info, "not packed") for info in kept]
-    return plan_files(checkpoint, tensors, options)
+        tensors.append(TensorPlan(words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales))
+    weights = [replace(t.source, name=t.outputs[0].name, shape=t.outputs[0].shape) for t in tensors]
+    kinds = find_kinds([*weights, *kept], checkpoint.config)
+    tensors = [replace(t, kind=kinds[info.name]) for t, info in zip(tensors, weights)]
+    tensors += [TensorPlan(i, "not packed", None, (OutputTensor(i.name, i.dtype, i.shape),)) for i in kept]
+    return plan_files(checkpoint, tensors, options, None, notes=checkpoint.notes)
 
 
 def as_rows(info: TensorInfo, form: Format) -> TensorInfo:
     """Describe a weight's words or scales as (rows, columns), of a format that may hold them the other way."""
-    if not form.transposed:
-        return info
     columns, rows = info.shape
-    return info.part(info.name, (rows, columns), 0, rows * DTYPE_BITS[info.dtype] // 8)
+    return info.part(info.name, (rows, columns), 0, rows * DTYPE_BITS[info.dtype] // 8) if form.transposed else info
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a second quantization, which would quietly multiply the first one's error."""
-    remedy = "already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
-    if config_values(checkpoint.config, "quantization_config"):
-        config = checkpoint.config_folder / CONFIG_NAME
-        raise QuantizeError(f"{config} has a quantization_config: the checkpoint is {remedy}")
-    for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME):
-        if (checkpoint.config_folder / name).exists():
-            raise QuantizeError(f"{checkpoint.config_folder / name}: the checkpoint is {remedy}")
-    words_suffixes = tuple(form.words_suffix for form in FORMATS.values())
-    for info in checkpoint.tensors.values():
-        integer_matrix = info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype[0] in "IU"
-        packed = QUANTIZED_NAME_PATTERN.search(info.name) or info.name.endswith(words_suffixes)
-        if packed or info.dtype in QUANTIZED_DTYPES or integer_matrix:
-            raise QuantizeError(f"tensor {info.name!r} ({info.dtype}, {info.file.name}): the checkpoint is {remedy}")
+def packed_sources(tensors: Iterable[TensorPlan]) -> list[TensorInfo]:
+    """List the weights that are quantized."""
+    return [tensor.source for tensor in tensors if tensor.packing]
 
 
-def refuse_unmerged(checkpoint: Checkpoint) -> None:
-    """Refuse what is not a merged model: its fine-tuning, or all of it, would be lost without a word."""
-    update, infos = low_rank_update(checkpoint.tensors), checkpoint.tensors.values()
-    marked = ((i, text) for i in infos for name, condition, text in UNMERGED if name.search(i.name) and condition(i))
-    info, problem = (update, ADAPTER) if update else next(marked, (None, ""))
-    if info:
-        raise QuantizeError(f"tensor {info.name_in_file!r} {info.shape} ({info.file.name}) {problem}")
-
-
-def low_rank_update(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
-    """Find the first of two matrices (rank, in) and (out, rank) that lie inside the module of a weight (out, in)."""
-    inside: dict[str, list[TensorInfo]] = {}
-    for name, info in tensors.items():
+def refuse_unfit(checkpoint: Checkpoint) -> None:
+    """Refuse what is quantized already, whose error would quietly multiply, and what is no merged model."""
+    folder, infos = checkpoint.config_folder, checkpoint.tensors
+    marks = [folder / name for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME) if (folder / name).exists()]
+    if marks or config_values(checkpoint.config, "quantization_config"):
+        raise QuantizeError(f"{marks[0] if marks else f'quantization_config in {folder / CONFIG_NAME}'} {QUANTIZED}")
+    inside: dict[str, list[TensorInfo]] = {}  # by weight (out, in): the matrices that lie inside its module
+    for name, info in infos.items():
         for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
             owner = f"{name[: end.start()]}.weight"
-            if owner in tensors and owner != name:
+            if owner in infos and owner != name:
                 inside.setdefault(owner, []).append(info)
-    for name, parts in inside.items():
-        shape = tensors[name].shape
+    refused = []
+    for weight, parts in inside.items():  # a low-rank update, whatever it is called: (rank, in) and (out, rank)
         for down, up in itertools.permutations(parts, 2):
+            shape = infos[weight].shape
             if (up.shape[0], down.shape[1]) == shape and down.shape[0] == up.shape[1] < min(shape):
-                return down
-    return None
+                refused.append((down, ADAPTER))
+    for info in infos.values():
+        refused += [(info, text) for name, which, text in UNFIT if re.search(name, info.name) and which(info)]
+    for info, problem in refused[:1]:
+        raise QuantizeError(f"tensor {info.name_in_file!r} {info.dtype} {info.shape} ({info.file.name}) {problem}")
 
 
-def compile_patterns(checkpoint: Checkpoint, options: Options, stacks: dict[str, ExpertStack]) -> Patterns:
-    """Compile the patterns of --exclude and --int8, each of which must match a tensor's name in the file or that of an
-    expert's weight."""
-    infos = [*checkpoint.tensors.values(), *(weight for stack in stacks.values() for weight in stack.weights)]
-    patterns = {"--exclude": list(map(re.compile, options.exclude)), "--int8": list(map(re.compile, options.int8))}
-    for option, pattern in ((option, pattern) for option, those in patterns.items() for pattern in those):
-        if not any(named_by([pattern], info) for info in infos):
-            hint = hint_for_pattern(pattern.pattern, [info.name for info in infos])
-            raise QuantizeError(
-                f"{option} {shlex.quote(pattern.pattern)} matches none of the {len(checkpoint.tensors):,} tensors{hint}"
-            )
-    return patterns
+def named_by(patterns: list[str], info: TensorInfo) -> str | None:
+    """Find the first pattern that means this tensor, by its name or that of the stack it is read from."""
+    return next((p for p in patterns if re.search(p, info.name) or re.search(p, info.name_in_file)), None)
 
 
-def hint_for_pattern(pattern: str, names: list[str]) -> str:
-    """Say what was meant by a pattern that matches nothing, where that is plain, or else name a tensor."""
-    parts = [part for part in re.split(r"[,\s]+", pattern) if part]
-    if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
-        return f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
-    meant = nearest(pattern, sorted({part for name in names for part in name.split(".")}))
-    return meant or f" (one is {names[0]!r}): correct or drop it"
-
-
-def named_by(patterns: Iterable[re.Pattern], info: TensorInfo) -> re.Pattern | None:
-    """Find the first of an option's patterns that means this tensor, by its name or that of the stack it is read
-    from."""
-    return next((p for p in patterns if p.search(info.name) or p.search(info.name_in_file)), None)
-
-
-def stays_whole(stack: ExpertStack, options: Options, patterns: Patterns) -> bool:
+def stays_whole(stack: ExpertStack, options: Options) -> bool:
     """Tell whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
-    excluded = functools.partial(named_by, patterns["--exclude"])
-    named = excluded(stack.info) or (stack.weights and all(map(excluded, stack.weights)))
-    return bool(named) and (stack.whole_in_vllm or not options.format.for_engines)
+    named = any(part and all(named_by(options.exclude, i) for i in part) for part in ([stack.info], stack.weights))
+    return named and (stack.whole_in_vllm or not options.form.for_engines)
 
 
-def refuse_stacks(stacks: Iterable[ExpertStack], config: dict, options: Options) -> None:
-    """Refuse stacks of experts that cannot become one weight an expert: most of the model would stay in full precision,
-    and engines would load it and leave its experts unfilled."""
-    odd, model_type = oddity_with("problem_of_engines", config) if options.format.for_engines else (None, "")
-    refused = [stack for stack in stacks if stack.problem or odd]
-    if not refused:
-        return
-    stack = next((stack for stack in refused if stack.problem), refused[0])
-    problem = stack.problem or odd.problem_of_engines.format(model_type)
-    remedy = "" if stack.problem else odd.remedy
-    if not remedy:
-        pattern = shlex.quote(pattern_of(stack.info for stack in refused))
-        remedy = f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
-    raise QuantizeError(
-        f"tensor {stack.info.name!r} {stack.info.shape} ({stack.info.file.name}) holds all routed experts of a layer,"
-        f" {problem}: {remedy}"
-    )
+def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> list[TensorInfo]:
+    """List the checkpoint's tensors, with their weights in place of these stacks, and named as goes with the weights.
+    Refuses what cannot be read so: most of the model would stay as it is, and engines would leave experts unfilled."""
+    if refused := [stack.info for stack in stacks.values() if stack.problem]:
+        info, pattern = refused[0], shlex.quote(pattern_of(refused))
+        odd = oddity_with("remedy", checkpoint.config)[0] if stacks[info.name].weights else None
+        remedy = odd.remedy if odd else f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
+        problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
+        raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
+    naming = expert_naming(checkpoint.config) if stacks else None
+    parts = (stacks[name].weights if name in stacks else [info] for name, info in checkpoint.tensors.items())
+    return [replace(i, name=renamed(i.name, naming), stored=i.name_in_file) for i in itertools.chain(*parts)]
 
 
 def pattern_of(infos: Iterable[TensorInfo]) -> str:
     """Make a pattern for --exclude that means tensors of these names, in any layer."""
-    modules = (info.name.removesuffix(".weight") for info in infos)
-    tails = {
-        r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")[-2:])
-        for module in modules
-    }
+    tails = {tuple(info.name.removesuffix(".weight").split(".")[-2:]) for info in infos}
+    tails = {r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in tail) for tail in tails}
     return rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
 
 
-def reason_to_keep(info: TensorInfo, options: Options, patterns: Patterns, role: str | None) -> str | None:
+def plan_tensors(sources: list[TensorInfo], kinds: dict[str, str], options: Options, config: dict) -> list[TensorPlan]:
+    """Decide for each tensor whether it is quantized, and what it becomes."""
+    reasons = [reason_to_keep(info, options, kinds.get(info.name)) for info in sources]
+    eights = [not reason and named_by(options.int8, info) for info, reason in zip(sources, reasons)]
+    # Groups of 128 where these fit. Engines hold routed experts as one, so they must fit all of them.
+    ragged = {info.name for info, eight in zip(sources, eights) if eight and info.shape[1] % 128}
+    ragged_experts, tensors = any(map(EXPERT_PATTERN.match, ragged)), []
+    for info, reason, eight in zip(sources, reasons, eights):
+        packing, outputs = None, (OutputTensor(info.name, info.dtype, info.shape),)
+        if not reason:
+            misfit = ragged_experts if EXPERT_PATTERN.match(info.name) else info.name in ragged
+            packing = Packing(8 if eight else 4, 128 if eight and not misfit else options.group_size)
+            outputs = options.form.outputs(info, packing, model_dtype(config))
+        tensors.append(TensorPlan(info, reason, packing, outputs, kind=kinds.get(info.name, "")))
+    return tensors
+
+
+def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str | None:
     """Say why a tensor is not quantized, in words for the plan; None if it is."""
-    if pattern := named_by(patterns["--exclude"], info):
-        return f"--exclude {pattern.pattern}"
-    if len(info.shape) < 2:
-        return "vectors and scalars (norms)"
-    if len(info.shape) > 2:
-        return f"{len(info.shape)}-D (not a linear layer)"
-    if not info.name.endswith(".weight"):
-        return "2-D but not named *.weight"
-    if info.dtype not in FLOAT_DTYPES:
-        return f"2-D of dtype {info.dtype}"
-    if role == "embeddings" and not options.quantize_embeddings:
-        return "embeddings"
-    if info.shape[0] == 0 or info.shape[1] < options.group_size:
-        return f"narrow: under {options.group_size} columns"
-    if options.format.for_engines and role in ("heads", "routers"):
-        return f"{role} (engines want them whole)"
-    return None
+    dimensions, columns = len(info.shape), info.shape[-1] if info.shape else 0
+    pattern = named_by(options.exclude, info)
+    reasons = (
+        (pattern is not None, f"--exclude {pattern}"),
+        (dimensions < 2, "vectors and scalars (norms)"),
+        (dimensions > 2, f"{dimensions}-D (not a linear layer)"),
+        (not info.name.endswith(".weight"), "2-D but not named *.weight"),
+        (info.dtype not in FLOAT_DTYPES, f"2-D of dtype {info.dtype}"),
+        (kind == "embeddings" and not options.quantize_embeddings, "embeddings"),
+        (not info.nbytes or columns < options.group_size, f"narrow: under {options.group_size} columns"),
+        (options.form.for_engines and kind in ("head", "routers"), f"{kind} (whole for engines)"),
+    )
+    return next((reason for keeps, reason in reasons if keeps), None)
 
 
-def choose_packings(weights: list[TensorInfo], options: Options, patterns: Patterns) -> dict[str, Packing]:
-    """Choose each weight's packing: 8 bits for what --int8 means, in groups of 128 where these fit, else what was asked
-    for.
-
-    Engines hold routed experts as one, so 128 must fit all of them.
-    """
-    packings = {info.name: Packing(4, options.group_size) for info in weights}
-    eights = [info for info in weights if named_by(patterns["--int8"], info)]
-    ragged = {info.name for info in eights if info.shape[1] % 128}
-    ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
-    for info in eights:
-        fits = not ragged_experts if EXPERT_PATTERN.match(info.name) else info.name not in ragged
-        packings[info.name] = Packing(8, 128 if fits else options.group_size)
-    return packings
-
-
-def refuse_useless_options(checkpoint: Checkpoint, tensors: list[TensorPlan], patterns: Patterns) -> None:
-    """Refuse to quantize nothing, and a pattern for 8 bits that means only what is kept: whoever gives one expects
-    more."""
-    for pattern in patterns["--int8"]:
-        named = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
-        if not packed_sources(named):
-            raise QuantizeError(
-                f"--int8 {shlex.quote(pattern.pattern)} matches only tensors that are kept, e.g."
-                f" {named[0].source.name!r} ({named[0].kept_because}): correct or drop it"
-            )
+def refuse_useless_options(tensors: list[TensorPlan], experts: list[TensorInfo], options: Options) -> None:
+    """Refuse a pattern that means nothing, or for 8 bits only what is kept; to quantize nothing; to lose a tensor."""
+    names, count = [info.name for info in [*(t.source for t in tensors), *experts]], f"the {len(tensors):,} tensors"
+    for option, pattern in [*(("--exclude", p) for p in options.exclude), *(("--int8", p) for p in options.int8)]:
+        given = f"{option} {shlex.quote(pattern)} matches"
+        meant = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
+        if not meant and (option == "--int8" or not any(named_by([pattern], weight) for weight in experts)):
+            parts = list(filter(None, re.split(r"[,\s]+", pattern)))
+            hint = nearest(pattern, sorted({part for name in names for part in name.split(".")}))
+            if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
+                hint = f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
+            raise QuantizeError(f"{given} none of {count}{hint or f' (one is {names[0]!r}): correct or drop it'}")
+        if option == "--int8" and not packed_sources(meant):
+            example = f"{meant[0].source.name!r} ({meant[0].kept_because})"
+            raise QuantizeError(f"{given} only tensors that are kept, e.g. {example}: correct or drop it")
     if not packed_sources(tensors):
-        raise QuantizeError(
-            f"no weight of {checkpoint.folder} would be quantized: each of its {len(tensors):,} tensors is kept, e.g."
-            f" {tensors[0].source.name!r} ({tensors[0].kept_because}): lower --group_size or drop --exclude if that"
-            " keeps them"
-        )
-
-
-def refuse_what_engines_cannot_hold(tensors: list[TensorPlan], options: Options, checkpoint: Checkpoint) -> None:
-    """Refuse whatever would make a folder that converts well and then does not load, or loads as noise."""
-    form, group_size, config = options.format, options.group_size, checkpoint.config_folder / CONFIG_NAME
-    if options.quantize_embeddings:
-        raise QuantizeError(
-            f"--quantize_embeddings: no engine reads embeddings packed as {form.name}; int4 can hold them"
-        )
-    if group_size not in MARLIN_GROUP_SIZES:
-        raise QuantizeError(f"--group_size {group_size}: engines' kernels (Marlin) have 32, 64 and 128 for {form.name}")
-    if not checkpoint.has_config:
-        raise QuantizeError(f"{config} is missing: {form.name} describes the quantization in it, and engines need it")
-    weights = packed_sources(tensors)
-    ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
-    fitting = next((size for size in MARLIN_GROUP_SIZES if not any(info.shape[1] % size for info in weights)), None)
-    for refused, problem, remedy in (
-        (
-            find_conv1d(weights, checkpoint.config),
-            "are GPT-2's Conv1D, and so (in, out)",
-            "engines read no packed weight so; int4 can",
-        ),
-        (
-            ragged,
-            f"have columns that are no multiple of --group_size {group_size}",
-            f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them",
-        ),
-        (
-            [info for info in weights if info.shape[0] % form.row_multiple],
-            f"have rows that are no multiple of {form.row_multiple}",
-            "--exclude them, or use compressed-tensors",
-        ),
-    ):
-        if refused:
-            raise QuantizeError(
-                f"{len(refused):,} weights {problem}, which {form.name} cannot hold, e.g. {refused[0].name!r}"
-                f" {refused[0].shape}: {remedy}"
-            )
-    refuse_split_layers(tensors)
-
-
-def find_conv1d(weights: list[TensorInfo], config: dict) -> list[TensorInfo]:
-    """Find the weights of GPT-2's Conv1D layers: all of a layer's, where its model has them."""
-    inside = [info for info in weights if re.search(r"\.\d+\.", info.name)]
-    fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
-    if oddity_with("conv1d", config)[0] or any(n == 3 * m for m, n in fused):
-        return inside
-    return []
-
-
-def refuse_split_layers(tensors: list[TensorPlan]) -> None:
-    """Refuse a fate of its own for one of the layers that engines fuse, and a width of its own for some experts."""
-    fused: dict[str, list[TensorPlan]] = {}
-    for tensor in tensors:
-        if len(tensor.source.shape) > 1:
-            for key in fused_keys(tensor.source.name):
-                fused.setdefault(key, []).append(tensor)
-    for key, parts in fused.items():
-        if fates := differing_fates(parts):
-            raise QuantizeError(f"engines fuse {key}: {fates}: --exclude or --int8 all of them or none")
-    if fates := differing_fates(t for t in tensors if t.packing and EXPERT_PATTERN.match(t.source.name)):
-        raise QuantizeError(
-            f"{fates}: transformers (5.23) reads the routed experts of all layers in one width, and others as noise:"
-            " --int8 all of them or none"
-        )
-
-
-def differing_fates(tensors: Iterable[TensorPlan]) -> str:
-    """Say of two of these tensors what becomes of them, if not the same becomes of all."""
-    fates: dict[Packing | None, str] = {}
-    for tensor in tensors:
-        bits = f"gets {tensor.packing.bits} bits" if tensor.packing else f"is kept ({tensor.kept_because})"
-        fates.setdefault(tensor.packing, f"{tensor.source.name!r} {bits}")
-    return " while ".join(list(fates.values())[:2]) if len(fates) > 1 else ""
-
-
-def fused_keys(name: str) -> Iterator[str]:
-    """Name what a weight is fused into: its own projections', and its layer's experts."""
-    module = name.removesuffix(".weight")
-    parent, _, last = module.rpartition(".")
-    for group in FUSED_LAYERS:
-        if last in group:
-            yield f"{parent}.{{{','.join(group)}}}"
-    if expert := EXPERT_PATTERN.match(name):
-        yield f"all experts of {expert[1]}"
-    elif (stack := STACK_PATTERN.match(name)) and stack["projection"]:
-        yield f"all experts of {stack['place']}experts"
-
-
-def refuse_clashing_names(tensors: list[TensorPlan]) -> None:
-    """Refuse a checkpoint that has an `X.scales` of its own beside `X.weight`: it would lose one of the two."""
+        example = f"{tensors[0].source.name!r} ({tensors[0].kept_because})"
+        remedy = "lower --group_size or drop --exclude if that keeps them"
+        raise QuantizeError(f"no weight would be quantized: {count} are all kept, e.g. {example}: {remedy}")
     makers: dict[str, TensorInfo] = {}
-    for info, output in ((tensor.source, output) for tensor in tensors for output in tensor.outputs):
-        twin = makers.setdefault(output.name, info)
-        if twin is not info and twin.name == info.name:
-            raise QuantizeError(TWO_COPIES.format(quote_names([twin.name_in_file, info.name_in_file])))
+    for info, name in ((tensor.source, output.name) for tensor in tensors for output in tensor.outputs):
+        twin = makers.setdefault(name, info)
         if twin is not info:
-            raise QuantizeError(
-                f"the output would hold two tensors named {output.name!r}: --exclude the weight it is made from"
-            )
+            names = quote_names([twin.name_in_file, info.name_in_file])
+            remedy = "leave one, if they are two copies of the same weights, or --exclude the weight"
+            raise QuantizeError(f"tensors {names} would both become {name!r}: {remedy}")
 
 
-def what_is_missing(tensors: list[TensorInfo], roles: dict[str, str], config: dict, options: Options) -> Iterator[str]:
-    """Warn of what the model has, by config.json or its other layers, and the checkpoint has not: loaders make it
-    up."""
-    yield from missing_layers(tensors, config)
-    yield from missing_projections(tensors, min(config_values(config, *EXPERT_COUNTS), default=0))
-    generates = re.compile(r"For(CausalLM|ConditionalGeneration)$|LMHeadModel$")
-    if not any(map(generates.search, config.get("architectures") or ())):
-        return
-    ties = config_values(config, "tie_word_embeddings")
-    missing = []
-    if ties and not any(ties) and "heads" not in roles.values():
-        missing.append(("HEAD", "tie_word_embeddings false"))
-    if config_values(config, "vocab_size") and not any(is_word_table(name, roles) for name in roles):
-        missing.append(("EMBEDDING", "a vocab_size"))
-    for part, due in missing:
-        problem = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part.lower()}"
-        if options.format.for_engines:
-            raise QuantizeError(
-                f"{problem}, which loaders would fill with random numbers: save the whole model, or mend {CONFIG_NAME}"
-            )
-        yield f"THE {part} IS MISSING: {problem}"
+def refuse_unloadable(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, conv1d: list) -> None:
+    """Refuse whatever would make a folder that converts well and then does not load in engines, or loads as noise."""
+    form, size, weights = options.form, options.group_size, packed_sources(tensors)
+    fitting = next((n for n in MARLIN_GROUP_SIZES if not any(info.shape[1] % n for info in weights)), None)
+    divides = f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them"
+    ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
+    lines, config = [w for w in weights if w.shape[0] % form.row_multiple], checkpoint.config_folder / CONFIG_NAME
+    for refused, problem in (
+        (options.quantize_embeddings, f"--quantize_embeddings: no engine reads them packed as {form.name}; int4 can"),
+        (size not in MARLIN_GROUP_SIZES, f"--group_size {size}: engines' kernels (Marlin) have 32, 64 and 128"),
+        (not checkpoint.has_config, f"{config} is missing: engines read in it how {form.name} is packed"),
+        (conv1d, "are GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them"),
+        (ragged, f"have columns that are no multiple of --group_size {size}: {divides}"),
+        (lines, f"have rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors"),
+    ):
+        if isinstance(refused, list) and refused:
+            problem = f"{len(refused):,} weights, e.g. {refused[0].name!r} {refused[0].shape}, {problem}"
+        if refused:
+            raise QuantizeError(problem)
+    wholes: dict[str, dict[Packing | None, str]] = {}  # what engines hold as one: what becomes of its parts
+    for tensor in (tensor for tensor in tensors if len(tensor.source.shape) > 1):
+        name, packing = tensor.source.name, tensor.packing
+        parent, _, last = name.removesuffix(".weight").rpartition(".")
+        keys = [f"engines fuse {parent}.{{{parts}}}" for parts in FUSED_LAYERS.split() if last in parts.split(",")]
+        if layer := re.match(r"((?:.*\.)?experts)\.(\d+\.\w+\.weight|(gate_up|gate|up|down)_proj(\.weight)?)$", name):
+            keys.append(f"engines fuse all experts of {layer[1]}")
+        if packing and EXPERT_PATTERN.match(name):
+            keys.append("transformers (5.23) reads the experts of all layers in one width, others as noise")
+        fate = f"gets {packing.bits} bits" if packing else f"is kept ({tensor.kept_because})"
+        for key in keys:
+            wholes.setdefault(key, {}).setdefault(packing, f"{name!r} {fate}")
+    for whole, fates in wholes.items():
+        if len(fates) > 1:
+            split = " while ".join(list(fates.values())[:2])
+            raise QuantizeError(f"{whole}: {split}: --exclude or --int8 all of them or none")
 
 
-def missing_layers(tensors: list[TensorInfo], config: dict) -> Iterator[str]:
-    """Find missing layers of the language model, or of both its encoder and decoder, that config.json counts."""
-    containers: dict[str, set[int]] = {}
-    for match in filter(None, (LAYER_PATTERN.match(info.name) for info in tensors)):
-        containers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
-    towers = re.compile(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder")
-    names = [name for name in containers if not towers.search(name)] or list(containers)
-    largest = max(names, key=lambda name: len(containers[name]), default="layers")
-    for container in {largest, largest.replace("decoder", "encoder")} & {largest, *containers}:
-        counts = [config_values(config, *keys) for pattern, keys in LAYER_COUNTS if re.search(pattern, container)]
-        expected = min(next(filter(None, counts), [0]))
-        missing = [f"{container}.{n}" for n in range(expected) if n not in containers.get(container, ())]
-        if missing:
-            yield (
-                f"LAYERS ARE MISSING: {CONFIG_NAME} says {expected:,}, of which {len(missing):,} are not in the"
-                f" checkpoint: {quote_names(missing)}. Loaders fill them with random numbers, unless the model shares"
-                " its layers"
-            )
-
-
-def missing_projections(tensors: list[TensorInfo], experts: int) -> Iterator[str]:
-    """Find experts of a layer that are not there, and weights that a few layers or experts lack beside their others."""
+def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: dict, for_engines: bool) -> Iterator[str]:
+    """Warn of what the model has, by config.json or its other layers, and the checkpoint has not."""
+    layers: dict[str, set[int]] = {}  # by container
     blocks: dict[tuple[str, str], dict[int, set[str]]] = {}  # by container and module: number -> its weights
     for info in tensors:
+        if match := LAYER_PATTERN.match(info.name):
+            layers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
         if len(info.shape) == 2 and (match := re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)):
-            numbers = blocks.setdefault((match[1], match[3]), {})
-            numbers.setdefault(int(match[2]), set()).add(match[4])
-    gaps = []
+            blocks.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), set()).add(match[4])
+    made_up = "Loaders fill them with random numbers"
+    towers = re.compile(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder")
+    names = [name for name in layers if not towers.search(name)] or list(layers)
+    largest = max(names, key=lambda name: len(layers[name]), default="layers")
+    for container in {largest, largest.replace("decoder", "encoder")} & {largest, *layers}:
+        counts = [config_values(config, *keys) for part, keys in LAYER_COUNTS if part in container]
+        expected = min(next(filter(None, counts), [0]))
+        if missing := [f"{container}.{n}" for n in range(expected) if n not in layers.get(container, ())]:
+            problem = (
+                f"LAYERS ARE MISSING: of {expected:,} by {CONFIG_NAME}, {len(missing):,} are not in the checkpoint"
+            )
+            yield f"{problem}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
+    gaps, experts = [], min(config_values(config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in blocks.items():
-        usual = set(Counter(map(frozenset, numbers.values())).most_common(1)[0][0])
+        usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         if container.endswith("experts"):
             gaps += [f"{container}.{n}" for n in range(max(*numbers, experts - 1) + 1) if n not in numbers]
         lacking = [n for n, found in numbers.items() if found < usual]
-        if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):
+        if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):  # so few are no kind of their own
             gaps += [f"{container}.{n}.{module}{name}" for n in lacking for name in sorted(usual - numbers[n])]
     if gaps:
-        yield (
-            f"WEIGHTS ARE MISSING: {len(gaps):,} that the others of their kind have are not in the checkpoint:"
-            f" {quote_names(gaps)}. Loaders fill them with random numbers"
-        )
+        problem = f"WEIGHTS ARE MISSING: {len(gaps):,} that the others of their kind have are not in the checkpoint"
+        yield f"{problem}: {quote_names(gaps)}. {made_up}"
+    embeds = any(kind == "embeddings" and not re.search(NO_WORDS, name) for name, kind in kinds.items())
+    pattern, ties = r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$", config_values(config, "tie_word_embeddings")
+    generates = any(re.search(pattern, name) for name in config.get("architectures") or ())
+    headless = ties and not any(ties) and "head" not in kinds.values()
+    missing = [("head", "tie_word_embeddings false")] if headless else []
+    missing += [("embedding", "a vocab_size")] if config_values(config, "vocab_size") and not embeds else []
+    for part, due in missing if generates else ():
+        problem = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part}"
+        if for_engines:
+            raise QuantizeError(f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}")
+        yield f"THE {part.upper()} IS MISSING: {problem}"
 
 
-def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) -> Iterator[str]:
+def notes_on_tensors(tensors: list[TensorPlan], form: Format, config: dict, conv1d: list[TensorInfo]) -> Iterator[str]:
     """Say what the owner of the checkpoint should know before the conversion rather than after the copy."""
-    form, packed = options.format, packed_sources(tensors)
     if form.note:
         yield form.note
     if delicate := [tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
-        yield (
-            f"{' and '.join(sorted({tensor.kind for tensor in delicate}))} in 4 bits, too, costs quality and saves"
-            f" little: --exclude {shlex.quote(pattern_of(tensor.source for tensor in delicate))} keeps them"
-        )
+        pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
+        kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
+        yield f"{kinds} in 4 bits, too, costs quality and saves little: --exclude {pattern} keeps them"
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
     if form.for_engines and separated and not expert_naming(config):
         yield (
             f"stacks of experts are read as one weight an expert, named as by most models, e.g. {separated[0].name!r};"
             " whether this model's loaders know them so was not tried"
         )
-    if conv1d := find_conv1d(packed, config):
-        yield (
-            f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs, as"
-            " the columns do"
-        )
+    if conv1d:
+        what = f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out)"
+        yield f"{what}: their groups run along the outputs, as the columns do"
     if stacks := [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]:
         size = format_bytes(sum(info.nbytes for info in stacks))
         yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
@@ -2996,91 +2668,113 @@ def notes_on_tensors(tensors: list[TensorPlan], options: Options, config: dict) 
             "two widths: with run_compressed=False or dequantize=True, transformers (5.23) decodes all layers as if"
             " they had one; load the folder without these, or --restore it to dense weights"
         )
-    experts = [t for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
-    if form.note_on_experts and any(tensor.packing for tensor in experts):
+    experts = [t.packing for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
+    if form.note_on_experts and any(experts):
         yield form.note_on_experts
-    kept = any(not tensor.packing for tensor in experts) and not oddity_with("linear_experts", config)[0]
-    if form.note_on_kept_experts and kept:
+    if form.note_on_kept_experts and not all(experts) and not oddity_with("linear_experts", config)[0]:
         yield form.note_on_kept_experts
 
 
-def plan_other_files(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """List the files beside the weights that are copied, and why the others are not."""
-    copied, left_out = [], []
-    for path in sorted(checkpoint.config_folder.iterdir()):
-        if path in checkpoint.files or path.name == INDEX_NAME:
-            continue
-        if path.is_dir():
-            left_out.append(f"{path.name}/ (folder)")
-        elif path.name.startswith("."):
-            left_out.append(f"{path.name} (hidden)")
-        elif WEIGHTS_PATTERN.search(path.name):
-            left_out.append(f"{path.name} (other weights)")
-        elif TRAINER_PATTERN.search(path.name):
-            left_out.append(f"{path.name} (training state)")
-        elif not path.exists():
-            raise QuantizeError(f"{path} is a link to {os.readlink(path)}, which is missing: mend or remove it")
-        elif not path.is_file():
-            left_out.append(f"{path.name} (not a regular file)")
-        elif UNFINISHED_PATTERN.fullmatch(path.name):
-            left_out.append(f"{path.name} (of another conversion)")
-        elif not os.access(path, os.R_OK):
-            raise QuantizeError(f"{path}: Permission denied: make it readable or remove it, it would be copied")
+def plan_files(
+    checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, statistics: Importance | None, **more: object
+) -> Plan:
+    """Describe the model and its quantization, and decide where each byte goes."""
+    described = {} if options.restore else options.form.describe(tensors, options)
+    if checkpoint.has_config:
+        mark = {} if options.restore else {"quantization_config": mark_for_engines(options)}
+        described[CONFIG_NAME] = checkpoint.config | described.get(CONFIG_NAME, mark)
+        if options.restore:
+            described[CONFIG_NAME].pop("quantization_config", None)
+    as_json = functools.partial(json.dumps, indent=2, ensure_ascii=False)
+    written = {name: f"{as_json(value)}\n".encode() for name, value in described.items()}
+    copied, left_out = plan_other_files(checkpoint, {INDEX_NAME, *written}, options.restore)
+    hashes = {name: hash_file(path) for name, path in copied.items()}
+    hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
+    facts = {"version": FORMAT_VERSION, "options": vars(options), "sources": checkpoint.sources}
+    # The times of the weights' files decide nothing: they call for a comparison.
+    timeless = facts | {"sources": {name: size for name, (size, _) in facts["sources"].items()}}
+    shapes = [(tensor.source.name, tensor.source.dtype, tensor.source.shape) for tensor in tensors]
+    fingerprint = hashlib.sha256(json.dumps([timeless, hashes, shapes]).encode()).hexdigest()
+    metadata = {"format": "pt", METADATA_KEY: fingerprint, FACTS_KEY: json.dumps(facts), FILES_KEY: json.dumps(hashes)}
+    shards, placements = plan_shards(tensors, round(options.shard_size_gb * GB), metadata)
+    weight_map = {name: shards[number].name for name, (number, _) in sorted(placements.items())}
+    total_size = sum(output.nbytes for tensor in tensors for output in tensor.outputs)
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    other_files = copied | written | {INDEX_NAME: f"{as_json(index)}\n".encode()}
+    hashes[INDEX_NAME] = hashlib.sha256(other_files[INDEX_NAME]).hexdigest()
+    made = tensors, total_size, shards, placements, other_files, hashes, left_out
+    return Plan(options, statistics, facts, fingerprint, *made, **more)
+
+
+def plan_other_files(checkpoint: Checkpoint, written: set, restore: bool) -> tuple[dict[str, Path], list[str]]:
+    """List the files beside the weights that are copied, by name, and why others are not."""
+    copied, left_out, folder = {}, [], checkpoint.config_folder
+    for path in sorted({*folder.iterdir()} - {*checkpoint.files} - {folder / name for name in written}):
+        reasons = (
+            (path.is_dir(), "folder"),
+            (path.name.startswith("."), "hidden"),
+            (re.search(OTHER_WEIGHTS, path.name), "other weights"),
+            (TRAINER_PATTERN.search(path.name), "training state"),
+            (path.exists() and not path.is_file(), "not a regular file"),
+            (UNFINISHED_PATTERN.fullmatch(path.name), "of another conversion"),
+            (restore and path.name == QUANTIZE_CONFIG_NAME, "of the quantization"),
+        )
+        if reason := next((reason for found, reason in reasons if found), None):
+            left_out.append(f"{path.name}{'/' * path.is_dir()} ({reason})")
+        elif os.access(path, os.R_OK):
+            copied[path.name] = path
         else:
-            copied.append(path)
-    if checkpoint.config_folder != checkpoint.folder:
-        others = [path.name for path in sorted(checkpoint.folder.iterdir()) if path not in checkpoint.files]
-        left_out += [f"{name} (of {checkpoint.folder}; --config_dir counts)" for name in others]
+            problem = "Permission denied" if path.exists() else f"a link to {os.readlink(path)}, which is missing"
+            raise QuantizeError(f"{path}: {problem}: mend or remove it, it would be copied")
     return copied, left_out
 
 
-def describe_facts(checkpoint: Checkpoint, options: Options) -> dict:
-    """Collect what decides the output and the user can change: the options by their names, and the files of weights
-    with size and time."""
-    values = vars(options) | {
-        "format": options.format.name,
-        "shard_size_gb": options.shard_size / GB,
-        "importance": options.importance and hash_file(options.importance.path),
-    }
-    del values["shard_size"]
-    return {
-        "version": FORMAT_VERSION,
-        "options": json.loads(json.dumps(values)),
-        "rule": options.rule,
-        "sources": checkpoint.sources,
-    }
+def plan_shards(tensors: list[TensorPlan], shard_size: int, metadata: dict) -> tuple[list[ShardPlan], dict]:
+    """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
+    empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
+    entry = {"dtype": "F8_E4M3FNUZ", "shape": [], "data_offsets": [10**14, 10**14]}  # no tensor's is longer
+    contents, used = [], shard_size
+    for outputs in (tensor.outputs for tensor in tensors):
+        sizes = [o.nbytes + len(json.dumps({o.name: entry | {"shape": o.shape}})) for o in outputs]
+        # A weight's words and scales stay together, but for a limit too small to hold both.
+        together = empty + sum(sizes) <= shard_size
+        for part, nbytes in [(outputs, sum(sizes))] if together else zip(zip(outputs), sizes):
+            if not contents or used + nbytes > shard_size:
+                contents.append([])
+                used = empty
+            contents[-1].extend(part)
+            used += nbytes
+    shards, placements = [], {}
+    for number, outputs in enumerate(contents):
+        # Widest elements first, as the safetensors library sorts them, so that every tensor is aligned.
+        outputs.sort(key=lambda output: -DTYPE_BITS[output.dtype])
+        header, ends = {"__metadata__": metadata}, [0, *itertools.accumulate(output.nbytes for output in outputs)]
+        for output, start, end in zip(outputs, ends, ends[1:]):
+            header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        data = len(text).to_bytes(8, "little") + text
+        placements |= {output.name: (number, len(data) + start) for output, start in zip(outputs, ends)}
+        shards.append(ShardPlan(f"model-{number + 1:05}.safetensors", data, len(data) + ends[-1]))
+    return shards, placements
 
 
 def read_facts(folder: Path) -> dict:
-    """Read how a finished folder was made (`describe_facts`), which each of its shards says."""
+    """Read how a finished folder was made, `Plan.facts`, which each of its shards says."""
     for path in sorted(folder.glob("model-*.safetensors")):
         if facts := read_metadata(path).get(FACTS_KEY):
             return json.loads(facts)
     raise QuantizeError(f"{folder}: no shard in it says how it was made: only this program's own folders can be read")
 
 
-def make_fingerprint(facts: dict, sources: list[TensorInfo], hashes: dict[str, str]) -> str:
-    """Hash all that decides the output, but for the times of the weights' files: these call for a comparison."""
-    sizes = {name: size for name, (size, _) in facts["sources"].items()}
-    tensors = [(info.name, info.dtype, info.shape) for info in sources]
-    return hashlib.sha256(json.dumps([facts | {"sources": sizes}, hashes, tensors]).encode()).hexdigest()
-
-
-def other_sources(was: dict, now: dict) -> list[str]:
-    """Name the files of weights that are not in both, or have another size."""
-    nothing = (None, None)
-    return sorted(name for name in was.keys() | now.keys() if was.get(name, nothing)[0] != now.get(name, nothing)[0])
-
-
 def what_differs(earlier: dict, facts: dict) -> str:
     """Say what is not as it was for the run that left a shard with such facts."""
     if earlier.get("version") != facts["version"]:
         return "it was made by another version of this program"
-    if changed := describe_changes(earlier["options"], facts["options"]):
-        return changed
-    if others := other_sources(earlier["sources"], facts["sources"]):
-        return f"{quote_names(others)} had other names or sizes"
-    return f"tensors, {CONFIG_NAME} or another file that is copied changed"
+    changed = describe_changes(earlier["options"], facts["options"])
+    others = other_sources(earlier["sources"], facts["sources"])
+    files = f"{quote_names(others)} had other names or sizes" if others else ""
+    return changed or files or f"tensors, {CONFIG_NAME} or another file that is copied changed"
 
 
 def describe_changes(was: dict, now: dict) -> str:
@@ -3091,46 +2785,10 @@ def describe_changes(was: dict, now: dict) -> str:
     return ", ".join(changed).replace(" was None", " was not given").replace(" is None", " is not given")
 
 
-def plan_shards(
-    tensors: list[TensorPlan], options: Options, fingerprint: str, facts: dict, hashes: dict[str, str]
-) -> tuple[list[ShardPlan], dict[str, Placement]]:
-    """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
-    shard_size = options.shard_size
-    metadata = {"format": "pt", METADATA_KEY: fingerprint, FACTS_KEY: json.dumps(facts), FILES_KEY: json.dumps(hashes)}
-    empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
-    contents: list[list[OutputTensor]] = []
-    used = shard_size
-    for tensor in tensors:
-        # A weight's words and scales stay together, but for a limit too small to hold both.
-        together = [tensor.outputs] if empty + _shard_bytes(tensor.outputs) <= shard_size else zip(tensor.outputs)
-        for outputs in together:
-            nbytes = _shard_bytes(outputs)
-            if not contents or used + nbytes > shard_size:
-                contents.append([])
-                used = empty
-            contents[-1].extend(outputs)
-            used += nbytes
-    shards, placements = [], {}
-    for number, outputs in enumerate(contents):
-        # Widest elements first, as the safetensors library sorts them, so that every tensor is aligned.
-        outputs.sort(key=lambda output: -DTYPE_BITS[output.dtype])
-        header, ends = {"__metadata__": metadata}, [0, *itertools.accumulate(output.nbytes for output in outputs)]
-        for output, start, end in zip(outputs, ends, ends[1:]):
-            header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": [start, end]}
-        data = json.dumps(header, separators=(",", ":")).encode()
-        data += b" " * (-len(data) % 8)
-        data = len(data).to_bytes(8, "little") + data
-        for output, start in zip(outputs, ends):
-            placements[output.name] = Placement(number, len(data) + start)
-        names = tuple(output.name for output in outputs)
-        shards.append(ShardPlan(f"model-{number + 1:05}.safetensors", data, len(data) + ends[-1], names))
-    return shards, placements
-
-
-def _shard_bytes(outputs: Iterable[OutputTensor]) -> int:
-    """Count the bytes that tensors take up in a shard, an upper bound of their header entries included."""
-    entry = {"dtype": "F8_E4M3FNUZ", "shape": [], "data_offsets": [10**14, 10**14]}
-    return sum(o.nbytes + len(json.dumps({o.name: {**entry, "shape": o.shape}})) for o in outputs)
+def other_sources(was: dict, now: dict) -> list[str]:
+    """Name the files of weights that are not in both, or have another size."""
+    nothing = (None, None)
+    return sorted(name for name in was.keys() | now.keys() if was.get(name, nothing)[0] != now.get(name, nothing)[0])
 
 
 # ---- Memory: what the machine, the container and this process use ---------------------------------------------------
@@ -3301,7 +2959,6 @@ class OutputFolder:
         self.folder = folder
         self.plan = plan
         self.overwrite = overwrite
-        self.planned = {shard.name: shard for shard in plan.shards} | plan.other_files
         # Names of files that are final and as planned; those of them that were made when the sources had other times
         # and are to be compared; and paths of what earlier runs left.
         self.finished, self.compare, self.remove = self._survey()
@@ -3311,32 +2968,36 @@ class OutputFolder:
     @property
     def nothing_to_write(self) -> bool:
         """Tell whether all is there, though some of it may have to be compared with the source."""
-        return not self.remove and self.finished == self.planned.keys()
+        return not self.remove and self.finished == {*self.plan.hashes, *(shard.name for shard in self.plan.shards)}
 
     def _survey(self) -> tuple[set[str], set[str], list[Path]]:
         """Sort what is in the folder: what this run need not write again, what of it to compare, what to remove. The
         user's own files are refused, and so are an earlier run's unless --overwrite is given."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
+        planned = {shard.name: shard for shard in self.plan.shards}
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         marks = {path: read_metadata(path) for path in entries if SHARD_PATTERN.match(path.name)}
         shards = {path for path in marks if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in marks[path]}
         own_files = {item for path in shards for item in json.loads(marks[path].get(FILES_KEY, "{}")).items()}
-        if shards and (index := self.folder / INDEX_NAME).is_file():
-            own_files.add((INDEX_NAME, hash_file(index)))  # it follows from the shards
         finished, compare, remove, stale, foreign = set(), set(), [], [], []
         for path in entries:
-            unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
-            own = path in shards and marks[path][METADATA_KEY] == self.plan.fingerprint and path.name in self.planned
-            as_planned, to_compare = self._is_as_planned(path), False
-            if own and not as_planned and path.stat().st_size == self.planned[path.name].size:
-                to_compare = marks[path].get(FACTS_KEY) != json.dumps(self.plan.facts)  # else it is damaged
-            if as_planned or to_compare:
+            unfinished, shard = UNFINISHED_PATTERN.fullmatch(path.name), planned.get(path.name)
+            own = bool(shard) and path in shards and marks[path][METADATA_KEY] == self.plan.fingerprint
+            known = path.name in {*self.plan.hashes, *dict(own_files)} and path.is_file()
+            digest, index = hash_file(path) if known else "", path.name == INDEX_NAME  # which follows from the shards
+            if own and path.stat().st_size == shard.size:
+                with open(path, "rb") as file:
+                    as_planned = file.read(len(shard.header)) == shard.header
+                if as_planned or marks[path].get(FACTS_KEY) != json.dumps(self.plan.facts):  # else it is damaged
+                    finished.add(path.name)
+                    compare |= set() if as_planned else {path.name}
+                    continue
+            if known and digest == self.plan.hashes.get(path.name):
                 finished.add(path.name)
-                compare |= {path.name} if to_compare else set()
             elif own or (unfinished and self.plan.fingerprint.startswith(unfinished[1])):
                 remove.append(path)
-            elif unfinished or path in shards or (path.name, hash_file(path) if path.is_file() else "") in own_files:
+            elif unfinished or path in shards or (path.name, digest) in own_files or (index and shards):
                 stale.append(path)
             else:
                 foreign.append(path)
@@ -3356,23 +3017,11 @@ class OutputFolder:
             )
         return finished, compare, remove
 
-    def _is_as_planned(self, path: Path) -> bool:
-        """Tell whether a file is what this run would write under its name; of a shard by its size and header."""
-        planned = self.planned.get(path.name)
-        if planned is None or not path.is_file():
-            return False
-        if isinstance(planned, Path):
-            return filecmp.cmp(path, planned, shallow=False)
-        start = planned if isinstance(planned, bytes) else planned.header
-        with open(path, "rb") as file:
-            size = len(planned) if isinstance(planned, bytes) else planned.size
-            return path.stat().st_size == size and file.read(len(start)) == start
-
     def bytes_to_write(self) -> int:
         """Count what the disk must still hold, less what will be removed from it first."""
         sizes = {shard.name: shard.size for shard in self.plan.shards}
-        sizes |= {path.name: path.stat().st_size for path in self.plan.copied}
-        sizes |= {name: len(content) for name, content in self.plan.written.items()}
+        for name, content in self.plan.other_files.items():
+            sizes[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
         return sum(size for name, size in sizes.items() if name not in self.finished)
 
     def free_disk(self) -> int:
@@ -3498,7 +3147,7 @@ class Conversion:
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()  # buffers of that size
 
     def _shards_of(self, tensor: TensorPlan) -> list[ShardFile]:
-        return [self.shards[number] for number in {self.plan.placements[o.name].shard for o in tensor.outputs}]
+        return [self.shards[number] for number in {self.plan.placements[o.name][0] for o in tensor.outputs}]
 
     def _is_due(self, tensor: TensorPlan) -> bool:
         """Tell whether there is something to do for a tensor: an earlier run may have finished it."""
@@ -3508,8 +3157,7 @@ class Conversion:
         """Name one of Meter.COSTS."""
         if tensor.scales or not tensor.packing:
             return "restored" if tensor.scales else "kept"
-        importance = self.plan.options.importance
-        feedback = importance is not None and importance.has_factor(tensor.source)
+        feedback = self.plan.statistics is not None and self.plan.statistics.has_factor(tensor.source)
         return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else self.plan.options.scale
 
     def _plan_jobs(self, tensor: TensorPlan) -> Iterator[Job]:
@@ -3520,10 +3168,10 @@ class Conversion:
             (rows, columns), itemsize, width, height = (1, info.nbytes), 1, COPY_BYTES, 1
         else:
             (rows, columns), itemsize = info.shape, DTYPE_BITS[info.dtype] // 8
-            weights = TRANSPOSED_JOB_WEIGHTS if options.format.transposed else JOB_WEIGHTS
+            weights = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
             weights //= packing.codes_per_word if tensor.scales else 1
             whole_groups = max(1, TILE_WEIGHTS // packing.group_size) * packing.group_size
-            width = columns if tensor.scales or options.importance else min(columns, whole_groups)
+            width = columns if tensor.scales or self.plan.statistics else min(columns, whole_groups)
             height = max(1, weights // columns) if width == columns else 1
         for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
             row_count, column_count = min(height, rows - row), min(width, columns - column)
@@ -3551,6 +3199,7 @@ class Conversion:
                 finally:
                     self._stop.set()
                     self._syncer.shutdown(wait=False, cancel_futures=True)
+            self.checkpoint.check_unchanged()
             self.checkpoint.drop_all_read()
         finally:
             for shard in self.shards:
@@ -3589,15 +3238,15 @@ class Conversion:
     def _do(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Write what a job's bytes become, or compare it with what an earlier run wrote."""
         for output, offset, part in self._parts(job, data, workspace):
-            place = self.plan.placements[output.name]
-            shard = self.shards[place.shard]
-            if shard.compare and shard.read(len(part), place.offset + offset) != part:
+            number, start = self.plan.placements[output.name]
+            shard = self.shards[number]
+            if shard.compare and shard.read(len(part), start + offset) != part:
                 raise QuantizeError(
                     f"the source files changed since {shard.final.name} was made from them, or are another"
                     " checkpoint's: choose another folder, or --overwrite starts afresh"
                 )
             if not shard.finished:
-                shard.write(part, place.offset + offset)
+                shard.write(part, start + offset)
 
     def _count(self, job: Job, seconds: float) -> None:
         """Book a job. Its shard is synced if a sync is due, and finished if that was its last job."""
@@ -3637,7 +3286,7 @@ class Conversion:
         for output, (role, part), width in zip(tensor.outputs, lines.items(), widths):
             first, rows, nbytes = job.column // width, output.shape[1], part.nbytes
             start = job.row * output.shape[1] + first  # of whole rows, or of part of one
-            if self.plan.options.format.transposed and not tensor.scales:
+            if self.plan.options.form.transposed and not tensor.scales:
                 start = first * rows + job.row
                 nbytes = nbytes if job.rows == rows else job.rows * part.itemsize  # of what lies in one piece
             for begin in range(0, part.nbytes, nbytes):
@@ -3652,7 +3301,7 @@ class Conversion:
         widths = {"lines of words": packing.codes_per_word, "lines of scales": packing.group_size}
         for output, (role, width) in zip(job.tensor.outputs, widths.items()):
             shape = (job.rows, packing.columns_of(job.columns) // width)
-            shape = shape[::-1] if self.plan.options.format.transposed else shape
+            shape = shape[::-1] if self.plan.options.form.transposed else shape
             dtype = torch.int32 if output.dtype == "I32" else FLOAT_DTYPES[output.dtype]
             lines[role] = workspace.tensor(role, dtype, *shape)
         return lines
@@ -3663,7 +3312,7 @@ class Conversion:
         info, packing = job.tensor.source, job.tensor.packing
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
         lines = self._lines(job, workspace)
-        by_row = [part.T if self.plan.options.format.transposed else part for part in lines.values()]
+        by_row = [part.T if self.plan.options.form.transposed else part for part in lines.values()]
         padded_columns, in_row = packing.columns_of(job.columns), by_row[1].shape[1]
         rounding = self._rounding_of(job.tensor).of_groups(job.column // packing.group_size, in_row)
         step = max(1, TILE_WEIGHTS // job.columns)
@@ -3686,14 +3335,14 @@ class Conversion:
     def _find_rounding(self, tensor: TensorPlan) -> Rounding:
         """Say how a weight is rounded, by its statistics if there are some, whose columns are padded with zeros."""
         packing, options = tensor.packing, self.plan.options
-        rounding = Rounding(options.format.with_offset, kernel=self._kernel, bits=packing.bits)
+        rounding = Rounding(options.form.with_offset, kernel=self._kernel, bits=packing.bits)
         if options.scale == "absmax" or packing.bits == 8:
             return rounding
         columns = tensor.source.shape[1]
         padding = packing.columns_of(columns) - columns
         mean_squares, factor = torch.ones(columns), None
-        if options.importance:
-            mean_squares, factor = options.importance.get(tensor.source) or (mean_squares, None)
+        if self.plan.statistics:
+            mean_squares, factor = self.plan.statistics.get(tensor.source) or (mean_squares, None)
         mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
         rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
         if factor is None:
@@ -3710,7 +3359,7 @@ class Conversion:
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
         for rows in (slice(row, row + step) for row in range(0, job.rows, step)):
-            weights = dequantize(words[rows], scales[rows], tensor.packing, self.plan.options.format.with_offset)
+            weights = dequantize(words[rows], scales[rows], tensor.packing, self.plan.options.form.with_offset)
             dense[rows].copy_(weights[:, : output.shape[1]])
         return {"dense": dense}
 
@@ -3783,18 +3432,19 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     """Say what a run will do, and what the user should know before it."""
     options = plan.options
     choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
-    how = f"format {options.format.name}, groups of {options.group_size}, {choice}, {count_of(threads, 'thread')}"
+    how = f"format {options.format}, groups of {options.group_size}, {choice}, {count_of(threads, 'thread')}"
     for label, text in (("From:", str(checkpoint.folder)), ("To:", str(output.folder)), ("How:", how)):
         say_paragraph(label, text)
     print_table(plan, checkpoint)
     say()
     shards, compared = count_of(len(plan.shards), "shard"), count_of(len(output.compare), "shard")
     finished = sum(shard.name in output.finished for shard in plan.shards)
+    copied = [name for name, content in plan.other_files.items() if isinstance(content, Path)]
     need, free = output.bytes_to_write(), output.free_disk()
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
-    job = TRANSPOSED_JOB_WEIGHTS if options.format.transposed else JOB_WEIGHTS
+    job = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
     jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
-    factor = options.importance.largest_factor * 4 if options.importance else 0
+    factor = plan.statistics.largest_factor * 4 if plan.statistics else 0
     # A worker's padded weights, magnitudes, float32 weights, codes, words, scales; a search's four; a job's output.
     words = 1 if options.int8 else 0.5
     widths = [itemsize, itemsize, 4, 2, words, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
@@ -3805,8 +3455,8 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     for label, text in (
         *(("WARNING:", warning) for warning in plan.warnings),
         *(("Note:", note) for note in plan.notes),
-        ("Copied:", ", ".join(path.name for path in plan.copied) or "no other files"),
-        ("Written:", ", ".join(sorted(plan.written))),
+        ("Copied:", ", ".join(copied) or "no other files"),
+        ("Written:", ", ".join(sorted(plan.other_files.keys() - copied))),
         ("Left out:", ", ".join(plan.left_out)),
         ("Resuming:", f"{finished:,} of {shards} finished by an earlier run" if finished else ""),
         ("Comparing:", f"{compared} with source files of another time" if output.compare else ""),
@@ -3848,7 +3498,7 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
             row(kind, len(names[kind]), format_bytes(nbytes), names[kind][0] if len(names[kind]) == 1 else "")
         for wide in padded[:1]:
             row("  of these padded to whole groups", len(padded), "", f"e.g. {wide:,} to {packing.columns_of(wide):,}")
-    shards = f"{count_of(len(plan.shards), 'shard')}, up to {format_bytes(plan.options.shard_size)}"
+    shards = f"{count_of(len(plan.shards), 'shard')}, up to {format_bytes(plan.options.shard_size_gb * GB)}"
     row("output", sum(len(tensor.outputs) for tensor in tensors), format_bytes(plan.total_size), shards)
 
 
@@ -3956,7 +3606,7 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     """Say what can be done with the finished folder."""
     copy = "rsync -a --partial {name} HOST:"
     last = ("Copy", copy) if verified else ("Check", f"the same command with --verify; then copy it: {copy}")
-    steps = [("Try", LOAD_STEP)] if plan.options.restore else [*plan.options.format.next_steps, last]
+    steps = [("Try", LOAD_STEP)] if plan.options.restore else [*plan.options.form.next_steps, last]
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     for label, text in steps:
@@ -3966,32 +3616,17 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 # ---- Verification: the output as its readers see it, against the source ---------------------------------------------
 
 
-def plan_of_folder(checkpoint: Checkpoint, folder: Path, importance: Importance | None) -> Plan:
-    """Plan once more what a finished folder was made as. Refuses one that was made from other files: all its weights
-    would be wrong, and the folder is not."""
-    facts = read_facts(folder)
-    if facts["version"] != FORMAT_VERSION:
-        raise QuantizeError(f"{folder} was made by another version of this program: verify it with that one")
-    if others := other_sources(facts["sources"], checkpoint.sources):
-        raise QuantizeError(
-            f"{folder} was not made from {checkpoint.folder}: {quote_names(others)} had other names or sizes: give the"
-            " checkpoint that it was made from"
-        )
-    return plan_conversion(checkpoint, Options.of(facts["options"], importance))
-
-
 class Verification(Conversion):
     """Compares a finished folder with the plan of how it was made, byte for byte with what its source becomes, and each
     weight, decoded by code that shares nothing with the packing, with the source."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, folder: Path, guard: MemoryGuard):
         self.folder = folder
-        self.facts = read_facts(folder)
         self.problems: list[str] = []
         self.squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
         self.kept = 0  # tensors that are as in the source
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
-        self.blind = bool(self.facts["options"]["importance"]) and plan.options.importance is None
+        self.blind = bool(plan.options.importance) and plan.statistics is None
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
         self._compare_files(plan)
         shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
@@ -4000,8 +3635,7 @@ class Verification(Conversion):
 
     def _compare_files(self, plan: Plan) -> None:
         """Compare the files beside the shards with what is planned."""
-        for name, planned in plan.other_files.items():
-            digest = hashlib.sha256(planned).hexdigest() if isinstance(planned, bytes) else hash_file(planned)
+        for name, digest in plan.hashes.items():
             if not (self.folder / name).is_file():
                 self.problems.append(f"{name} is missing")
             elif hash_file(self.folder / name) != digest:
@@ -4045,8 +3679,8 @@ class Verification(Conversion):
         """Compare what a job's bytes become with what is there."""
         tensor, problem = job.tensor, ""
         for output, offset, part in self._parts(job, data, workspace):
-            place = self.plan.placements[output.name]
-            found = self.shards[place.shard].read(len(part), place.offset + offset)
+            number, start = self.plan.placements[output.name]
+            found = self.shards[number].read(len(part), start + offset)
             chosen = tensor.packing and not output.content  # words or scales
             if found != part and not (chosen and self.blind and tensor.packing.bits == 4):
                 first = next(number for number, pair in enumerate(zip(found, part)) if pair[0] != pair[1])
@@ -4066,8 +3700,8 @@ class Verification(Conversion):
         """Add up squares of errors and weights; describe the first weight that is further from its source than its
         scale allows: half a scale and the scale's own rounding, more where error feedback moved the weight, and at the
         ends of the range as far as the search of a scale reaches."""
-        info, packing, rule = job.tensor.source, job.tensor.packing, self.facts["rule"]
-        with_offset, transposed = self.plan.options.format.with_offset, self.plan.options.format.transposed
+        info, packing, rule = job.tensor.source, job.tensor.packing, self.plan.options.rule
+        with_offset, transposed = self.plan.options.form.with_offset, self.plan.options.form.transposed
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
         words, scales = (part.T if transposed else part for part in self._lines(job, workspace).values())
         rounding, half, searched = (
@@ -4076,7 +3710,7 @@ class Verification(Conversion):
             packing.bits == 4 and rule != "absmax",
         )
         tolerance = 0.5 + 1e-5 + packing.code_max * rounding.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
-        given = self.plan.options.importance and self.plan.options.importance.get(info)
+        given = self.plan.statistics and self.plan.statistics.get(info)
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
@@ -4126,7 +3760,7 @@ def output_energy(rows: torch.Tensor, mean_squares: torch.Tensor, factor: torch.
 
 def print_verification(verification: Verification) -> None:
     """Print errors by kind of layer, and the worst weights by name."""
-    errors, outputs = verification.errors, verification.plan.options.importance is not None
+    errors, outputs = verification.errors, verification.plan.statistics is not None
     kinds: dict[str, list[list[float]]] = {}
     for tensor in verification.plan.tensors:
         if tensor.source.name in errors:
@@ -4145,10 +3779,12 @@ def print_verification(verification: Verification) -> None:
     for name, (error, _) in sorted(errors.items(), key=lambda item: -item[1][0])[:5]:
         say(f"  worst: {three_digits(error)}  {shorten(name, terminal_width() - 18)}")
     if verification.blind:
-        within = f"within {MAX_CHANGE + 0.5 if FEEDBACK in verification.facts['rule'] else 0.5} scales of their weights"
+        within = (
+            f"within {MAX_CHANGE + 0.5 if FEEDBACK in verification.plan.options.rule else 0.5} scales of their weights"
+        )
         say_paragraph(
             "Note:",
-            f"4-bit codes {verification.facts['rule'].partition(' ')[2]} are checked to be {within}; with the"
+            f"4-bit codes {verification.plan.options.rule.partition(' ')[2]} are checked to be {within}; with the"
             " --importance that they were made with, each is checked exactly",
         )
     for problem in verification.problems[:20]:
@@ -4174,51 +3810,56 @@ def run(args: argparse.Namespace) -> None:
         if target == folder.resolve() or folder.resolve() in target.parents:
             where = "the input folder itself" if target == folder.resolve() else f"inside the input folder {folder}"
             raise QuantizeError(f"output folder {args.output_dir} is {where}: choose one outside it")
+    finished = args.verify and (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
     with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
-        finished = (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
-        plan = None
-        if args.verify and finished:
-            refuse_other_options(args)
-        else:
-            plan = plan_and_convert(args, checkpoint, progress)
-        if args.verify and not args.dry_run:
-            verify(checkpoint, plan, args, progress)
-    if plan:
+        plan = plan_as_asked(args, checkpoint, finished)
+        if args.list:
+            print_list(plan)
+            return
+        converted = not finished and print_and_convert(args, checkpoint, plan, progress)
+        if finished or (converted and args.verify):
+            verify(args, checkpoint, plan, progress)
+    if converted:
         print_next_steps(plan, args.output_dir, args.verify)
 
 
-def refuse_other_options(args: argparse.Namespace) -> None:
-    """Refuse to verify a finished folder as what it is not; without options it is taken as it is."""
-    made, size = read_facts(args.output_dir)["options"], args.shard_size_gb
-    asked = {name: getattr(args, name) for name in ("format", "group_size", "scale", "exclude", "int8")}
-    asked |= {"quantize_embeddings": args.quantize_embeddings, "shard_size_gb": size if size != 4.0 else None}
-    asked["importance"] = args.importance and hash_file(args.importance)
-    if others := {name: value for name, value in asked.items() if value and value != made[name]}:
-        raise QuantizeError(
-            f"{args.output_dir} is finished otherwise: {describe_changes(made, made | others)}: --overwrite converts it"
-            " again; without such options --verify takes the folder as it is"
-        )
-
-
-def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
-    """Plan what the arguments ask for; by default int4 takes absmax scales, and formats for engines those of mse."""
-    if args.restore:
-        made = read_facts(args.input_dir)["options"] | {"shard_size_gb": args.shard_size_gb}
-        return plan_restoration(checkpoint, Options.of(made, restore=True))
+def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bool) -> Plan:
+    """Plan what the arguments ask for; a folder that is only verified, or restored, is taken as what its shards say
+    that it is. By default int4 takes absmax scales, and formats for engines those of mse."""
     form = FORMATS[args.format or "int4"]
     scale = args.scale or ("mse" if form.for_engines else "absmax")
-    if args.importance and scale != "mse":
+    if args.importance and scale != "mse" and not finished:
         raise QuantizeError("--importance needs --scale mse", 2)
-    importance = Importance(args.importance) if args.importance else None
-    return plan_conversion(checkpoint, Options.of(vars(args) | {"format": form.name, "scale": scale}, importance))
+    statistics = Importance(args.importance) if args.importance else None
+    asked = {name: getattr(args, name, None) for name in Options.__annotations__}
+    if statistics:
+        how = FEEDBACK if statistics.has_factors else WEIGHED
+        asked["importance"] = f"{how} {hash_file(args.importance)}"
+    if args.restore:
+        made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
+        return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": args.shard_size_gb or 4.0}))
+    if finished:
+        facts = read_facts(args.output_dir)
+        made = facts["options"]
+        if others := {name: value for name, value in asked.items() if value and value != made[name]}:
+            raise QuantizeError(
+                f"{args.output_dir} is finished otherwise: {describe_changes(made, made | others)}: --overwrite"
+                " converts it again; without such options --verify takes the folder as it is"
+            )
+        if facts["version"] != FORMAT_VERSION:
+            raise QuantizeError(f"{args.output_dir} was made by another version of this program: verify it with that")
+        if others := other_sources(facts["sources"], checkpoint.sources):
+            raise QuantizeError(
+                f"{args.output_dir} was not made from {checkpoint.folder}: {quote_names(others)} had other names or"
+                " sizes: give the checkpoint that it was made from"
+            )
+        return plan_conversion(checkpoint, Options(**made), statistics)
+    asked |= {"format": form.name, "scale": scale, "shard_size_gb": args.shard_size_gb or 4.0}
+    return plan_conversion(checkpoint, Options(**asked), statistics)
 
 
-def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Plan | None:
-    """Print the plan and carry it out; returns it if a folder was written."""
-    plan = plan_as_asked(args, checkpoint)
-    if args.list:
-        print_list(plan)
-        return None
+def print_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progress: Progress) -> bool:
+    """Print the plan and write the output folder; tells whether there was something to do."""
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
         if not args.dry_run and not os.access(output.existing, os.W_OK | os.X_OK):
@@ -4229,14 +3870,14 @@ def plan_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, progress:
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
         if args.dry_run:
             say("Dry run: nothing was written.")
-            return None
-        if output.nothing_to_write and not output.compare:
+        elif output.nothing_to_write and not output.compare:
             there = shorten(str(args.output_dir), terminal_width() - 25)
             told = "" if args.restore else "It was not compared with the source; --verify does that."
             say_paragraph("Finished:", f"{there} is complete already. {told}")
-            return None
-        convert(checkpoint, plan, output, progress, args.threads)
-    return plan
+        else:
+            convert(checkpoint, plan, output, progress, args.threads)
+            return True
+    return False
 
 
 def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int) -> None:
@@ -4259,15 +3900,13 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
     progress.restart()
     try:
         conversion.run(threads, progress)
-        checkpoint.check_unchanged()
-        if plan.options.importance:
-            plan.options.importance.check_unchanged()
+        if plan.statistics:
+            plan.statistics.check_unchanged()
         output.write_other_files()
     except QuantizeError as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:
-            finished = sum(shard.finished for shard in shards)
-            kept = f"{finished:,} of {count_of(len(shards), 'shard')} are finished and kept"
-            stop.args = (f"{stop}; {kept}, the same command continues",)
+            finished = f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')}"
+            stop.args = (f"{stop}; {finished} are finished and kept, the same command continues",)
         raise
     finally:
         progress.clear()
@@ -4280,30 +3919,23 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         print_summary(plan, conversion, progress)
 
 
-def verify(checkpoint: Checkpoint, plan: Plan | None, args: argparse.Namespace, progress: Progress) -> None:
-    """Compare a finished folder with its source, by the plan of the run that just wrote it, if one did."""
-    progress.restart()
+def verify(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progress: Progress) -> None:
+    """Compare a finished folder with its source."""
     say()
     say_paragraph("Verifying", f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}")
-    importance = Importance(args.importance) if args.importance and not plan else None
-    plan = plan or plan_of_folder(checkpoint, args.output_dir, importance)
     verification = Verification(checkpoint, plan, args.output_dir, progress.guard)
+    progress.restart()
     try:
         verification.run(args.threads, progress)
     finally:
         progress.clear()
-    checkpoint.check_unchanged()
     print_verification(verification)
     if verification.problems:
-        newer = (
-            f"{checkpoint.folder} has another time than when it was made: is it what it was made from?"
-            if verification.facts["sources"] != checkpoint.sources
-            else "convert again with --overwrite"
-        )
-        raise QuantizeError(
-            f"verification of {args.output_dir} found {count_of(len(verification.problems), 'problem')}, listed"
-            f" above: {newer}"
-        )
+        remedy = "convert again with --overwrite"
+        if read_facts(args.output_dir)["sources"] != checkpoint.sources:
+            remedy = f"{checkpoint.folder} has another time than when it was made: is it what it was made from?"
+        found = f"{count_of(len(verification.problems), 'problem')}, listed above"
+        raise QuantizeError(f"verification of {args.output_dir} found {found}: {remedy}")
 
 
 def kernel_for(plan: Plan) -> Kernel | None:

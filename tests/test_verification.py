@@ -106,7 +106,7 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
 
     quantize(tiny, tmp_path / "out")
     with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
-        plan = q.plan_of_folder(checkpoint, tmp_path / "out", None)
+        plan = q.plan_conversion(checkpoint, q.Options(**q.read_facts(tmp_path / "out")["options"]))
         verification = q.Verification(checkpoint, plan, tmp_path / "out", guard := Guard())
         with pytest.raises(q.QuantizeError, match="too little memory"):
             verification.run(1, q.Progress(guard))
@@ -284,7 +284,7 @@ def test_a_folder_whose_shards_do_not_say_how_they_were_made_is_refused(tiny, tm
 
 def test_a_folder_of_another_version_is_refused(tiny, tmp_path):
     quantize(tiny, tmp_path / "out", constants={"FORMAT_VERSION": 1})
-    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "made by another version", "verify it with that one")
+    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "made by another version", "verify it with that")
 
 
 def test_a_source_of_other_files_ends_the_verification_before_it_begins(tiny, tmp_path):

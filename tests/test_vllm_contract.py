@@ -240,11 +240,15 @@ class Folder:
 def plan(source, group_size, *exclude):
     """What the program decides for a folder."""
     options = q.Options(
-        format=q.FORMATS["compressed-tensors"],
+        format="compressed-tensors",
         group_size=group_size,
-        shard_size=4 * 10**9,
-        exclude=exclude,
+        exclude=list(exclude),
         quantize_embeddings=False,
+        int8=[],
+        scale="absmax",
+        importance=None,
+        restore=False,
+        shard_size_gb=4.0,
     )
     with contextlib.closing(q.Checkpoint.open(source)) as checkpoint:
         return q.plan_conversion(checkpoint, options)
@@ -259,8 +263,8 @@ def read_plan(planned):
         assert tensors.keys().isdisjoint(header)
         tensors |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         holders |= dict.fromkeys(header, shard.name)
-    config = planned.written["config.json"]
-    return Folder(tensors, holders, json.loads(planned.written["model.safetensors.index.json"]), json.loads(config))
+    config = planned.other_files["config.json"]
+    return Folder(tensors, holders, json.loads(planned.other_files["model.safetensors.index.json"]), json.loads(config))
 
 
 @pytest.fixture(scope="module")
