@@ -2449,13 +2449,12 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
     marks = [folder / name for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME) if (folder / name).exists()]
     if marks or config_values(checkpoint.config, "quantization_config"):
         raise QuantizeError(f"{marks[0] if marks else f'quantization_config in {folder / CONFIG_NAME}'} {QUANTIZED}")
-    inside: dict[str, list[TensorInfo]] = {}  # by weight (out, in): the matrices that lie inside its module
+    inside, refused = {}, []  # by weight (out, in), the matrices that lie inside its module; what is found
     for name, info in infos.items():
         for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
             owner = f"{name[: end.start()]}.weight"
             if owner in infos and owner != name:
                 inside.setdefault(owner, []).append(info)
-    refused = []
     for weight, parts in inside.items():  # a low-rank update, whatever it is called: (rank, in) and (out, rank)
         for down, up in itertools.permutations(parts, 2):
             shape = infos[weight].shape
@@ -2505,21 +2504,21 @@ def plan_tensors(sources: list[TensorInfo], kinds: dict[str, str], options: Opti
     eights = [not reason and named_by(options.int8, info) for info, reason in zip(sources, reasons)]
     # Groups of 128 where these fit. Engines hold routed experts as one, so they must fit all of them.
     ragged = {info.name for info, eight in zip(sources, eights) if eight and info.shape[1] % 128}
-    ragged_experts, tensors = any(map(EXPERT_PATTERN.match, ragged)), []
+    ragged_experts, computed_in = any(map(EXPERT_PATTERN.match, ragged)), model_dtype(config)
+    tensors = []
     for info, reason, eight in zip(sources, reasons, eights):
         packing, outputs = None, (OutputTensor(info.name, info.dtype, info.shape),)
         if not reason:
             misfit = ragged_experts if EXPERT_PATTERN.match(info.name) else info.name in ragged
             packing = Packing(8 if eight else 4, 128 if eight and not misfit else options.group_size)
-            outputs = options.form.outputs(info, packing, model_dtype(config))
+            outputs = options.form.outputs(info, packing, computed_in)
         tensors.append(TensorPlan(info, reason, packing, outputs, kind=kinds.get(info.name, "")))
     return tensors
 
 
 def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str | None:
     """Say why a tensor is not quantized, in words for the plan; None if it is."""
-    dimensions, columns = len(info.shape), info.shape[-1] if info.shape else 0
-    pattern = named_by(options.exclude, info)
+    dimensions, pattern, size = len(info.shape), named_by(options.exclude, info), options.group_size
     reasons = (
         (pattern is not None, f"--exclude {pattern}"),
         (dimensions < 2, "vectors and scalars (norms)"),
@@ -2527,7 +2526,7 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
         (not info.name.endswith(".weight"), "2-D but not named *.weight"),
         (info.dtype not in FLOAT_DTYPES, f"2-D of dtype {info.dtype}"),
         (kind == "embeddings" and not options.quantize_embeddings, "embeddings"),
-        (not info.nbytes or columns < options.group_size, f"narrow: under {options.group_size} columns"),
+        (not info.nbytes or math.prod(info.shape[1:]) < size, f"narrow: under {size} columns"),
         (options.form.for_engines and kind in ("head", "routers"), f"{kind} (whole for engines)"),
     )
     return next((reason for keeps, reason in reasons if keeps), None)
@@ -2577,7 +2576,7 @@ def refuse_unloadable(checkpoint: Checkpoint, tensors: list[TensorPlan], options
         (lines, f"have rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors"),
     ):
         if isinstance(refused, list) and refused:
-            problem = f"{len(refused):,} weights, e.g. {refused[0].name!r} {refused[0].shape}, {problem}"
+            problem = f"{len(refused):,} weights {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
         if refused:
             raise QuantizeError(problem)
     wholes: dict[str, dict[Packing | None, str]] = {}  # what engines hold as one: what becomes of its parts
@@ -2633,8 +2632,7 @@ def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: di
     embeds = any(kind == "embeddings" and not re.search(NO_WORDS, name) for name, kind in kinds.items())
     pattern, ties = r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$", config_values(config, "tie_word_embeddings")
     generates = any(re.search(pattern, name) for name in config.get("architectures") or ())
-    headless = ties and not any(ties) and "head" not in kinds.values()
-    missing = [("head", "tie_word_embeddings false")] if headless else []
+    missing = [("head", "tie_word_embeddings false")] if ties and not any(ties) and "head" not in kinds.values() else []
     missing += [("embedding", "a vocab_size")] if config_values(config, "vocab_size") and not embeds else []
     for part, due in missing if generates else ():
         problem = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part}"
@@ -2725,7 +2723,9 @@ def plan_other_files(checkpoint: Checkpoint, written: set, restore: bool) -> tup
             copied[path.name] = path
         else:
             problem = "Permission denied" if path.exists() else f"a link to {os.readlink(path)}, which is missing"
-            raise QuantizeError(f"{path}: {problem}: mend or remove it, it would be copied")
+            raise QuantizeError(f"{path}: {problem}: make it readable or remove it, it would be copied")
+    others = {*checkpoint.folder.iterdir()} - {*checkpoint.files} if folder != checkpoint.folder else ()
+    left_out += [f"{path.name} (of {checkpoint.folder}; --config_dir counts)" for path in sorted(others)]
     return copied, left_out
 
 
