@@ -2767,28 +2767,21 @@ def read_facts(folder: Path) -> dict:
     raise QuantizeError(f"{folder}: no shard in it says how it was made: only this program's own folders can be read")
 
 
-def what_differs(earlier: dict, facts: dict) -> str:
-    """Say what is not as it was for the run that left a shard with such facts."""
-    if earlier.get("version") != facts["version"]:
+def what_differs(was: dict, now: dict) -> str:
+    """Say which of its facts are not as they were for another run: version, options, names and sizes of sources."""
+    if was.get("version") != now["version"]:
         return "it was made by another version of this program"
-    changed = describe_changes(earlier["options"], facts["options"])
-    others = other_sources(earlier["sources"], facts["sources"])
-    files = f"{quote_names(others)} had other names or sizes" if others else ""
-    return changed or files or f"tensors, {CONFIG_NAME} or another file that is copied changed"
-
-
-def describe_changes(was: dict, now: dict) -> str:
-    """Say which options are not as they were."""
-    changed = [f"--{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
-    if was.get("importance") and now["importance"]:
-        changed = [text if "--importance" not in text else "--importance was another file" for text in changed]
-    return ", ".join(changed).replace(" was None", " was not given").replace(" is None", " is not given")
-
-
-def other_sources(was: dict, now: dict) -> list[str]:
-    """Name the files of weights that are not in both, or have another size."""
-    nothing = (None, None)
-    return sorted(name for name in was.keys() | now.keys() if was.get(name, nothing)[0] != now.get(name, nothing)[0])
+    changed, options = [], was["options"]
+    for name, value in now["options"].items():
+        if options.get(name) != value:
+            text = f"--{name} was {options.get(name)}, is {value}"
+            text = text.replace(" was None", " was not given").replace(" is None", " is not given")
+            changed.append(
+                "--importance was another file" if name == "importance" and options[name] and value else text
+            )
+    sizes, others = ({(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now))
+    others = sorted({name for name, _ in sizes ^ others})
+    return ", ".join(changed) or (f"{quote_names(others)} had other names or sizes" if others else "")
 
 
 # ---- Memory: what the machine, the container and this process use ---------------------------------------------------
@@ -3010,7 +3003,8 @@ class OutputFolder:
             return set(), set(), [*remove, *stale, *(self.folder / name for name in finished)]
         if stale:
             facts = [json.loads(marks[path][FACTS_KEY]) for path in stale if FACTS_KEY in marks.get(path, {})]
-            differs = what_differs(facts[0], self.plan.facts) if facts else "by other options or from other files"
+            files = f"tensors, {CONFIG_NAME} or another file that is copied changed"
+            differs = (what_differs(facts[0], self.plan.facts) if facts else "its options are not known") or files
             raise QuantizeError(
                 f"output folder {self.folder} holds {quote_names(path.name for path in stale)} of another run:"
                 f" {differs}: --overwrite starts afresh, or choose another folder"
@@ -3839,21 +3833,13 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
         made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
         return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": args.shard_size_gb or 4.0}))
     if finished:
-        facts = read_facts(args.output_dir)
-        made = facts["options"]
-        if others := {name: value for name, value in asked.items() if value and value != made[name]}:
-            raise QuantizeError(
-                f"{args.output_dir} is finished otherwise: {describe_changes(made, made | others)}: --overwrite"
-                " converts it again; without such options --verify takes the folder as it is"
-            )
-        if facts["version"] != FORMAT_VERSION:
-            raise QuantizeError(f"{args.output_dir} was made by another version of this program: verify it with that")
-        if others := other_sources(facts["sources"], checkpoint.sources):
-            raise QuantizeError(
-                f"{args.output_dir} was not made from {checkpoint.folder}: {quote_names(others)} had other names or"
-                " sizes: give the checkpoint that it was made from"
-            )
-        return plan_conversion(checkpoint, Options(**made), statistics)
+        made = read_facts(args.output_dir)
+        given = made["options"] | {name: value for name, value in asked.items() if value}
+        now = {"version": FORMAT_VERSION, "options": given, "sources": checkpoint.sources}
+        if differs := what_differs(made, now):
+            remedy = "verify it with the checkpoint, the options and the version that it was made with"
+            raise QuantizeError(f"{args.output_dir} was made otherwise: {differs}: {remedy}")
+        return plan_conversion(checkpoint, Options(**given), statistics)
     asked |= {"format": form.name, "scale": scale, "shard_size_gb": args.shard_size_gb or 4.0}
     return plan_conversion(checkpoint, Options(**asked), statistics)
 

@@ -256,7 +256,7 @@ def test_a_finished_folder_of_another_layout_is_not_passed_off_as_what_was_asked
     if options == ["--format", form]:
         assert "holds what it should" in quantize(tiny, folder, "--verify", *options).stdout
     else:
-        assert_refused(run_cli(tiny, folder, "--verify", *options), "is finished otherwise: --", "--overwrite")
+        assert_refused(run_cli(tiny, folder, "--verify", *options), "was made otherwise: --", "verify it with")
 
 
 OTHER_OPTIONS = [["--scale", "mse"], ["--exclude", "o_proj"], ["--quantize_embeddings"], ["--shard_size_gb", 0.0001]]
@@ -267,10 +267,10 @@ def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_
     quantize(tiny, tmp_path / "plain")
     quantize(tiny, tmp_path / "asked", *options)
     refused = run_cli(tiny, tmp_path / "plain", "--verify", *options)
-    assert_refused(refused, f"is finished otherwise: {options[0]} was ", "--overwrite")
+    assert_refused(refused, f"was made otherwise: {options[0]} was ", "verify it with")
     if "--scale" in options:
         refused = run_cli(tiny, tmp_path / "asked", "--verify", "--scale", "absmax")
-        assert_refused(refused, "is finished otherwise: --scale was mse, is absmax")
+        assert_refused(refused, "was made otherwise: --scale was mse, is absmax")
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify", *options).stdout
     assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify").stdout
 
@@ -284,14 +284,14 @@ def test_a_folder_whose_shards_do_not_say_how_they_were_made_is_refused(tiny, tm
 
 def test_a_folder_of_another_version_is_refused(tiny, tmp_path):
     quantize(tiny, tmp_path / "out", constants={"FORMAT_VERSION": 1})
-    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "made by another version", "verify it with that")
+    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "made by another version of this program")
 
 
 def test_a_source_of_other_files_ends_the_verification_before_it_begins(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     other = save_model(tmp_path / "other", {"m.weight": torch.ones(4, 128).bfloat16()})
     result = run_cli(other, tmp_path / "out", "--verify")
-    assert_refused(result, "was not made from", "'model-00001-of-00002.safetensors'", "give the checkpoint")
+    assert_refused(result, "was made otherwise", "'model-00001-of-00002.safetensors'", "verify it with the checkpoint")
     assert "overwrite" not in result.stderr
     assert "WRONG" not in result.stdout
 
