@@ -1074,9 +1074,7 @@ def find_kinds(tensors: list[TensorInfo], config: dict) -> dict[str, str]:
     return kinds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Quantization: scales and codes of a block of weights. No I/O, no names.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Quantization: scales and codes of a block of weights. No I/O, no names. ----------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1092,8 +1090,7 @@ class Packing:
 
     @property
     def code_max(self) -> int:
-        """Return the largest code; the smallest is one further from zero."""
-        return (1 << (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1  # the smallest code is one further from zero
 
     def columns_of(self, columns: int) -> int:
         """Round `columns` up to whole groups."""
@@ -1124,8 +1121,7 @@ class Workspace:
         return self._tensors[key]
 
     def bytes_of(self, role: str, tensor: torch.Tensor) -> memoryview:
-        """Return the bytes of a tensor that lies in the role's buffer from its start. Torch offers this through numpy
-        only."""
+        """Return the bytes of a tensor that fills the role's buffer from its start; torch has this with numpy only."""
         assert tensor.is_contiguous() and tensor.data_ptr() == self.tensor(role, torch.uint8, 1).data_ptr()
         return self.buffer(role, tensor.nbytes)
 
@@ -1139,26 +1135,64 @@ def allocate(nbytes: int) -> mmap.mmap:
     try:
         memory = mmap.mmap(-1, whole_pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        raise QuantizeError(
-            f"no memory for a buffer of {format_bytes(nbytes)}: stop other programs, or use fewer --threads"
-        ) from None
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        size = format_bytes(nbytes)
+        raise QuantizeError(f"no memory for a buffer of {size}: stop other programs, or use fewer --threads") from None
+    with contextlib.suppress(OSError, AttributeError):  # a system, or a kernel of it, without
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
-def scale_by_absmax(groups: torch.Tensor, scales: torch.Tensor, code_max: int, workspace: Workspace) -> torch.Tensor:
-    """Put max|w| / code_max of each group, (n, group_size) of any float dtype, into `scales`, NaN counting as largest;
-    return the groups as float32 in the workspace.
+@dataclass(frozen=True)
+class Rounding:
+    """How scales and codes are chosen and stored."""
 
-    Taken on the bits: for floats without sign the order of the bits is the order of the values, and torch compares
-    integers several times faster than floats, of which any might be NaN.
+    with_offset: bool = False  # nibbles hold the code plus 8 (`pack_int4`)
+    importance: torch.Tensor | None = None  # of columns, float32 (groups in a row, group_size); scales are searched
+    feedback: Feedback | None = None  # what each column's error changes in those after it; needs importance
+    kernel: Kernel | None = None  # which does the work for 4 bits in groups of up to MAX_GROUP; the result is the same
+    bits: int = 4  # or 8, always by the largest weight, without importance
+
+    def of_groups(self, first: int, count: int) -> Rounding:
+        """Take the part for some groups of each row."""
+        return self if self.importance is None else replace(self, importance=self.importance[first : first + count])
+
+
+def quantize_groups(
+    groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace, rounding: Rounding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize groups, (n, group_size) of any float dtype, to words, int32 (n, -1), and scales (n,), in the workspace.
+
+    scale = max|w| / 7 or 127, and code = clamp(round(w / scale)), where scale is the stored value read back, the
+    division is float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype,
+    has scale 0 and codes 0. A scale that is not finite marks a group with a value that none can hold.
     """
-    magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, *groups.shape))
+    count, group_size = groups.shape
+    scales = workspace.tensor("scales", scale_dtype, count)
+    if rounding.kernel and rounding.bits == 4 and group_size <= MAX_GROUP:
+        return quantize_with_kernel(groups, scales, workspace, rounding), scales
+    # By the bits: without sign these are ordered as the values, NaN above all, and compared several times faster.
+    magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, count, group_size))
     bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[groups.dtype.itemsize])
+    code_max = Packing(rounding.bits, group_size).code_max
     scales.copy_(torch.amax(bits, -1).view(groups.dtype).to(torch.float32).div_(code_max))
-    return workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
+    weights = workspace.tensor("weights", torch.float32, count, group_size).copy_(groups)
+    if rounding.feedback:
+        round_with_feedback(weights, scales, workspace, rounding)
+    else:
+        if rounding.importance is not None:
+            search_scales(weights, scales, rounding.importance, workspace)
+        round_to_codes(weights, scales, weights, code_max)
+    if rounding.bits == 8:  # four bytes a word, each a code plus 128, the first code's lowest
+        workspace.tensor("words", torch.uint8, count, group_size).copy_(weights.add_(code_max + 1))
+        return workspace.tensor("words", torch.int32, count, group_size // 4), scales
+    codes = workspace.tensor("codes", torch.int16, count, group_size).copy_(weights)
+    return pack_int4(codes, workspace, rounding.with_offset), scales
+
+
+def round_to_codes(weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, code_max: int = CODE_MAX) -> None:
+    """Put clamp(round(w / scale)) into `out`, 0 where weights are too small for any scale and it is 0."""
+    divisors = torch.where(scales == 0, 1, scales).to(torch.float32)[:, None]
+    torch.div(weights, divisors, out=out).round_().clamp_(-code_max - 1, code_max)
 
 
 def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
@@ -1169,122 +1203,27 @@ def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
     return lanes[..., 0]
 
 
-class NotQuantizable(Exception):
-    """A tile holds weights for which there is no finite scale."""
-
-    def __init__(self, scales: torch.Tensor):
-        super().__init__("scales are not finite")
-        self.scales = scales
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How scales and codes are chosen and stored."""
-
-    with_offset: bool = False  # nibbles hold the code plus 8 (`pack_int4`)
-    # How much each column's error counts, for k groups that make up a row: float32 (k, group_size). Each scale is then
-    # chosen for least squared error (`search_scales`), without it by the largest weight.
-    importance: torch.Tensor | None = None
-    feedback: Feedback | None = None  # what each column's error changes in those after it; needs importance
-    kernel: Kernel | None = None  # which does the work in groups of up to MAX_GROUP; the result is the same
-    bits: int = 4  # or 8, which are always scaled by the largest weight
-
-    def of_groups(self, first: int, count: int) -> Rounding:
-        """Take the part for some groups of each row."""
-        return self if self.importance is None else replace(self, importance=self.importance[first : first + count])
-
-
-def quantize_groups(
-    groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace, rounding: Rounding
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize groups of weights to symmetric codes of 4 or 8 bits, packed, and scales.
-
-    groups:  (n, group_size), any float dtype
-    returns: words int32 (n, group_size // codes a word) and scales `scale_dtype` (n,), both in the workspace
-
-    scale = max|w| / 7 or 127, and code = clamp(round(w / scale)), where scale is the stored value read back, the
-    division is float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype,
-    has scale 0 and codes 0. NotQuantizable if a scale is not finite, since its group holds a value that none can hold.
-    """
-    scales = workspace.tensor("scales", scale_dtype, len(groups))
-    by_kernel = rounding.kernel and rounding.bits == 4 and groups.shape[1] <= MAX_GROUP
-    words = (rounding.kernel.quantize if by_kernel else quantize_with_torch)(groups, scales, workspace, rounding)
-    if not torch.isfinite(scales).all():
-        raise NotQuantizable(scales)
-    return words, scales
-
-
-def quantize_with_torch(
-    groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
-) -> torch.Tensor:
-    """Return the words and fill in the scales of `quantize_groups`."""
-    code_max = Packing(rounding.bits, groups.shape[1]).code_max
-    weights = scale_by_absmax(groups, scales, code_max, workspace)
-    if rounding.bits == 8:  # four bytes a word, each a code plus 128, the first code's lowest
-        codes = round_to_codes(weights, divisors_of(scales), weights, code_max).add_(code_max + 1)
-        workspace.tensor("words", torch.uint8, *groups.shape).copy_(codes)
-        return workspace.tensor("words", torch.int32, len(groups), groups.shape[1] // 4)
-    if rounding.feedback:
-        round_with_feedback(weights, scales, workspace, rounding)
-    else:
-        if rounding.importance is not None:
-            scales.copy_(search_scales(weights, scales, rounding.importance, workspace))
-        round_to_codes(weights, divisors_of(scales), weights)
-    codes = workspace.tensor("codes", torch.int16, *groups.shape).copy_(weights)
-    return pack_int4(codes, workspace, rounding.with_offset)
-
-
-def divisors_of(scales: torch.Tensor) -> torch.Tensor:
-    """Copy the scales as float32 (n,), with 1 for 0, by which weights that are too small for a scale round to 0."""
-    divisors = scales.to(torch.float32, copy=True)
-    return divisors.masked_fill_(divisors == 0, 1)
-
-
-def round_to_codes(
-    weights: torch.Tensor, divisors: torch.Tensor, out: torch.Tensor, code_max: int = CODE_MAX
-) -> torch.Tensor:
-    """Put clamp(round(w / divisor)) into `out`; all float32, (n, group_size) but for the divisors (n,)."""
-    return torch.div(weights, divisors[:, None], out=out).round_().clamp_(-code_max - 1, code_max)
-
-
-def search_scales(
-    weights: torch.Tensor, absmax_scales: torch.Tensor, importance: torch.Tensor, workspace: Workspace
-) -> torch.Tensor:
-    """Find each group's scale of least squared error, of either sign, or take the absmax scale if that is no worse.
-
-    weights: float32 (n, group_size); absmax_scales: (n,), whose dtype rounds the result
-    """
-    found = find_scales(weights, shares_of(importance), workspace).to(absmax_scales.dtype)
-    errors, absmax_errors = (squared_errors(weights, some, importance, workspace) for some in (found, absmax_scales))
-    return torch.where((errors < absmax_errors) & (found != 0), found, absmax_scales)
-
-
 def shares_of(importance: torch.Tensor) -> torch.Tensor:
-    """Return each column's part of its group's importance, 2^14 for the largest; float32 (k, group_size), as that."""
-    return (importance / divisors_of(importance.amax(-1))[:, None]).mul_(1 << 14).round_()
+    """Return each column's part of its group's importance, 2^14 for the largest; int32 (k, group_size), as that."""
+    largest = importance.amax(-1, keepdim=True)
+    return (importance / torch.where(largest == 0, 1, largest)).mul_(1 << 14).round_().to(torch.int32)
 
 
-def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Find the best of the scales that SEARCH_STEPS lead to, float32 (n,); 0 if there is none.
+def search_scales(weights: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, workspace: Workspace) -> None:
+    """Replace absmax scales (n,) of weights, float32 (n, group_size), by those of least squared error, of either sign.
 
-    Codes reach -8 but only 7, so the scale is given the sign that puts the largest weight on the longer side. For each
-    step the weights are rounded with scale = -largest / step; for the codes so found the best scale is
-    sum(w c) / sum(c c), which leaves the squared error sum(w w) - sum(w c)^2 / sum(c c). (After llama.cpp's
-    make_qx_quants.) Weights are taken as parts of the largest, 2^14 for it, so that all sums are of integers: these are
-    the same in whatever order a machine adds.
-
-    weights: float32 (n, group_size); shares: `shares_of` the importance
+    Codes reach -8 but only 7, so the scale's sign puts the largest weight on the longer side. For each step weights are
+    rounded with scale = -largest / step; for such codes the best scale is sum(w c) / sum(c c), which leaves the squared
+    error sum(w w) - sum(w c)^2 / sum(c c). (After llama.cpp's make_qx_quants.) Weights are taken as parts of the
+    largest, 2^14 for it: sums of integers are the same in whatever order a machine adds.
     """
-    parts, weighed, codes, products = (
-        workspace.tensor(f"search {role}", torch.int32, *weights.shape)
-        for role in ("parts", "weighed", "codes", "products")
-    )
-    by_row, shares = (-1, *shares.shape), shares.to(torch.int32)
+    parts, weighed, codes, products = (workspace.tensor(f"search {i}", torch.int32, *weights.shape) for i in range(4))
+    by_row, shares, errors = (-1, *importance.shape), shares_of(importance), products.view(torch.float32)
     sum_dtype = torch.int32 if weights.shape[1] <= MAX_GROUP else torch.int64  # which takes eight times as long
     lowest, highest = torch.aminmax(weights, dim=-1)
     largest = torch.where(-lowest > highest, lowest, highest)
     factors = torch.where(largest.abs() > 1e-30, largest.reciprocal() * -(1 << 14), 0)  # beyond, it might be infinite
-    parts.copy_(torch.mul(weights, factors[:, None], out=products.view(torch.float32)).round_())
+    parts.copy_(torch.mul(weights, factors[:, None], out=errors).round_())
     torch.mul(parts.view(by_row), shares, out=weighed.view(by_row)).add_(1 << 13).bitwise_right_shift_(14)
     best_gain, best_scales = torch.zeros_like(largest), torch.zeros_like(largest)
     for step in SEARCH_MULTIPLIERS:
@@ -1292,22 +1231,16 @@ def find_scales(weights: torch.Tensor, shares: torch.Tensor, workspace: Workspac
         codes.add_(1 << 8).bitwise_right_shift_(9).clamp_(CODE_MIN, CODE_MAX)
         products_sum = torch.mul(weighed, codes, out=products).sum(-1, dtype=sum_dtype).to(torch.float32)
         codes.mul_(codes).view(by_row).mul_(shares)
-        scales = products_sum / codes.sum(-1, dtype=sum_dtype).to(torch.float32)
-        gain = products_sum * scales  # NaN for an all-zero group, and so never better
+        candidates = products_sum / codes.sum(-1, dtype=sum_dtype).to(torch.float32)
+        gain = products_sum * candidates  # NaN for an all-zero group, and so never better
         better = gain > best_gain
-        best_gain, best_scales = torch.where(better, gain, best_gain), torch.where(better, scales, best_scales)
-    return best_scales * -largest
-
-
-def squared_errors(
-    weights: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, workspace: Workspace
-) -> torch.Tensor:
-    """Return each group's squared error, weighed, float32 (n,)."""
-    divisors = divisors_of(scales)
-    errors = workspace.tensor("search codes", torch.float32, *weights.shape)
-    round_to_codes(weights, divisors, errors).mul_(divisors[:, None]).sub_(weights)
-    errors.mul_(errors).view(-1, *importance.shape).mul_(importance)
-    return sum_in_lanes(errors)
+        best_gain, best_scales = torch.where(better, gain, best_gain), torch.where(better, candidates, best_scales)
+    found, sums = (best_scales * -largest).to(scales.dtype), []
+    for some in (found, scales):
+        round_to_codes(weights, some, errors)
+        errors.mul_(some.to(torch.float32)[:, None]).sub_(weights)
+        sums.append(sum_in_lanes(errors.mul_(errors).view(by_row).mul_(importance).view(weights.shape)))
+    scales.copy_(torch.where((sums[0] < sums[1]) & (found != 0), found, scales))
 
 
 @dataclass(frozen=True)
@@ -1328,29 +1261,21 @@ class Feedback:
         factor = torch.nn.functional.pad(factor, padding).mul_(math.sqrt(FACTOR_SHARE))
         rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
         rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
-        return cls(factor, (kernel.spread_of if kernel else spread_of)(factor, rest))
-
-
-def spread_of(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Return U of `Feedback` by V and d (columns,): from the last column to the first, each of which updates the
-    inverse."""
-    spread, rank = torch.empty_like(factor), factor.shape[1]
-    inverse = torch.eye(rank, dtype=torch.float64)
-    for column in range(len(factor) - 1, -1, -1):
-        direction = factor[column].to(torch.float64)
-        turned = sum_in_lanes(inverse * direction)
-        divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
-        spread[column] = turned / divisor
-        inverse -= torch.outer(turned, turned) * (1 / divisor)
-    return spread
+        spread, inverse = torch.empty_like(factor), torch.eye(factor.shape[1], dtype=torch.float64)
+        if kernel:
+            kernel.spread_of(*(tensor.data_ptr() for tensor in (factor, rest, spread)), *factor.shape)
+        for column in () if kernel else range(len(factor) - 1, -1, -1):  # each of them updates the inverse
+            direction = factor[column].to(torch.float64)
+            turned = sum_in_lanes(inverse * direction)
+            divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
+            spread[column] = turned / divisor
+            inverse -= torch.outer(turned, turned) * (1 / divisor)
+        return cls(factor, spread)
 
 
 def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding) -> None:
-    """Replace whole rows of weights, float32 (n, group_size), by their codes, and fill in the scales (n,).
-
-    A group's scale is searched for its weights as the errors of the groups before change them. Then column by column is
-    rounded as those before change it, by MAX_CHANGE scales at most.
-    """
+    """Replace whole rows of weights, float32 (n, group_size), by their codes, and fill in the scales (n,): a group's is
+    searched for its weights as the errors of the groups before change them, then column by column is rounded."""
     shape, feedback = rounding.importance.shape, rounding.feedback  # groups of a row, and columns of a group
     weights, scales = weights.view(-1, *shape), scales.view(-1, shape[0])
     factors, spreads = feedback.factor.unflatten(0, shape), feedback.spread.unflatten(0, shape)
@@ -1358,10 +1283,9 @@ def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: 
     for group, (factor, spread) in enumerate(zip(factors, spreads)):
         columns = weights[:, group].T
         changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(columns, spread)], 1)
-        absmax = (changed.abs().amax(1) / CODE_MAX).to(scales.dtype)
-        found = search_scales(changed, absmax, rounding.importance[group : group + 1], workspace)
-        scales[:, group] = found
-        divisors, steps = divisors_of(found), found.to(torch.float32)
+        found = scales[:, group].copy_(changed.abs().amax(1) / CODE_MAX)
+        search_scales(changed, found, rounding.importance[group : group + 1], workspace)
+        steps, divisors = found.to(torch.float32), torch.where(found == 0, 1, found).to(torch.float32)
         most = divisors.abs() * MAX_CHANGE
         for column, v, u in zip(columns, factor, spread):
             change = sum_in_lanes(carried * u).clamp_(-most, most)
@@ -1371,75 +1295,51 @@ def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: 
 
 
 def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = False) -> torch.Tensor:
-    """Pack codes, int16 (rows, columns), which is destroyed, to words, int32 (rows, columns // 8) in the workspace, the
-    first code in the lowest bits: two's complement nibbles, or nibbles that hold the code plus 8, `with_offset`.
-
-    On pairs of codes as int32 0x000H000L: times 0x1001000, the top byte is 0xHL, which is shifted down and then all
-    that is kept. Four bytes in a row, the lowest first, are the little-endian word.
-    """
-    rows, columns = codes.shape
-    pairs = codes.view(torch.int32).bitwise_and_(0x000F000F)  # int32 (rows, columns // 2)
-    pairs.mul_(0x1001000).bitwise_right_shift_(24)
+    """Pack codes, int16 (rows, columns), destroying them, to words, int32 (rows, columns // 8), the first lowest."""
+    # Pairs of codes, int32 0x000H000L, times 0x1001000 have 0xHL as top byte. Four such are the little-endian word.
+    pairs = codes.view(torch.int32).bitwise_and_(0x000F000F).mul_(0x1001000).bitwise_right_shift_(24)
     workspace.tensor("words", torch.int8, *pairs.shape).copy_(pairs)  # keeps the low byte
-    words = workspace.tensor("words", torch.int32, rows, columns // CODES_PER_WORD)
+    words = workspace.tensor("words", torch.int32, len(codes), codes.shape[1] // CODES_PER_WORD)
     return words.bitwise_xor_(OFFSET_BITS) if with_offset else words
 
 
 def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
     """Unpack words, int32 (rows, columns // 8), to codes, int8 (rows, columns)."""
     words = words ^ OFFSET_BITS if with_offset else words
-    # code i to the top, then back with its sign
-    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)
+    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)  # code i to the top, then back, signed
     return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
 
 
 def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
-    """Decode weights, approximately: each code times its group's scale.
-
-    words:   int32 (rows, columns // codes_per_word)
-    scales:  any float dtype (rows, columns // group_size)
-    returns: float32 (rows, columns)
-    """
+    """Decode words, int32 (rows, columns // codes_per_word), by scales (rows, columns // group_size); to float32."""
     codes = unpack_int4(words, with_offset) if packing.bits == 4 else words.view(torch.uint8).to(torch.float32) - 128
-    groups = codes.view(*scales.shape, packing.group_size).to(torch.float32) * scales.to(torch.float32)[:, :, None]
-    return groups.view(codes.shape)
+    return (codes.unflatten(1, (-1, packing.group_size)) * scales.to(torch.float32)[:, :, None]).flatten(1)
 
 
 def dequantize_int4(
     qweight: torch.Tensor, scales: torch.Tensor, group_size: int, columns: int | None = None
 ) -> torch.Tensor:
-    """Decode weights of the `int4` layout, approximately: each code times its group's scale.
+    """Decode weights of the `int4` layout to float32 (rows, columns), approximately: code times its group's scale.
 
-    qweight: int32 (rows, padded // 8)
-    scales:  float16 (rows, padded // group_size)
+    qweight: int32 (rows, padded // 8), and scales: float16 (rows, padded // group_size)
     columns: the weight's true number of columns where quantize_config.json lists it as padded; None keeps all
-    returns: float32 (rows, columns)
     """
-    rows, padded = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
-    if padded != scales.shape[1] * group_size or rows != scales.shape[0]:
-        raise ValueError(
-            f"qweight {tuple(qweight.shape)} holds {rows} x {padded} weights, scales {tuple(scales.shape)}"
-            f" those of {scales.shape[0]} x {scales.shape[1] * group_size}: group_size is not {group_size}?"
-        )
+    (rows, words), (scale_rows, groups) = qweight.shape, scales.shape
+    if (rows, words * CODES_PER_WORD) != (scale_rows, groups * group_size):
+        raise ValueError(f"words {tuple(qweight.shape)}, scales {tuple(scales.shape)}: group_size is not {group_size}?")
     return dequantize(qweight, scales, Packing(4, group_size), with_offset=False)[:, :columns]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernel: what `quantize_with_torch` does, in C. The same bytes in half the time or less.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Kernel: what `quantize_groups` does, in C: the same bytes in half the time or less -----------------------------
 
 KERNEL_SOURCE = r"""
 #include <stdint.h>
 
 typedef union { uint32_t bits; float value; } word;
-
-/* Eight floats or doubles at once are what the compiler makes of these on any processor. */
-typedef float floats __attribute__((vector_size(32)));
+typedef float floats __attribute__((vector_size(32)));  /* eight at once, on any processor */
 typedef double doubles __attribute__((vector_size(64)));
-
 enum { BF16, FLOAT16, FLOAT32 };
-
-typedef struct {  /* as class Work */
+typedef struct {  /* as `quantize_with_kernel` fills it */
     const char *weights;
     uint8_t *packed;
     float *scales;
@@ -1451,12 +1351,9 @@ typedef struct {  /* as class Work */
 
 #define MAX(one, other) ((one) > (other) ? (one) : (other))
 #define MIN(one, other) ((one) < (other) ? (one) : (other))
-
-/* A multiple of 8 that the compiler sees as one, which spares it code for the rest. */
-#define WHOLE(size) ((size) & ~7L)
-
-/* A function that the compiler works on once, not at each call. */
-#define SEPARATE static __attribute__((noinline))
+#define WHOLE(size) ((size) & ~7L)  /* a multiple of 8 that the compiler sees as one, and so without a rest */
+#define SEPARATE static __attribute__((noinline))  /* a function that the compiler works on once, not at each call */
+#define ROUND 12582912.0f  /* 1.5 * 2^23: a sum with it is rounded to an integer, half to even */
 
 /* Add up a term of each k in the order of `sum_in_lanes`; `declared` are the eight lanes. */
 #define SUM(declared, count, term) ({                                                               \
@@ -1478,13 +1375,6 @@ static inline float widen(uint16_t weight, int dtype) {
     return wide.value;
 }
 
-/* One of a pair of weights, of which the odd one is in the higher bits. */
-static inline float read(const void *restrict weights, int dtype, long pair, long odd) {
-    if (dtype == FLOAT32)
-        return ((const float *)weights)[2 * pair + odd];
-    return widen(((const uint32_t *)weights)[pair] >> 16 * odd, dtype);
-}
-
 /* The largest magnitude, found by its bits: without sign these have the order of the values, and NaN is above all. */
 static inline float largest_of(const void *restrict weights, int dtype, long size) {
     int32_t most = 0;
@@ -1495,8 +1385,7 @@ static inline float largest_of(const void *restrict weights, int dtype, long siz
         int16_t magnitude = ((const int16_t *)weights)[i] & 0x7FFF;
         most_of_16 = MAX(most_of_16, magnitude);
     }
-    word largest = {most};
-    return dtype == FLOAT32 ? largest.value : widen(most_of_16, dtype);
+    return dtype == FLOAT32 ? (word){most}.value : widen(most_of_16, dtype);
 }
 
 /* A scale as its dtype stores it, which drops some of a float's bits: none for float32, 13 for float16, 16 for bf16. */
@@ -1514,32 +1403,31 @@ static inline float round_scale(float scale, int dropped) {
     return rounded.value;
 }
 
-/* The code of a quotient to which 1.5 * 2^23 was added, and which was rounded so. On integers it is a third of the
-   time. */
+/* The code of a quotient to which ROUND was added, clamped as an integer, which takes a third of the time. */
 static inline int32_t code(float sum) {
     word rounded = {.value = sum};
     int32_t bits = MIN((int32_t)rounded.bits, 0x4B400007);
     return MAX(bits, 0x4B3FFFF8) - 0x4B400000;
 }
 
-/* Divide weights by their scale and add 1.5 * 2^23, half of the sums for even columns, half for odd ones.
+/* Divide weights by their scale and add ROUND, half of the sums for even columns, half for odd ones.
 
    With w * (1 / scale) instead of w / scale no code differs, for weights and scales of 11 significant bits or less.
    Their quotient, if below 8, is half-way between two integers or at least 2^-13 away from there, since both are
    multiples of a unit of at least scale / 2^12; larger ones are clamped either way. The product is off by less than
    2^-19; adding 192 rounds it to a multiple of 2^-16, which makes half-way cases exact again and moves no other one
-   across; adding the rest rounds it to an integer, half to even. */
+   across; adding the rest rounds it to an integer. */
 static inline void divide(const void *restrict weights, int dtype, float scale, int dropped, float *restrict sums,
                           long size) {
     float divisor = scale ? scale : 1, reciprocal = 1 / divisor;
-    if (dtype != FLOAT32 && dropped && MAX(divisor, -divisor) >= 0x1p-126f)  /* else the reciprocal may be infinite */
-        for (long i = 0; i < size / 2; i++)
-            for (long odd = 0; odd < 2; odd++)
-                sums[odd * MAX_GROUP + i] = read(weights, dtype, i, odd) * reciprocal + 192.0f + (12582912.0f - 192.0f);
-    else
-        for (long i = 0; i < size / 2; i++)
-            for (long odd = 0; odd < 2; odd++)
-                sums[odd * MAX_GROUP + i] = read(weights, dtype, i, odd) / divisor + 12582912.0f;
+    int exact = dtype == FLOAT32 || !dropped || MAX(divisor, -divisor) < 0x1p-126f;  /* it may be infinite */
+    for (long i = 0; i < size / 2; i++)
+        for (long odd = 0; odd < 2; odd++) {
+            float weight = dtype == FLOAT32 ? ((const float *)weights)[2 * i + odd]
+                : widen(((const uint32_t *)weights)[i] >> 16 * odd, dtype);  /* of a pair the odd one is higher */
+            float sum = exact ? weight / divisor + ROUND : weight * reciprocal + 192.0f + (ROUND - 192.0f);
+            sums[odd * MAX_GROUP + i] = sum;
+        }
 }
 
 SEPARATE void pack(const float *restrict sums, uint8_t offset, uint8_t *restrict packed, long count) {
@@ -1547,7 +1435,7 @@ SEPARATE void pack(const float *restrict sums, uint8_t offset, uint8_t *restrict
         packed[i] = ((code(sums[i]) & 15) | code(sums[MAX_GROUP + i]) << 4) ^ offset;
 }
 
-/* As the script's function, but for one group, of which the largest magnitude is known. */
+/* As `search_scales`, but for one group, of which the largest magnitude is known, and before absmax is compared. */
 SEPARATE float find_scale(const float *restrict weights, float most, const int16_t *restrict share, long size) {
     static const int16_t steps[] = {SEARCH_MULTIPLIERS};
     int16_t parts[MAX_GROUP], weighed[MAX_GROUP];
@@ -1557,8 +1445,7 @@ SEPARATE float find_scale(const float *restrict weights, float most, const int16
     float largest = positive ? most : -most, factor = most > 1e-30f ? 1 / largest * -16384 : 0;
     float best_gain = 0, best_scale = 0;
     for (long i = 0; i < size; i++) {
-        word sum = {.value = weights[i] * factor + 12582912.0f};
-        parts[i] = sum.bits;
+        parts[i] = (word){.value = weights[i] * factor + ROUND}.bits;
         weighed[i] = (parts[i] * share[i] + 8192) >> 14;
     }
     for (long step = 0; step < (long)(sizeof steps / sizeof *steps); step++) {
@@ -1580,7 +1467,7 @@ SEPARATE float find_scale(const float *restrict weights, float most, const int16
 static float squared_error(const float *restrict weights, float scale, const float *restrict counts, long size) {
     float terms[MAX_GROUP], divisor = scale ? scale : 1;
     for (long i = 0; i < size; i++) {
-        float error = code(weights[i] / divisor + 12582912.0f) * divisor - weights[i];
+        float error = code(weights[i] / divisor + ROUND) * divisor - weights[i];
         terms[i] = error * error * counts[i];
     }
     return SUM(floats lanes, size, terms[k]);
@@ -1588,14 +1475,12 @@ static float squared_error(const float *restrict weights, float scale, const flo
 
 /* The scale of least squared error where columns have importance, else that of the largest weight. */
 static inline float choose_scale(const work *all, const void *restrict weights, int dtype, long group) {
-    long size = WHOLE(all->group_size);
+    long size = WHOLE(all->group_size), column = group % all->in_row * size;
     float largest = largest_of(weights, dtype, size), absmax = round_scale(largest / 7, all->dropped), wide[MAX_GROUP];
     if (!SEARCH || !all->importance)  /* what is not needed takes the compiler as long again */
         return absmax;
-    for (long i = 0; i < size / 2; i++)
-        for (long odd = 0; odd < 2; odd++)
-            wide[2 * i + odd] = read(weights, dtype, i, odd);
-    long column = group % all->in_row * size;
+    for (long i = 0; i < size; i++)
+        wide[i] = dtype == FLOAT32 ? ((const float *)weights)[i] : widen(((const uint16_t *)weights)[i], dtype);
     const float *counts = all->importance + column;
     float found = round_scale(find_scale(wide, largest, all->shares + column, size), all->dropped);
     float found_error = squared_error(wide, found, counts, size);
@@ -1644,7 +1529,7 @@ SEPARATE void quantize_rows(const work *all, long first, long rows) {
             floats change = SUM(floats lanes[8], rank, spread[i * rank + k] * carried[k]);
             for (long row = 0; row < 8; row++)
                 change[row] = MAX(-most[row], MIN(most[row], change[row]));  /* NaN stays */
-            floats sums = (block[i] + change) / divisors + 12582912.0f;
+            floats sums = (block[i] + change) / divisors + ROUND;
             for (long row = 0; row < 8; row++) {
                 codes[row] = code(sums[row]);
                 lines[row][i % 2 * MAX_GROUP + i / 2] = sums[row];
@@ -1660,23 +1545,20 @@ SEPARATE void quantize_rows(const work *all, long first, long rows) {
 
 void quantize(const work *all) {
     long rows = all->groups / all->in_row;
-    if (SEARCH && all->rank)
-        for (long row = 0; row < rows; row += 8)
-            quantize_rows(all, row, MIN(rows - row, 8));
-    else if (all->dtype == BF16)
+    for (long row = 0; SEARCH && all->rank && row < rows; row += 8)
+        quantize_rows(all, row, MIN(rows - row, 8));
+    if (!all->rank && all->dtype == BF16)
         quantize_groups(all, BF16);
-    else if (all->dtype == FLOAT16)
+    else if (!all->rank && all->dtype == FLOAT16)
         quantize_groups(all, FLOAT16);
-    else
+    else if (!all->rank)
         quantize_groups(all, FLOAT32);
 }
 
-void spread_of(const float *restrict factor, const float *restrict rest, float *restrict spread, long columns,
-               long rank) {
-    doubles inverse[MAX_RANK][MAX_RANK / 8], turned[MAX_RANK / 8];
+void spread_of(const float *factor, const float *rest, float *restrict spread, long columns, long rank) {
+    doubles inverse[MAX_RANK][MAX_RANK / 8] = {0}, turned[MAX_RANK / 8];
     for (long k = 0; k < rank; k++)
-        for (long i = 0; i < rank; i++)
-            inverse[k][i / 8][i % 8] = k == i;
+        inverse[k][k / 8][k % 8] = 1;
     for (long column = columns - 1; SEARCH && column >= 0; column--) {
         const float *direction = factor + column * rank;
         for (long i = 0; i < rank / 8; i++)
@@ -1693,135 +1575,91 @@ void spread_of(const float *restrict factor, const float *restrict rest, float *
 # Of the processor what torch uses, as it or ATEN_CPU_CAPABILITY says. Nothing is linked, so that no C library's files
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
-    *("-x", "c", "-O3", "-shared", "-fPIC", "-ffreestanding", "-nostdlib", "-ffp-contract=off", "-fno-trapping-math"),
-    *(f"-DMAX_GROUP={MAX_GROUP}", f"-DMAX_RANK={MAX_RANK}", f"-DMAX_CHANGE={MAX_CHANGE}"),
-    f"-DSEARCH_MULTIPLIERS={','.join(map(str, SEARCH_MULTIPLIERS))}",
-    *{
-        "AVX2": ("-mavx2", "-mfma"),
-        "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    }.get(torch.backends.cpu.get_cpu_capability(), ()),
-)
+    "-x c -O3 -shared -fPIC -ffreestanding -nostdlib -ffp-contract=off -fno-trapping-math"
+    f" -DMAX_GROUP={MAX_GROUP} -DMAX_RANK={MAX_RANK} -DMAX_CHANGE={MAX_CHANGE}"
+    f" -DSEARCH_MULTIPLIERS={','.join(map(str, SEARCH_MULTIPLIERS))} "
+    + {"AVX2": "-mavx2 -mfma", "AVX512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"}.get(
+        torch.backends.cpu.get_cpu_capability(), ""
+    )
+).split()
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of the source's enum
 SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of a float's
+Kernel = ctypes.CDLL  # calls of its functions release the interpreter lock
 
 
 class NoKernel(Exception):
     """There is no usable kernel; the message says why."""
 
 
-class Work(ctypes.Structure):
-    """What the compiled function gets: addresses of contiguous tensors, then numbers."""
-
-    _addresses = ("weights", "packed", "scales", "importance", "shares", "factor", "spread")
-    _numbers = ("dtype", "groups", "group_size", "in_row", "rank", "dropped", "offset")
-    _fields_ = (*zip(_addresses, [ctypes.c_void_p] * 7), *zip(_numbers, [ctypes.c_long] * 7))
-
-
-class Kernel:
-    """The compiled functions, of which calls release the interpreter lock."""
-
-    def __init__(self, library: Path, search: bool):
-        functions = ctypes.CDLL(str(library))
-        self._search = search  # whether it has more than absmax scales
-        self._quantize, self._spread_of = functions.quantize, functions.spread_of
-        self._spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
-
-    def quantize(
-        self, groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
-    ) -> torch.Tensor:
-        """Do what `quantize_with_torch` does, in groups of up to MAX_GROUP."""
-        importance, feedback, (count, group_size) = rounding.importance, rounding.feedback, groups.shape
-        if feedback or groups.dtype not in KERNEL_DTYPES:
-            groups = workspace.tensor("weights", torch.float32, *groups.shape).copy_(groups)
-        words = workspace.tensor("words", torch.int32, count, group_size // CODES_PER_WORD)
-        found = workspace.tensor("found", torch.float32, count)
-        tensors = {"weights": groups, "packed": words, "scales": found}
-        if importance is not None:
-            tensors |= {"importance": importance.contiguous(), "shares": shares_of(importance).to(torch.int16)}
-        if feedback:
-            tensors |= {"factor": feedback.factor, "spread": feedback.spread}
-        work = Work(
-            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-            dtype=KERNEL_DTYPES.index(groups.dtype),
-            groups=count,
-            group_size=group_size,
-            in_row=1 if importance is None else len(importance),
-            rank=feedback.factor.shape[1] if feedback else 0,
-            dropped=SCALE_BITS_DROPPED[scales.dtype],
-            offset=OFFSET_BITS & 0xFF if rounding.with_offset else 0,
-        )
-        self._quantize(ctypes.byref(work))
-        scales.copy_(found)
-        return words
-
-    def spread_of(self, factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        """Do what the function of this name does."""
-        spread = torch.empty_like(factor)
-        self._spread_of(factor.data_ptr(), rest.data_ptr(), spread.data_ptr(), *factor.shape)
-        return spread
-
-    def works(self) -> bool:
-        """Compare it with torch before the compiler is relied upon."""
-        for weights, importance, factor in trials(self._search):
-            results = []
-            for kernel in (self, None):
-                feedback = None if factor is None else Feedback.of(importance.flatten(), factor, kernel)
-                results.append([feedback.spread] if feedback else [])
-                rounding, dtypes = Rounding(True, importance, feedback), (torch.float32,) if feedback else KERNEL_DTYPES
-                for dtype, scale_dtype in itertools.product(dtypes, SCALE_BITS_DROPPED):
-                    quantize = kernel.quantize if kernel else quantize_with_torch
-                    scales = torch.empty(len(weights), dtype=scale_dtype)
-                    results[-1] += [quantize(weights.to(dtype), scales, Workspace(), rounding), scales]
-            if not all(map(torch.equal, *results)):
-                return False
-        return True
+def quantize_with_kernel(
+    groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
+) -> torch.Tensor:
+    """Fill in the scales and return the words of `quantize_groups`, in groups of up to MAX_GROUP."""
+    (count, group_size), nothing = groups.shape, torch.empty(0)  # whose address is 0
+    if rounding.feedback or groups.dtype not in KERNEL_DTYPES:
+        groups = workspace.tensor("weights", torch.float32, count, group_size).copy_(groups)
+    words = workspace.tensor("words", torch.int32, count, group_size // CODES_PER_WORD)
+    found, importance, shares = workspace.tensor("found", torch.float32, count), nothing, nothing
+    if rounding.importance is not None:
+        importance, shares = rounding.importance.contiguous(), shares_of(rounding.importance).to(torch.int16)
+    factor, spread = (rounding.feedback.factor, rounding.feedback.spread) if rounding.feedback else (nothing, nothing)
+    numbers = KERNEL_DTYPES.index(groups.dtype), count, group_size, max(1, len(importance)), factor.shape[-1]
+    numbers += SCALE_BITS_DROPPED[scales.dtype], OFFSET_BITS & 0xFF if rounding.with_offset else 0
+    tensors = (groups, words, found, importance, shares, factor, spread)
+    rounding.kernel.quantize((ctypes.c_long * 14)(*(tensor.data_ptr() for tensor in tensors), *numbers))
+    scales.copy_(found)
+    return words
 
 
-def trials(search: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-    """Make weights, importance and factor that show whether a kernel rounds as torch does.
-
-    Groups of 376 are, in pairs, some rounds of each loop that the compiler makes: of 64 and 32 with AVX-512, 32 and 16
-    with AVX2, 16 and 8 with NEON, and a rest.
-    """
+def rounds_as_torch(kernel: Kernel, search: bool) -> bool:
+    """Compare a kernel with torch before it is relied upon."""
+    # Groups of 376 are, in pairs, some rounds of each loop that the compiler makes, of 64 and 32 with AVX-512, 32 and
+    # 16 with AVX2, 16 and 8 with NEON, and a rest.
     # The largest weight at each place. Half-way cases at many scales, subnormal ones in float16 and half-way ones, too.
-    size, number = 376, torch.arange(376)
+    number = torch.arange(376)
     scales = (1 + number / 32 + number % 2 * 2.0**-11) * 2.0 ** (number % 13 - 23)
-    groups = scales[:, None] * torch.arange(-6.5, 7, 0.5).repeat(14)[:size]
-    yield groups.fill_diagonal_(0) + torch.diag(scales * 7 * (-1) ** number), None, None
-    if not search:
-        return
-    # Two groups to a row, half of them so close to whole codes that two scales are nearly as good.
-    groups = torch.randn(1024, size, generator=torch.Generator().manual_seed(0)).mul_(5)
-    close = groups[::4].round().clamp(-7, 7) + groups[1::4] * 2.0 ** -(6 + torch.arange(256) % 12)[:, None]
-    groups[::4], groups[1::4] = close, close.flip(0, 1)
-    yield groups, torch.arange(2.0 * size).view(2, size) * 0.618 % 1, None
-    # Not whole rounds of the loop over eight rows. A weak column behind strong ones, where changes are bounded.
-    importance = torch.arange(160.0).view(4, 40) * 0.618 % 1
-    importance[3, -8:-1], importance[3, -1] = 40, 0.1
-    factor = (torch.arange(160.0 * 16) * 0.414 % 1).view(160, 16)
-    factor[-8:] = 1
-    yield groups[4:, :40], importance, factor * importance.view(-1, 1).sqrt() / 4
+    groups = scales[:, None] * torch.arange(-6.5, 7, 0.5).repeat(14)[:376]
+    trials = [(groups.fill_diagonal_(0) + torch.diag(scales * 7 * (-1) ** number), None, None)]
+    if search:
+        # Two groups to a row, half of them so close to whole codes that two scales are nearly as good.
+        groups = torch.randn(1024, 376, generator=torch.Generator().manual_seed(0)).mul_(5)
+        close = groups[::4].round().clamp(-7, 7) + groups[1::4] * 2.0 ** -(6 + torch.arange(256) % 12)[:, None]
+        groups[::4], groups[1::4] = close, close.flip(0, 1)
+        trials.append((groups, torch.arange(2.0 * 376).view(2, 376) * 0.618 % 1, None))
+        # Not whole rounds of the loop over eight rows. A weak column behind strong ones, where changes are bounded.
+        importance = torch.arange(160.0).view(4, 40) * 0.618 % 1
+        importance[3, -8:-1], importance[3, -1] = 40, 0.1
+        factor = (torch.arange(160.0 * 16) * 0.414 % 1).view(160, 16)
+        factor[-8:] = 1
+        trials.append((groups[4:, :40], importance, factor * importance.view(-1, 1).sqrt() / 4))
+    for weights, importance, factor in trials:
+        results = []
+        for some in (kernel, None):
+            feedback = None if factor is None else Feedback.of(importance.flatten(), factor, some)
+            results.append([feedback.spread] if feedback else [])
+            for dtype, scale_dtype in itertools.product(KERNEL_DTYPES[2 if feedback else 0 :], SCALE_BITS_DROPPED):
+                rounding = Rounding(True, importance, feedback, some)
+                results[-1] += quantize_groups(weights.to(dtype), scale_dtype, Workspace(), rounding)
+        if not all(map(torch.equal, *results)):
+            return False
+    return True
 
 
 @functools.cache
 def compile_kernel(search: bool) -> Kernel:
-    """Compile the kernel, with or without what --scale mse needs, by the system's C compiler or the one that CC names.
-    NoKernel if it fails."""
+    """Compile the kernel, with what --scale mse needs or without, by the compiler that CC names, or cc; or NoKernel."""
     compiler = os.environ.get("CC", "").split() or ["cc"]
     if not shutil.which(compiler[0]):
         raise NoKernel(f"there is no C compiler {compiler[0]!r}")
     try:
         with tempfile.TemporaryDirectory(prefix="quantize_int4.", ignore_cleanup_errors=True) as folder:
-            library = Path(folder) / "kernel.so"  # once loaded, the file is not needed
-            subprocess.run(
-                [*compiler, *KERNEL_FLAGS, f"-DSEARCH={int(search)}", "-o", str(library), "-"],
-                input=KERNEL_SOURCE.encode(),
-                env=os.environ | {"TMPDIR": folder},  # for the compiler's own files
-                capture_output=True,
-                check=True,
-                timeout=COMPILER_TIMEOUT_S,
-            )
-            kernel = Kernel(library, search)
+            library = f"{folder}/kernel.so"  # once loaded, the file is not needed
+            command = [*compiler, *KERNEL_FLAGS, f"-DSEARCH={int(search)}", "-o", library, "-"]
+            how = {"input": KERNEL_SOURCE.encode(), "capture_output": True, "timeout": COMPILER_TIMEOUT_S}
+            subprocess.run(command, **how, check=True, env=os.environ | {"TMPDIR": folder})  # for its own files
+            kernel = ctypes.CDLL(library)
+            kernel.quantize.argtypes = [ctypes.c_void_p]
+            kernel.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.decode(errors="replace").split())
         raise NoKernel(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
@@ -1829,14 +1667,12 @@ def compile_kernel(search: bool) -> Kernel:
         raise NoKernel(f"{compiler[0]!r} took more than {COMPILER_TIMEOUT_S} s") from None
     except (OSError, AttributeError) as error:  # a folder from which nothing may be executed; a library without them
         raise NoKernel(str(error)) from None
-    if not kernel.works():
+    if not rounds_as_torch(kernel, search):
         raise NoKernel(f"what {compiler[0]!r} made of it rounds otherwise")
     return kernel
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats: one row each
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Formats: what a weight becomes, and what its readers are told -------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1853,217 +1689,129 @@ class OutputTensor:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
-Constant = tuple[str, tuple[int, ...], Callable[[], bytes]]  # dtype, shape, content
-ConstantOf = Callable[[int, int, int], Constant]  # of a weight's rows, columns and group_size
-
-
 @dataclass(frozen=True)
 class Format:
     """What a weight becomes, and what the format's readers ask for: all in which one format differs from another."""
 
     name: str
-    words_suffix: str  # replaces ".weight" in the name of the int32 words
-    scales_suffix: str
+    suffixes: tuple[str, ...]  # which replace ".weight": of words, of scales, then of constants
     describe: Callable[[list[TensorPlan], Options], dict[str, dict]]  # file name -> what is added to that JSON file
-    constants: tuple[tuple[str, ConstantOf], ...] = ()  # what else a weight becomes, by suffix
+    constants: tuple[Callable, ...] = ()  # by rows, groups in a row and group_size: dtype, shape and content of each
     scale_dtype: str | None = "F16"  # None: the weight's own
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
     row_multiple: int = 1
-    for_engines: bool = False  # an engine's rules hold: see `refuse_unloadable`
-    kept_targets: Callable[[dict], list[str]] = lambda config: config["ignore"]  # of its quantization_config
+    for_engines: bool = True  # an engine's rules hold: see `refuse_unloadable`
     no_int8: str = "its words hold codes of 4 bits alone"  # why no weight can have 8; nothing if it can
     note: str = ""  # for the plan, as the next two
     note_on_experts: str = ""  # where some are quantized
     note_on_kept_experts: str = ""
     next_steps: tuple[tuple[str, str], ...] = ()  # what to do with a finished folder {name}
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """List the ends of the names of all tensors that a weight becomes."""
-        return self.words_suffix, self.scales_suffix, *(suffix for suffix, _ in self.constants)
-
     def outputs(self, info: TensorInfo, packing: Packing, computed_in: str | None) -> tuple[OutputTensor, ...]:
-        """List what replaces a weight: words, scales, then tensors that follow from its shape.
-
-        computed_in: `model_dtype`. Engines round scales to it when they load them, so codes must be made for these.
-        """
-        module, rows = info.name.removesuffix(".weight"), info.shape[0]
-        columns = packing.columns_of(info.shape[1])
+        """List what replaces a weight. Scales have the dtype `computed_in` (`model_dtype`), to which engines would
+        round them when they load them, so that codes are made for these."""
+        rows, columns = info.shape[0], packing.columns_of(info.shape[1])
+        groups = columns // packing.group_size
         scale_dtype = self.scale_dtype or computed_in or {"F64": "F32"}.get(info.dtype, info.dtype)
-        words, scales = (rows, columns // packing.codes_per_word), (rows, columns // packing.group_size)
-        if self.transposed:
-            words, scales = words[::-1], scales[::-1]
-        parts = [(self.words_suffix, ("I32", words)), (self.scales_suffix, (scale_dtype, scales))]
-        parts += ((suffix, make(rows, columns, packing.group_size)) for suffix, make in self.constants)
-        return tuple(OutputTensor(module + suffix, *part) for suffix, part in parts)
-
-
-def true_shape(rows: int, columns: int, _group_size: int) -> Constant:
-    """Make compressed-tensors' `weight_shape`, without which transformers cannot unpack."""
-    return "I64", (2,), lambda: struct.pack("<2q", rows, columns)
-
-
-def zero_points(rows: int, columns: int, group_size: int) -> Constant:
-    """Make gptq's `qzeros`, which version 1 stores less one."""
-    shape = (columns // group_size, rows // CODES_PER_WORD)
-    return "I32", shape, lambda: b"\x77" * (4 * math.prod(shape))
-
-
-def group_index(_rows: int, columns: int, group_size: int) -> Constant:
-    """Make gptq's `g_idx`, each column's group."""
-    groups = range(columns // group_size)
-    return "I32", (columns,), lambda: b"".join(struct.pack("<i", group) * group_size for group in groups)
+        order = -1 if self.transposed else 1
+        parts = [("I32", (rows, columns // packing.codes_per_word)[::order]), (scale_dtype, (rows, groups)[::order])]
+        parts += [constant(rows, groups, packing.group_size) for constant in self.constants]
+        module = info.name.removesuffix(".weight")
+        return tuple(OutputTensor(module + suffix, *part) for suffix, part in zip(self.suffixes, parts))
 
 
 def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
-    """Describe all that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it."""
-    group_size, weights = options.group_size, [tensor.source for tensor in tensors if tensor.packing]
-    description = {
-        "quant_method": "int4_weight_only",
-        "format": options.format,
-        "producer": f"quantize_int4.py {__version__}",
-        "bits": 4,
-        "group_size": group_size,
-        "symmetric": True,
-        "tensors": {
-            "X.qweight": "int32 (rows, padded_columns // 8): 8 codes a word along the columns, element 0 in the lowest"
-            " 4 bits, two's complement",
-            "X.scales": "float16 (rows, padded_columns // group_size)",
-        },
-        "dequantize": "weight[r, c] = code[r, c] * scales[r, c // group_size]",
-        "padding": "columns are padded with zeros to a multiple of group_size; drop those past the true shape",
-        "padded_weights": {info.name: list(info.shape) for info in weights if info.shape[1] % group_size},
-        "quantized_weights": len(weights),
-        "kept_weights": [tensor.source.name for tensor in tensors if not tensor.packing],
-    }
-    return {QUANTIZE_CONFIG_NAME: description}
+    """Describe all that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it.
 
-
-def mark_for_engines(options: Options) -> dict:
-    """Make the `quantization_config` of a format that no engine loads: without a quant_method transformers (5.23) and
-    vLLM (0.29) stop. At one that they do not know transformers would only warn, and fill the weights with random
-    numbers."""
-    return {
-        "quant_method": None,
-        "format": options.format,
-        "bits": 4,
-        "group_size": options.group_size,
-        "about": f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no"
-        f" engine loads; {USE_COMPRESSED_TENSORS}",
-    }
+    config.json has no quant_method, so that transformers (5.23) and vLLM (0.29) stop. At one that they do not know
+    transformers would only warn, and fill the weights with random numbers.
+    """
+    packed, form = packed_sources(tensors), {"format": options.format}
+    widths = {"bits": 4, "group_size": options.group_size}
+    description = {"quant_method": "int4_weight_only", **form, "producer": f"quantize_int4.py {__version__}", **widths}
+    order = "8 codes a word along the columns, element 0 in the lowest 4 bits, two's complement"
+    layout = {"X.qweight": f"int32 (rows, padded_columns // 8): {order}"}
+    layout["X.scales"] = "float16 (rows, padded_columns // group_size)"
+    description |= {"symmetric": True, "tensors": layout}
+    description["dequantize"] = "weight[r, c] = code[r, c] * scales[r, c // group_size]"
+    padding = "columns are padded with zeros to a multiple of group_size; drop those past the true shape"
+    padded = {info.name: list(info.shape) for info in packed if info.shape[1] % options.group_size}
+    description |= {"padding": padding, "padded_weights": padded, "quantized_weights": len(packed)}
+    description["kept_weights"] = [tensor.source.name for tensor in tensors if not tensor.packing]
+    about = f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no engine"
+    mark = {"quant_method": None, **form, **widths, "about": f"{about} loads; {USE_COMPRESSED_TENSORS}"}
+    return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
 def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) -> dict[str, dict]:
-    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py)."""
-    groups = {
-        f"group_{number}": {
-            "targets": targets,
-            "format": "pack-quantized",
-            "weights": {
-                "num_bits": packing.bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": packing.group_size,
-                "dynamic": False,
-                "actorder": None,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
-        for number, (packing, targets) in enumerate(targets_of_packings(tensors))
-    }
-    description = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_kept_layers(tensors))],
-    }
-    return {CONFIG_NAME: {"quantization_config": description}}
+    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py).
 
-
-def targets_of_packings(tensors: list[TensorPlan]) -> Iterator[tuple[Packing, list[str]]]:
-    """Name the layers of each packing: first, of that with most weights, whatever is `Linear`, then those of the others
-    by name.
-
-    The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same quantization
-    scheme"). Beside another group it names experts, too, which transformers matches by name before their class.
+    There is a group for each packing: first that of most weights, which is whatever is `Linear`, then the others, by
+    name. The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same
+    quantization scheme"). Beside another one it names experts, too, which transformers matches by name before class.
     """
-    members: dict[Packing, list[TensorInfo]] = {}
+    members: dict[Packing, list[str]] = {}
     for tensor in tensors:
         if tensor.packing:
-            members.setdefault(tensor.packing, []).append(tensor.source)
-    first, *others = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
-    has_experts = any(EXPERT_PATTERN.match(info.name) for info in members[first])
-    yield first, ["Linear", r"re:(.*\.)?experts\.\d+\..*$"] if others and has_experts else ["Linear"]
-    for packing in others:
-        rivals = [tensor.source for tensor in tensors if tensor.packing not in (None, packing)]
-        yield packing, [f"re:{pattern}" for pattern in patterns_of_modules(members[packing], rivals)]
+            members.setdefault(tensor.packing, []).append(tensor.source.name)
+    groups = {}
+    for number, packing in enumerate(sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))):
+        targets = ["Linear"] if number == 0 else [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
+        if number == 0 and len(members) > 1 and any(map(EXPERT_PATTERN.match, members[packing])):
+            targets.append(r"re:(.*\.)?experts\.\d+\..*$")
+        weights = {"num_bits": packing.bits, "type": "int", "symmetric": True, "strategy": "group"}
+        weights |= {"group_size": packing.group_size, "dynamic": False, "actorder": None}
+        groups[f"group_{number}"] = {"targets": targets, "format": "pack-quantized", "weights": weights}
+        groups[f"group_{number}"] |= {"input_activations": None, "output_activations": None}
+    description = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    description |= {"quantization_status": "compressed", "config_groups": groups}
+    description["ignore"] = ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_modules(tensors, None))]
+    return {CONFIG_NAME: {"quantization_config": description}}
 
 
 def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
     """Make GPTQ v1's quantize_config.json, and the same in config.json. (GPTQModel, quantization/config.py)"""
-    description = {
-        "bits": 4,
-        "group_size": options.group_size,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "dynamic": {f"-:{pattern}": {} for pattern in patterns_of_kept_layers(tensors)},
-    }
+    description = {"bits": 4, "group_size": options.group_size, "desc_act": False, "sym": True, "lm_head": False}
+    description |= {"quant_method": "gptq", "checkpoint_format": "gptq"}
+    description["dynamic"] = {f"-:{pattern}": {} for pattern in patterns_of_modules(tensors, None)}
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": description}}
 
 
-def patterns_of_kept_layers(tensors: list[TensorPlan]) -> list[str]:
-    """Make regular expressions for the modules that are kept, of which engines know lm_head anyway."""
-    kept = [tensor.source for tensor in tensors if not tensor.packing and tensor.source.name != "lm_head.weight"]
-    return patterns_of_modules(kept, packed_sources(tensors))
-
-
-def patterns_of_modules(infos: Iterable[TensorInfo], others: Iterable[TensorInfo]) -> list[str]:
-    """Make regular expressions for tensors' modules, one for all layer numbers where that matches none of the others.
+def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> list[str]:
+    """Make regular expressions for the modules of one packing or, for None, of those that are kept: one for all layer
+    numbers where that matches no packed module of another.
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
     transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
     """
-    every = [info.name.removesuffix(".weight") for info in others]
-    rivals: dict[str, list[str]] = {}  # by the last part of the name, in which a pattern's number stands for any
-    last_part = functools.partial(re.sub, r".*\.|\d+$", "")
-    for module in every:
-        rivals.setdefault(last_part(module), []).append(module)
+    modules: list[tuple[str, str]] = []  # that engines look up, and how the pattern for each has to end
+    for info in (tensor.source for tensor in tensors if tensor.packing == packing):
+        module = info.name.removesuffix(".weight")
+        if module == "lm_head" or len(info.shape) < 2:  # engines know it anyway
+            continue
+        if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", info.name):
+            # One entry for the layer's experts: vLLM asks for projections that a model need not have.
+            modules.append((experts[1], r"(\..*)?$"))
+        elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(info.name)):
+            modules += [(f"{stack['place']}experts", r"(\..*)?$"), (module, "$")]
+        elif len(info.shape) == 2 and module != info.name:
+            modules.append((module, "$"))
+    rivals = [t.source.name.removesuffix(".weight") for t in tensors if t.packing not in (None, packing)]
+    last_part = functools.partial(re.sub, r".*\.|\d+$", "")  # in which a pattern's number stands for any
+    alike = functools.cache(lambda end: [rival for rival in rivals if last_part(rival) == end])
     patterns = {}  # in order, each once
-    for module, end in dict.fromkeys(pair for info in infos for pair in modules_of(info)):
-        among = rivals.get(last_part(module), ()) if end == "$" else every
-        patterns[pattern_of_module(module, end, among)] = None
+    for module, end in dict.fromkeys(modules):
+        patterns[pattern_of_module(module, end, alike(last_part(module)) if end == "$" else rivals)] = None
     return list(patterns)
-
-
-def modules_of(info: TensorInfo) -> Iterator[tuple[str, str]]:
-    """List the modules that engines look up for a tensor, and how a pattern for each has to end."""
-    module = info.name.removesuffix(".weight")
-    if len(info.shape) < 2:
-        return
-    if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", info.name):
-        # One entry for the layer's experts: vLLM asks for projections that a model need not have.
-        yield experts[1], r"(\..*)?$"
-    elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(info.name)):
-        yield f"{stack['place']}experts", r"(\..*)?$"
-        yield module, "$"
-    elif len(info.shape) == 2 and module != info.name:
-        yield module, "$"
 
 
 def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     """Find the shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
     `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
     parts = module.split(".")
-    any_layer = [r"\d+" if part.isdigit() else re.escape(part) for part in parts]
     this_layer = [re.escape(part) for part in parts]
+    any_layer = [r"\d+" if part.isdigit() else part for part in this_layer]
     container = max(any_layer.index(r"\d+") if r"\d+" in any_layer else len(parts), 1) - 1
 
     def tails(begin: int, unless: str = "") -> list[str]:
@@ -2073,66 +1821,60 @@ def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {*parts, "model"}
     unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
     longer = [tail for begin in range(container - 1, -1, -1) for tail in tails(begin)]
-    without = tails(container, unless)
-    in_tower = TOWER_WORDS.search(".".join(parts[:container]))
+    without, in_tower = tails(container, unless), TOWER_WORDS.search(".".join(parts[:container]))
     for candidate in [*tails(container), *(longer + without if in_tower else without + longer)]:
         if not any(map(re.compile(candidate).match, packed)):
             return candidate
-    raise QuantizeError(
-        f"every pattern for {module!r} would match {rivals[0]!r} too, which is stored otherwise: change --exclude or"
-        " --int8 so that both are stored alike"
-    )
+    reason = f"every pattern for {module!r} would match {rivals[0]!r} too, which is stored otherwise"
+    raise QuantizeError(f"{reason}: change --exclude or --int8 so that both are stored alike")
 
 
 LOAD_STEP = "transformers.AutoModelForCausalLM.from_pretrained('{name}', dtype='auto')"
-FORMATS = {
-    row.name: row
-    for row in (
-        Format(
-            "int4",
-            ".qweight",
-            ".scales",
-            describe_int4,
-            note=f"no engine loads int4: it is for readers of your own. {USE_COMPRESSED_TENSORS}",
-            next_steps=(
-                ("Serve", f"no engine loads int4; {USE_COMPRESSED_TENSORS}"),
-                ("Read", "dequantize_int4 of quantize_int4.py, by the layout in {name}/quantize_config.json"),
-            ),
+USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
+NO_ENGINE = f"no engine loads int4, which is for readers of your own; {USE_COMPRESSED_TENSORS}"
+INT4 = Format(
+    "int4",
+    (".qweight", ".scales"),
+    describe_int4,
+    for_engines=False,
+    note=NO_ENGINE,
+    next_steps=(("Serve", NO_ENGINE), ("Read", "dequantize_int4 of quantize_int4.py, by {name}/quantize_config.json")),
+)
+COMPRESSED_TENSORS = Format(
+    "compressed-tensors",
+    (".weight_packed", ".weight_scale", ".weight_shape"),  # transformers cannot unpack without the shape
+    describe_compressed_tensors,
+    (lambda rows, groups, size: ("I64", (2,), lambda: struct.pack("<2q", rows, groups * size)),),
+    scale_dtype=None,
+    with_offset=True,
+    no_int8="",
+    note_on_kept_experts="experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder"
+    " random, with no more than a warning; vLLM reads them",
+    next_steps=(("Serve", "vllm serve {name} --max-model-len 8192"), ("Load", LOAD_STEP)),
+)
+GPTQ = Format(
+    "gptq",
+    (".qweight", ".scales", ".qzeros", ".g_idx"),
+    describe_gptq,
+    (  # zero points, which version 1 stores less one, and each column's group
+        lambda rows, groups, _: ("I32", (groups, rows // 8), lambda: b"\x77" * (groups * rows // 2)),
+        lambda _, groups, size: (
+            "I32",
+            (groups * size,),
+            lambda: b"".join(struct.pack("<i", i) * size for i in range(groups)),
         ),
-        Format(
-            "compressed-tensors",
-            ".weight_packed",
-            ".weight_scale",
-            describe_compressed_tensors,
-            ((".weight_shape", true_shape),),
-            no_int8="",
-            scale_dtype=None,
-            with_offset=True,
-            for_engines=True,
-            note_on_kept_experts="experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors"
-            " folder random, with no more than a warning; vLLM reads them",
-            next_steps=(("Serve", "vllm serve {name} --max-model-len 8192"), ("Load", LOAD_STEP)),
-        ),
-        Format(
-            "gptq",
-            ".qweight",
-            ".scales",
-            describe_gptq,
-            ((".qzeros", zero_points), (".g_idx", group_index)),
-            with_offset=True,
-            transposed=True,
-            row_multiple=8,
-            for_engines=True,
-            # An entry for lm_head is `"lm_head": False`.
-            kept_targets=lambda config: ["lm_head", *(f"re:{entry.removeprefix('-:')}" for entry in config["dynamic"])],
-            # Its `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
-            no_int8="not all of gptq's readers know two widths",
-            note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers"
-            " leaves them random without an error): use --format compressed-tensors",
-            next_steps=(("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"), ("Load", LOAD_STEP)),
-        ),
-    )
-}
+    ),
+    with_offset=True,
+    transposed=True,
+    row_multiple=8,
+    # Its `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
+    no_int8="not all of gptq's readers know two widths",
+    note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves"
+    " them random without an error): use --format compressed-tensors",
+    next_steps=(("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"), ("Load", LOAD_STEP)),
+)
+FORMATS = {form.name: form for form in (INT4, COMPRESSED_TENSORS, GPTQ)}
+
 
 # ---- Statistics of the layers' inputs -------------------------------------------------------------------------------
 
@@ -2411,7 +2153,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
         raise QuantizeError(f"{checkpoint.folder} is unfinished: give the command that began it again")
     form, infos = options.form, checkpoint.tensors
     padded = {} if form.for_engines else read_json(checkpoint.folder / QUANTIZE_CONFIG_NAME).get("padded_weights", {})
-    modules = [name.removesuffix(form.words_suffix) for name in infos if name.endswith(form.words_suffix)]
+    modules = [name.removesuffix(form.suffixes[0]) for name in infos if name.endswith(form.suffixes[0])]
     parts = {module + suffix for module in modules for suffix in form.suffixes}
     kept = [info for name, info in infos.items() if name not in parts]
     common = Counter(info.dtype for info in kept if info.dtype in FLOAT_DTYPES).most_common(1)
@@ -2678,11 +2420,11 @@ def plan_files(
 ) -> Plan:
     """Describe the model and its quantization, and decide where each byte goes."""
     described = {} if options.restore else options.form.describe(tensors, options)
+    config = checkpoint.config | described.pop(CONFIG_NAME, {})
+    if options.restore:
+        config.pop("quantization_config", None)
     if checkpoint.has_config:
-        mark = {} if options.restore else {"quantization_config": mark_for_engines(options)}
-        described[CONFIG_NAME] = checkpoint.config | described.get(CONFIG_NAME, mark)
-        if options.restore:
-            described[CONFIG_NAME].pop("quantization_config", None)
+        described[CONFIG_NAME] = config
     as_json = functools.partial(json.dumps, indent=2, ensure_ascii=False)
     written = {name: f"{as_json(value)}\n".encode() for name, value in described.items()}
     copied, left_out = plan_other_files(checkpoint, {INDEX_NAME, *written}, options.restore)
@@ -3318,10 +3060,9 @@ class Conversion:
                 padded[:, job.columns :].zero_()
                 weights = padded
             groups = weights.view(-1, packing.group_size)
-            try:
-                results = quantize_groups(groups, by_row[1].dtype, workspace, rounding)
-            except NotQuantizable as error:
-                raise QuantizeError(describe_bad_value(job, row, groups, error.scales)) from None
+            results = quantize_groups(groups, by_row[1].dtype, workspace, rounding)
+            if not torch.isfinite(results[1]).all():
+                raise QuantizeError(describe_bad_value(job, row, groups, results[1]))
             for part, values in zip(by_row, results):
                 part[row : row + step].copy_(values.view(-1, part.shape[1]))
         return lines

@@ -45,7 +45,6 @@ def quantize_or_refuse(
     groups: torch.Tensor, scale_dtype: torch.dtype, **how: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, or where a group cannot be quantized, which groups can, and scales."""
-    try:
-        return quantize_groups(groups, scale_dtype, **how)
-    except q.NotQuantizable as error:
-        return torch.isfinite(error.scales), error.scales.nan_to_num()
+    words, scales = quantize_groups(groups, scale_dtype, **how)
+    finite = torch.isfinite(scales)
+    return (words, scales) if finite.all() else (finite, scales.nan_to_num())
