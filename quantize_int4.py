@@ -238,9 +238,7 @@ if ARGUMENTS:
     with contextlib.suppress(OSError):
         print(CLEAR_LINE if is_terminal(sys.stdout) else "", end="", flush=True)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Facts and constants
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Facts and constants --------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
 FORMAT_VERSION = 7  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
@@ -279,11 +277,9 @@ MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
-MAX_ERROR_LENGTH = 2000  # characters: a name in a damaged header may be as long as the header
 COMPILER_TIMEOUT_S = 10  # it takes 0.2
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
-START_AGAIN = "let whatever writes to it finish, then give the same command again"
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -292,26 +288,24 @@ METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of 
 FACTS_KEY = "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
 FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
 WEIGHED, FEEDBACK = "weighed by importance", "with error feedback"  # in `Options.rule`
-MAX_SEARCHED = 20  # scales that the largest weight of a searched group is at most: twice the last of SEARCH_STEPS
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
 UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
 
 # The safetensors format: dtype name -> bits an element. (https://github.com/huggingface/safetensors, tensor.rs)
-DTYPE_BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
+DTYPE_BITS = dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8)
+DTYPE_BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16) | dict.fromkeys(("I32", "U32", "F32"), 32)
+DTYPE_BITS |= dict.fromkeys(("I64", "U64", "F64", "C64"), 64) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}  # of all that a pickle may hold
-DTYPE_NAMES |= {getattr(torch, f"int{bits}"): f"I{bits}" for bits in (8, 16, 32, 64)}
-DTYPE_NAMES |= {getattr(torch, f"uint{bits}"): f"U{bits}" for bits in (8, 16, 32, 64)}
-DTYPE_NAMES |= {torch.bool: "BOOL", torch.complex64: "C64"}
-DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-
+DTYPE_NAMES |= {
+    getattr(torch, f"{i}int{bits}"): f"{i or 'i'}{bits}".upper() for i in ("", "u") for bits in (8, 16, 32, 64)
+}
+DTYPE_NAMES |= {
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 LAYER_PATTERN = re.compile(r"(.*?)\.?(\w+)\.(\d+)\.")  # wrappers, the layers' container, a layer's number
 # Parts of a multimodal model that are not its language model, and what joins them to it.
 TOWER_WORDS = re.compile(
@@ -327,11 +321,7 @@ WRAPPER_PATTERN = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 
-PICKLE_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # of a model's state dict, in trainers' files
-QUANTIZER_PATTERN = re.compile(r"\.\w*quantizer(\.\d+)?\._\w+$")  # ModelOpt's tensors beside a model's own
-
-# Names of a trainer's files.
-TRAINER_PATTERN = re.compile(
+TRAINER_PATTERN = re.compile(  # files of a trainer's
     r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|events\.out\.tfevents|zero_to_fp32)"
     r"|^latest$|\.distcp$"
 )
@@ -549,7 +539,8 @@ class WeightsFile:
         """Raise if the file was written to or replaced since it was opened, or its end is missing."""
         found = {(found.st_size, found.st_mtime_ns) for found in (os.stat(self.fd), os.stat(self.path))}
         if found != {self.state} or not whole:
-            raise QuantizeError(f"{self.path} changed while it was read: {START_AGAIN}")
+            advice = "let whatever writes to it finish, then give the same command again"
+            raise QuantizeError(f"{self.path} changed while it was read: {advice}")
 
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         """Tell whether some of a tensor's bytes were in the page cache before this run."""
@@ -635,7 +626,8 @@ def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
         raise QuantizeError(f"{path}: not a whole torch checkpoint ({problem}): copy or save it again") from None
     if not isinstance(content, Mapping):
         raise QuantizeError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
-    if wrapper := next((key for key in PICKLE_WRAPPERS if isinstance(content.get(key), Mapping)), None):
+    wrappers = (key for key in ("state_dict", "model", "model_state_dict", "module") if key in content)  # trainers'
+    if wrapper := next((key for key in wrappers if isinstance(content[key], Mapping)), None):
         if beside := [key for key in content if key != wrapper]:
             notes.append(f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}")
         content = content[wrapper]
@@ -654,7 +646,8 @@ def resolve_quantizers(state_dict: dict[str, torch.Tensor], path: Path, notes: l
     seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
     multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused.
     """
-    tensors = {name: tensor for name, tensor in state_dict.items() if not QUANTIZER_PATTERN.search(name)}
+    own = [name for name in state_dict if not re.search(r"\.\w*quantizer(\.\d+)?\._\w+$", name)]  # the model's
+    tensors = {name: state_dict[name] for name in own}
     quantizers, factors = state_dict.keys() - tensors.keys(), {}
     known = {name for name in quantizers if name.endswith("._amax")}
     for name in quantizers:
@@ -748,16 +741,9 @@ class Checkpoint:
             checkpoint.notes.append(f"weights are read from safetensors; not from {quote_names(ignored)} beside them")
         return checkpoint
 
-    def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
-        return self.files[info.file].is_cached(info, offset, nbytes)
-
     def read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None) -> memoryview:
+        """Read a tensor's bytes: see `WeightsFile.read`."""
         return self.files[info.file].read(info, offset, nbytes, memory)
-
-    def drop_all_read(self) -> None:
-        """Let the page cache forget all that this run read, with the pages that two tensors share."""
-        for file in self.files.values():
-            drop_pages(file.fd, file.cached)
 
     def check_unchanged(self) -> None:
         for file in self.files.values():
@@ -926,11 +912,6 @@ def oddity_with(field: str, config: dict) -> tuple[Oddity | None, str]:
     return next(found, (None, ""))
 
 
-def expert_naming(config: dict) -> Oddity | None:
-    """Find what this model's experts are called, if that is known."""
-    return oddity_with("projections", config)[0]
-
-
 def projections_of(role: str, naming: Oddity | None) -> tuple[str, ...]:
     """Name the weights of a stack, in their order."""
     gate, up, down = naming.projections if naming else GATED
@@ -956,7 +937,7 @@ class ExpertStack:
 
 def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, ExpertStack]:
     """Find every tensor that holds a layer's routed experts together, by its name."""
-    naming, counts = expert_naming(checkpoint.config), config_values(checkpoint.config, *EXPERT_COUNTS)
+    naming, counts = oddity_with("projections", checkpoint.config)[0], config_values(checkpoint.config, *EXPERT_COUNTS)
     odd, model_type = oddity_with("problem_of_engines", checkpoint.config) if for_engines else (None, "")
     stacks: dict[str, ExpertStack] = {}
     layers: dict[str, dict[str, TensorInfo]] = {}  # by where the experts are, and by role
@@ -1119,11 +1100,6 @@ class Workspace:
             buffer = self.buffer(role, math.prod(shape) * dtype.itemsize)
             self._tensors[key] = torch.frombuffer(buffer, dtype=dtype).view(shape)
         return self._tensors[key]
-
-    def bytes_of(self, role: str, tensor: torch.Tensor) -> memoryview:
-        """Return the bytes of a tensor that fills the role's buffer from its start; torch has this with numpy only."""
-        assert tensor.is_contiguous() and tensor.data_ptr() == self.tensor(role, torch.uint8, 1).data_ptr()
-        return self.buffer(role, tensor.nbytes)
 
 
 def whole_pages(nbytes: float) -> int:
@@ -1587,10 +1563,6 @@ SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  
 Kernel = ctypes.CDLL  # calls of its functions release the interpreter lock
 
 
-class NoKernel(Exception):
-    """There is no usable kernel; the message says why."""
-
-
 def quantize_with_kernel(
     groups: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
 ) -> torch.Tensor:
@@ -1647,10 +1619,10 @@ def rounds_as_torch(kernel: Kernel, search: bool) -> bool:
 
 @functools.cache
 def compile_kernel(search: bool) -> Kernel:
-    """Compile the kernel, with what --scale mse needs or without, by the compiler that CC names, or cc; or NoKernel."""
+    """Compile the kernel, with what --scale mse needs or without, by the compiler that CC names, or cc."""
     compiler = os.environ.get("CC", "").split() or ["cc"]
     if not shutil.which(compiler[0]):
-        raise NoKernel(f"there is no C compiler {compiler[0]!r}")
+        raise QuantizeError(f"there is no C compiler {compiler[0]!r}")
     try:
         with tempfile.TemporaryDirectory(prefix="quantize_int4.", ignore_cleanup_errors=True) as folder:
             library = f"{folder}/kernel.so"  # once loaded, the file is not needed
@@ -1662,13 +1634,13 @@ def compile_kernel(search: bool) -> Kernel:
             kernel.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.decode(errors="replace").split())
-        raise NoKernel(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
+        raise QuantizeError(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
     except subprocess.TimeoutExpired:
-        raise NoKernel(f"{compiler[0]!r} took more than {COMPILER_TIMEOUT_S} s") from None
+        raise QuantizeError(f"{compiler[0]!r} took more than {COMPILER_TIMEOUT_S} s") from None
     except (OSError, AttributeError) as error:  # a folder from which nothing may be executed; a library without them
-        raise NoKernel(str(error)) from None
+        raise QuantizeError(str(error)) from None
     if not rounds_as_torch(kernel, search):
-        raise NoKernel(f"what {compiler[0]!r} made of it rounds otherwise")
+        raise QuantizeError(f"what {compiler[0]!r} made of it rounds otherwise")
     return kernel
 
 
@@ -2139,7 +2111,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options, statistics: Import
         refuse_unloadable(checkpoint, tensors, options, conv1d)
     warnings, notes = list(what_is_missing(sources, kinds, config, form.for_engines)), list(checkpoint.notes)
     if statistics:
-        statistics.match(packed, sources, expert_naming(config))
+        statistics.match(packed, sources, oddity_with("projections", config)[0])
         notes.append(statistics.describe([t.source for t in tensors if t.packing and t.packing.bits == 4]))
     if not asked and form.for_engines:
         notes.append(f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
@@ -2228,7 +2200,7 @@ def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> 
         remedy = odd.remedy if odd else f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
         problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
         raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
-    naming = expert_naming(checkpoint.config) if stacks else None
+    naming = oddity_with("projections", checkpoint.config)[0] if stacks else None
     parts = (stacks[name].weights if name in stacks else [info] for name, info in checkpoint.tensors.items())
     return [replace(i, name=renamed(i.name, naming), stored=i.name_in_file) for i in itertools.chain(*parts)]
 
@@ -2392,7 +2364,7 @@ def notes_on_tensors(tensors: list[TensorPlan], form: Format, config: dict, conv
         kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
         yield f"{kinds} in 4 bits, too, costs quality and saves little: --exclude {pattern} keeps them"
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
-    if form.for_engines and separated and not expert_naming(config):
+    if form.for_engines and separated and not oddity_with("projections", config)[0]:
         yield (
             f"stacks of experts are read as one weight an expert, named as by most models, e.g. {separated[0].name!r};"
             " whether this model's loaders know them so was not tried"
@@ -2936,7 +2908,8 @@ class Conversion:
                     self._stop.set()
                     self._syncer.shutdown(wait=False, cancel_futures=True)
             self.checkpoint.check_unchanged()
-            self.checkpoint.drop_all_read()
+            for file in self.checkpoint.files.values():
+                drop_pages(file.fd, file.cached)  # with the pages that two tensors share
         finally:
             for shard in self.shards:
                 shard.close()
@@ -2959,7 +2932,8 @@ class Conversion:
         already, the worker itself reads: then it is in its processor's cache, too."""
         with self._lock:
             for job in itertools.islice(self._jobs, 1 + DISK_READERS - len(self._ahead)):
-                cached = self.checkpoint.is_cached(job.tensor.source, job.offset, job.nbytes)
+                info = job.tensor.source
+                cached = self.checkpoint.files[info.file].is_cached(info, job.offset, job.nbytes)
                 self._ahead.append((job, None if cached else self._readers.submit(self._read, job)))
             return self._ahead.popleft() if self._ahead else None
 
@@ -3026,7 +3000,7 @@ class Conversion:
                 start = first * rows + job.row
                 nbytes = nbytes if job.rows == rows else job.rows * part.itemsize  # of what lies in one piece
             for begin in range(0, part.nbytes, nbytes):
-                piece = workspace.bytes_of(role, part)[begin : begin + nbytes]
+                piece = workspace.buffer(role, part.nbytes)[begin : begin + nbytes]
                 yield output, (start + begin // nbytes * rows) * part.itemsize, piece
         for output in tensor.outputs[len(lines) :] if job.row == job.column == 0 else ():
             yield output, 0, memoryview(output.content())
@@ -3461,7 +3435,8 @@ class Verification(Conversion):
             wrong = ~(errors.abs() <= steps * tolerance + half * rounding.smallest_normal)
             if searched:
                 at_end = (codes.abs() >= packing.code_max) & (weights * decoded > 0)
-                wrong &= ~(at_end & (weights.abs() <= steps * (MAX_SEARCHED + tolerance)))
+                reach = 2 * SEARCH_STEPS[-1] + tolerance  # in scales, of the largest weight
+                wrong &= ~(at_end & (weights.abs() <= steps * reach))
             if wrong.any() and not problem:
                 at, column = (int(i) for i in wrong.nonzero()[0])
                 values = (f"{float(tensor[at, column]):.6g}" for tensor in (decoded, weights, steps))
@@ -3671,7 +3646,7 @@ def kernel_for(plan: Plan) -> Kernel | None:
         return None
     try:
         return compile_kernel(plan.options.scale == "mse")
-    except NoKernel as reason:
+    except QuantizeError as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"
         say_paragraph("Note:", f"rounding with torch, which takes {times} the processor's time or more: {reason}")
@@ -3701,7 +3676,7 @@ def main(argv: list[str] | None = None) -> int:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 message += ": make room, then the same command continues"
         with contextlib.suppress(OSError):
-            message = printable(message[:MAX_ERROR_LENGTH])
+            message = printable(message[:2000])  # a name in a damaged header may be as long as the header
             print(paint(ERROR, BOLD_RED, sys.stderr) + message, file=sys.stderr, flush=True)
         return getattr(error, "exit_code", 1)
 

@@ -22,7 +22,7 @@ def compiled_kernel() -> q.Kernel:
     """Compile the kernel with all that it can do, or skip the test where there is no compiler."""
     try:
         return q.compile_kernel(True)
-    except q.NoKernel as reason:
+    except q.QuantizeError as reason:
         pytest.skip(str(reason))
 
 

@@ -337,16 +337,6 @@ def test_a_buffer_that_memory_does_not_hold_is_an_error_that_says_what_to_do():
         q.Workspace().tensor("raw", torch.uint8, 1 << 60)
 
 
-def test_the_bytes_of_a_tensor_are_only_given_for_the_buffer_it_lies_in():
-    workspace = q.Workspace()
-    words = workspace.tensor("words", torch.int32, 2, 3).fill_(0x01020304)
-    assert bytes(workspace.bytes_of("words", words)) == b"\x04\x03\x02\x01" * 6
-    workspace.tensor("scales", torch.float16, 6)
-    for role, tensor in (("scales", words), ("words", words[1:]), ("words", words.T)):
-        with pytest.raises(AssertionError):
-            workspace.bytes_of(role, tensor)
-
-
 def test_tensors_of_a_workspace_are_the_same_bytes_after_it_has_grown():
     workspace = q.Workspace()
     workspace.tensor("codes", torch.int8, 2, 4).fill_(1)
