@@ -1123,7 +1123,7 @@ class Rounding:
     """How scales and codes are chosen and stored."""
 
     with_offset: bool = False  # nibbles hold the code plus 8 (`pack_int4`)
-    importance: torch.Tensor | None = None  # of columns, float32 (groups in a row, group_size); scales are searched
+    importance: torch.Tensor | None = None  # of columns, float32 (groups of a row, group_size); scales are searched
     feedback: Feedback | None = None  # what each column's error changes in those after it; needs importance
     kernel: Kernel | None = None  # which does the work for 4 bits in groups of up to MAX_GROUP; the result is the same
     bits: int = 4  # or 8, always by the largest weight, without importance
@@ -1136,7 +1136,7 @@ class Rounding:
 def quantize_groups(
     groups: torch.Tensor, scale_dtype: torch.dtype, workspace: Workspace, rounding: Rounding
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize groups, (n, group_size) of any float dtype, to words, int32 (n, -1), and scales (n,), in the workspace.
+    """Quantize groups, (n, group_size) of any float dtype, to packed words, int32, and scales (n,), in the workspace.
 
     scale = max|w| / 7 or 127, and code = clamp(round(w / scale)), where scale is the stored value read back, the
     division is float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype,
@@ -1521,20 +1521,22 @@ SEPARATE void quantize_rows(const work *all, long first, long rows) {
 
 void quantize(const work *all) {
     long rows = all->groups / all->in_row;
-    for (long row = 0; SEARCH && all->rank && row < rows; row += 8)
-        quantize_rows(all, row, MIN(rows - row, 8));
-    if (!all->rank && all->dtype == BF16)
+    if (SEARCH && all->rank)
+        for (long row = 0; row < rows; row += 8)
+            quantize_rows(all, row, MIN(rows - row, 8));
+    else if (all->dtype == BF16)
         quantize_groups(all, BF16);
-    else if (!all->rank && all->dtype == FLOAT16)
+    else if (all->dtype == FLOAT16)
         quantize_groups(all, FLOAT16);
-    else if (!all->rank)
+    else
         quantize_groups(all, FLOAT32);
 }
 
 void spread_of(const float *factor, const float *rest, float *restrict spread, long columns, long rank) {
-    doubles inverse[MAX_RANK][MAX_RANK / 8] = {0}, turned[MAX_RANK / 8];
+    doubles inverse[MAX_RANK][MAX_RANK / 8], turned[MAX_RANK / 8];
     for (long k = 0; k < rank; k++)
-        inverse[k][k / 8][k % 8] = 1;
+        for (long i = 0; i < rank; i++)
+            inverse[k][i / 8][i % 8] = k == i;
     for (long column = columns - 1; SEARCH && column >= 0; column--) {
         const float *direction = factor + column * rank;
         for (long i = 0; i < rank / 8; i++)
@@ -1577,7 +1579,7 @@ def quantize_with_kernel(
     factor, spread = (rounding.feedback.factor, rounding.feedback.spread) if rounding.feedback else (nothing, nothing)
     numbers = KERNEL_DTYPES.index(groups.dtype), count, group_size, max(1, len(importance)), factor.shape[-1]
     numbers += SCALE_BITS_DROPPED[scales.dtype], OFFSET_BITS & 0xFF if rounding.with_offset else 0
-    tensors = (groups, words, found, importance, shares, factor, spread)
+    tensors = (groups, words, found, importance, shares, factor, spread)  # as in the source's struct, like the numbers
     rounding.kernel.quantize((ctypes.c_long * 14)(*(tensor.data_ptr() for tensor in tensors), *numbers))
     scales.copy_(found)
     return words
@@ -1644,7 +1646,7 @@ def compile_kernel(search: bool) -> Kernel:
     return kernel
 
 
-# ---- Formats: what a weight becomes, and what its readers are told -------------------------------------------------
+# ---- Formats: what a weight becomes, and what its readers are told --------------------------------------------------
 
 
 @dataclass(frozen=True)
