@@ -69,7 +69,6 @@ import math
 import mmap
 import os
 import pickle
-import queue
 import re
 import shlex
 import shutil
@@ -2727,16 +2726,14 @@ class OutputFolder:
             )
         return finished, compare, remove
 
-    def bytes_to_write(self) -> int:
-        """Count what the disk must still hold, less what will be removed from it first."""
+    def room(self) -> tuple[int, int]:
+        """Count the bytes that are still to write, and those that are free for it once leftovers are removed."""
         sizes = {shard.name: shard.size for shard in self.plan.shards}
         for name, content in self.plan.other_files.items():
             sizes[name] = len(content) if isinstance(content, bytes) else content.stat().st_size
-        return sum(size for name, size in sizes.items() if name not in self.finished)
-
-    def free_disk(self) -> int:
-        """Count the bytes that are free for this user once leftovers are removed."""
-        return shutil.disk_usage(self.existing).free + sum(path.stat().st_blocks * 512 for path in self.remove)
+        needed = sum(size for name, size in sizes.items() if name not in self.finished)
+        free = shutil.disk_usage(self.existing).free
+        return needed, free + sum(path.stat().st_blocks * 512 for path in self.remove)
 
     def prepare(self) -> None:
         """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished. The
@@ -2821,6 +2818,8 @@ class Job:
     taken as one row of bytes."""
 
     tensor: TensorPlan
+    shards: list[ShardFile]  # that hold what it becomes
+    kind: str  # of work, by Meter.COSTS
     row: int
     rows: int
     column: int
@@ -2844,49 +2843,46 @@ class Conversion:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._tasks: set[concurrent.futures.Future] = set()  # that are not known to be done
-        jobs = [job for tensor in plan.tensors if self._is_due(tensor) for job in self._plan_jobs(tensor)]
+        jobs, self._due = [], set()  # the latter: names of tensors for which there is something to do
+        for tensor in plan.tensors:
+            of_tensor = [shards[number] for number in {plan.placements[output.name][0] for output in tensor.outputs}]
+            if self._is_due(of_tensor):
+                self._due.add(tensor.source.name)
+                jobs += self._plan_jobs(tensor, of_tensor)
         for job in jobs:
-            meter.expect(self._kind_of_work(job.tensor), job.nbytes)
-            for shard in self._shards_of(job.tensor):
+            meter.expect(job.kind, job.nbytes)
+            for shard in job.shards:
                 shard.jobs_left += 1
         self._jobs = iter(jobs)
         self._left = Counter(job.tensor.source.name for job in jobs)  # jobs by tensor
         meter.tensors_total = len(self._left)
         self._ahead: deque[tuple[Job, concurrent.futures.Future | None]] = deque()
         self._room = max((job.nbytes for job in jobs), default=0) + READ_MARGIN
-        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()  # buffers of that size
+        self._free: list[mmap.mmap] = []  # buffers of that size
 
-    def _shards_of(self, tensor: TensorPlan) -> list[ShardFile]:
-        return [self.shards[number] for number in {self.plan.placements[o.name][0] for o in tensor.outputs}]
+    def _is_due(self, shards: list[ShardFile]) -> bool:
+        """Tell whether there is something to do for what these hold: an earlier run may have finished it."""
+        return any(shard.compare or not shard.finished for shard in shards)
 
-    def _is_due(self, tensor: TensorPlan) -> bool:
-        """Tell whether there is something to do for a tensor: an earlier run may have finished it."""
-        return any(shard.compare or not shard.finished for shard in self._shards_of(tensor))
-
-    def _kind_of_work(self, tensor: TensorPlan) -> str:
-        """Name one of Meter.COSTS."""
-        if tensor.scales or not tensor.packing:
-            return "restored" if tensor.scales else "kept"
-        feedback = self.plan.statistics is not None and self.plan.statistics.has_factor(tensor.source)
-        return "8 bits" if tensor.packing.bits == 8 else "feedback" if feedback else self.plan.options.scale
-
-    def _plan_jobs(self, tensor: TensorPlan) -> Iterator[Job]:
+    def _plan_jobs(self, tensor: TensorPlan, shards: list[ShardFile]) -> Iterator[Job]:
         """Cut a tensor: whole rows, but for a row longer than a tile, which is cut between groups where its parts can
         be quantized apart. A tensor of no elements has no job."""
-        info, packing, options = tensor.source, tensor.packing, self.plan.options
+        info, packing, options, statistics = tensor.source, tensor.packing, self.plan.options, self.plan.statistics
         if not packing:
-            (rows, columns), itemsize, width, height = (1, info.nbytes), 1, COPY_BYTES, 1
+            kind, (rows, columns), itemsize, width, height = "kept", (1, info.nbytes), 1, COPY_BYTES, 1
         else:
+            kind = "feedback" if statistics and statistics.has_factor(info) else options.scale
+            kind = "restored" if tensor.scales else "8 bits" if packing.bits == 8 else kind
             (rows, columns), itemsize = info.shape, DTYPE_BITS[info.dtype] // 8
             weights = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
             weights //= packing.codes_per_word if tensor.scales else 1
             whole_groups = max(1, TILE_WEIGHTS // packing.group_size) * packing.group_size
-            width = columns if tensor.scales or self.plan.statistics else min(columns, whole_groups)
+            width = columns if tensor.scales or statistics else min(columns, whole_groups)
             height = max(1, weights // columns) if width == columns else 1
         for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
             row_count, column_count = min(height, rows - row), min(width, columns - column)
             offset, nbytes = (row * columns + column) * itemsize, row_count * column_count * itemsize
-            yield Job(tensor, row, row_count, column, column_count, offset, nbytes)
+            yield Job(tensor, shards, kind, row, row_count, column, column_count, offset, nbytes)
 
     def run(self, threads: int, progress: Progress) -> None:
         """Do all jobs; returns when every shard has its final name."""
@@ -2926,7 +2922,7 @@ class Conversion:
             buffer, data = reading.result() if reading else self._read(job)
             started = time.monotonic()
             self._do(job, data, workspace)
-            self._free.put(buffer)
+            self._free.append(buffer)
             self._count(job, time.monotonic() - started)
 
     def _take(self) -> tuple[Job, concurrent.futures.Future | None] | None:
@@ -2941,10 +2937,8 @@ class Conversion:
 
     def _read(self, job: Job) -> tuple[mmap.mmap, memoryview]:
         """Read a job's bytes into a buffer that no other job has now."""
-        try:
-            buffer = self._free.get_nowait()
-        except queue.Empty:
-            buffer = allocate(self._room)
+        with self._lock:
+            buffer = self._free.pop() if self._free else allocate(self._room)
         return buffer, self.checkpoint.read(job.tensor.source, job.offset, job.nbytes, memoryview(buffer))
 
     def _do(self, job: Job, data: memoryview, workspace: Workspace) -> None:
@@ -2964,13 +2958,13 @@ class Conversion:
         """Book a job. Its shard is synced if a sync is due, and finished if that was its last job."""
         name = job.tensor.source.name
         with self._lock:
-            self.meter.book(self._kind_of_work(job.tensor), job.nbytes, seconds)
+            self.meter.book(job.kind, job.nbytes, seconds)
             self._left[name] -= 1
             self.meter.tensors_done += self._left[name] == 0
             self._unsynced += job.nbytes
             due = self._unsynced >= SYNC_BYTES
             self._unsynced = 0 if due else self._unsynced
-            for shard in self._shards_of(job.tensor):
+            for shard in job.shards:
                 shard.jobs_left -= 1
                 if due or not shard.jobs_left:
                     self._tasks.add(self._syncer.submit(self._sync, shard))
@@ -3151,7 +3145,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     shards, compared = count_of(len(plan.shards), "shard"), count_of(len(output.compare), "shard")
     finished = sum(shard.name in output.finished for shard in plan.shards)
     copied = [name for name, content in plan.other_files.items() if isinstance(content, Path)]
-    need, free = output.bytes_to_write(), output.free_disk()
+    need, free = output.room()
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
     job = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
     jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
@@ -3333,27 +3327,23 @@ class Verification(Conversion):
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, folder: Path, guard: MemoryGuard):
         self.folder = folder
-        self.problems: list[str] = []
-        self.squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
+        self.errors: dict[str, list[float]] = {}  # relative RMS errors of each weight, and of its outputs
         self.kept = 0  # tensors that are as in the source
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
         self.blind = bool(plan.options.importance) and plan.statistics is None
+        self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
-        self._compare_files(plan)
+        names = {path.name for path in folder.iterdir()}
+        self.problems = [f"{name} is missing" for name in plan.hashes if name not in names]
+        different = (
+            name for name, digest in plan.hashes.items() if name in names and hash_file(folder / name) != digest
+        )
+        self.problems += [f"{name} is not what the source gives" for name in different]
+        strays = names - {shard.name for shard in plan.shards}
+        self.problems += [f"{name} is none of the shards" for name in sorted(strays) if name.endswith(".safetensors")]
         shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
-        self._sound = {shard.final.name for shard in shards if self._is_sound(shard)}
+        self._sound = [shard for shard in shards if self._is_sound(shard)]
         super().__init__(checkpoint, plan, shards, guard, Meter("verifying"))
-
-    def _compare_files(self, plan: Plan) -> None:
-        """Compare the files beside the shards with what is planned."""
-        for name, digest in plan.hashes.items():
-            if not (self.folder / name).is_file():
-                self.problems.append(f"{name} is missing")
-            elif hash_file(self.folder / name) != digest:
-                self.problems.append(f"{name} is not what the source gives")
-        names = {shard.name for shard in plan.shards}
-        strays = [path.name for path in self.folder.glob("*.safetensors") if path.name not in names]
-        self.problems += [f"{name} is none of the shards" for name in sorted(strays)]
 
     def _is_sound(self, shard: ShardFile) -> bool:
         """Tell whether the library opens a shard, and it holds the planned tensors at their places."""
@@ -3373,18 +3363,24 @@ class Verification(Conversion):
             return False
         return True
 
-    def _is_due(self, tensor: TensorPlan) -> bool:
-        return all(shard.final.name in self._sound for shard in self._shards_of(tensor))
+    def _is_due(self, shards: list[ShardFile]) -> bool:
+        return all(shard in self._sound for shard in shards)
 
     def run(self, threads: int, progress: Progress) -> None:
-        """Compare every tensor; problems are collected, not raised."""
+        """Compare every tensor; problems are collected, not raised.
+
+        Outputs are products with inputs of the statistics: sqrt(tr(E H E^T) / tr(W H W^T)), or NaN without these.
+        """
         super().run(threads, progress)
-        names = [tensor.source.name for tensor in self.plan.tensors]
-        self.problems += [f"{name!r}: {self._wrong[name][1]}" for name in names if name in self._wrong]
-        self.kept = sum(
-            not tensor.packing and self._is_due(tensor) and tensor.source.name not in self._wrong
-            for tensor in self.plan.tensors
-        )
+        for tensor in self.plan.tensors:
+            name = tensor.source.name
+            if name in self._wrong:
+                self.problems.append(f"{name!r}: {self._wrong[name][1]}")
+            elif name in self._squares:
+                errors, weights = self._squares[name].T
+                self.errors[name] = (errors / weights.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
+            elif name in self._due:
+                self.kept += 1
 
     def _do(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Compare what a job's bytes become with what is there."""
@@ -3415,11 +3411,8 @@ class Verification(Conversion):
         with_offset, transposed = self.plan.options.form.with_offset, self.plan.options.form.transposed
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
         words, scales = (part.T if transposed else part for part in self._lines(job, workspace).values())
-        rounding, half, searched = (
-            torch.finfo(scales.dtype),
-            packing.code_max + 1,
-            packing.bits == 4 and rule != "absmax",
-        )
+        rounding, half = torch.finfo(scales.dtype), packing.code_max + 1
+        searched = packing.bits == 4 and rule != "absmax"
         tolerance = 0.5 + 1e-5 + packing.code_max * rounding.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
         given = self.plan.statistics and self.plan.statistics.get(info)
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
@@ -3448,16 +3441,8 @@ class Verification(Conversion):
                 squares[0, number] += values.square().sum(dtype=torch.float64)
                 squares[1, number] += output_energy(values, *given) if given else math.nan
         with self._lock:
-            self.squares[info.name] = self.squares.get(info.name, 0) + squares
+            self._squares[info.name] = self._squares.get(info.name, 0) + squares
         return problem
-
-    @property
-    def errors(self) -> dict[str, list[float]]:
-        """Return relative RMS errors by weight: of the weight, and of its products with inputs of the statistics,
-        sqrt(tr(E H E^T) / tr(W H W^T)), NaN without these."""
-        tiny = torch.finfo(torch.float64).tiny
-        ratios = {name: squares[:, 0] / squares[:, 1].clamp_min(tiny) for name, squares in self.squares.items()}
-        return {name: ratio.sqrt().tolist() for name, ratio in ratios.items() if name not in self._wrong}
 
 
 def output_energy(rows: torch.Tensor, mean_squares: torch.Tensor, factor: torch.Tensor | None) -> float:
@@ -3586,7 +3571,7 @@ def print_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, plan: Pl
 
 def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int) -> None:
     """Write the planned output folder, or compare what is there."""
-    needed, free = output.bytes_to_write(), output.free_disk()
+    needed, free = output.room()
     if needed > free:
         raise QuantizeError(
             f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free: make room"
