@@ -2710,20 +2710,17 @@ class OutputFolder:
             else:
                 foreign.append(path)
         if foreign:
-            raise QuantizeError(
-                f"output folder {self.folder} holds {quote_names(path.name for path in foreign)}, not written by this"
-                " program or changed since: choose a new or empty folder, or move it away"
-            )
+            problem = "not written by this program or changed since: choose a new or empty folder, or move it away"
+            raise QuantizeError(f"output folder {self.folder} holds {quote_names(p.name for p in foreign)}, {problem}")
         if self.overwrite:
             return set(), set(), [*remove, *stale, *(self.folder / name for name in finished)]
         if stale:
             facts = [json.loads(marks[path][FACTS_KEY]) for path in stale if FACTS_KEY in marks.get(path, {})]
             files = f"tensors, {CONFIG_NAME} or another file that is copied changed"
             differs = (what_differs(facts[0], self.plan.facts) if facts else "its options are not known") or files
-            raise QuantizeError(
-                f"output folder {self.folder} holds {quote_names(path.name for path in stale)} of another run:"
-                f" {differs}: --overwrite starts afresh, or choose another folder"
-            )
+            problem = f"{quote_names(p.name for p in stale)} of another run: {differs}"
+            advice = "--overwrite starts afresh, or choose another folder"
+            raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
         return finished, compare, remove
 
     def room(self) -> tuple[int, int]:
@@ -2947,10 +2944,8 @@ class Conversion:
             number, start = self.plan.placements[output.name]
             shard = self.shards[number]
             if shard.compare and shard.read(len(part), start + offset) != part:
-                raise QuantizeError(
-                    f"the source files changed since {shard.final.name} was made from them, or are another"
-                    " checkpoint's: choose another folder, or --overwrite starts afresh"
-                )
+                problem = f"the source files changed since {shard.final.name} was made, or are another checkpoint's"
+                raise QuantizeError(f"{problem}: choose another folder, or --overwrite starts afresh")
             if not shard.finished:
                 shard.write(part, start + offset)
 
@@ -3079,11 +3074,9 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
     if math.isfinite(value):
         largest = torch.finfo(scales.dtype).max * job.tensor.packing.code_max
         problem = f"needs a scale beyond {str(scales.dtype).removeprefix('torch.')} (weights up to {largest:.6g})"
-    return (
-        f"tensor {info.name!r} ({info.file.name}), row {job.row + first_row + row},"
-        f" column {job.column + group * groups.shape[1] + place}: {value:.6g} {problem}: mend the checkpoint, or keep"
-        " this tensor as it is with --exclude"
-    )
+    where = f"row {job.row + first_row + row}, column {job.column + group * groups.shape[1] + place}"
+    advice = "mend the checkpoint, or keep this tensor as it is with --exclude"
+    return f"tensor {info.name!r} ({info.file.name}), {where}: {value:.6g} {problem}: {advice}"
 
 
 # ---- Printing: what the user reads ----------------------------------------------------------------------------------
@@ -3479,11 +3472,8 @@ def print_verification(verification: Verification) -> None:
         within = (
             f"within {MAX_CHANGE + 0.5 if FEEDBACK in verification.plan.options.rule else 0.5} scales of their weights"
         )
-        say_paragraph(
-            "Note:",
-            f"4-bit codes {verification.plan.options.rule.partition(' ')[2]} are checked to be {within}; with the"
-            " --importance that they were made with, each is checked exactly",
-        )
+        codes = f"4-bit codes {verification.plan.options.rule.partition(' ')[2]} are checked to be {within}"
+        say_paragraph("Note:", f"{codes}; with the --importance that they were made with, each is checked exactly")
     for problem in verification.problems[:20]:
         say_paragraph("WRONG:", problem)
     if not verification.problems:
@@ -3495,18 +3485,15 @@ def print_verification(verification: Verification) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what is asked for; every error is raised."""
-    if args.format not in (None, *FORMATS):  # a wrong name is said before anything is opened
-        raise QuantizeError(
-            f"--format {args.format!r} is none of {', '.join(FORMATS)}{nearest(args.format, FORMATS)}", 2
-        )
+    name = args.format or "int4"
+    if name not in FORMATS:  # which is said before anything is opened
+        raise QuantizeError(f"--format {name!r} is none of {', '.join(FORMATS)}{nearest(name, FORMATS)}", 2)
     guard = MemoryGuard(int(args.min_free_gb * GB))
     progress = Progress(guard)
     args.threads = args.threads or usable_cores()
-    target = args.output_dir.resolve()
     for folder in filter(None, (args.input_dir, args.config_dir)):
-        if target == folder.resolve() or folder.resolve() in target.parents:
-            where = "the input folder itself" if target == folder.resolve() else f"inside the input folder {folder}"
-            raise QuantizeError(f"output folder {args.output_dir} is {where}: choose one outside it")
+        if args.output_dir.resolve().is_relative_to(folder.resolve()):
+            raise QuantizeError(f"output folder {args.output_dir} is inside the input folder {folder}, or is it itself")
     finished = args.verify and (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
     with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
         plan = plan_as_asked(args, checkpoint, finished)
@@ -3552,10 +3539,8 @@ def print_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, plan: Pl
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
         if not args.dry_run and not os.access(output.existing, os.W_OK | os.X_OK):
-            raise QuantizeError(
-                f"output folder {output.folder}: Permission denied: {output.existing} is not writable for this user,"
-                " choose another or change its owner"
-            )
+            problem = f"Permission denied: {output.existing} is not writable, choose another or change its owner"
+            raise QuantizeError(f"output folder {output.folder}: {problem}")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
         if args.dry_run:
             say("Dry run: nothing was written.")
@@ -3573,10 +3558,8 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
     """Write the planned output folder, or compare what is there."""
     needed, free = output.room()
     if needed > free:
-        raise QuantizeError(
-            f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free: make room"
-            f" for {format_bytes(needed - free)} more or choose another disk"
-        )
+        problem = f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free"
+        raise QuantizeError(f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk")
     progress.guard.check()
     compared, meter = output.nothing_to_write, Meter("restoring" if plan.options.restore else "quantizing")
     shards = [
