@@ -1385,23 +1385,14 @@ static inline int32_t code(float sum) {
     return MAX(bits, 0x4B3FFFF8) - 0x4B400000;
 }
 
-/* Divide weights by their scale and add ROUND, half of the sums for even columns, half for odd ones.
-
-   With w * (1 / scale) instead of w / scale no code differs, for weights and scales of 11 significant bits or less.
-   Their quotient, if below 8, is half-way between two integers or at least 2^-13 away from there, since both are
-   multiples of a unit of at least scale / 2^12; larger ones are clamped either way. The product is off by less than
-   2^-19; adding 192 rounds it to a multiple of 2^-16, which makes half-way cases exact again and moves no other one
-   across; adding the rest rounds it to an integer. */
-static inline void divide(const void *restrict weights, int dtype, float scale, int dropped, float *restrict sums,
-                          long size) {
-    float divisor = scale ? scale : 1, reciprocal = 1 / divisor;
-    int exact = dtype == FLOAT32 || !dropped || MAX(divisor, -divisor) < 0x1p-126f;  /* it may be infinite */
+/* Divide weights by their scale and add ROUND, half of the sums for even columns, half for odd ones. */
+static inline void divide(const void *restrict weights, int dtype, float scale, float *restrict sums, long size) {
+    float divisor = scale ? scale : 1;
     for (long i = 0; i < size / 2; i++)
         for (long odd = 0; odd < 2; odd++) {
             float weight = dtype == FLOAT32 ? ((const float *)weights)[2 * i + odd]
                 : widen(((const uint32_t *)weights)[i] >> 16 * odd, dtype);  /* of a pair the odd one is higher */
-            float sum = exact ? weight / divisor + ROUND : weight * reciprocal + 192.0f + (ROUND - 192.0f);
-            sums[odd * MAX_GROUP + i] = sum;
+            sums[odd * MAX_GROUP + i] = weight / divisor + ROUND;
         }
 }
 
@@ -1474,7 +1465,7 @@ static inline void quantize_groups(const work *all, int dtype) {
         for (long i = 0; i < some; i++)
             scales[i] = choose_scale(all, weights + i * bytes, dtype, first + i);
         for (long i = 0; i < some; i++)
-            divide(weights + i * bytes, dtype, scales[i], all->dropped, sums + i * size / 2, size);
+            divide(weights + i * bytes, dtype, scales[i], sums + i * size / 2, size);
         pack(sums, all->offset, all->packed + first * size / 2, some * size);
     }
 }
