@@ -45,9 +45,12 @@ disk continues with the same command. Exit codes: 0 done, 1 refused or failed,
 2 usage, 3 too little memory, 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM.
 """
 
-# For those who change it, downwards as a tensor goes: `Checkpoint` knows each tensor's place; `reason_to_keep` says why
-# one is kept; `FORMATS` has a row for each format, `ODDITIES` for each unusual type of models; `plan_shards` gives each
-# byte its place; `Workers` do the jobs of `Conversion` and `Verification`. Tests are in tests/test_SECTION*.py.
+# For those who change it, downwards as a tensor goes: `Checkpoint` knows each tensor's place; `expert_weights` tells
+# what a stack of experts becomes, `stays_whole` whether it does, `reason_to_keep` why a tensor is kept; `FORMATS` has a
+# row for each format, `ODDITIES` for each unusual type of models; `plan_shards` gives each byte its place; `_survey`
+# finds whether a run may continue; `Conversion` does jobs, `Verification` does them again and compares. Tests are in
+# tests/test_SECTION*.py. Words: a module X has a weight, the tensor X.weight, of rows by columns; group_size columns of
+# a row are a group; a shard is an output file of tensors, a job a block of one that a worker does at a time.
 
 from __future__ import annotations
 
