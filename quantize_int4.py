@@ -262,10 +262,9 @@ FACTOR_SHARE, DAMPING = 0.8, 0.01
 MAX_CHANGE = 2  # scales by which feedback may move a weight: one in 10,000 would go further, and --verify has a bound
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
-# What a worker quantizes at a time. Each of a tile's ten or so calls (to the kernel, to torch, to the system) hands the
-# interpreter lock to another worker and so tiles must not be small; its buffers (3 to 28 bytes a weight) should still
-# fit the last-level cache. At this size a worker holds the lock for 0.1 ns a weight, a tenth of its time.
-# (python tests/benchmark.py --only tile18 tile19 tile20)
+# What a worker quantizes at a time. Each of a tile's calls, to the kernel, to torch, to the system, hands the interpreter
+# lock to another worker, and so tiles must not be small; its buffers (3 to 28 bytes a weight) should still fit the
+# last-level cache. (python tests/benchmark.py --only tile18 tile19 tile20)
 TILE_WEIGHTS = 1 << 20
 JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
 TRANSPOSED_JOB_WEIGHTS = 1 << 24  # the same where the job's words, half a byte a weight, are staged to be transposed
@@ -2664,13 +2663,9 @@ class OutputFolder:
         # Names of files that are final and as planned; those of them that were made when the sources had other times
         # and are to be compared; and paths of what earlier runs left.
         self.finished, self.compare, self.remove = self._survey()
+        self.nothing_to_write = not self.remove and self.finished == {*plan.hashes, *(s.name for s in plan.shards)}
         self.existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         self._lock_fd: int | None = None
-
-    @property
-    def nothing_to_write(self) -> bool:
-        """Tell whether all is there, though some of it may have to be compared with the source."""
-        return not self.remove and self.finished == {*self.plan.hashes, *(shard.name for shard in self.plan.shards)}
 
     def _survey(self) -> tuple[set[str], set[str], list[Path]]:
         """Sort what is in the folder: what this run need not write again, what of it to compare, what to remove. The
