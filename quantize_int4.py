@@ -262,7 +262,7 @@ FACTOR_SHARE, DAMPING = 0.8, 0.01
 MAX_CHANGE = 2  # scales by which feedback may move a weight: one in 10,000 would go further, and --verify has a bound
 OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
-# What a worker quantizes at a time. Each of a tile's calls, to the kernel, to torch, to the system, hands the interpreter
+# What a worker quantizes at a time. Each of a tile's calls to the kernel, to torch or the system hands the interpreter
 # lock to another worker, and so tiles must not be small; its buffers (3 to 28 bytes a weight) should still fit the
 # last-level cache. (python tests/benchmark.py --only tile18 tile19 tile20)
 TILE_WEIGHTS = 1 << 20
