@@ -146,15 +146,10 @@ def checked(metavar: str, rule: str, convert: Callable, accept: Callable = lambd
     """Make the settings of an option whose text `convert` reads and whose value `accept` accepts, as `rule` says."""
 
     def parse(text: str) -> object:
-        problem = f"{text!r} is not {rule}"
-        try:
+        with contextlib.suppress(ValueError, re.error):
             if accept(value := convert(text)):
                 return value
-        except ValueError:
-            pass
-        except re.error as error:
-            problem += f" ({error})"
-        raise argparse.ArgumentTypeError(problem)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
 
     return {"metavar": metavar, "type": parse, **settings}
 
@@ -163,8 +158,7 @@ def make_parser() -> Parser:
     """Declare the options, each with its default and its check."""
     summary, description = __doc__.split("\n\n", 1)
     parser = Parser(
-        prog="quantize_int4.py",
-        usage="%(prog)s --input_dir DIR --output_dir DIR [option ...]",
+        usage="quantize_int4.py --input_dir DIR --output_dir DIR [option ...]",
         description=summary,
         epilog=description,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1),
@@ -199,7 +193,7 @@ def make_parser() -> Parser:
         ("debug", "show a traceback with an error", flag),
     ):
         parser.add_argument(f"--{name}", help=text, **settings)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"quantize_int4.py {__version__}")
     return parser
 
 
@@ -227,18 +221,14 @@ if ARGUMENTS:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports shows no traceback
     if missing := [name for name in ("torch", "safetensors", "psutil") if not importlib.util.find_spec(name)]:
         cpu = "; of torch the build for CPUs is enough, see pytorch.org/get-started" if "torch" in missing else ""
-        what = f"missing: {', '.join(missing)}: pip install {' '.join(missing)}{cpu}"
-        sys.exit(paint(ERROR, BOLD_RED, sys.stderr) + what)
+        what = f"{', '.join(missing)}: pip install {' '.join(missing)}"
+        sys.exit(f"{paint(ERROR, BOLD_RED, sys.stderr)}missing: {what}{cpu}")
     with contextlib.suppress(OSError):
         print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy|Validating sparse")  # torch's; neither is needed
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
-
-if ARGUMENTS:
-    with contextlib.suppress(OSError):
-        print(CLEAR_LINE if is_terminal(sys.stdout) else "", end="", flush=True)
 
 # ---- Facts and constants --------------------------------------------------------------------------------------------
 
@@ -520,15 +510,15 @@ class WeightsFile:
         maps = [[int(number, 16) for number in line] for line in lines if orders <= {sys.byteorder}]
         infos = {}
         for name, tensor in self._tensors.items():
-            dtype = DTYPE_NAMES.get(tensor.dtype)
-            plain = (tensor.layout, tensor.is_conj(), tensor.is_neg()) == (torch.strided, False, False)
-            if dtype is None or not plain or tensor.device.type != "cpu":
+            traits = tensor.layout, tensor.device.type, tensor.is_conj(), tensor.is_neg()
+            if tensor.dtype not in DTYPE_NAMES or traits != (torch.strided, "cpu", False, False):
                 kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}: only plain tensors with data can be read"
                 raise QuantizeError(f"tensor {name!r} ({self.path.name}) is {kind}")
             at = tensor.data_ptr()
             offsets = (offset + at - start for start, end, offset in maps if start <= at <= end - tensor.nbytes)
             offset = next(offsets, None) if tensor.is_contiguous() and name not in self._factors else None
-            infos[name] = TensorInfo(name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, offset)
+            dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+            infos[name] = TensorInfo(name, dtype, shape, tensor.nbytes, self.path, offset)
         return infos
 
     @functools.cached_property
@@ -622,8 +612,6 @@ def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
         raise QuantizeError(f"{path} {problem}, and only tensors are read: save model.state_dict() alone") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         problem = " ".join(str(error).split())
-        if "mmap can only be used" in problem:
-            problem = "it is not in torch.save's zip format of torch 1.6 and newer"
         raise QuantizeError(f"{path}: not a whole torch checkpoint ({problem}): copy or save it again") from None
     if not isinstance(content, Mapping):
         raise QuantizeError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
@@ -647,8 +635,7 @@ def resolve_quantizers(state_dict: dict[str, torch.Tensor], path: Path, notes: l
     seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
     multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused.
     """
-    own = [name for name in state_dict if not re.search(r"\.\w*quantizer(\.\d+)?\._\w+$", name)]  # the model's
-    tensors = {name: state_dict[name] for name in own}
+    tensors = {name: data for name, data in state_dict.items() if not re.search(r"quantizer(\.\d+)?\._\w+$", name)}
     quantizers, factors = state_dict.keys() - tensors.keys(), {}
     known = {name for name in quantizers if name.endswith("._amax")}
     for name in quantizers:
@@ -662,8 +649,7 @@ def resolve_quantizers(state_dict: dict[str, torch.Tensor], path: Path, notes: l
     if unknown := sorted(quantizers - known):
         problem = f"tensors of quantizers whose effect on the weights is unknown, {quote_names(unknown)}"
         raise QuantizeError(f"{path.name}: {problem}: give the checkpoint from before ModelOpt")
-    cancelled = {name for name in factors if f"{name}_quantizer._pre_quant_scale" in quantizers}
-    factors = {name: factors[name] for name in factors.keys() - cancelled}
+    cancelled = [factors.pop(name) for name in [*factors] if f"{name}_quantizer._pre_quant_scale" in quantizers]
     if quantizers:
         scales = f"multiplied back into {len(factors):,} weights, cancelled in {len(cancelled):,}"
         notes.append(f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}; pre_quant_scale {scales}")
@@ -673,8 +659,22 @@ def resolve_quantizers(state_dict: dict[str, torch.Tensor], path: Path, notes: l
 class Checkpoint:
     """The tensors of an input folder, in file order, and the door to their bytes, however they are stored."""
 
-    def __init__(self, folder: Path, config_folder: Path, files: list[WeightsFile], weight_map: dict[str, str]):
-        self.folder, self.config_folder = folder, config_folder  # which has config.json and what else is copied
+    def __init__(self, folder: Path, config_folder: Path | None = None):
+        """Open a folder's weights, and config.json there or in another folder."""
+        for path in filter(None, (folder, config_folder)):
+            if not path.is_dir():
+                problem = "is a file, give its folder" if path.exists() else "no such folder"
+                if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
+                    problem += f"; of the hub: hf download {path} --local-dir {path.name}, then give {path.name}"
+                raise QuantizeError(f"folder {path}: {problem}")
+        names, weight_map = find_weights(folder)
+        opened = contextlib.ExitStack()
+        self.close = opened.close
+        files = [opened.enter_context(contextlib.closing(WeightsFile(folder / name))) for name in names]
+        self.folder = folder
+        if config_folder is None or config_folder.resolve() == folder.resolve():
+            config_folder = folder
+        self.config_folder = config_folder  # which has config.json and what else is copied
         self.files = {file.path: file for file in files}
         self.sources = {file.path.name: list(file.state) for file in files}  # sizes and times
         self.tensors: dict[str, TensorInfo] = {}
@@ -689,8 +689,7 @@ class Checkpoint:
         if not self.tensors:
             raise QuantizeError(f"{folder}: {quote_names(self.sources)} hold no tensors")
         if lost := [name for name in weight_map if name not in self.tensors]:
-            problem = f"tensor {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it ({len(lost):,} such)"
-            raise QuantizeError(f"{folder}: the index puts {problem}")
+            raise QuantizeError(f"{folder}: the index puts {lost[0]!r} in {weight_map[lost[0]]}, which lacks it")
         if unlisted := [name for name in self.tensors if weight_map and name not in weight_map]:
             self.notes.append(f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}")
         self.has_config = (config_folder / CONFIG_NAME).exists()
@@ -723,25 +722,6 @@ class Checkpoint:
         wrappers = ", ".join(f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items())
         self.notes.append(f"dropped from the tensors' names, as what training wrapped around the model: {wrappers}")
 
-    @classmethod
-    def open(cls, folder: Path, config_folder: Path | None = None) -> Checkpoint:
-        """Open a folder's weights, and config.json there or in another folder."""
-        for path in filter(None, (folder, config_folder)):
-            if not path.is_dir():
-                hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.name
-                advice = f"; if it is a model of the hub: hf download {path} --local-dir {hub}, then give {hub}"
-                problem = f"no such folder{advice if hub else ''}"
-                raise QuantizeError(f"folder {path}: {'is a file, give its folder' if path.exists() else problem}")
-        names, weight_map, ignored = find_weights(folder)
-        with contextlib.ExitStack() as opened:
-            files = [opened.enter_context(contextlib.closing(WeightsFile(folder / name))) for name in names]
-            elsewhere = config_folder and config_folder.resolve() != folder.resolve()
-            checkpoint = cls(folder, config_folder if elsewhere else folder, files, weight_map)
-            checkpoint.close = opened.pop_all().close
-        if ignored:
-            checkpoint.notes.append(f"weights are read from safetensors; not from {quote_names(ignored)} beside them")
-        return checkpoint
-
     def read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None) -> memoryview:
         """Read a tensor's bytes: see `WeightsFile.read`."""
         return self.files[info.file].read(info, offset, nbytes, memory)
@@ -751,32 +731,29 @@ class Checkpoint:
             file.check_unchanged()
 
 
-def find_weights(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
-    """Name the files of the weights, safetensors first; read their index, if any; name the pickles left beside them."""
+def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Name the files of the weights, safetensors rather than pickles, and read their index, if there is one."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_")))
     safetensors = [name for name in names if name.endswith(".safetensors")]
-    # Mistral's own copy of the weights beside Hugging Face's. `plan_other_files` names it among what is left out.
+    # Mistral's own copy of the weights beside Hugging Face's. `plan_other_files` names what is left out.
     safetensors = [name for name in safetensors if not name.startswith("consolidated")] or safetensors
     pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
     pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
-    binaries = [name for name in pickles if name.endswith(".bin")]
     index = folder / (INDEX_NAME if safetensors or INDEX_NAME in names else "pytorch_model.bin.index.json")
     if index.exists():
         weight_map = read_weight_map(index, [*safetensors, *pickles])
-        found = sorted(set(weight_map.values()))
-        return found, weight_map, pickles if found[0].endswith(".safetensors") else []
-    found = safetensors or binaries or pickles
+        return sorted(set(weight_map.values())), weight_map
+    found = safetensors or [name for name in pickles if name.endswith(".bin")] or pickles
     problem = "" if found else "no *.safetensors, pytorch_model*.bin or *.pth in it"
     others = [name for name in names if name.endswith((".ckpt", ".bin")) and not found]
     if (folder / "adapter_config.json").exists() and not found:
         problem += ": it holds a LoRA adapter, merge that into its base model first"
     elif others:
         problem += f": if {others[0]!r} is the model's state dict, name it model.pth"
-    if not safetensors and not binaries and len(pickles) > 1:
-        problem = f"it holds {quote_names(pickles)}, of several ranks or several models: merge them, or leave one"
     sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found}
-    if len(sets) > 1 and re.search(r"-of-\d+\.|^(pytorch_)?model\.", "\n".join(found), re.MULTILINE):
-        problem = f"it holds {quote_names(sets)}: two sets of weights and no index that says which counts: leave one"
+    complete = r"-of-\d+\.|^(pytorch_)?model\.|\.pth?$"  # names of a whole model or rank, or of its numbered parts
+    if len(sets) > 1 and re.search(complete, "\n".join(found), re.MULTILINE):
+        problem = f"{quote_names(sets)} are two sets of weights, or of several ranks: leave one, or merge them"
     for pattern, name in sets.items():
         if part := re.search(r"(\d+)-of-(\d{1,5})\.\w+$", name):
             parts = [pattern.replace("*", f"{number:0{len(part[1])}}") for number in range(1, int(part[2]) + 1)]
@@ -784,7 +761,7 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str], list[str]]:
                 problem = problem or f"{quote_names(missing)} of {part[2]} missing: copy it again"
     if problem:
         raise QuantizeError(f"input folder {folder}: {problem}")
-    return found, {}, pickles if safetensors else []
+    return found, {}
 
 
 def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
@@ -794,8 +771,7 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
         raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
     for name, file in weight_map.items():
         if not re.fullmatch(r"[^/\\\0]+\.(safetensors|bin|pth?)", str(file)):
-            problem = "no file of this folder, or neither safetensors nor a torch pickle"
-            raise QuantizeError(f"{index}: tensor {name!r} is in {file!r}, which is {problem}")
+            raise QuantizeError(f"{index}: {name!r} is in {file!r}, no file of this folder that may hold tensors")
     missing = sorted(file for file in set(weight_map.values()) if not (index.parent / file).exists())
     if not missing:
         return weight_map
@@ -805,8 +781,7 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
         with contextlib.suppress(QuantizeError), contextlib.closing(WeightsFile(index.parent / name)) as file:
             found |= file.infos.keys()
     if weight_map.keys() <= found:
-        beside = f"{quote_names(others)} beside it have all {len(weight_map):,} tensors that it names"
-        remedy = f"the index may be stale, since {beside}: remove the index if they are the model"
+        remedy = f"it may be stale, since {quote_names(others)} have all its tensors: remove it if they are the model"
     raise QuantizeError(f"{index} names {missing[0]}, which is missing: {remedy}")
 
 
@@ -840,7 +815,7 @@ class Oddity:
     `save_pretrained` writes and vLLM 0.29.0 alone knows (its models' `ckpt_*_proj_name`)."""
 
     model_types: str  # separated by blanks
-    projections: tuple[str, str, str] | None = None  # an expert's gate (nothing where it has none), up and down
+    projections: tuple[str, ...] = ()  # of an expert: gate (nothing where it has none), up and down
     renames: tuple[tuple[str, str], ...] = ()  # what else has another name: pattern, replacement
     whole_in_vllm: bool = True  # whether vLLM also reads the stacks as they are
     linear_experts: bool = False  # each is an nn.Linear in transformers, as soon as anything is quantized
@@ -848,6 +823,17 @@ class Oddity:
     problem: str = ""  # why stacks of experts are not read as one weight an expert
     problem_of_engines: str = ""  # the same, where an engine is to load what comes of it; {}: the model's type
     remedy: str = ""  # if it is another than to exclude the stacks
+
+    def projections_of(self, role: str) -> tuple[str, ...]:
+        """Name the weights of a stack, in their order."""
+        gate, up, down = self.projections or GATED
+        return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
+
+    def renamed(self, name: str) -> str:
+        """Rename a tensor of a state dict as `save_pretrained` does."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
 
 
 GATED, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
@@ -905,43 +891,23 @@ def model_dtype(config: dict) -> str | None:
     return next((known[name] for name in names if name in known), None)
 
 
-def oddity_with(field: str, config: dict) -> tuple[Oddity | None, str]:
-    """Find the first row that has something in a field and is about a type that config.json names, and this type."""
-    types = config_values(config, "model_type")
-    rows = (row for row in ODDITIES if getattr(row, field))
-    found = ((row, name) for row in rows for name in types if name in row.model_types.split())
-    return next(found, (None, ""))
+def oddity_with(field: str, config: dict) -> Oddity:
+    """Find the first row that has something in a field and is about a type that config.json names, or an empty one."""
+    types = set(map(str, config_values(config, "model_type")))
+    return next((row for row in ODDITIES if getattr(row, field) and types & {*row.model_types.split()}), Oddity(""))
 
 
-def projections_of(role: str, naming: Oddity | None) -> tuple[str, ...]:
-    """Name the weights of a stack, in their order."""
-    gate, up, down = naming.projections if naming else GATED
-    return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
-
-
-def renamed(name: str, naming: Oddity | None) -> str:
-    """Rename a tensor of a state dict as `save_pretrained` does."""
-    for pattern, replacement in naming.renames if naming else ():
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-@dataclass(frozen=True)
-class ExpertStack:
-    """Describe a tensor that holds all routed experts of a layer, and the 2-D weights it is read as."""
-
-    info: TensorInfo
-    weights: list[TensorInfo]  # expert by expert; none if its layout does not tell them
-    problem: str = ""  # why it is not read so
-    whole_in_vllm: bool = True  # whether vLLM knows it as it is, too
+# A tensor that holds all routed experts of a layer; the 2-D weights it is read as, expert by expert, or none if its
+# layout does not tell them; why it is not read so; whether vLLM knows it as it is, too.
+ExpertStack = namedtuple("ExpertStack", "info weights problem whole_in_vllm", defaults=[True])
 
 
 def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, ExpertStack]:
     """Find every tensor that holds a layer's routed experts together, by its name."""
-    naming, counts = oddity_with("projections", checkpoint.config)[0], config_values(checkpoint.config, *EXPERT_COUNTS)
-    odd, model_type = oddity_with("problem_of_engines", checkpoint.config) if for_engines else (None, "")
-    stacks: dict[str, ExpertStack] = {}
-    layers: dict[str, dict[str, TensorInfo]] = {}  # by where the experts are, and by role
+    config, stacks, layers = checkpoint.config, {}, {}  # layers: stacks by where the experts are, then by role
+    naming, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
+    odd, types = oddity_with("problem_of_engines", config), config_values(config, "model_type")
+    in_engines = odd.problem_of_engines.format(*types) if for_engines else ""
     for name, info in checkpoint.tensors.items():
         if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", name):
             continue
@@ -960,26 +926,24 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
                 raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, name])))
     for module, layer in layers.items():
         problem, turned = layout_of_stacks(module, layer, checkpoint, naming)
-        in_engines = odd.problem_of_engines.format(model_type) if odd else ""
         for role, info in layer.items():
-            weights = [] if problem else expert_weights(info, module, role, naming, turned)
-            whole_in_vllm = naming is None or naming.whole_in_vllm
-            stacks[info.name] = ExpertStack(info, weights, problem or in_engines, whole_in_vllm)
+            weights = [] if problem else list(expert_weights(info, module, role, naming, turned))
+            stacks[info.name] = ExpertStack(info, weights, problem or in_engines, naming.whole_in_vllm)
     return stacks
 
 
-def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, naming: Oddity | None) -> tuple[str, bool]:
+def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, naming: Oddity) -> tuple[str, bool]:
     """Say why a layer's stacks, by role, cannot be read as one weight an expert, if so, and whether they are (in, out).
 
     The shapes of gate_up_proj and down_proj tell: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which are
     never the same. Without a gate, (I, H) and (H, I), it takes config.json."""
     config, shapes = checkpoint.config, {role: info.shape[1:] for role, info in layer.items()}
-    if odd := oddity_with("problem", config)[0]:
-        return odd.problem, False
+    if problem := oddity_with("problem", config).problem:
+        return problem, False
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
     if name := next(filter(bias.match, checkpoint.tensors), None):
         return f"that have biases ({name!r}), too", False
-    gated = {"gate_up_proj", "gate_proj"} if naming and naming.projections[0] else shapes.keys()
+    gated = {"gate_up_proj", "gate_proj"} if naming.projections and naming.projections[0] else shapes.keys()
     if not all(roles & shapes.keys() for roles in ({"down_proj"}, {"gate_up_proj", "up_proj"}, gated)):
         return "but not all projections of the layer's experts are there", False
     if len({info.shape[0] for info in layer.values()}) > 1:
@@ -992,40 +956,33 @@ def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, naming: O
         return "of shapes that do not go together", False
     hidden, widths = config_values(config, "hidden_size", "moe_latent_size"), config_values(config, *EXPERT_WIDTHS)
     straight, turned = (rows in hidden and columns in widths), (columns in hidden and rows in widths)
-    if straight == turned and not naming:
+    if straight == turned and not naming.projections:
         return f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed", False
     return "", turned and not straight
 
 
-def expert_weights(stack: TensorInfo, module: str, role: str, naming: Oddity | None, turned: bool) -> list[TensorInfo]:
-    """List the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
-    experts, out_features, in_features = stack.shape
-    if turned:
-        out_features, in_features = in_features, out_features
-    names, itemsize = projections_of(role, naming), DTYPE_BITS[stack.dtype] // 8
+def expert_weights(stack: TensorInfo, module: str, role: str, naming: Oddity, turned: bool) -> Iterator[TensorInfo]:
+    """Yield the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
+    out_features, in_features = reversed(stack.shape[1:]) if turned else stack.shape[1:]
+    names, itemsize = naming.projections_of(role), DTYPE_BITS[stack.dtype] // 8
     shape, stride = (out_features // len(names), in_features), out_features * itemsize if turned else 0
-    weights = []
-    for expert, (number, name) in itertools.product(range(experts), enumerate(names)):
+    for expert, (number, name) in itertools.product(range(stack.shape[0]), enumerate(names)):
         start = expert * out_features * in_features + number * shape[0] * (1 if turned else in_features)
-        weights.append(stack.part(f"{module}.{expert}.{name}.weight", shape, start * itemsize, stride))
-    return weights
+        yield stack.part(f"{module}.{expert}.{name}.weight", shape, start * itemsize, stride)
 
 
-def find_kinds(tensors: list[TensorInfo], config: dict) -> dict[str, str]:
+def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[str, str]:
     """Find of which kind each weight's layer is: embeddings, head and routers by their names, or shapes and places.
 
     A router beside a layer's experts has a row for each. A weight with as many rows as there are words is an embedding
-    or a head, unless it is one of a layer's projections or joins a tower to the language model: it may be so wide by
-    chance."""
+    or a head, but for a layer's projections and what joins a tower to the language model, where it may be chance."""
     names, kinds, experts = {info.name for info in tensors}, {}, {}  # experts: their number, by the module around them
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     for info in weights:
         numbered_with_bias = re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names  # linear layers in a row
         if re.search(EMBEDDING_NAME, info.name) and not numbered_with_bias:
             kinds[info.name] = "embeddings"
-        elif (
-            re.search(ROUTER_NAME, info.name) and info.shape[0] < info.shape[1]
-        ):  # else a gate for each of many columns
+        elif re.search(ROUTER_NAME, info.name) and info.shape[0] < info.shape[1]:  # else a gate for each column
             kinds[info.name] = "routers"
         elif re.search(HEAD_NAME, info.name):
             kinds[info.name] = "head"
@@ -1035,9 +992,7 @@ def find_kinds(tensors: list[TensorInfo], config: dict) -> dict[str, str]:
             experts[place] = max(experts.get(place, 0), int(match[2]) + 1)
         elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
             experts[match["place"].rstrip(".")] = info.shape[0]
-    tables = [
-        info.shape for info in weights if kinds.get(info.name) == "embeddings" and not re.search(NO_WORDS, info.name)
-    ]
+    tables = [i.shape for i in weights if kinds.get(i.name) == "embeddings" and not re.search(NO_WORDS, i.name)]
     words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
     widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
     for info in (info for info in weights if info.name not in kinds):
@@ -1112,8 +1067,7 @@ def allocate(nbytes: int) -> mmap.mmap:
     try:
         memory = mmap.mmap(-1, whole_pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        size = format_bytes(nbytes)
-        raise QuantizeError(f"no memory for a buffer of {size}: stop other programs, or use fewer --threads") from None
+        raise QuantizeError(f"no memory for a buffer of {format_bytes(nbytes)}: use fewer --threads") from None
     with contextlib.suppress(OSError, AttributeError):  # a system, or a kernel of it, without
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -1125,7 +1079,7 @@ class Rounding:
 
     with_offset: bool = False  # nibbles hold the code plus 8 (`pack_int4`)
     importance: torch.Tensor | None = None  # of columns, float32 (groups of a row, group_size); scales are searched
-    feedback: Feedback | None = None  # what each column's error changes in those after it; needs importance
+    feedback: tuple[torch.Tensor, ...] | None = None  # of `feedback_of`; needs importance
     kernel: Kernel | None = None  # which does the work for 4 bits in groups of up to MAX_GROUP; the result is the same
     bits: int = 4  # or 8, always by the largest weight, without importance
 
@@ -1220,43 +1174,38 @@ def search_scales(weights: torch.Tensor, scales: torch.Tensor, importance: torch
     scales.copy_(torch.where((sums[0] < sums[1]) & (found != 0), found, scales))
 
 
-@dataclass(frozen=True)
-class Feedback:
-    """How a column's rounding error changes what the columns after it are rounded from, so that the errors of a row's
-    products cancel out. For inputs of second moments H = diag(d) + V V^T: once the columns before j are rounded, and c
-    is the sum of v_k (w_k - q_k) over these, the error to be expected is least with w_j + u_j c for column j, where
-    u_j = (I + sum of v_k v_k^T / d_k over k >= j)^-1 v_j / d_j. (GPTQ by Frantar and others, 2023, for such an H)
+def feedback_of(mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel | None) -> tuple[torch.Tensor, ...]:
+    """Prepare error feedback: what a column's rounding error changes in the columns after it, so that the errors of a
+    row's products cancel out, for inputs of second moments diag(mean_squares - row sums of factor^2) + factor factor^T.
+
+    Let H = diag(d) + V V^T be these: once the columns before j are rounded, and c is the sum of v_k (w_k - q_k) over
+    these, the error to be expected is least with w_j + u_j c for column j, where u_j = (I + sum of v_k v_k^T / d_k over
+    k >= j)^-1 v_j / d_j. Returns V and U, float32 (columns, rank), the rank a multiple of SUM_LANES. (GPTQ by Frantar
+    and others, 2023, for such an H)
     """
-
-    factor: torch.Tensor  # V, float32 (columns, rank), the rank a multiple of SUM_LANES
-    spread: torch.Tensor  # U, likewise
-
-    @classmethod
-    def of(cls, mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel | None) -> Feedback:
-        """Prepare it from the second moments diag(mean_squares - row sums of factor^2) + factor factor^T."""
-        padding = (0, -factor.shape[1] % SUM_LANES, 0, len(mean_squares) - len(factor))
-        factor = torch.nn.functional.pad(factor, padding).mul_(math.sqrt(FACTOR_SHARE))
-        rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
-        rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
-        spread, inverse = torch.empty_like(factor), torch.eye(factor.shape[1], dtype=torch.float64)
-        if kernel:
-            kernel.spread_of(*(tensor.data_ptr() for tensor in (factor, rest, spread)), *factor.shape)
-        for column in () if kernel else range(len(factor) - 1, -1, -1):  # each of them updates the inverse
-            direction = factor[column].to(torch.float64)
-            turned = sum_in_lanes(inverse * direction)
-            divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
-            spread[column] = turned / divisor
-            inverse -= torch.outer(turned, turned) * (1 / divisor)
-        return cls(factor, spread)
+    padding = (0, -factor.shape[1] % SUM_LANES, 0, len(mean_squares) - len(factor))
+    factor = torch.nn.functional.pad(factor, padding).mul_(math.sqrt(FACTOR_SHARE))
+    rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
+    rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
+    spread, inverse = torch.empty_like(factor), torch.eye(factor.shape[1], dtype=torch.float64)
+    if kernel:
+        kernel.spread_of(*(tensor.data_ptr() for tensor in (factor, rest, spread)), *factor.shape)
+    for column in () if kernel else range(len(factor) - 1, -1, -1):  # each of them updates the inverse
+        direction = factor[column].to(torch.float64)
+        turned = sum_in_lanes(inverse * direction)
+        divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
+        spread[column] = turned / divisor
+        inverse -= torch.outer(turned, turned) * (1 / divisor)
+    return factor, spread
 
 
 def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding) -> None:
     """Replace whole rows of weights, float32 (n, group_size), by their codes, and fill in the scales (n,): a group's is
     searched for its weights as the errors of the groups before change them, then column by column is rounded."""
-    shape, feedback = rounding.importance.shape, rounding.feedback  # groups of a row, and columns of a group
+    shape = rounding.importance.shape  # groups of a row, and columns of a group
     weights, scales = weights.view(-1, *shape), scales.view(-1, shape[0])
-    factors, spreads = feedback.factor.unflatten(0, shape), feedback.spread.unflatten(0, shape)
-    carried = torch.zeros(len(weights), feedback.factor.shape[1])  # c of each row
+    factors, spreads = (part.unflatten(0, shape) for part in rounding.feedback)
+    carried = torch.zeros(len(weights), factors.shape[-1])  # c of each row
     for group, (factor, spread) in enumerate(zip(factors, spreads)):
         columns = weights[:, group].T
         changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(columns, spread)], 1)
@@ -1568,7 +1517,7 @@ def quantize_with_kernel(
     found, importance, shares = workspace.tensor("found", torch.float32, count), nothing, nothing
     if rounding.importance is not None:
         importance, shares = rounding.importance.contiguous(), shares_of(rounding.importance).to(torch.int16)
-    factor, spread = (rounding.feedback.factor, rounding.feedback.spread) if rounding.feedback else (nothing, nothing)
+    factor, spread = rounding.feedback or (nothing, nothing)
     numbers = KERNEL_DTYPES.index(groups.dtype), count, group_size, max(1, len(importance)), factor.shape[-1]
     numbers += SCALE_BITS_DROPPED[scales.dtype], OFFSET_BITS & 0xFF if rounding.with_offset else 0
     tensors = (groups, words, found, importance, shares, factor, spread)  # as in the source's struct, like the numbers
@@ -1601,8 +1550,8 @@ def rounds_as_torch(kernel: Kernel, search: bool) -> bool:
     for weights, importance, factor in trials:
         results = []
         for some in (kernel, None):
-            feedback = None if factor is None else Feedback.of(importance.flatten(), factor, some)
-            results.append([feedback.spread] if feedback else [])
+            feedback = None if factor is None else feedback_of(importance.flatten(), factor, some)
+            results.append([feedback[1]] if feedback else [])
             for dtype, scale_dtype in itertools.product(KERNEL_DTYPES[2 if feedback else 0 :], SCALE_BITS_DROPPED):
                 rounding = Rounding(True, importance, feedback, some)
                 results[-1] += quantize_groups(weights.to(dtype), scale_dtype, Workspace(), rounding)
@@ -1693,7 +1642,7 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
     config.json has no quant_method, so that transformers (5.23) and vLLM (0.29) stop. At one that they do not know
     transformers would only warn, and fill the weights with random numbers.
     """
-    packed, form = packed_sources(tensors), {"format": options.format}
+    packed, form = [tensor.source for tensor in tensors if tensor.packing], {"format": options.format}
     widths = {"bits": 4, "group_size": options.group_size}
     description = {"quant_method": "int4_weight_only", **form, "producer": f"quantize_int4.py {__version__}", **widths}
     order = "8 codes a word along the columns, element 0 in the lowest 4 bits, two's complement"
@@ -1824,11 +1773,7 @@ GPTQ = Format(
     describe_gptq,
     (  # zero points, which version 1 stores less one, and each column's group
         lambda rows, groups, _: ("I32", (groups, rows // 8), lambda: b"\x77" * (groups * rows // 2)),
-        lambda _, groups, size: (
-            "I32",
-            (groups * size,),
-            lambda: b"".join(struct.pack("<i", i) * size for i in range(groups)),
-        ),
+        lambda _, n, size: ("I32", (n * size,), lambda: b"".join(struct.pack("<i", i) * size for i in range(n))),
     ),
     with_offset=True,
     transposed=True,
@@ -1858,11 +1803,10 @@ class Importance(WeightsFile):
         factors = [name for name in self.infos if name.endswith(".factor")]
         if alone := [name for name in factors if name.removesuffix(".factor") not in self.infos]:
             raise QuantizeError(f"{path}: {alone[0]!r} has no {alone[0].removesuffix('.factor')!r} beside it")
-        self.has_factors = bool(factors)
-        self.largest_factor = 0  # numbers in it
+        self.largest_factor = max((math.prod(self.infos[name].shape[-2:]) for name in factors), default=0)  # numbers
         self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
 
-    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity | None) -> None:
+    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity) -> None:
         """Find each weight's vector or the row of a stack: by name, else by what follows the wrappers, where only one
         vector and only one of all tensors of the checkpoint ends so. Raises if more than half of them have none."""
 
@@ -1875,30 +1819,27 @@ class Importance(WeightsFile):
         for name in names:
             shape, stack = self.infos[name].shape, STACK_PATTERN.match(name)
             if len(shape) == 2 and stack and stack["projection"]:
-                for expert, part in itertools.product(range(shape[0]), projections_of(stack["projection"], naming)):
-                    vectors[renamed(f"{stack['place']}experts.{expert}.{part}.weight", naming)] = name, expert
+                for expert, part in itertools.product(range(shape[0]), naming.projections_of(stack["projection"])):
+                    vectors[naming.renamed(f"{stack['place']}experts.{expert}.{part}.weight")] = name, expert
             else:
-                vectors[renamed(f"{name}.weight", naming)] = name, None
+                vectors[naming.renamed(f"{name}.weight")] = name, None
         ends = Counter(map(ending, [*vectors, *(info.name for info in tensors)]))
         by_end = {ending(name): vector for name, vector in vectors.items() if ends[ending(name)] == 2}
         found = {weight.name: vectors.get(weight.name) or by_end.get(ending(weight.name)) for weight in weights}
         self._found = {name: vector for name, vector in found.items() if vector}
         if len(self._found) * 2 < len(weights):
-            raise QuantizeError(
-                f"{self.path} names {len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized: its"
-                f" names are {quote_names(names)}, the checkpoint's {quote_names(found)}: collect them from this model"
-            )
+            some = f"{len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized"
+            theirs = f"its names are {quote_names(names)}, the checkpoint's {quote_names(found)}"
+            raise QuantizeError(f"{self.path} names {some}: {theirs}: collect them from this model")
 
     def describe(self, weights: list[TensorInfo]) -> str:
         """Say how many of these have what, in words for the plan; all of it is read and checked."""
         named = [weight for weight in weights if weight.name in self._found]
-        shapes = [None if factor is None else factor.shape for _, factor in filter(None, map(self.get, named))]
-        ranks = [shape[1] for shape in shapes if shape]
-        self.largest_factor = max((shape.numel() for shape in shapes if shape), default=0)
-        feedback = " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else ""
-        feedback = f", {len(ranks):,} of them with error feedback of rank {feedback}" if ranks else ""
+        ranks = [0 if factor is None else factor.shape[1] for _, factor in filter(None, map(self.get, named))]
+        some = ", ".join(map(str, sorted({*ranks} - {0})))
+        feedback = f", {len(ranks) - ranks.count(0):,} of them with error feedback of rank {some}" if some else ""
         return (
-            f"importance weighs {count_of(len(shapes), 'weight')}{feedback}; {len(named) - len(shapes):,} are named but"
+            f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {len(named) - len(ranks):,} are named but"
             f" without data, and {len(weights) - len(named):,} are not named"
         )
 
@@ -1942,20 +1883,13 @@ class Importance(WeightsFile):
         data = self.read(info, (row or 0) * info.nbytes // rows, info.nbytes // rows)
         tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
         if not (torch.isfinite(tensor) & (tensor >= least)).all():
-            wrong = "negative or not finite" if least == 0 else "not finite"
-            raise QuantizeError(f"{self.path}: {name!r} holds a value that is {wrong}")
+            raise QuantizeError(f"{self.path}: {name!r} has values {'' if least else 'negative or '}not finite")
         return tensor
 
 
 # ---- Plan: all that is decided before the first weight is read ------------------------------------------------------
 
-# What config.json calls the number of layers: of a decoder, of an encoder, of layers that are shared, of others.
-LAYER_COUNTS = (
-    ("decoder", ("decoder_layers", "num_decoder_layers")),
-    ("encoder", ("encoder_layers", "num_encoder_layers")),
-    ("", ("num_hidden_groups",)),
-    ("", ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
-)
+LAYER_COUNTS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "n_layers", "num_layers")  # in config.json
 # Layers that engines hold as one, and so in one precision. (vLLM 0.29.0: packed_modules_mapping of its models)
 FUSED_LAYERS = (
     "q_proj,k_proj,v_proj gate_proj,up_proj w1,w3 q_a_proj,kv_a_proj_with_mqa in_proj_qkv,in_proj_z in_proj_b,in_proj_a"
@@ -1964,49 +1898,38 @@ FUSED_LAYERS = (
 MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
 QUANTIZED = "means that it is already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
 ADAPTER = "is an unmerged adapter's: merge it into its base model first (peft: merge_and_unload), then save that"
-# Marks of what is no merged model: in a tensor's name, of which tensors, what it means and what to do.
+# Marks of what is no merged model, in a tensor's name or on a second line such as "BF16 2-D empty"; and what to do.
 UNFIT = (
-    # Formats in use on the hub.
-    (
+    (  # formats in use on the hub
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)"
-        r"|\w*quantizer\._\w+)$",
-        lambda info: True,
+        r"|\w*quantizer\._\w+)$|\nF[468]|\.weight\n[IU]\d+ 2-D",
         QUANTIZED,
     ),
-    ("", lambda info: info.dtype[0] == "F" and DTYPE_BITS[info.dtype] <= 8, QUANTIZED),
-    (r"\.weight$", lambda info: info.dtype[0] in "IU" and len(info.shape) == 2, QUANTIZED),
-    # The spellings of peft, torchtune, kohya's scripts and AdapterHub; `refuse_unfit` finds others.
-    (
+    (  # the spellings of peft, torchtune, kohya's scripts and AdapterHub; `refuse_unfit` finds others
         r"(^|[._])(?i:lora)[._]?([AB]|up|down|left|right|embedding_[AB])(\.|$)|(^|\.)(lora_[ab]|adapter_?[AB])(\.|$)"
         r"|magnitude_vector|(^|\.)(hada_[wt][12]|lokr_[wt][12]|b?oft_[RSrs]|vera_[AB]|ia3_l|trainable_tokens_)"
         r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\.|adapters\.\w+\.adapter_)"
         r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)",
-        lambda info: True,
         ADAPTER,
     ),
-    (
-        r"flat_param",
-        lambda info: True,
-        "holds many layers' parameters, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate merge-weights",
-    ),
-    (
-        r"\.weight_(orig|mask)$|\.parametrizations\.weight\.original\d*$",
-        lambda info: len(info.shape) == 2,  # some models' convolutions have such parts of their own
+    ("flat_param", "holds layers' weights, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate merge-weights"),
+    (  # some models' convolutions have such parts of their own
+        r"\.(weight_(orig|mask)|parametrizations\.weight\.original\d*)\n\w+ 2-D",
         "is what a weight is computed from, by pruning or another parametrization: make it permanent first"
         " (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that",
     ),
     (
-        r"(weight|bias)$|\.experts\.",
-        lambda info: info.nbytes == 0,
+        r"(weight|bias|\.experts\..*)\n.* empty",
         "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
         " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
     ),
 )
 # Files beside the weights that are not the model's. All others at the folder's top level are copied.
 OTHER_WEIGHTS = (
-    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo|tar|tgz|zip|tar\.\w+)$"
-    r"|\.index\.json$"
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo|tar(\.\w+)?|tgz|zip"
+    r"|index\.json)$"
 )
+ShardPlan = namedtuple("ShardPlan", "name header size")  # of a file of the output: `size` bytes in all
 
 
 @dataclass(frozen=True)
@@ -2050,20 +1973,10 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
-    """Describe a file of the output: its header, then the tensors' bytes."""
-
-    name: str
-    header: bytes
-    size: int  # bytes of the whole file
-
-
-@dataclass(frozen=True)
 class Plan:
     """Hold all that is decided before the first weight is read."""
 
     options: Options
-    statistics: Importance | None
     facts: dict  # what decides the output and the user can change; JSON
     fingerprint: str  # of sources and options: two runs with the same one write the same bytes
     tensors: list[TensorPlan]
@@ -2075,6 +1988,7 @@ class Plan:
     left_out: list[str]
     notes: list[str]
     warnings: Collection[str] = ()
+    statistics: Importance | None = None
     stacks: int = 0  # of experts, that are read as one weight an expert
 
 
@@ -2090,27 +2004,28 @@ def plan_conversion(checkpoint: Checkpoint, options: Options, statistics: Import
     kinds = find_kinds(sources, config)
     for size in [asked] if asked else MARLIN_GROUP_SIZES if form.for_engines else [128]:
         options = replace(options, group_size=size)
-        tensors = plan_tensors(sources, kinds, options, config)
+        tensors = list(plan_tensors(sources, kinds, options, config))
         # An expert that is too narrow for a group does not fit either.
         narrow = (t.source.name for t in tensors if not t.packing and t.kept_because.startswith("narrow"))
         ragged = any(t.packing and t.source.shape[1] % t.packing.group_size for t in tensors)
         if not ragged and not any(map(EXPERT_PATTERN.match, narrow)):
             break
-    packed = packed_sources(tensors)
+    packed = [tensor.source for tensor in tensors if tensor.packing]
     inside = [info for info in packed if re.search(r"\.\d+\.", info.name)]
     fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
-    conv1d = inside if oddity_with("conv1d", config)[0] or any(n == 3 * m for m, n in fused) else []
+    conv1d = inside if oddity_with("conv1d", config).conv1d or any(n == 3 * m for m, n in fused) else []
     refuse_useless_options(tensors, [weight for stack in stacks.values() for weight in stack.weights], options)
     if form.for_engines:
         refuse_unloadable(checkpoint, tensors, options, conv1d)
     warnings, notes = list(what_is_missing(sources, kinds, config, form.for_engines)), list(checkpoint.notes)
     if statistics:
-        statistics.match(packed, sources, oddity_with("projections", config)[0])
+        statistics.match(packed, sources, oddity_with("projections", config))
         notes.append(statistics.describe([t.source for t in tensors if t.packing and t.packing.bits == 4]))
     if not asked and form.for_engines:
         notes.append(f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
-    notes += notes_on_tensors(tensors, form, config, conv1d)
-    return plan_files(checkpoint, tensors, options, statistics, notes=notes, warnings=warnings, stacks=len(separated))
+    notes += filter(None, notes_on_tensors(tensors, form, config, conv1d))
+    more = {"statistics": statistics, "notes": notes, "warnings": warnings, "stacks": len(separated)}
+    return plan_files(checkpoint, tensors, options, **more)
 
 
 def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -2126,29 +2041,20 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     dtype = model_dtype(checkpoint.config) or (common[0][0] if common else "F32")
     tensors = []
     for module in modules:
-        words, scales = (as_rows(infos[module + suffix], form) for suffix in form.suffixes[:2])
+        stored = [infos[module + suffix] for suffix in form.suffixes[:2]]
+        if form.transposed:  # to be read as (rows, columns)
+            stored = [i.part(i.name, i.shape[::-1], 0, i.shape[1] * DTYPE_BITS[i.dtype] // 8) for i in stored]
+        words, scales = stored
         rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
         if ".weight_shape" in form.suffixes:
             rows, columns = struct.unpack("<2q", checkpoint.read(infos[f"{module}.weight_shape"], 0, 16))
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
         tensors.append(TensorPlan(words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales))
-    weights = [replace(t.source, name=t.outputs[0].name, shape=t.outputs[0].shape) for t in tensors]
-    kinds = find_kinds([*weights, *kept], checkpoint.config)
-    tensors = [replace(t, kind=kinds[info.name]) for t, info in zip(tensors, weights)]
+    kinds = find_kinds([*(tensor.outputs[0] for tensor in tensors), *kept], checkpoint.config)
+    tensors = [replace(tensor, kind=kinds[tensor.outputs[0].name]) for tensor in tensors]
     tensors += [TensorPlan(i, "not packed", None, (OutputTensor(i.name, i.dtype, i.shape),)) for i in kept]
-    return plan_files(checkpoint, tensors, options, None, notes=checkpoint.notes)
-
-
-def as_rows(info: TensorInfo, form: Format) -> TensorInfo:
-    """Describe a weight's words or scales as (rows, columns), of a format that may hold them the other way."""
-    columns, rows = info.shape
-    return info.part(info.name, (rows, columns), 0, rows * DTYPE_BITS[info.dtype] // 8) if form.transposed else info
-
-
-def packed_sources(tensors: Iterable[TensorPlan]) -> list[TensorInfo]:
-    """List the weights that are quantized."""
-    return [tensor.source for tensor in tensors if tensor.packing]
+    return plan_files(checkpoint, tensors, options, notes=checkpoint.notes)
 
 
 def refuse_unfit(checkpoint: Checkpoint) -> None:
@@ -2159,17 +2065,16 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
         raise QuantizeError(f"{marks[0] if marks else f'quantization_config in {folder / CONFIG_NAME}'} {QUANTIZED}")
     inside, refused = {}, []  # by weight (out, in), the matrices that lie inside its module; what is found
     for name, info in infos.items():
+        described = f"{name}\n{info.dtype} {len(info.shape)}-D{' empty' * (info.nbytes == 0)}"
+        refused += [(info, text) for pattern, text in UNFIT if re.search(pattern, described, re.MULTILINE)]
         for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
             owner = f"{name[: end.start()]}.weight"
             if owner in infos and owner != name:
-                inside.setdefault(owner, []).append(info)
+                inside.setdefault(infos[owner], []).append(info)
     for weight, parts in inside.items():  # a low-rank update, whatever it is called: (rank, in) and (out, rank)
         for down, up in itertools.permutations(parts, 2):
-            shape = infos[weight].shape
-            if (up.shape[0], down.shape[1]) == shape and down.shape[0] == up.shape[1] < min(shape):
+            if (up.shape[0], down.shape[1]) == weight.shape and down.shape[0] == up.shape[1] < min(weight.shape):
                 refused.append((down, ADAPTER))
-    for info in infos.values():
-        refused += [(info, text) for name, which, text in UNFIT if re.search(name, info.name) and which(info)]
     for info, problem in refused[:1]:
         raise QuantizeError(f"tensor {info.name_in_file!r} {info.dtype} {info.shape} ({info.file.name}) {problem}")
 
@@ -2190,13 +2095,13 @@ def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> 
     Refuses what cannot be read so: most of the model would stay as it is, and engines would leave experts unfilled."""
     if refused := [stack.info for stack in stacks.values() if stack.problem]:
         info, pattern = refused[0], shlex.quote(pattern_of(refused))
-        odd = oddity_with("remedy", checkpoint.config)[0] if stacks[info.name].weights else None
-        remedy = odd.remedy if odd else f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
+        remedy = oddity_with("remedy", checkpoint.config).remedy if stacks[info.name].weights else ""
+        remedy = remedy or f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
         problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
         raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
-    naming = oddity_with("projections", checkpoint.config)[0] if stacks else None
+    naming = oddity_with("projections", checkpoint.config) if stacks else Oddity("")
     parts = (stacks[name].weights if name in stacks else [info] for name, info in checkpoint.tensors.items())
-    return [replace(i, name=renamed(i.name, naming), stored=i.name_in_file) for i in itertools.chain(*parts)]
+    return [replace(i, name=naming.renamed(i.name), stored=i.name_in_file) for i in itertools.chain(*parts)]
 
 
 def pattern_of(infos: Iterable[TensorInfo]) -> str:
@@ -2206,22 +2111,20 @@ def pattern_of(infos: Iterable[TensorInfo]) -> str:
     return rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
 
 
-def plan_tensors(sources: list[TensorInfo], kinds: dict[str, str], options: Options, config: dict) -> list[TensorPlan]:
+def plan_tensors(sources: list[TensorInfo], kinds: dict, options: Options, config: dict) -> Iterator[TensorPlan]:
     """Decide for each tensor whether it is quantized, and what it becomes."""
     reasons = [reason_to_keep(info, options, kinds.get(info.name)) for info in sources]
     eights = [not reason and named_by(options.int8, info) for info, reason in zip(sources, reasons)]
     # Groups of 128 where these fit. Engines hold routed experts as one, so they must fit all of them.
     ragged = {info.name for info, eight in zip(sources, eights) if eight and info.shape[1] % 128}
     ragged_experts, computed_in = any(map(EXPERT_PATTERN.match, ragged)), model_dtype(config)
-    tensors = []
     for info, reason, eight in zip(sources, reasons, eights):
         packing, outputs = None, (OutputTensor(info.name, info.dtype, info.shape),)
         if not reason:
             misfit = ragged_experts if EXPERT_PATTERN.match(info.name) else info.name in ragged
             packing = Packing(8 if eight else 4, 128 if eight and not misfit else options.group_size)
             outputs = options.form.outputs(info, packing, computed_in)
-        tensors.append(TensorPlan(info, reason, packing, outputs, kind=kinds.get(info.name, "")))
-    return tensors
+        yield TensorPlan(info, reason, packing, outputs, kind=kinds.get(info.name, ""))
 
 
 def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str | None:
@@ -2247,30 +2150,28 @@ def refuse_useless_options(tensors: list[TensorPlan], experts: list[TensorInfo],
         given = f"{option} {shlex.quote(pattern)} matches"
         meant = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
         if not meant and (option == "--int8" or not any(named_by([pattern], weight) for weight in experts)):
-            parts = list(filter(None, re.split(r"[,\s]+", pattern)))
+            parts = re.findall(r"[^,\s]+", pattern)
             hint = nearest(pattern, sorted({part for name in names for part in name.split(".")}))
             if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
                 hint = f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
             raise QuantizeError(f"{given} none of {count}{hint or f' (one is {names[0]!r}): correct or drop it'}")
-        if option == "--int8" and not packed_sources(meant):
+        if option == "--int8" and not any(tensor.packing for tensor in meant):
             example = f"{meant[0].source.name!r} ({meant[0].kept_because})"
             raise QuantizeError(f"{given} only tensors that are kept, e.g. {example}: correct or drop it")
-    if not packed_sources(tensors):
+    if not any(tensor.packing for tensor in tensors):
         example = f"{tensors[0].source.name!r} ({tensors[0].kept_because})"
         remedy = "lower --group_size or drop --exclude if that keeps them"
         raise QuantizeError(f"no weight would be quantized: {count} are all kept, e.g. {example}: {remedy}")
     makers: dict[str, TensorInfo] = {}
     for info, name in ((tensor.source, output.name) for tensor in tensors for output in tensor.outputs):
-        twin = makers.setdefault(name, info)
-        if twin is not info:
-            names = quote_names([twin.name_in_file, info.name_in_file])
-            remedy = "leave one, if they are two copies of the same weights, or --exclude the weight"
-            raise QuantizeError(f"tensors {names} would both become {name!r}: {remedy}")
+        if (twin := makers.setdefault(name, info)) is not info:
+            both = quote_names([twin.name_in_file, info.name_in_file])
+            raise QuantizeError(f"tensors {both} become {name!r}: leave one of two copies, or --exclude the weight")
 
 
 def refuse_unloadable(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, conv1d: list) -> None:
     """Refuse whatever would make a folder that converts well and then does not load in engines, or loads as noise."""
-    form, size, weights = options.form, options.group_size, packed_sources(tensors)
+    form, size, weights = options.form, options.group_size, [tensor.source for tensor in tensors if tensor.packing]
     fitting = next((n for n in MARLIN_GROUP_SIZES if not any(info.shape[1] % n for info in weights)), None)
     divides = f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them"
     ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
@@ -2287,7 +2188,7 @@ def refuse_unloadable(checkpoint: Checkpoint, tensors: list[TensorPlan], options
             problem = f"{len(refused):,} weights {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
         if refused:
             raise QuantizeError(problem)
-    wholes: dict[str, dict[Packing | None, str]] = {}  # what engines hold as one: what becomes of its parts
+    wholes = {}  # what engines hold as one: what becomes of its first part
     for tensor in (tensor for tensor in tensors if len(tensor.source.shape) > 1):
         name, packing = tensor.source.name, tensor.packing
         parent, _, last = name.removesuffix(".weight").rpartition(".")
@@ -2296,13 +2197,11 @@ def refuse_unloadable(checkpoint: Checkpoint, tensors: list[TensorPlan], options
             keys.append(f"engines fuse all experts of {layer[1]}")
         if packing and EXPERT_PATTERN.match(name):
             keys.append("transformers (5.23) reads the experts of all layers in one width, others as noise")
-        fate = f"gets {packing.bits} bits" if packing else f"is kept ({tensor.kept_because})"
+        fate = f"{name!r} gets {packing.bits} bits" if packing else f"{name!r} is kept ({tensor.kept_because})"
         for key in keys:
-            wholes.setdefault(key, {}).setdefault(packing, f"{name!r} {fate}")
-    for whole, fates in wholes.items():
-        if len(fates) > 1:
-            split = " while ".join(list(fates.values())[:2])
-            raise QuantizeError(f"{whole}: {split}: --exclude or --int8 all of them or none")
+            first, its_fate = wholes.setdefault(key, (packing, fate))
+            if first != packing:
+                raise QuantizeError(f"{key}: {its_fate} while {fate}: --exclude or --int8 all of them or none")
 
 
 def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: dict, for_engines: bool) -> Iterator[str]:
@@ -2315,17 +2214,14 @@ def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: di
         if len(info.shape) == 2 and (match := re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)):
             blocks.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), set()).add(match[4])
     made_up = "Loaders fill them with random numbers"
-    towers = re.compile(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder")
-    names = [name for name in layers if not towers.search(name)] or list(layers)
-    largest = max(names, key=lambda name: len(layers[name]), default="layers")
+    names = [name for name in layers if not re.search(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder", name)]
+    largest = max(names or layers, key=lambda name: len(layers[name]), default="layers")
     for container in {largest, largest.replace("decoder", "encoder")} & {largest, *layers}:
-        counts = [config_values(config, *keys) for part, keys in LAYER_COUNTS if part in container]
-        expected = min(next(filter(None, counts), [0]))
-        if missing := [f"{container}.{n}" for n in range(expected) if n not in layers.get(container, ())]:
-            problem = (
-                f"LAYERS ARE MISSING: of {expected:,} by {CONFIG_NAME}, {len(missing):,} are not in the checkpoint"
-            )
-            yield f"{problem}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
+        part = re.search("decoder|encoder|$", container)[0]  # or neither
+        counts = config_values(config, f"{part}_layers", f"num_{part}_layers") or config_values(config, *LAYER_COUNTS)
+        if missing := [f"{container}.{n}" for n in range(min(counts, default=0)) if n not in layers.get(container, ())]:
+            lost = f"LAYERS ARE MISSING: {len(missing):,} of {min(counts):,} by {CONFIG_NAME} are not in the checkpoint"
+            yield f"{lost}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
     gaps, experts = [], min(config_values(config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in blocks.items():
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
@@ -2351,39 +2247,31 @@ def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: di
 
 def notes_on_tensors(tensors: list[TensorPlan], form: Format, config: dict, conv1d: list[TensorInfo]) -> Iterator[str]:
     """Say what the owner of the checkpoint should know before the conversion rather than after the copy."""
-    if form.note:
-        yield form.note
+    yield form.note
     if delicate := [tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
         pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
         kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
         yield f"{kinds} in 4 bits, too, costs quality and saves little: --exclude {pattern} keeps them"
     separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
-    if form.for_engines and separated and not oddity_with("projections", config)[0]:
-        yield (
-            f"stacks of experts are read as one weight an expert, named as by most models, e.g. {separated[0].name!r};"
-            " whether this model's loaders know them so was not tried"
-        )
+    if form.for_engines and separated and not oddity_with("projections", config).projections:
+        named = f"stacks of experts are read as one weight an expert, named as by most models ({separated[0].name!r})"
+        yield f"{named}; whether this model's loaders know them so was not tried"
     if conv1d:
-        what = f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out)"
-        yield f"{what}: their groups run along the outputs, as the columns do"
+        yield f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs"
     if stacks := [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]:
         size = format_bytes(sum(info.nbytes for info in stacks))
         yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
     if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
-        yield (
-            "two widths: with run_compressed=False or dequantize=True, transformers (5.23) decodes all layers as if"
-            " they had one; load the folder without these, or --restore it to dense weights"
-        )
+        wrong = "transformers (5.23) with run_compressed=False or dequantize=True decodes all layers as if they had one"
+        yield f"two widths: {wrong}; load the folder without these, or --restore it to dense weights"
     experts = [t.packing for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
-    if form.note_on_experts and any(experts):
+    if any(experts):
         yield form.note_on_experts
-    if form.note_on_kept_experts and not all(experts) and not oddity_with("linear_experts", config)[0]:
+    if not all(experts) and not oddity_with("linear_experts", config).linear_experts:
         yield form.note_on_kept_experts
 
 
-def plan_files(
-    checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, statistics: Importance | None, **more: object
-) -> Plan:
+def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, **more: object) -> Plan:
     """Describe the model and its quantization, and decide where each byte goes."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
@@ -2409,7 +2297,7 @@ def plan_files(
     other_files = copied | written | {INDEX_NAME: f"{as_json(index)}\n".encode()}
     hashes[INDEX_NAME] = hashlib.sha256(other_files[INDEX_NAME]).hexdigest()
     made = tensors, total_size, shards, placements, other_files, hashes, left_out
-    return Plan(options, statistics, facts, fingerprint, *made, **more)
+    return Plan(options, facts, fingerprint, *made, **more)
 
 
 def plan_other_files(checkpoint: Checkpoint, written: set, restore: bool) -> tuple[dict[str, Path], list[str]]:
@@ -2479,14 +2367,13 @@ def what_differs(was: dict, now: dict) -> str:
     """Say which of its facts are not as they were for another run: version, options, names and sizes of sources."""
     if was.get("version") != now["version"]:
         return "it was made by another version of this program"
-    changed, options = [], was["options"]
+    changed = []
     for name, value in now["options"].items():
-        if options.get(name) != value:
-            text = f"--{name} was {options.get(name)}, is {value}"
-            text = text.replace(" was None", " was not given").replace(" is None", " is not given")
-            changed.append(
-                "--importance was another file" if name == "importance" and options[name] and value else text
-            )
+        before = was["options"].get(name)
+        if name == "importance" and before and value and before != value:
+            changed.append("--importance was another file")
+        elif before != value:
+            changed.append(f"--{name} was {before}, is {value}".replace(" None", " not given"))
     sizes, others = ({(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now))
     others = sorted({name for name, _ in sizes ^ others})
     return ", ".join(changed) or (f"{quote_names(others)} had other names or sizes" if others else "")
@@ -2805,7 +2692,7 @@ class Job:
 
     tensor: TensorPlan
     shards: list[ShardFile]  # that hold what it becomes
-    kind: str  # of work, by Meter.COSTS
+    kind: str  # of work, one of Conversion.COSTS
     row: int
     rows: int
     column: int
@@ -2817,11 +2704,14 @@ class Job:
 class Conversion:
     """One run over a plan: threads that do jobs in the input's order. The first error stops all."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], guard: MemoryGuard, meter: Meter):
+    COSTS: ClassVar = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}  # until measured
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], guard: MemoryGuard, task: str):
         self.checkpoint = checkpoint
         self.plan = plan
         self.shards = shards
-        self.meter = meter
+        self.task = task
+        self.work: dict[str, list[float]] = {}  # by kind: its cost, bytes in all, bytes done, seconds in one thread
         self._guard = guard
         self._kernel = kernel_for(plan)
         self._rounding_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_rounding)  # for the jobs of one tensor
@@ -2836,12 +2726,12 @@ class Conversion:
                 self._due.add(tensor.source.name)
                 jobs += self._plan_jobs(tensor, of_tensor)
         for job in jobs:
-            meter.expect(job.kind, job.nbytes)
+            self.work.setdefault(job.kind, [self.COSTS[job.kind], 0, 0, 0.0])[1] += job.nbytes
             for shard in job.shards:
                 shard.jobs_left += 1
         self._jobs = iter(jobs)
         self._left = Counter(job.tensor.source.name for job in jobs)  # jobs by tensor
-        meter.tensors_total = len(self._left)
+        self.tensors_total, self.tensors_done = len(self._left), 0
         self._ahead: deque[tuple[Job, concurrent.futures.Future | None]] = deque()
         self._room = max((job.nbytes for job in jobs), default=0) + READ_MARGIN
         self._free: list[mmap.mmap] = []  # buffers of that size
@@ -2887,7 +2777,7 @@ class Conversion:
                         with self._lock:
                             self._tasks -= done
                         check_signals()
-                        progress.show(self.meter)
+                        progress.show(self)
                 finally:
                     self._stop.set()
                     self._syncer.shutdown(wait=False, cancel_futures=True)
@@ -2942,9 +2832,10 @@ class Conversion:
         """Book a job. Its shard is synced if a sync is due, and finished if that was its last job."""
         name = job.tensor.source.name
         with self._lock:
-            self.meter.book(job.kind, job.nbytes, seconds)
+            self.work[job.kind][2] += job.nbytes
+            self.work[job.kind][3] += seconds
             self._left[name] -= 1
-            self.meter.tensors_done += self._left[name] == 0
+            self.tensors_done += self._left[name] == 0
             self._unsynced += job.nbytes
             due = self._unsynced >= SYNC_BYTES
             self._unsynced = 0 if due else self._unsynced
@@ -3036,7 +2927,7 @@ class Conversion:
         rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
         if factor is None:
             return rounding
-        return replace(rounding, feedback=Feedback.of(mean_squares, factor, self._kernel))
+        return replace(rounding, feedback=feedback_of(mean_squares, factor, self._kernel))
 
     def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
         """Decode a job's rows by quarters of a tile, of which torch makes several temporary tensors."""
@@ -3077,6 +2968,12 @@ def say(text: str = "", before: str = "", end: str = "\n", colour: str = "") -> 
         print(before + paint(printable(text), colour, sys.stdout), end=end, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
+
+
+def clear_line() -> None:
+    """Leave an updating line, so that what follows starts on a fresh one."""
+    if is_terminal(sys.stdout):
+        say(before=CLEAR_LINE, end="")
 
 
 def shorten(text: str, room: int) -> str:
@@ -3124,7 +3021,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
         say_paragraph(label, text)
     print_table(plan, checkpoint)
     say()
-    shards, compared = count_of(len(plan.shards), "shard"), count_of(len(output.compare), "shard")
+    shards, compared = (count_of(len(some), "shard") for some in (plan.shards, output.compare))
     finished = sum(shard.name in output.finished for shard in plan.shards)
     copied = [name for name, content in plan.other_files.items() if isinstance(content, Path)]
     need, free = output.room()
@@ -3198,25 +3095,6 @@ def print_list(plan: Plan) -> None:
         say(before="\t".join(map(printable, cells)))
 
 
-class Meter:
-    """Measures how much of a task is done, by kinds of work, which differ in what a byte costs."""
-
-    COSTS: ClassVar = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}  # until measured
-
-    def __init__(self, task: str):
-        self.task = task
-        self.tensors_done = self.tensors_total = 0
-        self.work: dict[str, list[float]] = {}  # by kind: its cost, bytes in all, bytes done, seconds in one thread
-
-    def expect(self, kind: str, nbytes: int) -> None:
-        self.work.setdefault(kind, [self.COSTS[kind], 0, 0, 0.0])[1] += nbytes
-
-    def book(self, kind: str, nbytes: int, seconds: float) -> None:
-        """Count some work as done; for one caller at a time."""
-        self.work[kind][2] += nbytes
-        self.work[kind][3] += seconds
-
-
 class Progress:
     """One updating line on a terminal, else a line every ten seconds."""
 
@@ -3235,12 +3113,12 @@ class Progress:
         """Note the memory at a stage, for the table at the end."""
         self.stages.append((stage, self.guard.read()))
 
-    def show(self, meter: Meter) -> None:
+    def show(self, conversion: Conversion) -> None:
         """Print how far it is, if the last time is long enough ago; and note the memory half-way."""
-        work = [(0, 0, 0, 0.0), *meter.work.values()]
+        work, task, tensors = [(0, 0, 0, 0.0), *conversion.work.values()], conversion.task, conversion.tensors_total
         _, total, done, spent = map(sum, zip(*work))
         if len(self.stages) == 2 and done * 2 >= total:
-            self.mark(f"Mid-{meter.task.replace('izing', 'ization')}")
+            self.mark(f"Mid-{task.replace('izing', 'ization')}")
         now, terminal, room = time.monotonic(), is_terminal(sys.stdout), terminal_width() - 1
         if now < self._next:
             return
@@ -3251,37 +3129,32 @@ class Progress:
         left = math.ceil(elapsed / max(share, 0.02) * (1 - share) / 5) * 5  # seconds
         unit, size = ("h", 3600) if left >= 5400 else ("min", 60) if left > 90 else ("s", 1)
         parts = [
-            f"{meter.task}  {share:.0%}",
+            f"{task}  {share:.0%}",
             *([f"about {left / size:,.0f} {unit} left"] if elapsed >= 2 and share >= 0.02 else []),
             f"{format_bytes(done)} of {format_bytes(total)}",
             f"{format_bytes(done / max(elapsed, 1e-9))}/s",
-            f"{meter.tensors_done:,}/{count_of(meter.tensors_total, 'tensor')}",
+            f"{conversion.tensors_done:,}/{count_of(tensors, 'tensor')}",
             f"RAM {format_bytes(reading.used)} used, {format_bytes(reading.available)} available",
         ]
         if done == total:
-            parts = [f"{meter.task}: {count_of(meter.tensors_total, 'tensor')} done, waiting for the disk"]
+            parts = [f"{task}: {count_of(tensors, 'tensor')} done, waiting for the disk"]
         fitting = [line for line in itertools.accumulate(parts, "{}  {}".format) if len(line) <= room]
         say(fitting[-1] if fitting else "", CLEAR_LINE if terminal else "", "" if terminal else "\n")
-
-    def clear(self) -> None:
-        """Leave the updating line, so that what follows starts on a fresh one."""
-        if is_terminal(sys.stdout):
-            say(before=CLEAR_LINE, end="")
 
 
 def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> None:
     """Say what was done, and what it took."""
     seconds, verb = time.monotonic() - progress.started, "restored" if plan.options.restore else "quantized"
-    rate = format_bytes(sum(nbytes for _, nbytes, *_ in conversion.meter.work.values()) / max(seconds, 1e-9))
+    rate = format_bytes(sum(nbytes for _, nbytes, *_ in conversion.work.values()) / max(seconds, 1e-9))
     before, after = sum(tensor.bytes_read for tensor in plan.tensors), plan.total_size
     smaller = "" if plan.options.restore else f" ({three_digits(before / max(after, 1))} times smaller)"
     packed = sum(tensor.packing is not None for tensor in plan.tensors)
     counts = f"{count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept"
-    peak, memory = format_bytes(progress.guard.own_peak), psutil.virtual_memory()
-    more = getattr(memory, "cached", 0) - progress.cached
     say(f"Done in {format_seconds(seconds)}, {rate}/s", colour=GREEN)
     say_paragraph("Result:", f"{format_bytes(before)} became {format_bytes(after)}{smaller}; {counts}")
+    peak, memory = format_bytes(progress.guard.own_peak), psutil.virtual_memory()
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
+    more = getattr(memory, "cached", 0) - progress.cached
     say_paragraph("Cache:", f"the page cache holds {format_bytes(more) if more > 0 else 'no'} more than before")
     say_paragraph("GPU:", f"its programs see {format_bytes(memory.free)} free now" if shares_memory_with_gpu() else "")
     say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}", before="\n")
@@ -3325,7 +3198,7 @@ class Verification(Conversion):
         self.problems += [f"{name} is none of the shards" for name in sorted(strays) if name.endswith(".safetensors")]
         shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
         self._sound = [shard for shard in shards if self._is_sound(shard)]
-        super().__init__(checkpoint, plan, shards, guard, Meter("verifying"))
+        super().__init__(checkpoint, plan, shards, guard, "verifying")
 
     def _is_sound(self, shard: ShardFile) -> bool:
         """Tell whether the library opens a shard, and it holds the planned tensors at their places."""
@@ -3484,7 +3357,7 @@ def run(args: argparse.Namespace) -> None:
         if args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise QuantizeError(f"output folder {args.output_dir} is inside the input folder {folder}, or is it itself")
     finished = args.verify and (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
-    with contextlib.closing(Checkpoint.open(args.input_dir, args.config_dir)) as checkpoint:
+    with contextlib.closing(Checkpoint(args.input_dir, args.config_dir)) as checkpoint:
         plan = plan_as_asked(args, checkpoint, finished)
         if args.list:
             print_list(plan)
@@ -3506,7 +3379,7 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
     statistics = Importance(args.importance) if args.importance else None
     asked = {name: getattr(args, name, None) for name in Options.__annotations__}
     if statistics:
-        how = FEEDBACK if statistics.has_factors else WEIGHED
+        how = FEEDBACK if statistics.largest_factor else WEIGHED
         asked["importance"] = f"{how} {hash_file(args.importance)}"
     if args.restore:
         made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
@@ -3550,12 +3423,12 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         problem = f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free"
         raise QuantizeError(f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk")
     progress.guard.check()
-    compared, meter = output.nothing_to_write, Meter("restoring" if plan.options.restore else "quantizing")
+    compared, task = output.nothing_to_write, "restoring" if plan.options.restore else "quantizing"
     shards = [
         ShardFile(output.folder, shard, plan.fingerprint, shard.name in output.finished, shard.name in output.compare)
         for shard in plan.shards
     ]
-    conversion = Conversion(checkpoint, plan, shards, progress.guard, meter)
+    conversion = Conversion(checkpoint, plan, shards, progress.guard, task)
     say()
     output.prepare()
     progress.restart()
@@ -3570,7 +3443,7 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
             stop.args = (f"{stop}; {finished} are finished and kept, the same command continues",)
         raise
     finally:
-        progress.clear()
+        clear_line()
         output.clean_up()
     progress.mark("Compared" if compared else "Written")
     if compared:
@@ -3589,7 +3462,7 @@ def verify(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progres
     try:
         verification.run(args.threads, progress)
     finally:
-        progress.clear()
+        clear_line()
     print_verification(verification)
     if verification.problems:
         remedy = "convert again with --overwrite"
@@ -3618,6 +3491,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # the workers are the parallelism
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be in its encoding
+    clear_line()  # "loading torch"
     stop_on_signals()
     gc.freeze()  # what the imports made; searching it for garbage takes 55 ms, during which no worker gets on
     try:

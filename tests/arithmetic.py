@@ -32,7 +32,7 @@ def quantize_groups(
     *,
     kernel: q.Kernel | None = None,
     importance: torch.Tensor | None = None,
-    feedback: q.Feedback | None = None,
+    feedback: tuple[torch.Tensor, torch.Tensor] | None = None,
     with_offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Words (groups, words of 8 codes) and scales (groups,). Scales are searched where `importance` is given."""

@@ -134,7 +134,7 @@ def test_a_missing_part_is_refused_without_an_index_too(tmp_path, name):
 
 def test_a_tensor_missing_from_its_shard_is_refused(tmp_path):
     folder = indexed(tmp_path, {"m.weight": "model.safetensors", "n.weight": "model.safetensors"})
-    refuse(folder, tmp_path / "out", "'n.weight'", "model.safetensors", "does not hold it")
+    refuse(folder, tmp_path / "out", "'n.weight'", "model.safetensors", "which lacks it")
 
 
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""])

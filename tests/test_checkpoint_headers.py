@@ -94,13 +94,13 @@ def test_a_damaged_header_is_refused_or_changes_nothing(tmp_path, data):
     whole = (tmp_path / "whole").read_bytes() if (tmp_path / "whole").exists() else shard.read_bytes()
     (tmp_path / "whole").write_bytes(whole)
     shard.write_bytes(whole)
-    infos = q.Checkpoint.open(source).tensors
+    infos = q.Checkpoint(source).tensors
     header = 8 + int.from_bytes(whole[:8], "little")
     start = data.draw(st.integers(0, header - 1))
     damage = data.draw(st.binary(min_size=1, max_size=min(12, header - start)))
     shard.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
     try:
-        assert q.Checkpoint.open(source).tensors == infos
+        assert q.Checkpoint(source).tensors == infos
     except q.QuantizeError as error:
         assert shard.name in str(error) or "index" in str(error)
 

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,27 +166,23 @@ def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """What is shown of a meter after some seconds, in so many columns."""
+    """What is shown after some seconds, in so many columns, of work by its kinds, as in `Conversion.work`."""
     monkeypatch.setattr(q, "PROGRESS_INTERVAL_S", {True: 0, False: 0})
     progress = q.Progress(q.MemoryGuard(0))
 
-    def show(meter: q.Meter, seconds: float, columns: int = 200) -> str:
+    def show(seconds: float, columns: int = 200, **work: list) -> str:
         monkeypatch.setenv("COLUMNS", str(columns))
         progress.restart()
         with monkeypatch.context() as later:
             later.setattr(time, "monotonic", lambda: progress.started + seconds)
-            progress.show(meter)
+            progress.show(SimpleNamespace(task="quantizing", work=work, tensors_done=1, tensors_total=10))
         return capsys.readouterr().out.rstrip("\n")
 
     return show
 
 
 def test_on_a_narrow_terminal_the_memory_goes_first(shown):
-    meter = q.Meter("quantizing")
-    meter.expect("mse", 10**9)
-    meter.tensors_total = 10
-    meter.book("mse", 10**8, 1.0)
-    lines = [shown(meter, 10.0, columns) for columns in (201, 80, 41)]
+    lines = [shown(10.0, columns, mse=[5, 10**9, 10**8, 1.0]) for columns in (201, 80, 41)]
     assert all("quantizing  10%  about 90 s left" in line for line in lines)
     assert ["RAM" in line for line in lines] == [True, False, False]
     assert ["/s" in line for line in lines] == [True, True, False]
@@ -193,35 +190,25 @@ def test_on_a_narrow_terminal_the_memory_goes_first(shown):
 
 
 def test_the_estimate_weighs_kinds_of_work_by_what_they_cost(shown):
-    meter = q.Meter("quantizing")
-    meter.expect("kept", 900)
-    meter.expect("mse", 100)
-    assert "quantizing  0%  0 bytes of 1.00 kB" in shown(meter, 60)
-    meter.book("kept", 900, 9.0)  # 90 % of the bytes
+    assert "quantizing  0%  0 bytes of 1.00 kB" in shown(60, kept=[1, 900, 0, 0.0], mse=[5, 100, 0, 0.0])
+    kept = [1, 900, 900, 9.0]  # 90 % of the bytes
     # What has not begun is taken to cost five times as much, so that 9 of 14 parts are done.
-    assert "quantizing  64%  about 20 s left" in shown(meter, 36)
-    meter.book("mse", 10, 4.0)
-    assert "quantizing  27%  about 40 s left" in shown(meter, 13)  # 13 seconds of 9 + 40, and 36 to come
+    assert "quantizing  64%  about 20 s left" in shown(36, kept=kept, mse=[5, 100, 0, 0.0])
+    line = shown(13, kept=kept, mse=[5, 100, 10, 4.0])  # 13 seconds of 9 + 40, and 36 to come
+    assert "quantizing  27%  about 40 s left" in line
 
 
 def test_there_is_no_estimate_before_it_means_something(shown):
-    meter = q.Meter("quantizing")
-    meter.expect("mse", 10_000)
-    meter.book("mse", 100, 1.0)
-    assert "left" not in shown(meter, 30)  # 1 % is done
-    meter.book("mse", 900, 9.0)
-    assert "left" not in shown(meter, 1)  # of the first two seconds
-    assert "10%  about 45 s left" in shown(meter, 5)
+    assert "left" not in shown(30, mse=[5, 10_000, 100, 1.0])  # 1 % is done
+    assert "left" not in shown(1, mse=[5, 10_000, 1000, 10.0])  # of the first two seconds
+    assert "10%  about 45 s left" in shown(5, mse=[5, 10_000, 1000, 10.0])
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3, "5 s"), (41, "45 s"), (95, "2 min"), (3000, "50 min"), (75_000, "21 h")]
 )
 def test_estimates_are_not_more_exact_than_they_are(shown, seconds, text):
-    meter = q.Meter("quantizing")
-    meter.expect("mse", 100)
-    meter.book("mse", 50, 1.0)
-    assert f"50%  about {text} left" in shown(meter, seconds)
+    assert f"50%  about {text} left" in shown(seconds, mse=[5, 100, 50, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_every_code_is_that_of_dense_gptq_but_for_ties(kernel, rank):
     weights = (seeded(ROWS, COLUMNS) * 0.02).bfloat16()
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
     kernel = compiled_kernel() if kernel else None
-    feedback = q.Feedback.of(mean_squares, factor.clone(), kernel)
+    feedback = q.feedback_of(mean_squares, factor.clone(), kernel)
     how = {"importance": mean_squares.view(-1, GROUP_SIZE), "feedback": feedback, "kernel": kernel}
     words, scales = quantize_groups(weights.view(-1, GROUP_SIZE), **how)
     codes = q.unpack_int4(words).view(ROWS, COLUMNS).double()
@@ -295,7 +295,7 @@ def test_changes_are_bounded_by_two_scales():
     mean_squares, factor = torch.full((64,), 0.1), torch.full((64, 8), 0.1 / 8**0.5)
     mean_squares[-9:-1], factor[-9:-1] = 40, (40 / 8) ** 0.5  # strong columns before a weak one
     weights = seeded(400, 64).bfloat16()
-    feedback = q.Feedback.of(mean_squares, factor.clone(), None)
+    feedback = q.feedback_of(mean_squares, factor.clone(), None)
     words, scales = quantize_groups(weights, importance=mean_squares.view(1, 64), feedback=feedback)
     codes, scales = q.unpack_int4(words), scales.float()[:, None]
     steps = ((weights.float() - codes * scales) / scales).abs()[codes.abs() < 7]
@@ -354,7 +354,7 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
     weights = EXTREME_WEIGHTS[kind](seeded(36, group_size * 3)).bfloat16()
     weights[5] = 0
     mean_squares, factor = statistics_of(correlated_inputs(group_size * 3), 11)
-    how = {"importance": mean_squares.view(3, -1), "feedback": q.Feedback.of(mean_squares, factor, None)}
+    how = {"importance": mean_squares.view(3, -1), "feedback": q.feedback_of(mean_squares, factor, None)}
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = [
             quantize_or_refuse(weights.view(-1, group_size), scale_dtype, kernel=kernel, **how)
@@ -366,7 +366,7 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
 @pytest.mark.parametrize("rank", [1, 8, 33, 64])
 def test_the_kernel_and_torch_find_the_same_spread(rank):
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
-    spreads = [q.Feedback.of(mean_squares, factor.clone(), kernel).spread for kernel in (compiled_kernel(), None)]
+    spreads = [q.feedback_of(mean_squares, factor.clone(), kernel)[1] for kernel in (compiled_kernel(), None)]
     assert torch.equal(*spreads)
     assert spreads[0].abs().max() > 0
 

@@ -105,12 +105,12 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
             return q.MemoryReading(0, 0)
 
     quantize(tiny, tmp_path / "out")
-    with contextlib.closing(q.Checkpoint.open(tiny)) as checkpoint:
+    with contextlib.closing(q.Checkpoint(tiny)) as checkpoint:
         plan = q.plan_conversion(checkpoint, q.Options(**q.read_facts(tmp_path / "out")["options"]))
         verification = q.Verification(checkpoint, plan, tmp_path / "out", guard := Guard())
         with pytest.raises(q.QuantizeError, match="too little memory"):
             verification.run(1, q.Progress(guard))
-    assert verification.meter.tensors_done == 3
+    assert verification.tensors_done == 3
 
 
 # --- weights and tensors ----------------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def plan(source, group_size, *exclude):
         restore=False,
         shard_size_gb=4.0,
     )
-    with contextlib.closing(q.Checkpoint.open(source)) as checkpoint:
+    with contextlib.closing(q.Checkpoint(source)) as checkpoint:
         return q.plan_conversion(checkpoint, options)
 
 
