@@ -1902,7 +1902,7 @@ ADAPTER = "is an unmerged adapter's: merge it into its base model first (peft: m
 UNFIT = (
     (  # formats in use on the hub
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)"
-        r"|\w*quantizer\._\w+)$|\nF[468]|\.weight\n[IU]\d+ 2-D",
+        r"|\w*quantizer\._\w+)$|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
         QUANTIZED,
     ),
     (  # the spellings of peft, torchtune, kohya's scripts and AdapterHub; `refuse_unfit` finds others
