@@ -665,7 +665,7 @@ class Checkpoint:
             if not path.is_dir():
                 problem = "is a file, give its folder" if path.exists() else "no such folder"
                 if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
-                    problem += f"; of the hub: hf download {path} --local-dir {path.name}, then give {path.name}"
+                    problem += f"; from the hub: hf download {path} --local-dir {path.name}, then give {path.name}"
                 raise QuantizeError(f"folder {path}: {problem}")
         names, weight_map = find_weights(folder)
         opened = contextlib.ExitStack()
@@ -726,10 +726,6 @@ class Checkpoint:
         """Read a tensor's bytes: see `WeightsFile.read`."""
         return self.files[info.file].read(info, offset, nbytes, memory)
 
-    def check_unchanged(self) -> None:
-        for file in self.files.values():
-            file.check_unchanged()
-
 
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Name the files of the weights, safetensors rather than pickles, and read their index, if there is one."""
@@ -751,8 +747,8 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     elif others:
         problem += f": if {others[0]!r} is the model's state dict, name it model.pth"
     sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found}
-    complete = r"-of-\d+\.|^(pytorch_)?model\.|\.pth?$"  # names of a whole model or rank, or of its numbered parts
-    if len(sets) > 1 and re.search(complete, "\n".join(found), re.MULTILINE):
+    whole = r"-of-\d+\.|^(pytorch_)?model\.|\.pth?$"  # in names of a whole model or rank, or of its numbered parts
+    if len(sets) > 1 and re.search(whole, "\n".join(found), re.MULTILINE):
         problem = f"{quote_names(sets)} are two sets of weights, or of several ranks: leave one, or merge them"
     for pattern, name in sets.items():
         if part := re.search(r"(\d+)-of-(\d{1,5})\.\w+$", name):
@@ -1838,10 +1834,8 @@ class Importance(WeightsFile):
         ranks = [0 if factor is None else factor.shape[1] for _, factor in filter(None, map(self.get, named))]
         some = ", ".join(map(str, sorted({*ranks} - {0})))
         feedback = f", {len(ranks) - ranks.count(0):,} of them with error feedback of rank {some}" if some else ""
-        return (
-            f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {len(named) - len(ranks):,} are named but"
-            f" without data, and {len(weights) - len(named):,} are not named"
-        )
+        rest = f"{len(named) - len(ranks):,} are named but without data, {len(weights) - len(named):,} are not named"
+        return f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {rest}"
 
     def has_factor(self, info: TensorInfo) -> bool:
         return info.name in self._found and f"{self._found[info.name][0]}.factor" in self.infos
@@ -2781,8 +2775,8 @@ class Conversion:
                 finally:
                     self._stop.set()
                     self._syncer.shutdown(wait=False, cancel_futures=True)
-            self.checkpoint.check_unchanged()
             for file in self.checkpoint.files.values():
+                file.check_unchanged()
                 drop_pages(file.fd, file.cached)  # with the pages that two tensors share
         finally:
             for shard in self.shards:
@@ -2851,7 +2845,8 @@ class Conversion:
         if shard.jobs_left:
             shard.sync()
         elif shard.compare or not shard.finished:
-            self.checkpoint.check_unchanged()
+            for file in self.checkpoint.files.values():
+                file.check_unchanged()
             shard.finish()
 
     def _parts(

@@ -164,7 +164,7 @@ def test_leftovers_of_other_options_are_foreign(model, tmp_path, options):
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        ("content", "the source files changed since model-00001.safetensors was made from them"),
+        ("content", "the source files changed since model-00001.safetensors was made"),
         ("size", "'model-00002-of-00002.safetensors' had other names or sizes"),
         ("name", "'model-00002-of-00002.safetensors', 'renamed.safetensors' had other names or sizes"),
         ("config", "config.json or another file that is copied changed"),

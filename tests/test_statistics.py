@@ -33,7 +33,7 @@ def importance_file(tmp_path, tensors, *more):
 def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(three_layers, tmp_path):
     vectors = {"layers.0.up": torch.rand(200) ** 8, "layers.1.up": torch.zeros(200)}  # an expert that saw no data
     result = quantize(three_layers, tmp_path / "out", *importance_file(tmp_path, vectors), "--verify")
-    assert "importance weighs 1 weight; 1 are named but without data, and 1 are not named" in result.stdout
+    assert "importance weighs 1 weight; 1 are named but without data, 1 are not named" in result.stdout
     quantize(three_layers, tmp_path / "plain", "--scale", "mse")
     assert changed_tensors(tmp_path / "out", tmp_path / "plain") == {"layers.0.up.qweight", "layers.0.up.scales"}
 
@@ -126,7 +126,7 @@ def test_a_stack_of_vectors_weighs_the_experts_of_a_layer_each_by_its_own(tmp_pa
     for folder, given in (("out", stacked_vectors(vectors, place)), ("expected", vectors)):
         options = importance_file(tmp_path, given)
         result = quantize(source, tmp_path / folder, "--group_size", 64, *options)
-        assert f"importance weighs {3 * E} weights; 0 are named but without data, and 2 are not named" in result.stdout
+        assert f"importance weighs {3 * E} weights; 0 are named but without data, 2 are not named" in result.stdout
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
