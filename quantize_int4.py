@@ -633,8 +633,7 @@ def resolve_quantizers(state_dict: dict[str, torch.Tensor], path: Path, notes: l
 
     Returns the model's own tensors, and for some weights a float32 factor for each column. `_amax` records what was
     seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
-    multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused.
-    """
+    multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused."""
     tensors = {name: data for name, data in state_dict.items() if not re.search(r"quantizer(\.\d+)?\._\w+$", name)}
     quantizers, factors = state_dict.keys() - tensors.keys(), {}
     known = {name for name in quantizers if name.endswith("._amax")}
@@ -1091,8 +1090,7 @@ def quantize_groups(
 
     scale = max|w| / 7 or 127, and code = clamp(round(w / scale)), where scale is the stored value read back, the
     division is float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype,
-    has scale 0 and codes 0. A scale that is not finite marks a group with a value that none can hold.
-    """
+    has scale 0 and codes 0. A scale that is not finite marks a group with a value that none can hold."""
     count, group_size = groups.shape
     scales = workspace.tensor("scales", scale_dtype, count)
     if rounding.kernel and rounding.bits == 4 and group_size <= MAX_GROUP:
@@ -1142,8 +1140,7 @@ def search_scales(weights: torch.Tensor, scales: torch.Tensor, importance: torch
     Codes reach -8 but only 7, so the scale's sign puts the largest weight on the longer side. For each step weights are
     rounded with scale = -largest / step; for such codes the best scale is sum(w c) / sum(c c), which leaves the squared
     error sum(w w) - sum(w c)^2 / sum(c c). (After llama.cpp's make_qx_quants.) Weights are taken as parts of the
-    largest, 2^14 for it: sums of integers are the same in whatever order a machine adds.
-    """
+    largest, 2^14 for it: sums of integers are the same in whatever order a machine adds."""
     parts, weighed, codes, products = (workspace.tensor(f"search {i}", torch.int32, *weights.shape) for i in range(4))
     by_row, shares, errors = (-1, *importance.shape), shares_of(importance), products.view(torch.float32)
     sum_dtype = torch.int32 if weights.shape[1] <= MAX_GROUP else torch.int64  # which takes eight times as long
@@ -1177,8 +1174,7 @@ def feedback_of(mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel
     Let H = diag(d) + V V^T be these: once the columns before j are rounded, and c is the sum of v_k (w_k - q_k) over
     these, the error to be expected is least with w_j + u_j c for column j, where u_j = (I + sum of v_k v_k^T / d_k over
     k >= j)^-1 v_j / d_j. Returns V and U, float32 (columns, rank), the rank a multiple of SUM_LANES. (GPTQ by Frantar
-    and others, 2023, for such an H)
-    """
+    and others, 2023, for such an H)"""
     padding = (0, -factor.shape[1] % SUM_LANES, 0, len(mean_squares) - len(factor))
     factor = torch.nn.functional.pad(factor, padding).mul_(math.sqrt(FACTOR_SHARE))
     rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
@@ -1244,8 +1240,7 @@ def dequantize_int4(
     """Decode weights of the `int4` layout to float32 (rows, columns), approximately: code times its group's scale.
 
     qweight: int32 (rows, padded // 8), and scales: float16 (rows, padded // group_size)
-    columns: the weight's true number of columns where quantize_config.json lists it as padded; None keeps all
-    """
+    columns: the weight's true number of columns where quantize_config.json lists it as padded; None keeps all"""
     (rows, words), (scale_rows, groups) = qweight.shape, scales.shape
     if (rows, words * CODES_PER_WORD) != (scale_rows, groups * group_size):
         raise ValueError(f"words {tuple(qweight.shape)}, scales {tuple(scales.shape)}: group_size is not {group_size}?")
@@ -1636,8 +1631,7 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
     """Describe all that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it.
 
     config.json has no quant_method, so that transformers (5.23) and vLLM (0.29) stop. At one that they do not know
-    transformers would only warn, and fill the weights with random numbers.
-    """
+    transformers would only warn, and fill the weights with random numbers."""
     packed, form = [tensor.source for tensor in tensors if tensor.packing], {"format": options.format}
     widths = {"bits": 4, "group_size": options.group_size}
     description = {"quant_method": "int4_weight_only", **form, "producer": f"quantize_int4.py {__version__}", **widths}
@@ -1660,8 +1654,7 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
 
     There is a group for each packing: first that of most weights, which is whatever is `Linear`, then the others, by
     name. The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same
-    quantization scheme"). Beside another one it names experts, too, which transformers matches by name before class.
-    """
+    quantization scheme"). Beside another one it names experts, too, which transformers matches by name before class."""
     members: dict[Packing, list[str]] = {}
     for tensor in tensors:
         if tensor.packing:
@@ -1694,8 +1687,7 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
     numbers where that matches no packed module of another.
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
-    transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says.
-    """
+    transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says."""
     modules: list[tuple[str, str]] = []  # that engines look up, and how the pattern for each has to end
     for info in (tensor.source for tensor in tensors if tensor.packing == packing):
         module = info.name.removesuffix(".weight")
@@ -1791,8 +1783,7 @@ class Importance(WeightsFile):
     of a weight's columns, and a factor (columns, rank), which tells how the columns go together, if there is one.
 
     They are named as a model's parameters, X and X.factor, whose wrappers may differ from the checkpoint's, and where
-    the model holds its experts as a stack, one tensor (experts, columns) or (experts, columns, rank) stands for all.
-    """
+    the model holds its experts as a stack, one tensor (experts, columns) or (experts, columns, rank) stands for all."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -2830,9 +2821,8 @@ class Conversion:
             self.work[job.kind][3] += seconds
             self._left[name] -= 1
             self.tensors_done += self._left[name] == 0
-            self._unsynced += job.nbytes
-            due = self._unsynced >= SYNC_BYTES
-            self._unsynced = 0 if due else self._unsynced
+            due = self._unsynced + job.nbytes >= SYNC_BYTES
+            self._unsynced = 0 if due else self._unsynced + job.nbytes
             for shard in job.shards:
                 shard.jobs_left -= 1
                 if due or not shard.jobs_left:
@@ -3219,8 +3209,7 @@ class Verification(Conversion):
     def run(self, threads: int, progress: Progress) -> None:
         """Compare every tensor; problems are collected, not raised.
 
-        Outputs are products with inputs of the statistics: sqrt(tr(E H E^T) / tr(W H W^T)), or NaN without these.
-        """
+        Outputs are products with inputs of the statistics: sqrt(tr(E H E^T) / tr(W H W^T)), or NaN without these."""
         super().run(threads, progress)
         for tensor in self.plan.tensors:
             name = tensor.source.name
@@ -3374,8 +3363,7 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
     statistics = Importance(args.importance) if args.importance else None
     asked = {name: getattr(args, name, None) for name in Options.__annotations__}
     if statistics:
-        how = FEEDBACK if statistics.largest_factor else WEIGHED
-        asked["importance"] = f"{how} {hash_file(args.importance)}"
+        asked["importance"] = f"{FEEDBACK if statistics.largest_factor else WEIGHED} {hash_file(args.importance)}"
     if args.restore:
         made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
         return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": args.shard_size_gb or 4.0}))
