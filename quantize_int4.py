@@ -2839,10 +2839,8 @@ class Conversion:
                 file.check_unchanged()
             shard.finish()
 
-    def _parts(
-        self, job: Job, data: memoryview, workspace: Workspace
-    ) -> Iterator[tuple[OutputTensor, int, memoryview]]:
-        """Make what a job's bytes become: of which output tensor, from which of its bytes on, and the bytes."""
+    def _parts(self, job: Job, data: memoryview, workspace: Workspace) -> Iterator[tuple]:
+        """Make what a job's bytes become: the output tensor, from which of its bytes on, and these bytes."""
         tensor, packing = job.tensor, job.tensor.packing
         if not packing:
             yield tensor.outputs[0], job.offset, data
@@ -2909,10 +2907,8 @@ class Conversion:
         if self.plan.statistics:
             mean_squares, factor = self.plan.statistics.get(tensor.source) or (mean_squares, None)
         mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
-        rounding = replace(rounding, importance=mean_squares.view(-1, packing.group_size))
-        if factor is None:
-            return rounding
-        return replace(rounding, feedback=feedback_of(mean_squares, factor, self._kernel))
+        feedback = None if factor is None else feedback_of(mean_squares, factor, self._kernel)
+        return replace(rounding, importance=mean_squares.view(-1, packing.group_size), feedback=feedback)
 
     def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
         """Decode a job's rows by quarters of a tile, of which torch makes several temporary tensors."""
