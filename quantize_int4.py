@@ -491,14 +491,13 @@ class WeightsFile:
         if not path.is_file():
             raise QuantizeError(f"{path} is {'not a regular file' if path.exists() else 'missing'}")
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY)
-        self.state = os.stat(self.fd).st_size, os.stat(self.fd).st_mtime_ns
-        self._direct_fd: int | None = None
-        with contextlib.suppress(OSError):  # a file system without
-            self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
+        self.state = path.stat().st_size, path.stat().st_mtime_ns  # before anything is read
         self._not_dropped = 0  # bytes that were read since all that this run read was last dropped
         self.notes, self._tensors, self._factors = [], {}, {}  # the last two of a pickle: see `resolve_quantizers`
         self.infos = self._load_pickle() if path.suffix in (".bin", ".pth", ".pt") else read_tensor_infos(path)
+        self.fd, self._direct_fd = os.open(path, os.O_RDONLY), None
+        with contextlib.suppress(OSError):  # a file system without
+            self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
 
     def _load_pickle(self) -> dict[str, TensorInfo]:
         """Map a pickle's tensors, and find in the file those that lie there in one piece."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -94,13 +95,15 @@ def test_a_damaged_header_is_refused_or_changes_nothing(tmp_path, data):
     whole = (tmp_path / "whole").read_bytes() if (tmp_path / "whole").exists() else shard.read_bytes()
     (tmp_path / "whole").write_bytes(whole)
     shard.write_bytes(whole)
-    infos = q.Checkpoint(source).tensors
+    with contextlib.closing(q.Checkpoint(source)) as checkpoint:
+        infos = checkpoint.tensors
     header = 8 + int.from_bytes(whole[:8], "little")
     start = data.draw(st.integers(0, header - 1))
     damage = data.draw(st.binary(min_size=1, max_size=min(12, header - start)))
     shard.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
     try:
-        assert q.Checkpoint(source).tensors == infos
+        with contextlib.closing(q.Checkpoint(source)) as checkpoint:
+            assert checkpoint.tensors == infos
     except q.QuantizeError as error:
         assert shard.name in str(error) or "index" in str(error)
 
