@@ -3009,9 +3009,9 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     job = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
     jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
     factor = plan.statistics.largest_factor * 4 if plan.statistics else 0
-    # A worker's padded weights, magnitudes, float32 weights, codes, words, scales; a search's four; a job's output.
+    # A worker's padded weights, magnitudes, float32 weights, codes, words, scales (twice); a search's four; a job's.
     words = 1 if options.int8 else 0.5
-    widths = [itemsize, itemsize, 4, 2, words, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
+    widths = [itemsize, itemsize, 4, 2, words, 0.1, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
     buffers = [TILE_WEIGHTS * width for width in widths] + [job * words, job * 0.1]
     own = guard.own() + threads * sum(map(whole_pages, [*buffers, *[factor] * 8])) + jobs + 4 * KEPT_ROUNDINGS * factor
     available, least = format_bytes(guard.read().available), format_bytes(guard.min_free)
