@@ -46,11 +46,11 @@ disk continues with the same command. Exit codes: 0 done, 1 refused or failed,
 """
 
 # For those who change it, downwards as a tensor goes: `Checkpoint` knows each tensor's place; `expert_weights` tells
-# what a stack of experts becomes, `stays_whole` whether it does, `reason_to_keep` why a tensor is kept; `FORMATS` has a
+# what a stack of experts becomes, `stays_whole` if it stays one, `reason_to_keep` why a tensor is kept; `FORMATS` has a
 # row for each format, `ODDITIES` for each unusual type of models; `plan_shards` gives each byte its place; `_survey`
 # finds whether a run may continue; `Conversion` does jobs, `Verification` does them again and compares. Tests are in
 # tests/test_SECTION*.py. Words: a module X has a weight, the tensor X.weight, of rows by columns; group_size columns of
-# a row are a group; a shard is an output file of tensors, a job a block of one that a worker does at a time.
+# a row are a group; a shard is an output file, a job the block of a tensor that a worker does at a time.
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def make_parser() -> Parser:
     parser.add_argument("folders", nargs="*", type=Path, help=argparse.SUPPRESS)
     for name, text, settings in (
         ("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", folder),
-        ("output_dir", "folder to write to; new or empty, or unfinished", folder),
+        ("output_dir", "folder to write to: new, empty, or of an earlier run", folder),
         ("config_dir", "folder of config.json, tokenizer and so on, if not --input_dir", folder),
         ("format", "layout of the output, see below: int4 (default), compressed-tensors or gptq", {"metavar": "NAME"}),
         ("group_size", "columns that share a scale, a multiple of 8 (default: 128; for engines see below)", eights),
@@ -182,7 +182,7 @@ def make_parser() -> Parser:
         ("scale", "how scales are chosen, see below (default: absmax; engines: mse)", {"choices": ("absmax", "mse")}),
         ("importance", "what the layers' inputs are like, see below (safetensors); needs --scale mse", file),
         ("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", regex),
-        ("quantize_embeddings", "quantize embeddings too (default: they are kept)", flag),
+        ("quantize_embeddings", "quantize embeddings too, in int4 alone (default: they are kept)", flag),
         ("min_free_gb", "stop when less memory is available, in 10^9 bytes, container limits too (default: 10)", free),
         ("threads", "worker threads (default: the cores that this process may use)", threads),
         ("dry_run", "print the plan and stop; nothing is written", flag),
@@ -208,8 +208,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.folders:
         parser.error(f"unrecognized arguments: {' '.join(map(str, args.folders))}")
     layout = args.format or args.group_size or args.exclude or args.int8 or args.scale or args.importance
-    if args.restore and (args.verify or layout):
-        parser.error("--restore takes the layout from the folder, and only --shard_size_gb, --threads and the like")
+    if args.restore and (args.verify or args.quantize_embeddings or layout):
+        parser.error("--restore takes the layout from the folder: leave out --verify and what decides it, as --format")
     if args.list and not args.dry_run:
         parser.error("--list needs --dry_run")
     return args
@@ -291,12 +291,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}  # of all th
 DTYPE_NAMES |= {
     getattr(torch, f"{i}int{bits}"): f"{i or 'i'}{bits}".upper() for i in ("", "u") for bits in (8, 16, 32, 64)
 }
-DTYPE_NAMES |= {
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+DTYPE_NAMES |= {torch.bool: "BOOL", torch.complex64: "C64"}
 LAYER_PATTERN = re.compile(r"(.*?)\.?(\w+)\.(\d+)\.")  # wrappers, the layers' container, a layer's number
 # Parts of a multimodal model that are not its language model, and what joins them to it.
 TOWER_WORDS = re.compile(
@@ -489,10 +485,10 @@ class WeightsFile:
     def __init__(self, path: Path):
         check_signals()
         if not path.is_file():
-            raise QuantizeError(f"{path} is {'not a regular file' if path.exists() else 'missing'}")
+            raise QuantizeError(f"file {path} is {'not a regular one' if path.exists() else 'missing'}")
         self.path = path
         self.state = path.stat().st_size, path.stat().st_mtime_ns  # before anything is read
-        self._not_dropped = 0  # bytes that were read since all that this run read was last dropped
+        self._not_dropped = 0  # bytes of scattered reads since the last drop
         self.notes, self._tensors, self._factors = [], {}, {}  # the last two of a pickle: see `resolve_quantizers`
         self.infos = self._load_pickle() if path.suffix in (".bin", ".pth", ".pt") else read_tensor_infos(path)
         self.fd, self._direct_fd = os.open(path, os.O_RDONLY), None
@@ -552,11 +548,12 @@ class WeightsFile:
                 if os.preadv(self._direct_fd, [blocks], start - skip) >= skip + nbytes:
                     return memory[skip : skip + nbytes]
         (self._read_transposed if info.stride else self._read_line)(info, offset, buffer)
-        self._not_dropped = self._not_dropped % SYNC_BYTES + (0 if in_one_piece else nbytes)
+        self._not_dropped += 0 if in_one_piece else nbytes
         if in_one_piece:
             drop_pages(self.fd, self.cached, start, start + nbytes)
         elif self._not_dropped >= SYNC_BYTES:  # and not at once, since other rows lie in the same pages
             drop_pages(self.fd, self.cached)
+            self._not_dropped = 0
         return buffer
 
     def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
@@ -738,7 +735,7 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
         weight_map = read_weight_map(index, [*safetensors, *pickles])
         return sorted(set(weight_map.values())), weight_map
     found = safetensors or [name for name in pickles if name.endswith(".bin")] or pickles
-    problem = "" if found else "no *.safetensors, pytorch_model*.bin or *.pth in it"
+    problem = "" if found else "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
     others = [name for name in names if name.endswith((".ckpt", ".bin")) and not found]
     if (folder / "adapter_config.json").exists() and not found:
         problem += ": it holds a LoRA adapter, merge that into its base model first"
@@ -879,8 +876,8 @@ def config_values(config: dict, *keys: str) -> list:
 
 
 def model_dtype(config: dict) -> str | None:
-    """Return the dtype that engines compute in, by its safetensors name; None if config.json names none."""
-    known = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}  # narrower than a checkpoint's
+    """Return the 16-bit dtype that engines compute in, by its safetensors name; None if config.json names no such."""
+    known = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
     names = (str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype"))
     return next((known[name] for name in names if name in known), None)
 
@@ -899,7 +896,7 @@ ExpertStack = namedtuple("ExpertStack", "info weights problem whole_in_vllm", de
 def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, ExpertStack]:
     """Find every tensor that holds a layer's routed experts together, by its name."""
     config, stacks, layers = checkpoint.config, {}, {}  # layers: stacks by where the experts are, then by role
-    naming, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
+    oddity, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
     odd, types = oddity_with("problem_of_engines", config), config_values(config, "model_type")
     in_engines = odd.problem_of_engines.format(*types) if for_engines else ""
     for name, info in checkpoint.tensors.items():
@@ -919,14 +916,14 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
             if twin is not info:
                 raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, name])))
     for module, layer in layers.items():
-        problem, turned = layout_of_stacks(module, layer, checkpoint, naming)
+        problem, turned = layout_of_stacks(module, layer, checkpoint, oddity)
         for role, info in layer.items():
-            weights = [] if problem else list(expert_weights(info, module, role, naming, turned))
-            stacks[info.name] = ExpertStack(info, weights, problem or in_engines, naming.whole_in_vllm)
+            weights = [] if problem else list(expert_weights(info, module, role, oddity, turned))
+            stacks[info.name] = ExpertStack(info, weights, problem or in_engines, oddity.whole_in_vllm)
     return stacks
 
 
-def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, naming: Oddity) -> tuple[str, bool]:
+def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, oddity: Oddity) -> tuple[str, bool]:
     """Say why a layer's stacks, by role, cannot be read as one weight an expert, if so, and whether they are (in, out).
 
     The shapes of gate_up_proj and down_proj tell: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which are
@@ -937,7 +934,7 @@ def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, naming: O
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
     if name := next(filter(bias.match, checkpoint.tensors), None):
         return f"that have biases ({name!r}), too", False
-    gated = {"gate_up_proj", "gate_proj"} if naming.projections and naming.projections[0] else shapes.keys()
+    gated = {"gate_up_proj", "gate_proj"} if oddity.projections and oddity.projections[0] else shapes.keys()
     if not all(roles & shapes.keys() for roles in ({"down_proj"}, {"gate_up_proj", "up_proj"}, gated)):
         return "but not all projections of the layer's experts are there", False
     if len({info.shape[0] for info in layer.values()}) > 1:
@@ -950,15 +947,15 @@ def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, naming: O
         return "of shapes that do not go together", False
     hidden, widths = config_values(config, "hidden_size", "moe_latent_size"), config_values(config, *EXPERT_WIDTHS)
     straight, turned = (rows in hidden and columns in widths), (columns in hidden and rows in widths)
-    if straight == turned and not naming.projections:
+    if straight == turned and not oddity.projections:
         return f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed", False
     return "", turned and not straight
 
 
-def expert_weights(stack: TensorInfo, module: str, role: str, naming: Oddity, turned: bool) -> Iterator[TensorInfo]:
+def expert_weights(stack: TensorInfo, module: str, role: str, oddity: Oddity, turned: bool) -> Iterator[TensorInfo]:
     """Yield the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
     out_features, in_features = reversed(stack.shape[1:]) if turned else stack.shape[1:]
-    names, itemsize = naming.projections_of(role), DTYPE_BITS[stack.dtype] // 8
+    names, itemsize = oddity.projections_of(role), DTYPE_BITS[stack.dtype] // 8
     shape, stride = (out_features // len(names), in_features), out_features * itemsize if turned else 0
     for expert, (number, name) in itertools.product(range(stack.shape[0]), enumerate(names)):
         start = expert * out_features * in_features + number * shape[0] * (1 if turned else in_features)
@@ -997,7 +994,7 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         if as_many and (re.search(VOCABULARY_WORDS, last) if in_layer else not TOWER_WORDS.search(module)):
             kinds[info.name] = "head" if re.search(HEAD_WORDS, last) else "embeddings"
         for place in (parts[-1], last):
-            beside = experts.get(module.removesuffix(place).rstrip(".")) == rows < columns
+            beside = rows < columns and experts.get(module.removesuffix(place).rstrip(".")) == rows
             if beside and ("rout" in place or not re.search(NO_ROUTER, place)):
                 kinds[info.name] = "routers"
         named = (kind for kind, pattern in LAYER_KINDS if re.search(pattern, info.name))
@@ -1037,7 +1034,7 @@ class Workspace:
         self._tensors: dict[tuple, torch.Tensor] = {}
 
     def buffer(self, role: str, nbytes: int) -> memoryview:
-        """Return `nbytes` writable bytes, the same ones at each call for this role."""
+        """Return `nbytes` writable bytes, the same ones for this role until it asks for more."""
         if len(self._buffers.get(role, b"")) < nbytes:
             self._tensors.clear()  # some lie over the old buffer
             self._buffers[role] = allocate(nbytes)
@@ -1087,9 +1084,9 @@ def quantize_groups(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize groups, (n, group_size) of any float dtype, to packed words, int32, and scales (n,), in the workspace.
 
-    scale = max|w| / 7 or 127, and code = clamp(round(w / scale)), where scale is the stored value read back, the
-    division is float32's and rounding is to nearest even. An all-zero group, or one too small for the scale's dtype,
-    has scale 0 and codes 0. A scale that is not finite marks a group with a value that none can hold."""
+    scale = max|w| / 7 or 127, or searched by importance; code = clamp(round(w / scale)), by the stored scale, with
+    float32's division and rounding to nearest even. An all-zero group, or one too small for the scale's dtype, has
+    scale 0 and codes 0. A scale that is not finite marks a group with a value that none can hold."""
     count, group_size = groups.shape
     scales = workspace.tensor("scales", scale_dtype, count)
     if rounding.kernel and rounding.bits == 4 and group_size <= MAX_GROUP:
@@ -1114,7 +1111,7 @@ def quantize_groups(
 
 
 def round_to_codes(weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, code_max: int = CODE_MAX) -> None:
-    """Put clamp(round(w / scale)) into `out`, 0 where weights are too small for any scale and it is 0."""
+    """Put clamp(round(w / scale)) into `out`, and 0 where the scale is 0: the weights were too small for any."""
     divisors = torch.where(scales == 0, 1, scales).to(torch.float32)[:, None]
     torch.div(weights, divisors, out=out).round_().clamp_(-code_max - 1, code_max)
 
@@ -1606,7 +1603,7 @@ class Format:
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
     row_multiple: int = 1
-    for_engines: bool = True  # an engine's rules hold: see `refuse_unloadable`
+    for_engines: bool = True  # no padding, head and routers whole, mse, and `refuse_unloadable`
     no_int8: str = "its words hold codes of 4 bits alone"  # why no weight can have 8; nothing if it can
     note: str = ""  # for the plan, as the next two
     note_on_experts: str = ""  # where some are quantized
@@ -1635,8 +1632,9 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
     widths = {"bits": 4, "group_size": options.group_size}
     description = {"quant_method": "int4_weight_only", **form, "producer": f"quantize_int4.py {__version__}", **widths}
     order = "8 codes a word along the columns, element 0 in the lowest 4 bits, two's complement"
-    layout = {"X.qweight": f"int32 (rows, padded_columns // 8): {order}"}
-    layout["X.scales"] = "float16 (rows, padded_columns // group_size)"
+    words, scales = (f"X{suffix}" for suffix in options.form.suffixes)
+    layout = {words: f"int32 (rows, padded_columns // 8): {order}"}
+    layout[scales] = "float16 (rows, padded_columns // group_size)"
     description |= {"symmetric": True, "tensors": layout}
     description["dequantize"] = "weight[r, c] = code[r, c] * scales[r, c // group_size]"
     padding = "columns are padded with zeros to a multiple of group_size; drop those past the true shape"
@@ -1792,7 +1790,7 @@ class Importance(WeightsFile):
         self.largest_factor = max((math.prod(self.infos[name].shape[-2:]) for name in factors), default=0)  # numbers
         self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
 
-    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], naming: Oddity) -> None:
+    def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], oddity: Oddity) -> None:
         """Find each weight's vector or the row of a stack: by name, else by what follows the wrappers, where only one
         vector and only one of all tensors of the checkpoint ends so. Raises if more than half of them have none."""
 
@@ -1805,10 +1803,10 @@ class Importance(WeightsFile):
         for name in names:
             shape, stack = self.infos[name].shape, STACK_PATTERN.match(name)
             if len(shape) == 2 and stack and stack["projection"]:
-                for expert, part in itertools.product(range(shape[0]), naming.projections_of(stack["projection"])):
-                    vectors[naming.renamed(f"{stack['place']}experts.{expert}.{part}.weight")] = name, expert
+                for expert, part in itertools.product(range(shape[0]), oddity.projections_of(stack["projection"])):
+                    vectors[oddity.renamed(f"{stack['place']}experts.{expert}.{part}.weight")] = name, expert
             else:
-                vectors[naming.renamed(f"{name}.weight")] = name, None
+                vectors[oddity.renamed(f"{name}.weight")] = name, None
         ends = Counter(map(ending, [*vectors, *(info.name for info in tensors)]))
         by_end = {ending(name): vector for name, vector in vectors.items() if ends[ending(name)] == 2}
         found = {weight.name: vectors.get(weight.name) or by_end.get(ending(weight.name)) for weight in weights}
@@ -1847,8 +1845,8 @@ class Importance(WeightsFile):
         if factor.numel() > MAX_FACTOR:
             held = f"at most {MAX_FACTOR:,} are held in memory: collect it with a rank of {MAX_FACTOR // columns}"
             raise QuantizeError(f"{self.path}: {name!r} holds {factor.numel():,} numbers, {held}")
-        rounding, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
-        sums = factor.abs().mul_(1 - rounding.eps).sub_(rounding.eps * rounding.tiny).clamp_(min=0).square_().sum(1)
+        finfo, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
+        sums = factor.abs().mul_(1 - finfo.eps).sub_(finfo.eps * finfo.tiny).clamp_(min=0).square_().sum(1)
         beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
         if beyond.any():
             column = int(beyond.int().argmax())
@@ -1980,7 +1978,7 @@ def plan_conversion(checkpoint: Checkpoint, options: Options, statistics: Import
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
     config, form, asked = checkpoint.config, options.form, options.group_size
     if options.int8 and form.no_int8:
-        raise QuantizeError(f"--int8: {form.name}: {form.no_int8}: use --format compressed-tensors")
+        raise QuantizeError(f"--int8 is not for {form.name}: {form.no_int8}: use --format compressed-tensors")
     refuse_unfit(checkpoint)
     stacks = find_expert_stacks(checkpoint, form.for_engines)
     separated = {name: stack for name, stack in stacks.items() if not stays_whole(stack, options)}
@@ -2030,8 +2028,8 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
             stored = [i.part(i.name, i.shape[::-1], 0, i.shape[1] * DTYPE_BITS[i.dtype] // 8) for i in stored]
         words, scales = stored
         rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
-        if ".weight_shape" in form.suffixes:
-            rows, columns = struct.unpack("<2q", checkpoint.read(infos[f"{module}.weight_shape"], 0, 16))
+        if not form.no_int8:  # the shape, which comes third, tells 8 bits from twice as many columns
+            rows, columns = struct.unpack("<2q", checkpoint.read(infos[module + form.suffixes[2]], 0, 16))
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
         tensors.append(TensorPlan(words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales))
@@ -2075,17 +2073,17 @@ def stays_whole(stack: ExpertStack, options: Options) -> bool:
 
 
 def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> list[TensorInfo]:
-    """List the checkpoint's tensors, with their weights in place of these stacks, and named as goes with the weights.
-    Refuses what cannot be read so: most of the model would stay as it is, and engines would leave experts unfilled."""
+    """List the checkpoint's tensors, these stacks replaced by their weights, all named as `save_pretrained` names them.
+    Refuses a stack that cannot be read so: most of the model would stay as it is, and engines would miss experts."""
     if refused := [stack.info for stack in stacks.values() if stack.problem]:
         info, pattern = refused[0], shlex.quote(pattern_of(refused))
         remedy = oddity_with("remedy", checkpoint.config).remedy if stacks[info.name].weights else ""
         remedy = remedy or f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
         problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
         raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
-    naming = oddity_with("projections", checkpoint.config) if stacks else Oddity("")
+    oddity = oddity_with("projections", checkpoint.config) if stacks else Oddity("")
     parts = (stacks[name].weights if name in stacks else [info] for name, info in checkpoint.tensors.items())
-    return [replace(i, name=naming.renamed(i.name), stored=i.name_in_file) for i in itertools.chain(*parts)]
+    return [replace(i, name=oddity.renamed(i.name), stored=i.name_in_file) for i in itertools.chain(*parts)]
 
 
 def pattern_of(infos: Iterable[TensorInfo]) -> str:
@@ -2128,7 +2126,7 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
 
 
 def refuse_useless_options(tensors: list[TensorPlan], experts: list[TensorInfo], options: Options) -> None:
-    """Refuse a pattern that means nothing, or for 8 bits only what is kept; to quantize nothing; to lose a tensor."""
+    """Refuse a pattern for nothing, or --int8 for what is kept; to quantize nothing; to name two tensors alike."""
     names, count = [info.name for info in [*(t.source for t in tensors), *experts]], f"the {len(tensors):,} tensors"
     for option, pattern in [*(("--exclude", p) for p in options.exclude), *(("--int8", p) for p in options.int8)]:
         given = f"{option} {shlex.quote(pattern)} matches"
@@ -2189,7 +2187,7 @@ def refuse_unloadable(checkpoint: Checkpoint, tensors: list[TensorPlan], options
 
 
 def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: dict, for_engines: bool) -> Iterator[str]:
-    """Warn of what the model has, by config.json or its other layers, and the checkpoint has not."""
+    """Warn of what the checkpoint should have and lacks; for engines, raise where it is the head or the embedding."""
     layers: dict[str, set[int]] = {}  # by container
     blocks: dict[tuple[str, str], dict[int, set[str]]] = {}  # by container and module: number -> its weights
     for info in tensors:
@@ -2256,7 +2254,7 @@ def notes_on_tensors(tensors: list[TensorPlan], form: Format, config: dict, conv
 
 
 def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, **more: object) -> Plan:
-    """Describe the model and its quantization, and decide where each byte goes."""
+    """Plan the files: what is copied, written or left out, the shards, and the fingerprint of what decides them."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
     if options.restore:
@@ -2380,7 +2378,7 @@ class MemoryGuard:
         self._lock = threading.Lock()
 
     def read(self) -> MemoryReading:
-        """Read the tightest of the machine and the control groups that this process is in."""
+        """Read the tightest of the machine and the control groups that this process is in, and note its own peak."""
         machine = psutil.virtual_memory()
         readings = [MemoryReading(machine.available, machine.total - machine.available)]
         v2, v1 = "max current stat", "limit_in_bytes usage_in_bytes stat"
@@ -2398,7 +2396,7 @@ class MemoryGuard:
         return info.rss - getattr(info, "shared", 0)
 
     def check(self) -> None:
-        """Raise if less than `min_free` is available. Cheap to call often: it looks 10 times a second, for 0.5 ms."""
+        """Raise if less than `min_free` is available. Cheap: it looks at most 10 times a second, for 0.5 ms."""
         with self._lock:
             if time.monotonic() < self._next_look:
                 return
@@ -2777,9 +2775,9 @@ class Conversion:
         """Do jobs until there are no more."""
         workspace = Workspace()
         while (taken := self._take()) and not self._stop.is_set():
-            job, reading = taken
+            job, ahead = taken
             self._guard.check()
-            buffer, data = reading.result() if reading else self._read(job)
+            buffer, data = ahead.result() if ahead else self._read(job)
             started = time.monotonic()
             self._do(job, data, workspace)
             self._free.append(buffer)
@@ -2847,14 +2845,14 @@ class Conversion:
         lines = self._restore(job, data, workspace) if tensor.scales else self._quantize(job, data, workspace)
         widths = (packing.codes_per_word, packing.group_size)  # columns of the weight in one of an output
         for output, (role, part), width in zip(tensor.outputs, lines.items(), widths):
-            first, rows, nbytes = job.column // width, output.shape[1], part.nbytes
-            start = job.row * output.shape[1] + first  # of whole rows, or of part of one
+            first, across, nbytes = job.column // width, output.shape[1], part.nbytes  # across: a row of the output
+            start = job.row * across + first  # of whole rows, or of part of one
             if self.plan.options.form.transposed and not tensor.scales:
-                start = first * rows + job.row
-                nbytes = nbytes if job.rows == rows else job.rows * part.itemsize  # of what lies in one piece
+                start = first * across + job.row
+                nbytes = nbytes if job.rows == across else job.rows * part.itemsize  # of what lies in one piece
             for begin in range(0, part.nbytes, nbytes):
                 piece = workspace.buffer(role, part.nbytes)[begin : begin + nbytes]
-                yield output, (start + begin // nbytes * rows) * part.itemsize, piece
+                yield output, (start + begin // nbytes * across) * part.itemsize, piece
         for output in tensor.outputs[len(lines) :] if job.row == job.column == 0 else ():
             yield output, 0, memoryview(output.content())
 
@@ -2926,10 +2924,10 @@ class Conversion:
 
 def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
     """Name the first weight of a tile that is not finite or too large for the scale's dtype."""
-    info, group = job.tensor.source, int((~torch.isfinite(scales)).nonzero()[0])
-    weights = groups[group].to(torch.float64)
+    info, bad = job.tensor.source, int((~torch.isfinite(scales)).nonzero()[0])
+    weights = groups[bad].to(torch.float64)
     place = int(torch.where(torch.isnan(weights), torch.inf, weights.abs()).argmax())
-    row, group = divmod(group, -(-job.columns // groups.shape[1]))
+    row, group = divmod(bad, -(-job.columns // groups.shape[1]))
     value, problem = float(weights[place]), "is not finite"
     if math.isfinite(value):
         largest = torch.finfo(scales.dtype).max * job.tensor.packing.code_max
@@ -2943,7 +2941,7 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
 
 
 def say(text: str = "", before: str = "", end: str = "\n", colour: str = "") -> None:
-    """Print a line; a reader that went away (`| head`), a closed terminal or a full log must not end a long run."""
+    """Print `before` as it is, then `text`, escaped; a reader that went away or a full log must not end a long run."""
     try:
         print(before + paint(printable(text), colour, sys.stdout), end=end, flush=True)
     except OSError:
@@ -2992,6 +2990,20 @@ def count_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def buffer_bytes(plan: Plan, threads: int) -> int:
+    """Add up what `Conversion` will hold in buffers at the most."""
+    options = plan.options
+    itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
+    job = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
+    jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
+    factor = plan.statistics.largest_factor * 4 if plan.statistics else 0
+    # A worker's padded weights, magnitudes, float32 weights, codes, words, scales (twice); a search's four; a job's.
+    words = 1 if options.int8 else 0.5
+    widths = [itemsize, itemsize, 4, 2, words, 0.1, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
+    buffers = [TILE_WEIGHTS * width for width in widths] + [job * words, job * 0.1]
+    return threads * sum(map(whole_pages, [*buffers, *[factor] * 8])) + jobs + 4 * KEPT_ROUNDINGS * factor
+
+
 def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
     """Say what a run will do, and what the user should know before it."""
     options = plan.options
@@ -3003,17 +3015,10 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
     say()
     shards, compared = (count_of(len(some), "shard") for some in (plan.shards, output.compare))
     finished = sum(shard.name in output.finished for shard in plan.shards)
+    more = finished and not output.nothing_to_write  # to do
     copied = [name for name, content in plan.other_files.items() if isinstance(content, Path)]
     need, free = output.room()
-    itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
-    job = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
-    jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
-    factor = plan.statistics.largest_factor * 4 if plan.statistics else 0
-    # A worker's padded weights, magnitudes, float32 weights, codes, words, scales (twice); a search's four; a job's.
-    words = 1 if options.int8 else 0.5
-    widths = [itemsize, itemsize, 4, 2, words, 0.1, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
-    buffers = [TILE_WEIGHTS * width for width in widths] + [job * words, job * 0.1]
-    own = guard.own() + threads * sum(map(whole_pages, [*buffers, *[factor] * 8])) + jobs + 4 * KEPT_ROUNDINGS * factor
+    own = guard.own() + buffer_bytes(plan, threads)
     available, least = format_bytes(guard.read().available), format_bytes(guard.min_free)
     seen = f"{format_bytes(psutil.virtual_memory().free)} free now, the page cache not counted"
     for label, text in (
@@ -3022,7 +3027,7 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
         ("Copied:", ", ".join(copied) or "no other files"),
         ("Written:", ", ".join(sorted(plan.other_files.keys() - copied))),
         ("Left out:", ", ".join(plan.left_out)),
-        ("Resuming:", f"{finished:,} of {shards} finished by an earlier run" if finished else ""),
+        ("Resuming:", f"{finished:,} of {shards} finished by an earlier run" if more else ""),
         ("Comparing:", f"{compared} with source files of another time" if output.compare else ""),
         ("Removing:", f"{quote_names(path.name for path in output.remove)} of an earlier run" if output.remove else ""),
         ("Disk:", f"{format_bytes(need)} to write, {format_bytes(free)} free{': not enough' if need > free else ''}"),
@@ -3158,7 +3163,7 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 
 class Verification(Conversion):
     """Compares a finished folder with the plan of how it was made, byte for byte with what its source becomes, and each
-    weight, decoded by code that shares nothing with the packing, with the source."""
+    weight, decoded by code that shares with the packing only where bytes lie, with the source."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, folder: Path, guard: MemoryGuard):
         self.folder = folder
@@ -3170,14 +3175,12 @@ class Verification(Conversion):
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
         names = {path.name for path in folder.iterdir()}
         self.problems = [f"{name} is missing" for name in plan.hashes if name not in names]
-        different = (
-            name for name, digest in plan.hashes.items() if name in names and hash_file(folder / name) != digest
-        )
+        different = (n for n, digest in plan.hashes.items() if n in names and hash_file(folder / n) != digest)
         self.problems += [f"{name} is not what the source gives" for name in different]
         strays = names - {shard.name for shard in plan.shards}
         self.problems += [f"{name} is none of the shards" for name in sorted(strays) if name.endswith(".safetensors")]
         shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
-        self._sound = [shard for shard in shards if self._is_sound(shard)]
+        self._sound = [shard for shard in shards if self._is_sound(shard)]  # `_is_due` asks, while jobs are planned
         super().__init__(checkpoint, plan, shards, guard, "verifying")
 
     def _is_sound(self, shard: ShardFile) -> bool:
@@ -3245,9 +3248,9 @@ class Verification(Conversion):
         with_offset, transposed = self.plan.options.form.with_offset, self.plan.options.form.transposed
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
         words, scales = (part.T if transposed else part for part in self._lines(job, workspace).values())
-        rounding, half = torch.finfo(scales.dtype), packing.code_max + 1
+        finfo, half = torch.finfo(scales.dtype), packing.code_max + 1
         searched = packing.bits == 4 and rule != "absmax"
-        tolerance = 0.5 + 1e-5 + packing.code_max * rounding.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
+        tolerance = 0.5 + 1e-5 + packing.code_max * finfo.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
         given = self.plan.statistics and self.plan.statistics.get(info)
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
@@ -3261,7 +3264,7 @@ class Verification(Conversion):
             steps = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
             decoded = codes * steps[:, : job.columns]
             steps, errors = steps[:, : job.columns].abs(), weights - decoded
-            wrong = ~(errors.abs() <= steps * tolerance + half * rounding.smallest_normal)
+            wrong = ~(errors.abs() <= steps * tolerance + half * finfo.smallest_normal)
             if searched:
                 at_end = (codes.abs() >= packing.code_max) & (weights * decoded > 0)
                 reach = 2 * SEARCH_STEPS[-1] + tolerance  # in scales, of the largest weight
@@ -3310,10 +3313,9 @@ def print_verification(verification: Verification) -> None:
     for name, (error, _) in sorted(errors.items(), key=lambda item: -item[1][0])[:5]:
         say(f"  worst: {three_digits(error)}  {shorten(name, terminal_width() - 18)}")
     if verification.blind:
-        within = (
-            f"within {MAX_CHANGE + 0.5 if FEEDBACK in verification.plan.options.rule else 0.5} scales of their weights"
-        )
-        codes = f"4-bit codes {verification.plan.options.rule.partition(' ')[2]} are checked to be {within}"
+        rule = verification.plan.options.rule
+        within = f"within {0.5 + MAX_CHANGE * (FEEDBACK in rule)} scales of their weights"
+        codes = f"4-bit codes {rule.partition(' ')[2]} are checked to be {within}"
         say_paragraph("Note:", f"{codes}; with the --importance that they were made with, each is checked exactly")
     for problem in verification.problems[:20]:
         say_paragraph("WRONG:", problem)
@@ -3349,9 +3351,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bool) -> Plan:
-    """Plan what the arguments ask for; a folder that is only verified, or restored, is taken as what its shards say
-    that it is. By default int4 takes absmax scales, and formats for engines those of mse."""
-    form = FORMATS[args.format or "int4"]
+    """Plan what the arguments ask for; where a folder is only verified, or restored, its shards say how it was made. By
+    default int4 takes absmax scales, and formats for engines those of mse."""
+    form, shard_size_gb = FORMATS[args.format or "int4"], args.shard_size_gb or 4.0
     scale = args.scale or ("mse" if form.for_engines else "absmax")
     if args.importance and scale != "mse" and not finished:
         raise QuantizeError("--importance needs --scale mse", 2)
@@ -3361,7 +3363,7 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
         asked["importance"] = f"{FEEDBACK if statistics.largest_factor else WEIGHED} {hash_file(args.importance)}"
     if args.restore:
         made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
-        return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": args.shard_size_gb or 4.0}))
+        return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": shard_size_gb}))
     if finished:
         made = read_facts(args.output_dir)
         given = made["options"] | {name: value for name, value in asked.items() if value}
@@ -3370,7 +3372,7 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
             remedy = "verify it with the checkpoint, the options and the version that it was made with"
             raise QuantizeError(f"{args.output_dir} was made otherwise: {differs}: {remedy}")
         return plan_conversion(checkpoint, Options(**given), statistics)
-    asked |= {"format": form.name, "scale": scale, "shard_size_gb": args.shard_size_gb or 4.0}
+    asked |= {"format": form.name, "scale": scale, "shard_size_gb": shard_size_gb}
     return plan_conversion(checkpoint, Options(**asked), statistics)
 
 
@@ -3445,7 +3447,7 @@ def verify(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progres
     if verification.problems:
         remedy = "convert again with --overwrite"
         if read_facts(args.output_dir)["sources"] != checkpoint.sources:
-            remedy = f"{checkpoint.folder} has another time than when it was made: is it what it was made from?"
+            remedy = f"if {checkpoint.folder}, now of another time, is what it was made from, {remedy}"
         found = f"{count_of(len(verification.problems), 'problem')}, listed above"
         raise QuantizeError(f"verification of {args.output_dir} found {found}: {remedy}")
 

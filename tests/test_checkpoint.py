@@ -56,7 +56,7 @@ def test_a_pipe_among_the_files_does_not_hang_the_run(model, tmp_path):
     assert_refused(run_cli(model, tmp_path / "out"), "'pipe', not written by this program")
     (model / "model.safetensors").unlink()
     os.mkfifo(model / "model.safetensors")
-    assert_refused(run_cli(model, tmp_path / "other"), "model.safetensors is not a regular file")
+    assert_refused(run_cli(model, tmp_path / "other"), "model.safetensors is not a regular one")
 
 
 def test_an_unreadable_file_is_an_error_that_names_it(open_folder):

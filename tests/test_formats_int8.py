@@ -152,7 +152,7 @@ def test_half_of_a_layers_experts_is_refused(tmp_path):
 @pytest.mark.parametrize("form", ["int4", "gptq"])
 def test_formats_without_a_second_width_refuse_it(tmp_path, form):
     result = run_cli(save_model(tmp_path / "in", MODEL), tmp_path / "out", "--format", form, "--int8", "o_proj")
-    assert_refused(result, "--int8: ", form, "--format compressed-tensors")
+    assert_refused(result, "--int8 is not for ", form, "--format compressed-tensors")
 
 
 def test_a_value_that_is_not_finite_is_refused_by_its_place(tmp_path):
