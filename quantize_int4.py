@@ -165,7 +165,8 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     folder, file, flag = {"metavar": "DIR", "type": Path}, {"metavar": "FILE", "type": Path}, {"action": "store_true"}
-    regex = checked("REGEX", "a regular expression", lambda x: re.compile(x).pattern, action="append", default=[])
+    many = {"action": "append", "default": []}
+    regex = checked("REGEX", "a regular expression", lambda text: re.compile(text).pattern, bool, **many)
     eights = checked("N", "a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
     threads = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
     size = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
@@ -746,7 +747,7 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     if len(sets) > 1 and re.search(whole, "\n".join(found), re.MULTILINE):
         problem = f"{quote_names(sets)} are two sets of weights, or of several ranks: leave one, or merge them"
     for pattern, name in sets.items():
-        if part := re.search(r"(\d+)-of-(\d{1,5})\.\w+$", name):
+        if part := re.search(r"(\d+)-of-0*(\d{1,5})\.\w+$", name):
             parts = [pattern.replace("*", f"{number:0{len(part[1])}}") for number in range(1, int(part[2]) + 1)]
             if missing := [name for name in parts if name not in found]:
                 problem = problem or f"{quote_names(missing)} of {part[2]} missing: copy it again"
@@ -897,8 +898,9 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
     """Find every tensor that holds a layer's routed experts together, by its name."""
     config, stacks, layers = checkpoint.config, {}, {}  # layers: stacks by where the experts are, then by role
     oddity, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
-    odd, types = oddity_with("problem_of_engines", config), config_values(config, "model_type")
-    in_engines = odd.problem_of_engines.format(*types) if for_engines else ""
+    odd = oddity_with("problem_of_engines", config)
+    types = (name for name in config_values(config, "model_type") if name in odd.model_types.split())
+    in_engines = odd.problem_of_engines.format(next(types, "")) if for_engines else ""
     for name, info in checkpoint.tensors.items():
         if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", name):
             continue
@@ -1073,10 +1075,6 @@ class Rounding:
     feedback: tuple[torch.Tensor, ...] | None = None  # of `feedback_of`; needs importance
     kernel: Kernel | None = None  # which does the work for 4 bits in groups of up to MAX_GROUP; the result is the same
     bits: int = 4  # or 8, always by the largest weight, without importance
-
-    def of_groups(self, first: int, count: int) -> Rounding:
-        """Take the part for some groups of each row."""
-        return self if self.importance is None else replace(self, importance=self.importance[first : first + count])
 
 
 def quantize_groups(
@@ -2474,6 +2472,7 @@ class ShardFile:
         self.plan = plan
         self.finished = finished
         self.compare = compare  # what is there with what would be written
+        self.shift = 0  # bytes by which its header is longer than planned, for what it says of sources and files
         self.jobs_left = 0
         self._fd: int | None = None
         self._cached: Ranges = []
@@ -2496,7 +2495,7 @@ class ShardFile:
 
     def read(self, nbytes: int, offset: int) -> bytes:
         with naming(self.path):
-            return os.pread(self._open(), nbytes, offset)
+            return os.pread(self._open(), nbytes, offset + self.shift)
 
     def sync(self) -> None:
         """Bring what was written so far to the disk, and let the page cache forget it."""
@@ -2634,12 +2633,6 @@ class OutputFolder:
                 drop_pages(target.fileno(), [])
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
-
-    def clean_up(self) -> None:
-        """Remove what was being written when the run stopped; whole shards stay for the next run."""
-        for path in self.folder.glob(f"*.{self.plan.fingerprint[:12]}.unfinished"):
-            with contextlib.suppress(OSError):  # the error that stopped the run is the one to report
-                path.unlink()
 
     def close(self) -> None:
         if self._lock_fd is not None:
@@ -2875,7 +2868,9 @@ class Conversion:
         lines = self._lines(job, workspace)
         by_row = [part.T if self.plan.options.form.transposed else part for part in lines.values()]
         padded_columns, in_row = packing.columns_of(job.columns), by_row[1].shape[1]
-        rounding = self._rounding_of(job.tensor).of_groups(job.column // packing.group_size, in_row)
+        rounding, first = self._rounding_of(job.tensor), job.column // packing.group_size
+        if rounding.importance is not None:
+            rounding = replace(rounding, importance=rounding.importance[first : first + in_row])
         step = max(1, TILE_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
             weights = block[row : row + step]
@@ -3173,14 +3168,15 @@ class Verification(Conversion):
         self.blind = bool(plan.options.importance) and plan.statistics is None
         self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
-        names = {path.name for path in folder.iterdir()}
-        self.problems = [f"{name} is missing" for name in plan.hashes if name not in names]
-        different = (n for n, digest in plan.hashes.items() if n in names and hash_file(folder / n) != digest)
-        self.problems += [f"{name} is not what the source gives" for name in different]
+        self._hashes = {INDEX_NAME: plan.hashes[INDEX_NAME]}  # of other files, as they were written
+        names, self.problems = {path.name for path in folder.iterdir()}, []
         strays = names - {shard.name for shard in plan.shards}
         self.problems += [f"{name} is none of the shards" for name in sorted(strays) if name.endswith(".safetensors")]
         shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
         self._sound = [shard for shard in shards if self._is_sound(shard)]  # `_is_due` asks, while jobs are planned
+        self.problems += [f"{name} is missing" for name in self._hashes if name not in names]
+        different = (n for n, digest in self._hashes.items() if n in names and hash_file(folder / n) != digest)
+        self.problems += [f"{name} is not as it was written" for name in different]
         super().__init__(checkpoint, plan, shards, guard, "verifying")
 
     def _is_sound(self, shard: ShardFile) -> bool:
@@ -3192,22 +3188,21 @@ class Verification(Conversion):
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             self.problems.append(f"{shard.final.name}: cannot be opened ({error})")
             return False
-        planned = json.loads(shard.plan.header[8:])
-        del found["__metadata__"], planned["__metadata__"]
+        planned, shard.shift = json.loads(shard.plan.header[8:]), start - len(shard.plan.header)
+        self._hashes |= json.loads(found.pop("__metadata__").get(FILES_KEY, "{}"))
+        del planned["__metadata__"]
         differing = found.keys() ^ planned.keys() or {name for name in found if found[name] != planned[name]}
-        if differing or start != len(shard.plan.header):
-            names = quote_names(sorted(differing)) or "the header"
+        if differing:
+            names = quote_names(sorted(differing))
             self.problems.append(f"{shard.final.name}: {names} differ from what the source gives")
-            return False
-        return True
+        return not differing
 
     def _is_due(self, shards: list[ShardFile]) -> bool:
         return all(shard in self._sound for shard in shards)
 
     def run(self, threads: int, progress: Progress) -> None:
-        """Compare every tensor; problems are collected, not raised.
-
-        Outputs are products with inputs of the statistics: sqrt(tr(E H E^T) / tr(W H W^T)), or NaN without these."""
+        """Compare every tensor; problems are collected, not raised. Errors of outputs, products with inputs of the
+        statistics, are sqrt(tr(E H E^T) / tr(W H W^T)), NaN without these."""
         super().run(threads, progress)
         for tensor in self.plan.tensors:
             name = tensor.source.name
@@ -3424,7 +3419,9 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         raise
     finally:
         clear_line()
-        output.clean_up()
+        for path in output.folder.glob(f"*.{plan.fingerprint[:12]}.unfinished"):  # of a run that stopped here
+            with contextlib.suppress(OSError):  # the error that stopped it is the one to report
+                path.unlink()
     progress.mark("Compared" if compared else "Written")
     if compared:
         seconds = format_seconds(time.monotonic() - progress.started)

@@ -121,15 +121,19 @@ def test_an_index_that_names_a_missing_file_is_refused(tmp_path):
     refuse(folder, tmp_path / "out", "model-00002-of-00002.safetensors", "missing")
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"])
-def test_a_missing_part_is_refused_without_an_index_too(tmp_path, name):
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"),  # as DeepSeek-V3's
+        ("pytorch_model-00002-of-00002.bin", "pytorch_model-00001-of-00002.bin"),
+    ],
+)
+def test_a_missing_part_is_refused_without_an_index_too(tmp_path, there, missing):
     folder = tmp_path / "in"
     folder.mkdir()
-    if name.endswith(".bin"):
-        torch.save({"m.weight": torch.ones(8, 128)}, folder / "pytorch_model-00002-of-00002.bin")
-    else:
-        save_file({"m.weight": torch.ones(8, 128)}, folder / "model-00001-of-00002.safetensors")
-    refuse(folder, tmp_path / "out", repr(name), "missing", "copy it again")
+    (torch.save if there.endswith(".bin") else save_file)({"m.weight": torch.ones(8, 128)}, folder / there)
+    refuse(folder, tmp_path / "out", repr(missing), "missing", "copy it again")
 
 
 def test_a_tensor_missing_from_its_shard_is_refused(tmp_path):

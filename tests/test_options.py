@@ -75,7 +75,8 @@ USAGE_ERRORS = {
     "--shard_size_gb": ["0", "-1", "nan", "inf", "1e300", "four"],
     "--min_free_gb": ["-1", "nan", "1e300"],
     "--threads": ["0", "-2", "1025", "two"],
-    "--exclude": ["(", "*x"],
+    "--exclude": ["(", "*x", ""],
+    "--int8": ["(", ""],
 }
 
 
