@@ -2726,7 +2726,8 @@ class Conversion:
             kind = "restored" if tensor.scales else "8 bits" if packing.bits == 8 else kind
             (rows, columns), itemsize = info.shape, DTYPE_BITS[info.dtype] // 8
             weights = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
-            weights //= packing.codes_per_word if tensor.scales else 1
+            if tensor.scales:  # a quarter of a tile of words: torch makes several temporary tensors of their weights
+                weights = TILE_WEIGHTS // 4 // packing.codes_per_word
             whole_groups = max(1, TILE_WEIGHTS // packing.group_size) * packing.group_size
             width = columns if tensor.scales or statistics else min(columns, whole_groups)
             height = max(1, weights // columns) if width == columns else 1
@@ -2903,18 +2904,15 @@ class Conversion:
         return replace(rounding, importance=mean_squares.view(-1, packing.group_size), feedback=feedback)
 
     def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
-        """Decode a job's rows by quarters of a tile, of which torch makes several temporary tensors."""
+        """Decode a job's rows."""
         tensor, (output,), info = job.tensor, job.tensor.outputs, job.tensor.scales
         words, row_bytes = torch.frombuffer(data, dtype=torch.int32).view(job.rows, -1), info.nbytes // info.shape[0]
         memory = workspace.buffer("scales", job.rows * row_bytes + READ_MARGIN)
         scales = self.checkpoint.read(info, job.row * row_bytes, job.rows * row_bytes, memory)
         scales = torch.frombuffer(scales, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, -1)
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
-        step = max(1, TILE_WEIGHTS // 4 // output.shape[1])
-        for rows in (slice(row, row + step) for row in range(0, job.rows, step)):
-            weights = dequantize(words[rows], scales[rows], tensor.packing, self.plan.options.form.with_offset)
-            dense[rows].copy_(weights[:, : output.shape[1]])
-        return {"dense": dense}
+        weights = dequantize(words, scales, tensor.packing, self.plan.options.form.with_offset)
+        return {"dense": dense.copy_(weights[:, : output.shape[1]])}
 
 
 def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
