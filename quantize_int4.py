@@ -3187,8 +3187,9 @@ class Verification(Conversion):
             self.problems.append(f"{shard.final.name}: cannot be opened ({error})")
             return False
         planned, shard.shift = json.loads(shard.plan.header[8:]), start - len(shard.plan.header)
-        self._hashes |= json.loads(found.pop("__metadata__").get(FILES_KEY, "{}"))
-        del planned["__metadata__"]
+        self._hashes |= json.loads(read_metadata(shard.path).get(FILES_KEY, "{}"))
+        for header in (found, planned):
+            header.pop("__metadata__", None)
         differing = found.keys() ^ planned.keys() or {name for name in found if found[name] != planned[name]}
         if differing:
             names = quote_names(sorted(differing))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from checkpoints import save_model
 from conftest import FORMATS, assert_refused, quantize, run_cli
-from folders import edit_json, edit_shard, overwrite_weights
+from folders import edit_json, edit_shard, overwrite_weights, read_header
 from reference import pack_rows
 from safetensors.torch import load_file, save_file
 
@@ -294,6 +295,19 @@ def test_a_folder_whose_shards_do_not_say_how_they_were_made_is_refused(tiny, tm
     for shard in (tmp_path / "out").glob("*.safetensors"):
         save_file(load_file(shard), shard)
     assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "no shard in it says how it was made")
+
+
+def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
+    """Another program may rewrite one; the others say how the folder was made."""
+    quantize(tiny, tmp_path / "out", "--shard_size_gb", 0.0005)
+    shard = tmp_path / "out" / "model-00002.safetensors"
+    header, start = read_header(shard)
+    del header["__metadata__"]
+    text, tensors = json.dumps(header).encode(), shard.read_bytes()[start:]
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+    assert "holds what it should" in quantize(tiny, tmp_path / "out", "--verify").stdout
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + tensors[:-1] + bytes([tensors[-1] ^ 1]))
+    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "found 1 problem")
 
 
 def test_a_folder_of_another_version_is_refused(tiny, tmp_path):
