@@ -2798,7 +2798,7 @@ class Conversion:
         for output, offset, part in self._parts(job, data, workspace):
             number, start = self.plan.placements[output.name]
             shard = self.shards[number]
-            if shard.compare and shard.read(len(part), start + offset) != part:
+            if shard.compare and shard.read(len(part), start + offset) != bytes(part):  # views are compared slowly
                 problem = f"the source files changed since {shard.final.name} was made, or are another checkpoint's"
                 raise QuantizeError(f"{problem}: choose another folder, or --overwrite starts afresh")
             if not shard.finished:
@@ -3164,6 +3164,8 @@ class Verification(Conversion):
         self.kept = 0  # tensors that are as in the source
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
         self.blind = bool(plan.options.importance) and plan.statistics is None
+        given = plan.statistics.get if plan.statistics else lambda info: None
+        self._statistics_of = functools.lru_cache(KEPT_ROUNDINGS)(given)  # for the jobs of one tensor
         self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
         self._hashes = {INDEX_NAME: plan.hashes[INDEX_NAME]}  # of other files, as they were written
@@ -3220,7 +3222,7 @@ class Verification(Conversion):
             number, start = self.plan.placements[output.name]
             found = self.shards[number].read(len(part), start + offset)
             chosen = tensor.packing and not output.content  # words or scales
-            if found != part and not (chosen and self.blind and tensor.packing.bits == 4):
+            if found != bytes(part) and not (chosen and self.blind and tensor.packing.bits == 4):
                 first = next(number for number, pair in enumerate(zip(found, part)) if pair[0] != pair[1])
                 element = torch.tensor((offset + first) * 8 // DTYPE_BITS[output.dtype])
                 index = [int(number) for number in torch.unravel_index(element, output.shape)]
@@ -3245,7 +3247,7 @@ class Verification(Conversion):
         finfo, half = torch.finfo(scales.dtype), packing.code_max + 1
         searched = packing.bits == 4 and rule != "absmax"
         tolerance = 0.5 + 1e-5 + packing.code_max * finfo.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
-        given = self.plan.statistics and self.plan.statistics.get(info)
+        given = self._statistics_of(info)
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
