@@ -553,9 +553,14 @@ class WeightsFile:
         if in_one_piece:
             drop_pages(self.fd, self.cached, start, start + nbytes)
         elif self._not_dropped >= SYNC_BYTES:  # and not at once, since other rows lie in the same pages
-            drop_pages(self.fd, self.cached)
+            self.drop_read()
             self._not_dropped = 0
         return buffer
+
+    def drop_read(self) -> None:
+        """Let the page cache forget all that this run read, with the pages that two tensors share."""
+        if "cached" in vars(self):  # else nothing was read
+            drop_pages(self.fd, self.cached)
 
     def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on, as the tensor's bytes lie, or by rows of one that is not in one piece."""
@@ -593,8 +598,7 @@ class WeightsFile:
 
     def close(self) -> None:
         self._tensors.clear()  # pages that are mapped cannot be dropped
-        if "cached" in vars(self):
-            drop_pages(self.fd, self.cached)
+        self.drop_read()
         for fd in {self.fd, self._direct_fd} - {None}:
             os.close(fd)
 
@@ -2759,7 +2763,7 @@ class Conversion:
                     self._syncer.shutdown(wait=False, cancel_futures=True)
             for file in self.checkpoint.files.values():
                 file.check_unchanged()
-                drop_pages(file.fd, file.cached)  # with the pages that two tensors share
+                file.drop_read()
         finally:
             for shard in self.shards:
                 shard.close()
