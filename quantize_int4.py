@@ -101,7 +101,6 @@ ERROR = "error: "  # before every message of one
 BOLD_RED, GREEN = "31;1", "32"  # ECMA-48, select graphic rendition
 CLEAR_LINE = "\r\033[K"  # on a terminal: back to the line's start, erase to its end (ECMA-48)
 SEE_HELP = " (see quantize_int4.py --help)"
-SIGNALS_RECEIVED: list[int] = []  # see `stop_on_signals`
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -289,9 +288,7 @@ DTYPE_BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16) | dict.fromkeys((
 DTYPE_BITS |= dict.fromkeys(("I64", "U64", "F64", "C64"), 64) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}  # of all that a pickle may hold
-DTYPE_NAMES |= {
-    getattr(torch, f"{i}int{bits}"): f"{i or 'i'}{bits}".upper() for i in ("", "u") for bits in (8, 16, 32, 64)
-}
+DTYPE_NAMES |= {getattr(torch, n.replace("I", "int").replace("U", "uint")): n for n in DTYPE_BITS if n[0] in "IU"}
 DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 DTYPE_NAMES |= {torch.bool: "BOOL", torch.complex64: "C64"}
 LAYER_PATTERN = re.compile(r"(.*?)\.?(\w+)\.(\d+)\.")  # wrappers, the layers' container, a layer's number
@@ -308,13 +305,14 @@ STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
 WRAPPER_PATTERN = re.compile(
     r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-
 TRAINER_PATTERN = re.compile(  # files of a trainer's
     r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|events\.out\.tfevents|zero_to_fp32)"
     r"|^latest$|\.distcp$"
 )
 
 # ---- Errors: one line each, with what to do -------------------------------------------------------------------------
+
+SIGNALS_RECEIVED: list[int] = []  # see `stop_on_signals`
 
 
 class QuantizeError(Exception):
@@ -2549,20 +2547,21 @@ class OutputFolder:
         marks = {path: read_metadata(path) for path in entries if SHARD_PATTERN.match(path.name)}
         shards = {path for path in marks if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in marks[path]}
         own_files = {item for path in shards for item in json.loads(marks[path].get(FILES_KEY, "{}")).items()}
+        known, facts = {*self.plan.hashes, *dict(own_files)}, json.dumps(self.plan.facts)
         finished, compare, remove, stale, foreign = set(), set(), [], [], []
         for path in entries:
             unfinished, shard = UNFINISHED_PATTERN.fullmatch(path.name), planned.get(path.name)
             own = bool(shard) and path in shards and marks[path][METADATA_KEY] == self.plan.fingerprint
-            known = path.name in {*self.plan.hashes, *dict(own_files)} and path.is_file()
-            digest, index = hash_file(path) if known else "", path.name == INDEX_NAME  # which follows from the shards
+            digest = hash_file(path) if path.name in known and path.is_file() else ""
+            index = path.name == INDEX_NAME  # which follows from the shards
             if own and path.stat().st_size == shard.size:
                 with open(path, "rb") as file:
                     as_planned = file.read(len(shard.header)) == shard.header
-                if as_planned or marks[path].get(FACTS_KEY) != json.dumps(self.plan.facts):  # else it is damaged
+                if as_planned or marks[path].get(FACTS_KEY) != facts:  # else it is damaged
                     finished.add(path.name)
                     compare |= set() if as_planned else {path.name}
                     continue
-            if known and digest == self.plan.hashes.get(path.name):
+            if digest == self.plan.hashes.get(path.name):
                 finished.add(path.name)
             elif own or (unfinished and self.plan.fingerprint.startswith(unfinished[1])):
                 remove.append(path)
@@ -2576,9 +2575,9 @@ class OutputFolder:
         if self.overwrite:
             return set(), set(), [*remove, *stale, *(self.folder / name for name in finished)]
         if stale:
-            facts = [json.loads(marks[path][FACTS_KEY]) for path in stale if FACTS_KEY in marks.get(path, {})]
+            theirs = [json.loads(marks[path][FACTS_KEY]) for path in stale if FACTS_KEY in marks.get(path, {})]
             files = f"tensors, {CONFIG_NAME} or another file that is copied changed"
-            differs = (what_differs(facts[0], self.plan.facts) if facts else "its options are not known") or files
+            differs = (what_differs(theirs[0], self.plan.facts) if theirs else "its options are not known") or files
             problem = f"{quote_names(p.name for p in stale)} of another run: {differs}"
             advice = "--overwrite starts afresh, or choose another folder"
             raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
@@ -3168,8 +3167,7 @@ class Verification(Conversion):
         self.kept = 0  # tensors that are as in the source
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
         self.blind = bool(plan.options.importance) and plan.statistics is None
-        given = plan.statistics.get if plan.statistics else lambda info: None
-        self._statistics_of = functools.lru_cache(KEPT_ROUNDINGS)(given)  # for the jobs of one tensor
+        self._statistics_of = functools.lru_cache(KEPT_ROUNDINGS)(lambda info: plan.statistics.get(info))
         self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
         self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
         self._hashes = {INDEX_NAME: plan.hashes[INDEX_NAME]}  # of other files, as they were written
@@ -3251,7 +3249,7 @@ class Verification(Conversion):
         finfo, half = torch.finfo(scales.dtype), packing.code_max + 1
         searched = packing.bits == 4 and rule != "absmax"
         tolerance = 0.5 + 1e-5 + packing.code_max * finfo.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
-        given = self._statistics_of(info)
+        given = self.plan.statistics and self._statistics_of(info)
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
