@@ -287,11 +287,11 @@ def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_z
     assert folder_bytes(folder) == expected
 
 
-def test_hundreds_of_shards_do_not_use_up_the_descriptors(tmp_path):
-    tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(200)}
+def test_more_shards_than_descriptors_do_not_use_up_the_descriptors(tmp_path):
+    tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)}
     source = save_model(tmp_path / "in", tensors)
     quantize(source, tmp_path / "out", "--shard_size_gb", 1e-6, constants={"MAX_WAITING_SHARDS": 8}, open_files=60)
-    assert len(finished_shards(tmp_path / "out")) >= 200
+    assert len(finished_shards(tmp_path / "out")) > 100
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def test_numbers_have_three_digits(number, text):
 def test_colour_is_for_terminals_that_want_it(tiny, tmp_path, environment, coloured):
     text, _ = run_in_terminal(command(tiny, tmp_path / "out"), 80, environment)
     assert ("\033[32mDone in" in text) == coloured
-    text, _ = run_in_terminal(command(tmp_path / "nowhere", tmp_path / "out"), 80, environment)
+    text, _ = run_in_terminal([*command(tiny, tmp_path / "out"), "--bogus"], 80, environment)
     assert ("\033[31;1merror: \033[m" in text) == coloured
     assert "error: " in plain(text)
 
