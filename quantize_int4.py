@@ -2355,7 +2355,8 @@ def what_differs(was: dict, now: dict) -> str:
         if name == "importance" and before and value and before != value:
             changed.append("--importance was another file")
         elif before != value:
-            changed.append(f"--{name} was {before}, is {value}".replace(" None", " not given"))
+            said = (f" --{name} ".join(v) if v and isinstance(v, list) else v or "not given" for v in (before, value))
+            changed.append("--{} was {}, is {}".format(name, *said).replace(" True", " given"))
     sizes, others = ({(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now))
     others = sorted({name for name, _ in sizes ^ others})
     return ", ".join(changed) or (f"{quote_names(others)} had other names or sizes" if others else "")
@@ -3099,7 +3100,7 @@ class Progress:
         work, task, tensors = [(0, 0, 0, 0.0), *conversion.work.values()], conversion.task, conversion.tensors_total
         _, total, done, spent = map(sum, zip(*work))
         if len(self.stages) == 2 and done * 2 >= total:
-            self.mark(f"Mid-{task.replace('izing', 'ization')}")
+            self.mark(f"Mid-{task.replace('izing', 'ization').replace('oring', 'oration')}")
         now, terminal, room = time.monotonic(), is_terminal(sys.stdout), terminal_width() - 1
         if now < self._next:
             return

@@ -23,32 +23,41 @@ import quantize_int4 as q
 # --- what the process takes -------------------------------------------------------------------------------------------
 
 
-def test_memory_stays_under_half_a_gigabyte_whatever_the_size_of_a_tensor_or_shard(tmp_path):
+@pytest.fixture(scope="module")
+def half_a_gigabyte() -> int:
+    """What a run may take: 0.35 GB besides the 0.15 that torch's CPU build holds as soon as it is imported, or what
+    another build holds (0.25 to 0.29 with CUDA)."""
+    status = "import torch; print(open('/proc/self/status').read())"
+    text = subprocess.run([sys.executable, "-c", status], capture_output=True, text=True, check=True).stdout
+    return 350_000_000 + int(re.search(r"RssAnon:\s+(\d+)", text)[1]) * 1024
+
+
+def test_memory_stays_under_half_a_gigabyte_whatever_the_size_of_a_tensor_or_shard(tmp_path, half_a_gigabyte):
     tensors = {
         "embed_tokens.weight": (torch.bfloat16, (100_000, 3072)),  # 0.6 GB, kept
         "lm_head.weight": (torch.bfloat16, (100_000, 3000)),  # 0.6 GB, quantized and padded
     }
     write_sparse_checkpoint(tmp_path / "in", tensors, shards=1)
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
     assert (tmp_path / "out" / "model-00001.safetensors").stat().st_size > 0.75 * GB
 
 
-def test_a_row_of_a_hundred_million_columns_is_not_held_either(tmp_path):
+def test_a_row_of_a_hundred_million_columns_is_not_held_either(tmp_path, half_a_gigabyte):
     write_sparse_checkpoint(tmp_path / "in", {"m.weight": (torch.bfloat16, (2, 10**8))}, shards=1)
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
 
 
 @pytest.mark.parametrize("form", ["int4", "compressed-tensors", "gptq"])
-@pytest.mark.parametrize(("threads", "limit"), [(2, 0.5), (20, 2.0)])
-def test_memory_stays_within_its_limit_in_every_format(tmp_path, form, threads, limit):
+@pytest.mark.parametrize(("threads", "times"), [(2, 1), (20, 4)])
+def test_memory_stays_within_its_limit_in_every_format(tmp_path, form, threads, times, half_a_gigabyte):
     shapes = {f"m.{i}.up_proj.weight": (torch.bfloat16, (8192, 4096)) for i in range(threads + 2)}
     write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
     (tmp_path / "in" / "config.json").write_text("{}")
     options = ["--format", form, "--threads", threads, "--scale", "mse" if threads == 2 else "absmax"]
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options)) < limit * GB
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options)) < times * half_a_gigabyte
 
 
-def test_memory_stays_within_its_limit_with_the_largest_factor_and_as_the_plan_says(tmp_path):
+def test_memory_stays_within_its_limit_with_the_largest_factor_and_as_the_plan_says(tmp_path, half_a_gigabyte):
     names = [f"m.{number}.up_proj" for number in range(12)]
     write_sparse_checkpoint(tmp_path / "in", {f"{n}.weight": (torch.bfloat16, (256, 32768)) for n in names}, shards=1)
     vectors = {name: torch.ones(32768) for name in names}
@@ -58,7 +67,7 @@ def test_memory_stays_within_its_limit_with_the_largest_factor_and_as_the_plan_s
     plan = run_cli(tmp_path / "in", tmp_path / "out", *options, "--dry_run").stdout
     planned = float(re.search(r"about (\S+) MB at the peak", plan)[1]) * 1e6
     peak = peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options))
-    assert peak < min(planned, 0.5 * GB)
+    assert peak < min(planned, half_a_gigabyte)
 
 
 def test_memory_is_not_more_than_the_plan_says_with_mse(tmp_path):
@@ -71,22 +80,22 @@ def test_memory_is_not_more_than_the_plan_says_with_mse(tmp_path):
     assert measured <= planned
 
 
-def test_a_large_file_beside_the_weights_is_not_held(tiny, tmp_path):
+def test_a_large_file_beside_the_weights_is_not_held(tiny, tmp_path, half_a_gigabyte):
     shutil.copytree(tiny, tmp_path / "in")
     with open(tmp_path / "in" / "corpus.txt", "wb") as file:
         file.truncate(600_000_000)
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < 0.5 * GB
+    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
     assert (tmp_path / "out" / "corpus.txt").stat().st_size == 600_000_000
 
 
-def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path):
+def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path, half_a_gigabyte):
     folder = tmp_path / "in"
     folder.mkdir()
     torch.save(
         {f"m.{i}.weight": torch.zeros(100_000, 1024, dtype=torch.bfloat16) for i in range(3)}, folder / "model.pth"
     )
     (folder / "config.json").write_text("{}")
-    assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < 0.5 * GB
+    assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < half_a_gigabyte
 
 
 # --- the guard --------------------------------------------------------------------------------------------------------

@@ -106,6 +106,17 @@ def test_a_finished_run_with_other_options_needs_overwrite(model, tmp_path):
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
 
 
+def test_what_was_asked_otherwise_is_said_as_it_is_given(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    patterns, embeddings = ["--exclude", "q_proj", "--exclude", "k_proj"], "--quantize_embeddings"
+    refused = run_cli(tiny, tmp_path / "out", *patterns, embeddings)
+    changed = "--exclude was not given, is q_proj --exclude k_proj, --quantize_embeddings was not given, is given:"
+    assert_refused(refused, changed)
+    quantize(tiny, tmp_path / "out", *patterns, embeddings, "--overwrite")
+    changed = "--exclude was q_proj --exclude k_proj, is not given, --quantize_embeddings was given, is not given:"
+    assert_refused(run_cli(tiny, tmp_path / "out"), changed)
+
+
 def test_another_format_in_the_same_folder_needs_overwrite_and_leaves_nothing_of_the_first(tiny, tmp_path):
     quantize(tiny, tmp_path / "out", "--format", "gptq", "--group_size", 64)
     options = ["--format", "compressed-tensors", "--group_size", 64]
