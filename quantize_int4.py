@@ -666,9 +666,9 @@ class Checkpoint:
                     problem += f"; from the hub: hf download {path} --local-dir {path.name}, then give {path.name}"
                 raise QuantizeError(f"folder {path}: {problem}")
         names, weight_map = find_weights(folder)
-        opened = contextlib.ExitStack()
-        self.close = opened.close
-        files = [opened.enter_context(contextlib.closing(WeightsFile(folder / name))) for name in names]
+        with contextlib.ExitStack() as opened:  # if one cannot be read, those before it are closed again
+            files = [opened.enter_context(contextlib.closing(WeightsFile(folder / name))) for name in names]
+            self.close = opened.pop_all().close
         self.folder = folder
         if config_folder is None or config_folder.resolve() == folder.resolve():
             config_folder = folder
