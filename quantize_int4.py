@@ -73,6 +73,7 @@ import mmap
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -156,13 +157,9 @@ def checked(metavar: str, rule: str, convert: Callable, accept: Callable = lambd
 def make_parser() -> Parser:
     """Declare the options, each with its default and its check."""
     summary, description = __doc__.split("\n\n", 1)
-    parser = Parser(
-        usage="quantize_int4.py --input_dir DIR --output_dir DIR [option ...]",
-        description=summary,
-        epilog=description,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1),
-        allow_abbrev=False,
-    )
+    parser = Parser(description=summary, epilog=description, allow_abbrev=False)
+    parser.usage = "quantize_int4.py --input_dir DIR --output_dir DIR [option ...]"
+    parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1)
     folder, file, flag = {"metavar": "DIR", "type": Path}, {"metavar": "FILE", "type": Path}, {"action": "store_true"}
     many = {"action": "append", "default": []}
     regex = checked("REGEX", "a regular expression", lambda text: re.compile(text).pattern, bool, **many)
@@ -302,9 +299,7 @@ STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
     r"|(?P<linear>input_linear|output_linear)\.weight)$"
 )
 # Modules that training wraps around a model or its layers; they have no weights of their own.
-WRAPPER_PATTERN = re.compile(
-    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
-)
+WRAPPER_PATTERN = re.compile(r"(^|(?<=\.))(_orig_mod|_(?:fsdp|checkpoint)_wrapped_module|_forward_module)\.")
 TRAINER_PATTERN = re.compile(  # files of a trainer's
     r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|events\.out\.tfevents|zero_to_fp32)"
     r"|^latest$|\.distcp$"
@@ -670,9 +665,8 @@ class Checkpoint:
             files = [opened.enter_context(contextlib.closing(WeightsFile(folder / name))) for name in names]
             self.close = opened.pop_all().close
         self.folder = folder
-        if config_folder is None or config_folder.resolve() == folder.resolve():
-            config_folder = folder
-        self.config_folder = config_folder  # which has config.json and what else is copied
+        one_folder = config_folder is None or config_folder.resolve() == folder.resolve()
+        self.config_folder = config_folder = folder if one_folder else config_folder  # of all that is copied, too
         self.files = {file.path: file for file in files}
         self.sources = {file.path.name: list(file.state) for file in files}  # sizes and times
         self.tensors: dict[str, TensorInfo] = {}
@@ -871,7 +865,8 @@ ODDITIES = (
 
 def config_values(config: dict, *keys: str) -> list:
     """List what config.json says under any of `keys`, then its language model's config (`text_config` and alike)."""
-    values = [config[key] for key in keys if config.get(key) is not None]
+    named = (config.get(key) for key in keys)  # lists, as ERNIE's of experts for text and for images, one by one
+    values = [v for value in named for v in (value if isinstance(value, list) else [value]) if v is not None]
     for key, nested in config.items():
         if isinstance(nested, dict) and re.match(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key):
             values += config_values(nested, *keys)
@@ -1850,10 +1845,9 @@ class Importance(WeightsFile):
         beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
         if beyond.any():
             column = int(beyond.int().argmax())
-            raise QuantizeError(
-                f"{self.path}: {name!r} has squares in column {column} that add up to {float(sums[column]):.6g}, more"
-                f" than the column's mean square, {float(squares[column]):.6g}: collect both from the same inputs"
-            )
+            more = f"{float(sums[column]):.6g}, more than the column's mean square, {float(squares[column]):.6g}"
+            problem = f"has squares in column {column} that add up to {more}: collect both from the same inputs"
+            raise QuantizeError(f"{self.path}: {name!r} {problem}")
         return squares, factor
 
     def _read(self, name: str, row: int | None, dtypes: list, shapes: list, rule: str, least: float) -> torch.Tensor:
@@ -1894,6 +1888,7 @@ UNFIT = (
         r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)",
         ADAPTER,
     ),
+    (r"^__metadata__\n", "has a name that no tensor of a safetensors file can have: rename it, or leave it out"),
     ("flat_param", "holds layers' weights, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate merge-weights"),
     (  # some models' convolutions have such parts of their own
         r"\.(weight_(orig|mask)|parametrizations\.weight\.original\d*)\n\w+ 2-D",
@@ -2217,7 +2212,7 @@ def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: di
         yield f"{problem}: {quote_names(gaps)}. {made_up}"
     embeds = any(kind == "embeddings" and not re.search(NO_WORDS, name) for name, kind in kinds.items())
     pattern, ties = r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$", config_values(config, "tie_word_embeddings")
-    generates = any(re.search(pattern, name) for name in config.get("architectures") or ())
+    generates = any(re.search(pattern, str(name)) for name in config.get("architectures") or ())
     missing = [("head", "tie_word_embeddings false")] if ties and not any(ties) and "head" not in kinds.values() else []
     missing += [("embedding", "a vocab_size")] if config_values(config, "vocab_size") and not embeds else []
     for part, due in missing if generates else ():
@@ -2822,8 +2817,8 @@ class Conversion:
                 shard.jobs_left -= 1
                 if due or not shard.jobs_left:
                     self._tasks.add(self._syncer.submit(self._sync, shard))
-        while len(self._tasks) > MAX_WAITING_SHARDS and not self._stop.is_set():
-            time.sleep(0.01)
+        while len(self._tasks) > MAX_WAITING_SHARDS + threading.active_count() and not self._stop.is_set():
+            time.sleep(0.01)  # the workers are tasks, too
 
     def _sync(self, shard: ShardFile) -> None:
         """Sync a shard, and give it its final name when all is in."""
@@ -2916,7 +2911,10 @@ class Conversion:
         scales = torch.frombuffer(scales, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, -1)
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         weights = dequantize(words, scales, tensor.packing, self.plan.options.form.with_offset)
-        return {"dense": dense.copy_(weights[:, : output.shape[1]])}
+        if not torch.isfinite(dense.copy_(weights[:, : output.shape[1]])).all():
+            problem = f"{output.name!r} has weights beyond {output.dtype}, in which it is to be restored"
+            raise QuantizeError(f"tensor {problem}: set a wider dtype in {self.checkpoint.config_folder / CONFIG_NAME}")
+        return {"dense": dense}
 
 
 def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
@@ -3190,6 +3188,7 @@ class Verification(Conversion):
                 found, start = read_header(shard.path)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             self.problems.append(f"{shard.final.name}: cannot be opened ({error})")
+            shard.compare = False
             return False
         planned, shard.shift = json.loads(shard.plan.header[8:]), start - len(shard.plan.header)
         self._hashes |= json.loads(read_metadata(shard.path).get(FILES_KEY, "{}"))
@@ -3263,7 +3262,7 @@ class Verification(Conversion):
             steps = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
             decoded = codes * steps[:, : job.columns]
             steps, errors = steps[:, : job.columns].abs(), weights - decoded
-            wrong = ~(errors.abs() <= steps * tolerance + half * finfo.smallest_normal)
+            wrong = ~(errors.abs() <= steps * tolerance + half * finfo.tiny * finfo.eps)  # a subnormal scale
             if searched:
                 at_end = (codes.abs() >= packing.code_max) & (weights * decoded > 0)
                 reach = 2 * SEARCH_STEPS[-1] + tolerance  # in scales, of the largest weight
@@ -3304,7 +3303,7 @@ def print_verification(verification: Verification) -> None:
     say(f"{'':<31}{'min':>8}{'median':>8}{'max':>8}" + (f"{'median':>12}{'max':>8}" if outputs else ""))
     for kind in sorted(kinds):
         own, of_outputs = ([error for error in column if not math.isnan(error)] for column in zip(*kinds[kind]))
-        cells = [f"{three_digits(error):>8}" for error in (min(own), statistics.median(own), max(own))]
+        cells = [f"{three_digits(some(own or [math.nan])):>8}" for some in (min, statistics.median, max)]
         if of_outputs:
             cells += [f"{three_digits(statistics.median(of_outputs)):>12}{three_digits(max(of_outputs)):>8}"]
         say(f"  {shorten(kind, 22):<22}{len(own):>7,}{''.join(cells)}")
@@ -3446,7 +3445,7 @@ def verify(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progres
         clear_line()
     print_verification(verification)
     if verification.problems:
-        remedy = "convert again with --overwrite"
+        remedy = "convert again into another folder"
         if read_facts(args.output_dir)["sources"] != checkpoint.sources:
             remedy = f"if {checkpoint.folder}, now of another time, is what it was made from, {remedy}"
         found = f"{count_of(len(verification.problems), 'problem')}, listed above"
@@ -3470,6 +3469,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run with these arguments, or those of the command line; returns the exit code."""
     args = ARGUMENTS or parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(1)  # the workers are the parallelism
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # many shards
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be in its encoding
     clear_line()  # "loading torch"

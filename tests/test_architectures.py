@@ -432,3 +432,12 @@ def test_quantize_embeddings_means_those_told_by_their_rows_too(tmp_path):
     source = save_model(tmp_path / "in", PROJECTION | {"shared.weight": random(WORDS_COUNT, H)}, vocab_size=WORDS_COUNT)
     quantize(source, tmp_path / "out", "--quantize_embeddings")
     assert "shared.qweight" in read_tensors(tmp_path / "out")
+
+
+def test_numbers_that_a_config_gives_in_a_list_are_read_one_by_one(tmp_path):
+    names = [f"model.layers.0.mlp.experts.{n}.{p}.weight" for n in range(4) for p in ("gate_proj", "up_proj")]
+    more = {"moe_num_experts": [4, 4], "moe_intermediate_size": [128, 64], "hidden_size": 128, "vocab_size": [512]}
+    tensors = {name: random(128, 128) for name in names} | {"model.embed.weight": random(512, 128)}
+    plan = quantize(save_model(tmp_path / "in", tensors, **more), tmp_path / "out", "--dry_run").stdout
+    assert "embeddings" in plan
+    assert "MISSING" not in plan

@@ -280,3 +280,8 @@ def test_a_pre_quant_scale_that_cannot_be_undone_is_refused(tmp_path, scale):
 def test_quantizer_tensors_in_safetensors_are_refused(tmp_path):
     folder = save_model(tmp_path / "in", modelopt_state_dict(random(24, 256)))
     assert_refused(run_cli(folder, tmp_path / "out"), "weight_quantizer._amax'")
+
+
+def test_a_name_that_no_safetensors_file_can_hold_is_refused(tmp_path, state_dict):
+    folder = save_pickle(tmp_path / "in", state_dict | {"__metadata__": torch.ones(3)})
+    assert_refused(run_cli(folder, tmp_path / "out"), "'__metadata__'", "rename it, or leave it out")

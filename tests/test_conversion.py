@@ -294,6 +294,13 @@ def test_more_shards_than_descriptors_do_not_use_up_the_descriptors(tmp_path):
     assert len(finished_shards(tmp_path / "out")) > 100
 
 
+def test_more_threads_than_shards_may_wait_do_not_wait_for_one_another(tmp_path):
+    source = save_model(tmp_path / "in", {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)})
+    constants = {"MAX_WAITING_SHARDS": 8}
+    quantize(source, tmp_path / "out", "--threads", 20, "--shard_size_gb", 1e-6, constants=constants)
+    assert len(finished_shards(tmp_path / "out")) > 100
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

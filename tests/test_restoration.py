@@ -120,3 +120,15 @@ def test_a_folder_that_another_program_packed_or_that_is_unfinished_is_refused(t
     else:  # codes of another program may mean something else
         save_file(read_tensors(tmp_path / "out"), tmp_path / "out" / "model-00001.safetensors")
     assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), problem)
+
+
+def test_a_weight_beyond_the_dtype_of_the_config_is_refused_and_the_advice_helps(tmp_path):
+    name = "m.0.up_proj.weight"
+    source = save_model(tmp_path / "in", {name: random(8, 256) * 1e5}, dtype="float16")
+    quantize(source, tmp_path / "out")
+    refused = run_cli(tmp_path / "out", tmp_path / "back", "--restore")
+    assert_refused(refused, name, "beyond F16", "set a wider dtype in")
+    config = read_config(tmp_path / "out") | {"dtype": "bfloat16"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    restore(tmp_path / "out", tmp_path / "back")
+    assert read_tensors(tmp_path / "back")[name].isfinite().all()

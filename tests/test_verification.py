@@ -45,7 +45,7 @@ def edit(folder, change):
 
 def assert_found(tiny, folder, *fragments):
     result = run_cli(tiny, folder, "--verify")
-    assert_refused(result, "verification of", "listed above: convert again with --overwrite")
+    assert_refused(result, "verification of", "listed above: convert again into another folder")
     for fragment in ("WRONG: ", *fragments):
         assert fragment in result.stdout
 
@@ -335,3 +335,26 @@ def test_another_source_of_the_same_sizes_is_found_and_not_blamed_on_the_folder(
     assert_refused(result, "found 1 problem, listed above", "now of another time, is what it was made from")
     assert f"WRONG:     '{name}'" in result.stdout
     assert result.stdout.count(name) == 1
+
+
+def test_a_missing_shard_is_a_problem_among_others(model, tmp_path):
+    save_model(tmp_path / "two", {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(2)})
+    quantize(tmp_path / "two", tmp_path / "out", "--shard_size_gb", 0.000002)
+    (tmp_path / "out" / "model-00002.safetensors").unlink()
+    assert_found(tmp_path / "two", tmp_path / "out", "model-00002.safetensors: cannot be opened")
+
+
+def test_weights_too_small_for_a_scale_of_float16_are_checked_without_the_statistics_too(tmp_path):
+    small = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).mul(5e-5).bfloat16()
+    source = save_model(tmp_path / "in", {"m.0.up_proj.weight": small})
+    save_file({"m.0.up_proj": torch.rand(256) + 0.1}, tmp_path / "statistics.safetensors")
+    quantize(source, tmp_path / "out", "--scale", "mse", "--importance", tmp_path / "statistics.safetensors")
+    assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
+    edit(tmp_path / "out", lambda tensors: tensors["m.0.up_proj.qweight"].bitwise_not_())
+    assert_found(source, tmp_path / "out", "too far for a scale of")
+
+
+def test_weights_whose_squares_overflow_are_verified(tmp_path):
+    source = save_model(tmp_path / "in", {"m.0.up_proj.weight": torch.randn(8, 128) * 1e20})
+    quantize(source, tmp_path / "out", "--format", "compressed-tensors")
+    assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
