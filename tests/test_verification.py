@@ -337,7 +337,7 @@ def test_another_source_of_the_same_sizes_is_found_and_not_blamed_on_the_folder(
     assert result.stdout.count(name) == 1
 
 
-def test_a_missing_shard_is_a_problem_among_others(model, tmp_path):
+def test_a_missing_shard_is_a_problem_among_others(tmp_path):
     save_model(tmp_path / "two", {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(2)})
     quantize(tmp_path / "two", tmp_path / "out", "--shard_size_gb", 0.000002)
     (tmp_path / "out" / "model-00002.safetensors").unlink()
