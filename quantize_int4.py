@@ -111,7 +111,11 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def terminal_width() -> int:
     """Return the columns of the terminal; for a pipe COLUMNS, or 80."""
-    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) or os.environ.get("COLUMNS") else 80
+    return (
+        shutil.get_terminal_size().columns
+        if is_terminal(sys.stdout) or os.environ.get("COLUMNS")
+        else 80
+    )
 
 
 def paint(text: str, colour: str, stream: TextIO | None) -> str:
@@ -122,7 +126,9 @@ def paint(text: str, colour: str, stream: TextIO | None) -> str:
 
 def printable(text: str) -> str:
     """Escape control characters: names come from files, and a terminal obeys what it is sent."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -136,13 +142,17 @@ class Parser(argparse.ArgumentParser):
         """Say in one line, as with all errors, what is wrong and what was meant."""
         unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
         if unknown and unknown[1].startswith("-"):
-            message += nearest(unknown[1], [name for action in self._actions for name in action.option_strings])
+            message += nearest(
+                unknown[1], [name for action in self._actions for name in action.option_strings]
+            )
         elif unknown:
             message += ": quote a value with a space or a *, and give --exclude or --int8 once for each pattern"
         self.exit(2, f"{paint(ERROR, BOLD_RED, sys.stderr)}{message}{SEE_HELP}\n")
 
 
-def checked(metavar: str, rule: str, convert: Callable, accept: Callable = lambda value: True, **settings) -> dict:
+def checked(
+    metavar: str, rule: str, convert: Callable, accept: Callable = lambda value: True, **settings
+) -> dict:
     """Make the settings of an option whose text `convert` reads and whose value `accept` accepts, as `rule` says."""
 
     def parse(text: str) -> object:
@@ -159,10 +169,18 @@ def make_parser() -> Parser:
     summary, description = __doc__.split("\n\n", 1)
     parser = Parser(description=summary, epilog=description, allow_abbrev=False)
     parser.usage = "quantize_int4.py --input_dir DIR --output_dir DIR [option ...]"
-    parser.formatter_class = functools.partial(argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1)
-    folder, file, flag = {"metavar": "DIR", "type": Path}, {"metavar": "FILE", "type": Path}, {"action": "store_true"}
+    parser.formatter_class = functools.partial(
+        argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1
+    )
+    folder, file, flag = (
+        {"metavar": "DIR", "type": Path},
+        {"metavar": "FILE", "type": Path},
+        {"action": "store_true"},
+    )
     many = {"action": "append", "default": []}
-    regex = checked("REGEX", "a regular expression", lambda text: re.compile(text).pattern, bool, **many)
+    regex = checked(
+        "REGEX", "a regular expression", lambda text: re.compile(text).pattern, bool, **many
+    )
     eights = checked("N", "a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
     threads = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
     size = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
@@ -172,20 +190,68 @@ def make_parser() -> Parser:
         ("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", folder),
         ("output_dir", "folder to write to: new, empty, or of an earlier run", folder),
         ("config_dir", "folder of config.json, tokenizer and so on, if not --input_dir", folder),
-        ("format", "layout of the output, see below: int4 (default), compressed-tensors or gptq", {"metavar": "NAME"}),
-        ("group_size", "columns that share a scale, a multiple of 8 (default: 128; for engines see below)", eights),
-        ("shard_size_gb", "largest size of an output file, in 10^9 bytes, but for larger tensors (default: 4.0)", size),
-        ("exclude", "keep tensors whose name this matches anywhere (Python re.search); may be given again", regex),
-        ("scale", "how scales are chosen, see below (default: absmax; engines: mse)", {"choices": ("absmax", "mse")}),
-        ("importance", "what the layers' inputs are like, see below (safetensors); needs --scale mse", file),
-        ("int8", "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again", regex),
-        ("quantize_embeddings", "quantize embeddings too, in int4 alone (default: they are kept)", flag),
-        ("min_free_gb", "stop when less memory is available, in 10^9 bytes, container limits too (default: 10)", free),
+        (
+            "format",
+            "layout of the output, see below: int4 (default), compressed-tensors or gptq",
+            {"metavar": "NAME"},
+        ),
+        (
+            "group_size",
+            "columns that share a scale, a multiple of 8 (default: 128; for engines see below)",
+            eights,
+        ),
+        (
+            "shard_size_gb",
+            "largest size of an output file, in 10^9 bytes, but for larger tensors (default: 4.0)",
+            size,
+        ),
+        (
+            "exclude",
+            "keep tensors whose name this matches anywhere (Python re.search); may be given again",
+            regex,
+        ),
+        (
+            "scale",
+            "how scales are chosen, see below (default: absmax; engines: mse)",
+            {"choices": ("absmax", "mse")},
+        ),
+        (
+            "importance",
+            "what the layers' inputs are like, see below (safetensors); needs --scale mse",
+            file,
+        ),
+        (
+            "int8",
+            "pack what this matches anywhere in 8 bits (compressed-tensors); may be given again",
+            regex,
+        ),
+        (
+            "quantize_embeddings",
+            "quantize embeddings too, in int4 alone (default: they are kept)",
+            flag,
+        ),
+        (
+            "min_free_gb",
+            "stop when less memory is available, in 10^9 bytes, container limits too (default: 10)",
+            free,
+        ),
         ("threads", "worker threads (default: the cores that this process may use)", threads),
         ("dry_run", "print the plan and stop; nothing is written", flag),
-        ("list", "with --dry_run: print every tensor and its fate instead of the plan, separated by tabs", flag),
-        ("verify", "compare the output with the source, weight by weight: a finished folder, or after writing", flag),
-        ("restore", "the other way: make a plain checkpoint of what a folder of any format decodes to", flag),
+        (
+            "list",
+            "with --dry_run: print every tensor and its fate instead of the plan, separated by tabs",
+            flag,
+        ),
+        (
+            "verify",
+            "compare the output with the source, weight by weight: a finished folder, or after writing",
+            flag,
+        ),
+        (
+            "restore",
+            "the other way: make a plain checkpoint of what a folder of any format decodes to",
+            flag,
+        ),
         ("overwrite", "replace what an earlier run left in the output folder, nothing else", flag),
         ("debug", "show a traceback with an error", flag),
     ):
@@ -196,17 +262,28 @@ def make_parser() -> Parser:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Read the options, spelled --input_dir or --input-dir; exits with a usage error if they make no sense together."""
-    argv = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument) for argument in argv]
+    argv = [
+        re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
+        for argument in argv
+    ]
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("input_dir", "output_dir"):
         if getattr(args, name) is None:
-            setattr(args, name, args.folders.pop(0) if args.folders else parser.error(f"--{name} is missing"))
+            setattr(
+                args,
+                name,
+                args.folders.pop(0) if args.folders else parser.error(f"--{name} is missing"),
+            )
     if args.folders:
         parser.error(f"unrecognized arguments: {' '.join(map(str, args.folders))}")
-    layout = args.format or args.group_size or args.exclude or args.int8 or args.scale or args.importance
+    layout = (
+        args.format or args.group_size or args.exclude or args.int8 or args.scale or args.importance
+    )
     if args.restore and (args.verify or args.quantize_embeddings or layout):
-        parser.error("--restore takes the layout from the folder: leave out --verify and what decides it, as --format")
+        parser.error(
+            "--restore takes the layout from the folder: leave out --verify and what decides it, as --format"
+        )
     if args.list and not args.dry_run:
         parser.error("--list needs --dry_run")
     return args
@@ -216,13 +293,21 @@ ARGUMENTS = parse_args(sys.argv[1:]) if __name__ == "__main__" else None
 if ARGUMENTS:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports shows no traceback
-    if missing := [name for name in ("torch", "safetensors", "psutil") if not importlib.util.find_spec(name)]:
-        cpu = "; of torch the build for CPUs is enough, see pytorch.org/get-started" if "torch" in missing else ""
+    if missing := [
+        name for name in ("torch", "safetensors", "psutil") if not importlib.util.find_spec(name)
+    ]:
+        cpu = (
+            "; of torch the build for CPUs is enough, see pytorch.org/get-started"
+            if "torch" in missing
+            else ""
+        )
         what = f"{', '.join(missing)}: pip install {' '.join(missing)}"
         sys.exit(f"{paint(ERROR, BOLD_RED, sys.stderr)}missing: {what}{cpu}")
     with contextlib.suppress(OSError):
         print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy|Validating sparse")  # torch's; neither is needed
+warnings.filterwarnings(
+    "ignore", message="Failed to initialize NumPy|Validating sparse"
+)  # torch's; neither is needed
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
@@ -237,30 +322,44 @@ CODES_PER_WORD = 8  # 4-bit codes in an int32
 # Of `search_scales`. Placed for least error on Gaussian, Laplace and Student-t (5) weights in groups of 32 to 128; a
 # grid of 70 from 6.8 to 13.7 gains no more than 0.16 % of the relative RMS error.
 SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
-SEARCH_MULTIPLIERS = [round(step * (1 << 11)) for step in SEARCH_STEPS]  # of parts of 2^14: codes times 2^25
+SEARCH_MULTIPLIERS = [
+    round(step * (1 << 11)) for step in SEARCH_STEPS
+]  # of parts of 2^14: codes times 2^25
 SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
 MAX_GROUP = 1024  # columns of a group that the kernel takes: the sums of its search fit 32 bits
 MAX_RANK = 64  # of a factor of second moments
 MAX_FACTOR = 1 << 21  # numbers in it; a worker holds eight times as many
-KEPT_ROUNDINGS = 2  # of the last weights, with what was prepared of their statistics for all jobs of one
+KEPT_ROUNDINGS = (
+    2  # of the last weights, with what was prepared of their statistics for all jobs of one
+)
 # Of error feedback. What few tokens say of columns' correlation is believed by four fifths; the best is flat between a
 # half and nine tenths. The damping is a part of the mean second moment, as in GPTQ.
 FACTOR_SHARE, DAMPING = 0.8, 0.01
 MAX_CHANGE = 2  # scales by which feedback may move a weight: one in 10,000 would go further, and --verify has a bound
-OFFSET_BITS = 0x88888888 - (1 << 32)  # c + 8 differs from c's two's complement in the top bit of each nibble
+OFFSET_BITS = 0x88888888 - (
+    1 << 32
+)  # c + 8 differs from c's two's complement in the top bit of each nibble
 
 # What a worker quantizes at a time. Each of a tile's calls to the kernel, to torch or the system hands the interpreter
 # lock to another worker, and so tiles must not be small; its buffers (3 to 28 bytes a weight) should still fit the
 # last-level cache. (python tests/benchmark.py --only tile18 tile19 tile20)
 TILE_WEIGHTS = 1 << 20
-JOB_WEIGHTS = 1 << 22  # what a worker takes from the queue at a time: consecutive tiles of one tensor
-TRANSPOSED_JOB_WEIGHTS = 1 << 24  # the same where the job's words, half a byte a weight, are staged to be transposed
+JOB_WEIGHTS = (
+    1 << 22
+)  # what a worker takes from the queue at a time: consecutive tiles of one tensor
+TRANSPOSED_JOB_WEIGHTS = (
+    1 << 24
+)  # the same where the job's words, half a byte a weight, are staged to be transposed
 DISK_READERS = 4  # threads that read ahead of the workers; one alone does not keep an SSD busy
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # to read around the page cache, where the system can
 DIRECT_BLOCK = 4096  # bytes, to which such reads are aligned
 READ_MARGIN = 2 * DIRECT_BLOCK  # that a buffer must have beyond what is read into it
-MAX_WAITING_SHARDS = 100  # for the disk; each may be an open file, and the system allows about a thousand
-SYNC_BYTES = 1 << 27  # of input, after which what came of it is synced and both leave the page cache
+MAX_WAITING_SHARDS = (
+    100  # for the disk; each may be an open file, and the system allows about a thousand
+)
+SYNC_BYTES = (
+    1 << 27
+)  # of input, after which what came of it is synced and both leave the page cache
 MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
@@ -273,22 +372,47 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
-FACTS_KEY = "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
-FILES_KEY = "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
+FACTS_KEY = (
+    "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
+)
+FILES_KEY = (
+    "quantize_int4_files"  # there too: name and SHA-256 of all files but shards and index, as JSON
+)
 WEIGHED, FEEDBACK = "weighed by importance", "with error feedback"  # in `Options.rule`
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
-UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")  # a file being written, and its fingerprint's start
+UNFINISHED_PATTERN = re.compile(
+    r".+\.([0-9a-f]{12})\.unfinished"
+)  # a file being written, and its fingerprint's start
 
 # The safetensors format: dtype name -> bits an element. (https://github.com/huggingface/safetensors, tensor.rs)
-DTYPE_BITS = dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8)
-DTYPE_BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16) | dict.fromkeys(("I32", "U32", "F32"), 32)
-DTYPE_BITS |= dict.fromkeys(("I64", "U64", "F64", "C64"), 64) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPE_BITS = dict.fromkeys(
+    ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"], 8
+)
+DTYPE_BITS |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 16) | dict.fromkeys(
+    ("I32", "U32", "F32"), 32
+)
+DTYPE_BITS |= dict.fromkeys(("I64", "U64", "F64", "C64"), 64) | {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+FLOAT_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}  # of all that a pickle may hold
-DTYPE_NAMES |= {getattr(torch, n.replace("I", "int").replace("U", "uint")): n for n in DTYPE_BITS if n[0] in "IU"}
+DTYPE_NAMES |= {
+    getattr(torch, n.replace("I", "int").replace("U", "uint")): n
+    for n in DTYPE_BITS
+    if n[0] in "IU"
+}
 DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 DTYPE_NAMES |= {torch.bool: "BOOL", torch.complex64: "C64"}
-LAYER_PATTERN = re.compile(r"(.*?)\.?(\w+)\.(\d+)\.")  # wrappers, the layers' container, a layer's number
+LAYER_PATTERN = re.compile(
+    r"(.*?)\.?(\w+)\.(\d+)\."
+)  # wrappers, the layers' container, a layer's number
 # Parts of a multimodal model that are not its language model, and what joins them to it.
 TOWER_WORDS = re.compile(
     r"vis(ion|ual)|image|audio|speech|tower|proj|merger|connector|adapter|sampler|pool|dense|linear|(^|\.)(mlp|fc)"
@@ -299,7 +423,9 @@ STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
     r"|(?P<linear>input_linear|output_linear)\.weight)$"
 )
 # Modules that training wraps around a model or its layers; they have no weights of their own.
-WRAPPER_PATTERN = re.compile(r"(^|(?<=\.))(_orig_mod|_(?:fsdp|checkpoint)_wrapped_module|_forward_module)\.")
+WRAPPER_PATTERN = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_(?:fsdp|checkpoint)_wrapped_module|_forward_module)\."
+)
 TRAINER_PATTERN = re.compile(  # files of a trainer's
     r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|events\.out\.tfevents|zero_to_fp32)"
     r"|^latest$|\.distcp$"
@@ -321,7 +447,9 @@ class QuantizeError(Exception):
 def stop_on_signals() -> None:
     """Let a signal stop the run at its next `check_signals`, and a second one end the process on the spot."""
 
-    def handler(signum: int, _frame: object) -> None:  # what it raised could surface half-way into starting a thread
+    def handler(
+        signum: int, _frame: object
+    ) -> None:  # what it raised could surface half-way into starting a thread
         if SIGNALS_RECEIVED:
             os._exit(128 + signum)
         SIGNALS_RECEIVED.append(signum)
@@ -363,11 +491,23 @@ def cached_ranges(fd: int) -> Ranges:
         mincore = ctypes.CDLL(None).mincore
         for start in range(0, size, MINCORE_BYTES):
             nbytes = min(MINCORE_BYTES, size - start)
-            resident = ctypes.create_string_buffer(b"\1" * -(-nbytes // page))  # and stays so where mincore fails
-            with mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE, offset=start) as pages:  # no page of which is touched
-                mincore(ctypes.byref(ctypes.c_char.from_buffer(pages)), ctypes.c_size_t(nbytes), resident)
-            runs = re.finditer(rb"\x01+", resident.raw.translate(bytes([0, 1] * 128)))  # the other bits mean nothing
-            ranges += [(start + run.start() * page, min(start + run.end() * page, size)) for run in runs]
+            resident = ctypes.create_string_buffer(
+                b"\1" * -(-nbytes // page)
+            )  # and stays so where mincore fails
+            with mmap.mmap(
+                fd, nbytes, flags=mmap.MAP_PRIVATE, offset=start
+            ) as pages:  # no page of which is touched
+                mincore(
+                    ctypes.byref(ctypes.c_char.from_buffer(pages)),
+                    ctypes.c_size_t(nbytes),
+                    resident,
+                )
+            runs = re.finditer(
+                rb"\x01+", resident.raw.translate(bytes([0, 1] * 128))
+            )  # the other bits mean nothing
+            ranges += [
+                (start + run.start() * page, min(start + run.end() * page, size)) for run in runs
+            ]
         return ranges
     return [(0, size)]
 
@@ -375,7 +515,9 @@ def cached_ranges(fd: int) -> Ranges:
 def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
     """Let the page cache forget part of a file but for what others have there. Written pages must be synced before."""
     for first, last in [*others, (end, end)]:
-        if start < min(first, end) and (first == end or first - start >= 1 << 20):  # fewer are not worth a call
+        if start < min(first, end) and (
+            first == end or first - start >= 1 << 20
+        ):  # fewer are not worth a call
             os.posix_fadvise(fd, start, min(first, end) - start, os.POSIX_FADV_DONTNEED)
         start = max(start, last)
 
@@ -403,7 +545,9 @@ class TensorInfo:
     nbytes: int
     file: Path
     offset: int | None
-    stored: str = ""  # the tensor of the file that this one is, or is a part of, where that has another name
+    stored: str = (
+        ""  # the tensor of the file that this one is, or is a part of, where that has another name
+    )
     start: int = 0  # bytes into that tensor
     stride: int = 0  # not 0: it lies transposed, its columns as many bytes apart
 
@@ -415,7 +559,9 @@ class TensorInfo:
         """Describe a matrix that begins `start` bytes into this tensor."""
         nbytes = math.prod(shape) * DTYPE_BITS[self.dtype] // 8
         offset = None if self.offset is None else self.offset + start
-        return TensorInfo(name, self.dtype, shape, nbytes, self.file, offset, self.name_in_file, start, stride)
+        return TensorInfo(
+            name, self.dtype, shape, nbytes, self.file, offset, self.name_in_file, start, stride
+        )
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -426,7 +572,10 @@ def read_header(path: Path) -> tuple[dict, int]:
             raise ValueError(f"{size:,} bytes with a header of {header_size:,}")
         text = file.read(header_size).decode()
     # An object with a name given twice stays a list of pairs.
-    header = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else pairs)
+    header = json.loads(
+        text,
+        object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else pairs,
+    )
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object, or names a tensor twice")
     return header, 8 + header_size
@@ -442,9 +591,15 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
         for name, entry in header.items():
             try:
                 dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-                whole = all(type(number) is int and 0 <= number < 2**63 for number in [*shape, first, last])
+                whole = all(
+                    type(number) is int and 0 <= number < 2**63 for number in [*shape, first, last]
+                )
                 # No tensor has more dimensions than torch allows; the product of millions would take minutes.
-                if not whole or len(shape) > 64 or math.prod(shape) * DTYPE_BITS[dtype] != (last - first) * 8:
+                if (
+                    not whole
+                    or len(shape) > 64
+                    or math.prod(shape) * DTYPE_BITS[dtype] != (last - first) * 8
+                ):
                     raise ValueError
                 name.encode()
             except (KeyError, TypeError, ValueError):
@@ -457,7 +612,9 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
         if start != path.stat().st_size:
             raise ValueError(f"{path.stat().st_size:,} bytes, {start:,} by its header")
     except (ValueError, RecursionError) as error:
-        raise QuantizeError(f"{path}: not a whole safetensors file ({error}): copy or download it again") from None
+        raise QuantizeError(
+            f"{path}: not a whole safetensors file ({error}): copy or download it again"
+        ) from None
     return infos
 
 
@@ -479,23 +636,41 @@ class WeightsFile:
     def __init__(self, path: Path):
         check_signals()
         if not path.is_file():
-            raise QuantizeError(f"file {path} is {'not a regular one' if path.exists() else 'missing'}")
+            raise QuantizeError(
+                f"file {path} is {'not a regular one' if path.exists() else 'missing'}"
+            )
         self.path = path
         self.state = path.stat().st_size, path.stat().st_mtime_ns  # before anything is read
         self._not_dropped = 0  # bytes of scattered reads since the last drop
-        self.notes, self._tensors, self._factors = [], {}, {}  # the last two of a pickle: see `resolve_quantizers`
-        self.infos = self._load_pickle() if path.suffix in (".bin", ".pth", ".pt") else read_tensor_infos(path)
+        self.notes, self._tensors, self._factors = (
+            [],
+            {},
+            {},
+        )  # the last two of a pickle: see `resolve_quantizers`
+        self.infos = (
+            self._load_pickle()
+            if path.suffix in (".bin", ".pth", ".pt")
+            else read_tensor_infos(path)
+        )
         self.fd, self._direct_fd = os.open(path, os.O_RDONLY), None
         with contextlib.suppress(OSError):  # a file system without
             self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
 
     def _load_pickle(self) -> dict[str, TensorInfo]:
         """Map a pickle's tensors, and find in the file those that lie there in one piece."""
-        self._tensors, self._factors = resolve_quantizers(load_state_dict(self.path, self.notes), self.path, self.notes)
+        self._tensors, self._factors = resolve_quantizers(
+            load_state_dict(self.path, self.notes), self.path, self.notes
+        )
         with zipfile.ZipFile(self.path) as archive:
-            orders = {archive.read(name).decode() for name in archive.namelist() if name.endswith("/byteorder")}
+            orders = {
+                archive.read(name).decode()
+                for name in archive.namelist()
+                if name.endswith("/byteorder")
+            }
         # This process's maps: start, end, offset in the file (proc(5)); none where torch.load swapped bytes in memory.
-        lines = re.findall(r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", Path("/proc/self/maps").read_text(), re.MULTILINE)
+        lines = re.findall(
+            r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", Path("/proc/self/maps").read_text(), re.MULTILINE
+        )
         maps = [[int(number, 16) for number in line] for line in lines if orders <= {sys.byteorder}]
         infos = {}
         for name, tensor in self._tensors.items():
@@ -504,8 +679,16 @@ class WeightsFile:
                 kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}: only plain tensors with data can be read"
                 raise QuantizeError(f"tensor {name!r} ({self.path.name}) is {kind}")
             at = tensor.data_ptr()
-            offsets = (offset + at - start for start, end, offset in maps if start <= at <= end - tensor.nbytes)
-            offset = next(offsets, None) if tensor.is_contiguous() and name not in self._factors else None
+            offsets = (
+                offset + at - start
+                for start, end, offset in maps
+                if start <= at <= end - tensor.nbytes
+            )
+            offset = (
+                next(offsets, None)
+                if tensor.is_contiguous() and name not in self._factors
+                else None
+            )
             dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
             infos[name] = TensorInfo(name, dtype, shape, tensor.nbytes, self.path, offset)
         return infos
@@ -517,7 +700,9 @@ class WeightsFile:
 
     def check_unchanged(self, whole: bool = True) -> None:
         """Raise if the file was written to or replaced since it was opened, or its end is missing."""
-        found = {(found.st_size, found.st_mtime_ns) for found in (os.stat(self.fd), os.stat(self.path))}
+        found = {
+            (found.st_size, found.st_mtime_ns) for found in (os.stat(self.fd), os.stat(self.path))
+        }
         if found != {self.state} or not whole:
             advice = "let whatever writes to it finish, then give the same command again"
             raise QuantizeError(f"{self.path} changed while it was read: {advice}")
@@ -527,13 +712,20 @@ class WeightsFile:
         start = (info.offset or 0) + offset
         return any(first < start + nbytes and start < last for first, last in self.cached)
 
-    def read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None) -> memoryview:
+    def read(
+        self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
+    ) -> memoryview:
         """Read a tensor's bytes, row-major, from `offset` on, and leave the page cache as it was. Returns a part of
         `memory`, which begins a page and has READ_MARGIN bytes more than are asked for."""
         memory = memoryview(bytearray(nbytes)) if memory is None else memory
         buffer, start = memory[:nbytes], (info.offset or 0) + offset
-        in_one_piece, cached = info.offset is not None and not info.stride, self.is_cached(info, offset, nbytes)
-        may_go_around = in_one_piece and self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
+        in_one_piece, cached = (
+            info.offset is not None and not info.stride,
+            self.is_cached(info, offset, nbytes),
+        )
+        may_go_around = (
+            in_one_piece and self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
+        )
         if may_go_around and start % 8 == 0 and not cached:
             # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
             skip = start % DIRECT_BLOCK
@@ -545,7 +737,9 @@ class WeightsFile:
         self._not_dropped += 0 if in_one_piece else nbytes
         if in_one_piece:
             drop_pages(self.fd, self.cached, start, start + nbytes)
-        elif self._not_dropped >= SYNC_BYTES:  # and not at once, since other rows lie in the same pages
+        elif (
+            self._not_dropped >= SYNC_BYTES
+        ):  # and not at once, since other rows lie in the same pages
             self.drop_read()
             self._not_dropped = 0
         return buffer
@@ -578,7 +772,10 @@ class WeightsFile:
 
     def _read_transposed(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from a tensor that lies transposed: of each column, the part that is in these rows."""
-        columns, dtype = info.shape[1], getattr(torch, f"int{DTYPE_BITS[info.dtype]}")  # which keeps all bits
+        columns, dtype = (
+            info.shape[1],
+            getattr(torch, f"int{DTYPE_BITS[info.dtype]}"),
+        )  # which keeps all bits
         row_bytes = columns * dtype.itemsize
         first, skip = divmod(offset, row_bytes)
         width = -(-(skip + len(buffer)) // row_bytes) * dtype.itemsize
@@ -586,7 +783,13 @@ class WeightsFile:
         for column in range(columns):
             line = lines[column * width : (column + 1) * width]
             self._read_line(info, column * info.stride + first * dtype.itemsize, line)
-        source = torch.frombuffer(lines, dtype=dtype).view(columns, -1).T.contiguous().view(-1).view(torch.uint8)
+        source = (
+            torch.frombuffer(lines, dtype=dtype)
+            .view(columns, -1)
+            .T.contiguous()
+            .view(-1)
+            .view(torch.uint8)
+        )
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(source[skip : skip + len(buffer)])
 
     def close(self) -> None:
@@ -602,50 +805,87 @@ def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"would run {culprit[1]} when opened" if culprit else "is no pickle of tensors alone"
-        raise QuantizeError(f"{path} {problem}, and only tensors are read: save model.state_dict() alone") from None
+        problem = (
+            f"would run {culprit[1]} when opened" if culprit else "is no pickle of tensors alone"
+        )
+        raise QuantizeError(
+            f"{path} {problem}, and only tensors are read: save model.state_dict() alone"
+        ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise QuantizeError(f"{path}: not a whole torch checkpoint ({problem}): copy or save it again") from None
+        raise QuantizeError(
+            f"{path}: not a whole torch checkpoint ({problem}): copy or save it again"
+        ) from None
     if not isinstance(content, Mapping):
-        raise QuantizeError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
-    wrappers = (key for key in ("state_dict", "model", "model_state_dict", "module") if key in content)  # trainers'
+        raise QuantizeError(
+            f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()"
+        )
+    wrappers = (
+        key for key in ("state_dict", "model", "model_state_dict", "module") if key in content
+    )  # trainers'
     if wrapper := next((key for key in wrappers if isinstance(content[key], Mapping)), None):
         if beside := [key for key in content if key != wrapper]:
-            notes.append(f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}")
+            notes.append(
+                f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}"
+            )
         content = content[wrapper]
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)
+    }
     if nested := [str(name) for name, value in content.items() if isinstance(value, Mapping)]:
-        raise QuantizeError(f"{path}: {nested[0]!r} is a dict inside the state dict: save model.state_dict() alone")
+        raise QuantizeError(
+            f"{path}: {nested[0]!r} is a dict inside the state dict: save model.state_dict() alone"
+        )
     if others := [str(name) for name in content if str(name) not in tensors]:
-        notes.append(f"{path.name}: {len(others):,} entries are no tensors and are left out: {quote_names(others)}")
+        notes.append(
+            f"{path.name}: {len(others):,} entries are no tensors and are left out: {quote_names(others)}"
+        )
     return tensors
 
 
-def resolve_quantizers(state_dict: dict[str, torch.Tensor], path: Path, notes: list[str]) -> tuple[dict, dict]:
+def resolve_quantizers(
+    state_dict: dict[str, torch.Tensor], path: Path, notes: list[str]
+) -> tuple[dict, dict]:
     """Undo what ModelOpt (0.25 to 0.33) did to a state dict before its export failed, with a note.
 
     Returns the model's own tensors, and for some weights a float32 factor for each column. `_amax` records what was
     seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
     multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused."""
-    tensors = {name: data for name, data in state_dict.items() if not re.search(r"quantizer(\.\d+)?\._\w+$", name)}
+    tensors = {
+        name: data
+        for name, data in state_dict.items()
+        if not re.search(r"quantizer(\.\d+)?\._\w+$", name)
+    }
     quantizers, factors = state_dict.keys() - tensors.keys(), {}
     known = {name for name in quantizers if name.endswith("._amax")}
     for name in quantizers:
         module = name.removesuffix(".input_quantizer._pre_quant_scale")
-        weight, twin = tensors.get(f"{module}.weight"), f"{module}.weight_quantizer._pre_quant_scale"
+        weight, twin = (
+            tensors.get(f"{module}.weight"),
+            f"{module}.weight_quantizer._pre_quant_scale",
+        )
         if weight is not None and weight.dim() == 2 and state_dict[name].numel() == weight.shape[1]:
             factors[f"{module}.weight"] = scale = state_dict[name].to(torch.float32).flatten()
             if not (torch.isfinite(scale) & (scale > 0)).all():
-                raise QuantizeError(f"tensor {name!r} ({path.name}): scales must be positive and finite to be undone")
+                raise QuantizeError(
+                    f"tensor {name!r} ({path.name}): scales must be positive and finite to be undone"
+                )
             known |= {name, twin}
     if unknown := sorted(quantizers - known):
-        problem = f"tensors of quantizers whose effect on the weights is unknown, {quote_names(unknown)}"
+        problem = (
+            f"tensors of quantizers whose effect on the weights is unknown, {quote_names(unknown)}"
+        )
         raise QuantizeError(f"{path.name}: {problem}: give the checkpoint from before ModelOpt")
-    cancelled = [factors.pop(name) for name in [*factors] if f"{name}_quantizer._pre_quant_scale" in quantizers]
+    cancelled = [
+        factors.pop(name)
+        for name in [*factors]
+        if f"{name}_quantizer._pre_quant_scale" in quantizers
+    ]
     if quantizers:
         scales = f"multiplied back into {len(factors):,} weights, cancelled in {len(cancelled):,}"
-        notes.append(f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}; pre_quant_scale {scales}")
+        notes.append(
+            f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}; pre_quant_scale {scales}"
+        )
     return tensors, factors
 
 
@@ -661,12 +901,19 @@ class Checkpoint:
                     problem += f"; from the hub: hf download {path} --local-dir {path.name}, then give {path.name}"
                 raise QuantizeError(f"folder {path}: {problem}")
         names, weight_map = find_weights(folder)
-        with contextlib.ExitStack() as opened:  # if one cannot be read, those before it are closed again
-            files = [opened.enter_context(contextlib.closing(WeightsFile(folder / name))) for name in names]
+        with (
+            contextlib.ExitStack() as opened
+        ):  # if one cannot be read, those before it are closed again
+            files = [
+                opened.enter_context(contextlib.closing(WeightsFile(folder / name)))
+                for name in names
+            ]
             self.close = opened.pop_all().close
         self.folder = folder
         one_folder = config_folder is None or config_folder.resolve() == folder.resolve()
-        self.config_folder = config_folder = folder if one_folder else config_folder  # of all that is copied, too
+        self.config_folder = config_folder = (
+            folder if one_folder else config_folder
+        )  # of all that is copied, too
         self.files = {file.path: file for file in files}
         self.sources = {file.path.name: list(file.state) for file in files}  # sizes and times
         self.tensors: dict[str, TensorInfo] = {}
@@ -676,18 +923,26 @@ class Checkpoint:
                 continue  # the index takes it from another shard
             if name in self.tensors:
                 both = f"{self.tensors[name].file.name} and {info.file.name}"
-                raise QuantizeError(f"tensor {name!r} is in both {both}, and no index says which counts: remove one")
+                raise QuantizeError(
+                    f"tensor {name!r} is in both {both}, and no index says which counts: remove one"
+                )
             self.tensors[name] = info
         if not self.tensors:
             raise QuantizeError(f"{folder}: {quote_names(self.sources)} hold no tensors")
         if lost := [name for name in weight_map if name not in self.tensors]:
-            raise QuantizeError(f"{folder}: the index puts {lost[0]!r} in {weight_map[lost[0]]}, which lacks it")
+            raise QuantizeError(
+                f"{folder}: the index puts {lost[0]!r} in {weight_map[lost[0]]}, which lacks it"
+            )
         if unlisted := [name for name in self.tensors if weight_map and name not in weight_map]:
-            self.notes.append(f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}")
+            self.notes.append(
+                f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}"
+            )
         self.has_config = (config_folder / CONFIG_NAME).exists()
         self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
         if not self.has_config:
-            self.notes.append(f"no {CONFIG_NAME} in {config_folder}, without which no loader knows it: --config_dir")
+            self.notes.append(
+                f"no {CONFIG_NAME} in {config_folder}, without which no loader knows it: --config_dir"
+            )
         self._drop_wrappers()
 
     def _drop_wrappers(self) -> None:
@@ -695,12 +950,17 @@ class Checkpoint:
         averaged = all(name == "n_averaged" or name.startswith("module.") for name in self.tensors)
         if averaged and self.tensors.pop("n_averaged", None):
             self.notes.append("left out 'n_averaged', which counts an AveragedModel's steps")
-        dropped = Counter(match[2] for name in self.tensors for match in WRAPPER_PATTERN.finditer(name))
+        dropped = Counter(
+            match[2] for name in self.tensors for match in WRAPPER_PATTERN.finditer(name)
+        )
         parts = {name: WRAPPER_PATTERN.sub("", name).split(".") for name in self.tensors}
         # What stands before every name may be data parallelism's `module`s, or whatever a whole language model, body
         # and head, was put into; but a model's part where config.json has configs for these, as Qwen-Omni's `thinker`.
         shared = os.path.commonprefix([part[:-1] for part in parts.values()])  # noqa: RUF071 - of lists
-        nested = any(isinstance(value, dict) and key.endswith("_config") for key, value in self.config.items())
+        nested = any(
+            isinstance(value, dict) and key.endswith("_config")
+            for key, value in self.config.items()
+        )
         if nested or {part[len(shared)] for part in parts.values()} != {"model", "lm_head"}:
             shared = list(itertools.takewhile("module".__eq__, shared))
         dropped.update(shared * len(parts))
@@ -710,24 +970,39 @@ class Checkpoint:
         counts = Counter(names.values())
         if twins := [name for name in names if counts[names[name]] > 1]:
             raise QuantizeError(TWO_COPIES.format(quote_names(twins)))
-        self.tensors = {short: replace(self.tensors[name], name=short, stored=name) for name, short in names.items()}
-        wrappers = ", ".join(f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items())
-        self.notes.append(f"dropped from the tensors' names, as what training wrapped around the model: {wrappers}")
+        self.tensors = {
+            short: replace(self.tensors[name], name=short, stored=name)
+            for name, short in names.items()
+        }
+        wrappers = ", ".join(
+            f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items()
+        )
+        self.notes.append(
+            f"dropped from the tensors' names, as what training wrapped around the model: {wrappers}"
+        )
 
-    def read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None) -> memoryview:
+    def read(
+        self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
+    ) -> memoryview:
         """Read a tensor's bytes: see `WeightsFile.read`."""
         return self.files[info.file].read(info, offset, nbytes, memory)
 
 
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Name the files of the weights, safetensors rather than pickles, and read their index, if there is one."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_")))
+    names = sorted(
+        path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_"))
+    )
     safetensors = [name for name in names if name.endswith(".safetensors")]
     # Mistral's own copy of the weights beside Hugging Face's. `plan_other_files` names what is left out.
-    safetensors = [name for name in safetensors if not name.startswith("consolidated")] or safetensors
+    safetensors = [
+        name for name in safetensors if not name.startswith("consolidated")
+    ] or safetensors
     pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
     pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
-    index = folder / (INDEX_NAME if safetensors or INDEX_NAME in names else "pytorch_model.bin.index.json")
+    index = folder / (
+        INDEX_NAME if safetensors or INDEX_NAME in names else "pytorch_model.bin.index.json"
+    )
     if index.exists():
         weight_map = read_weight_map(index, [*safetensors, *pickles])
         return sorted(set(weight_map.values())), weight_map
@@ -744,7 +1019,10 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
         problem = f"{quote_names(sets)} are two sets of weights, or of several ranks: leave one, or merge them"
     for pattern, name in sets.items():
         if part := re.search(r"(\d+)-of-0*(\d{1,5})\.\w+$", name):
-            parts = [pattern.replace("*", f"{number:0{len(part[1])}}") for number in range(1, int(part[2]) + 1)]
+            parts = [
+                pattern.replace("*", f"{number:0{len(part[1])}}")
+                for number in range(1, int(part[2]) + 1)
+            ]
             if missing := [name for name in parts if name not in found]:
                 problem = problem or f"{quote_names(missing)} of {part[2]} missing: copy it again"
     if problem:
@@ -759,14 +1037,25 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
         raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
     for name, file in weight_map.items():
         if not re.fullmatch(r"[^/\\\0]+\.(safetensors|bin|pth?)", str(file)):
-            raise QuantizeError(f"{index}: {name!r} is in {file!r}, no file of this folder that may hold tensors")
-    missing = sorted(file for file in set(weight_map.values()) if not (index.parent / file).exists())
+            raise QuantizeError(
+                f"{index}: {name!r} is in {file!r}, no file of this folder that may hold tensors"
+            )
+    missing = sorted(
+        file for file in set(weight_map.values()) if not (index.parent / file).exists()
+    )
     if not missing:
         return weight_map
     # Other files may have all the weights, as after a save into an old folder.
-    found, remedy, others = set(), "copy or download it again", sorted({*names} - {*weight_map.values()})
+    found, remedy, others = (
+        set(),
+        "copy or download it again",
+        sorted({*names} - {*weight_map.values()}),
+    )
     for name in others:
-        with contextlib.suppress(QuantizeError), contextlib.closing(WeightsFile(index.parent / name)) as file:
+        with (
+            contextlib.suppress(QuantizeError),
+            contextlib.closing(WeightsFile(index.parent / name)) as file,
+        ):
             found |= file.infos.keys()
     if weight_map.keys() <= found:
         remedy = f"it may be stale, since {quote_names(others)} have all its tensors: remove it if they are the model"
@@ -776,7 +1065,9 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
 # ---- Architectures: stacks of experts, and what a tensor is for -----------------------------------------------------
 
 # Names of weights, by the convention of the architectures on the hub; `find_kinds` finds others by shape and place.
-EMBEDDING_NAME = r"(^|\.)(\w*embed(?!_out)\w*(\.\d+)?|wte|wpe|\w+_bias)\.weight$|^(\w+\.)?shared\.weight$"
+EMBEDDING_NAME = (
+    r"(^|\.)(\w*embed(?!_out)\w*(\.\d+)?|wte|wpe|\w+_bias)\.weight$|^(\w+\.)?shared\.weight$"
+)
 HEAD_NAME = r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
 ROUTER_NAME = r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$"
 NO_ROUTER = r"_proj$|^(shared_|self_)|attn|attention|(^|\.)mlp(\.|$)|experts"
@@ -789,10 +1080,23 @@ LAYER_KINDS = (  # for the tables; the first that matches
     ("shared experts", r"\.shared_experts?\."),
     ("attention", r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\."),
     ("Mamba", r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm"),
-    ("MLP", r"mlp|ffn|feed_forward|(gate|up|down)_proj|fc\d|dense_(h_to|4h)|\.(w[123]|wi|wo)(_\d)?\."),
+    (
+        "MLP",
+        r"mlp|ffn|feed_forward|(gate|up|down)_proj|fc\d|dense_(h_to|4h)|\.(w[123]|wi|wo)(_\d)?\.",
+    ),
 )
-EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")  # in config.json
-EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size")
+EXPERT_COUNTS = (
+    "n_routed_experts",
+    "num_experts",
+    "num_local_experts",
+    "moe_num_experts",
+)  # in config.json
+EXPERT_WIDTHS = (
+    "moe_intermediate_size",
+    "intermediate_size",
+    "expert_ffn_hidden_size",
+    "ffn_hidden_size",
+)
 
 
 @dataclass(frozen=True)
@@ -806,16 +1110,25 @@ class Oddity:
     projections: tuple[str, ...] = ()  # of an expert: gate (nothing where it has none), up and down
     renames: tuple[tuple[str, str], ...] = ()  # what else has another name: pattern, replacement
     whole_in_vllm: bool = True  # whether vLLM also reads the stacks as they are
-    linear_experts: bool = False  # each is an nn.Linear in transformers, as soon as anything is quantized
+    linear_experts: bool = (
+        False  # each is an nn.Linear in transformers, as soon as anything is quantized
+    )
     conv1d: bool = False  # the layers' weights lie as (in, out)
     problem: str = ""  # why stacks of experts are not read as one weight an expert
-    problem_of_engines: str = ""  # the same, where an engine is to load what comes of it; {}: the model's type
+    problem_of_engines: str = (
+        ""  # the same, where an engine is to load what comes of it; {}: the model's type
+    )
     remedy: str = ""  # if it is another than to exclude the stacks
 
     def projections_of(self, role: str) -> tuple[str, ...]:
         """Name the weights of a stack, in their order."""
         gate, up, down = self.projections or GATED
-        return {"gate_up_proj": (gate, up), "gate_proj": (gate,), "up_proj": (up,), "down_proj": (down,)}[role]
+        return {
+            "gate_up_proj": (gate, up),
+            "gate_proj": (gate,),
+            "up_proj": (up,),
+            "down_proj": (down,),
+        }[role]
 
     def renamed(self, name: str) -> str:
         """Rename a tensor of a state dict as `save_pretrained` does."""
@@ -839,7 +1152,12 @@ ODDITIES = (
     Oddity("llama4 llama4_text", GATED, whole_in_vllm=False, linear_experts=True),  # and transposed
     Oddity("lfm2_moe", MIXTRAL, whole_in_vllm=False),
     Oddity("mixtral minimax minimax_m2", MIXTRAL, (SPARSE_BLOCK,), whole_in_vllm=False),
-    Oddity("phimoe", MIXTRAL, ((r"\.mlp\.router\.weight$", ".mlp.gate.weight"), SPARSE_BLOCK), whole_in_vllm=False),
+    Oddity(
+        "phimoe",
+        MIXTRAL,
+        ((r"\.mlp\.router\.weight$", ".mlp.gate.weight"), SPARSE_BLOCK),
+        whole_in_vllm=False,
+    ),
     # transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
     Oddity(
         "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text",
@@ -859,16 +1177,27 @@ ODDITIES = (
         problem_of_engines="named as in model.state_dict(), where {} has other names than loaders know",
         remedy="save it with model.save_pretrained()",
     ),
-    Oddity("gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),  # transformers 5.23.0: users of pytorch_utils
+    Oddity(
+        "gpt2 openai-gpt imagegpt decision_transformer", conv1d=True
+    ),  # transformers 5.23.0: users of pytorch_utils
 )
 
 
 def config_values(config: dict, *keys: str) -> list:
     """List what config.json says under any of `keys`, then its language model's config (`text_config` and alike)."""
-    named = (config.get(key) for key in keys)  # lists, as ERNIE's of experts for text and for images, one by one
-    values = [v for value in named for v in (value if isinstance(value, list) else [value]) if v is not None]
+    named = (
+        config.get(key) for key in keys
+    )  # lists, as ERNIE's of experts for text and for images, one by one
+    values = [
+        v
+        for value in named
+        for v in (value if isinstance(value, list) else [value])
+        if v is not None
+    ]
     for key, nested in config.items():
-        if isinstance(nested, dict) and re.match(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key):
+        if isinstance(nested, dict) and re.match(
+            r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key
+        ):
             values += config_values(nested, *keys)
     return values
 
@@ -876,14 +1205,19 @@ def config_values(config: dict, *keys: str) -> list:
 def model_dtype(config: dict) -> str | None:
     """Return the 16-bit dtype that engines compute in, by its safetensors name; None if config.json names no such."""
     known = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
-    names = (str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype"))
+    names = (
+        str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype")
+    )
     return next((known[name] for name in names if name in known), None)
 
 
 def oddity_with(field: str, config: dict) -> Oddity:
     """Find the first row that has something in a field and is about a type that config.json names, or an empty one."""
     types = set(map(str, config_values(config, "model_type")))
-    return next((row for row in ODDITIES if getattr(row, field) and types & {*row.model_types.split()}), Oddity(""))
+    return next(
+        (row for row in ODDITIES if getattr(row, field) and types & {*row.model_types.split()}),
+        Oddity(""),
+    )
 
 
 # A tensor that holds all routed experts of a layer; the 2-D weights it is read as, expert by expert, or none if its
@@ -893,10 +1227,16 @@ ExpertStack = namedtuple("ExpertStack", "info weights problem whole_in_vllm", de
 
 def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, ExpertStack]:
     """Find every tensor that holds a layer's routed experts together, by its name."""
-    config, stacks, layers = checkpoint.config, {}, {}  # layers: stacks by where the experts are, then by role
+    config, stacks, layers = (
+        checkpoint.config,
+        {},
+        {},
+    )  # layers: stacks by where the experts are, then by role
     oddity, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
     odd = oddity_with("problem_of_engines", config)
-    types = (name for name in config_values(config, "model_type") if name in odd.model_types.split())
+    types = (
+        name for name in config_values(config, "model_type") if name in odd.model_types.split()
+    )
     in_engines = odd.problem_of_engines.format(next(types, "")) if for_engines else ""
     for name, info in checkpoint.tensors.items():
         if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", name):
@@ -904,13 +1244,19 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
         match = STACK_PATTERN.match(name) if len(info.shape) == 3 else None
         if len(info.shape) == 3 and min(info.shape[1:]) >= CODES_PER_WORD:  # else a convolution
             counted = info.shape[0] > 1 and info.shape[0] in counts
-            found = re.search(r"(^|[._])(experts?|moe)[._]", name) or (counted and re.search(r"\.\d+\.", name))
+            found = re.search(r"(^|[._])(experts?|moe)[._]", name) or (
+                counted and re.search(r"\.\d+\.", name)
+            )
         else:  # DBRX's
-            found = len(info.shape) == 2 and re.search(r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", name)
+            found = len(info.shape) == 2 and re.search(
+                r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", name
+            )
         if found and not match:
             stacks[name] = ExpertStack(info, [], "in a layout that is not known")
         elif found:  # Granite's are gated, too
-            role = match["projection"] or ("gate_up_proj" if match["linear"] == "input_linear" else "down_proj")
+            role = match["projection"] or (
+                "gate_up_proj" if match["linear"] == "input_linear" else "down_proj"
+            )
             twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
             if twin is not info:
                 raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, name])))
@@ -918,11 +1264,15 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
         problem, turned = layout_of_stacks(module, layer, checkpoint, oddity)
         for role, info in layer.items():
             weights = [] if problem else list(expert_weights(info, module, role, oddity, turned))
-            stacks[info.name] = ExpertStack(info, weights, problem or in_engines, oddity.whole_in_vllm)
+            stacks[info.name] = ExpertStack(
+                info, weights, problem or in_engines, oddity.whole_in_vllm
+            )
     return stacks
 
 
-def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, oddity: Oddity) -> tuple[str, bool]:
+def layout_of_stacks(
+    module: str, layer: dict, checkpoint: Checkpoint, oddity: Oddity
+) -> tuple[str, bool]:
     """Say why a layer's stacks, by role, cannot be read as one weight an expert, if so, and whether they are (in, out).
 
     The shapes of gate_up_proj and down_proj tell: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which are
@@ -933,8 +1283,14 @@ def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, oddity: O
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
     if name := next(filter(bias.match, checkpoint.tensors), None):
         return f"that have biases ({name!r}), too", False
-    gated = {"gate_up_proj", "gate_proj"} if oddity.projections and oddity.projections[0] else shapes.keys()
-    if not all(roles & shapes.keys() for roles in ({"down_proj"}, {"gate_up_proj", "up_proj"}, gated)):
+    gated = (
+        {"gate_up_proj", "gate_proj"}
+        if oddity.projections and oddity.projections[0]
+        else shapes.keys()
+    )
+    if not all(
+        roles & shapes.keys() for roles in ({"down_proj"}, {"gate_up_proj", "up_proj"}, gated)
+    ):
         return "but not all projections of the layer's experts are there", False
     if len({info.shape[0] for info in layer.values()}) > 1:
         return "and the layer's other stacks hold more or fewer", False
@@ -944,20 +1300,36 @@ def layout_of_stacks(module: str, layer: dict, checkpoint: Checkpoint, oddity: O
         return "" if straight or turned else "of shapes that are not a gated pair's", turned
     if any(shape != (columns, rows) for shape in shapes.values()):
         return "of shapes that do not go together", False
-    hidden, widths = config_values(config, "hidden_size", "moe_latent_size"), config_values(config, *EXPERT_WIDTHS)
-    straight, turned = (rows in hidden and columns in widths), (columns in hidden and rows in widths)
+    hidden, widths = (
+        config_values(config, "hidden_size", "moe_latent_size"),
+        config_values(config, *EXPERT_WIDTHS),
+    )
+    straight, turned = (
+        (rows in hidden and columns in widths),
+        (columns in hidden and rows in widths),
+    )
     if straight == turned and not oddity.projections:
-        return f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed", False
+        return (
+            f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed",
+            False,
+        )
     return "", turned and not straight
 
 
-def expert_weights(stack: TensorInfo, module: str, role: str, oddity: Oddity, turned: bool) -> Iterator[TensorInfo]:
+def expert_weights(
+    stack: TensorInfo, module: str, role: str, oddity: Oddity, turned: bool
+) -> Iterator[TensorInfo]:
     """Yield the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
     out_features, in_features = reversed(stack.shape[1:]) if turned else stack.shape[1:]
     names, itemsize = oddity.projections_of(role), DTYPE_BITS[stack.dtype] // 8
-    shape, stride = (out_features // len(names), in_features), out_features * itemsize if turned else 0
+    shape, stride = (
+        (out_features // len(names), in_features),
+        out_features * itemsize if turned else 0,
+    )
     for expert, (number, name) in itertools.product(range(stack.shape[0]), enumerate(names)):
-        start = expert * out_features * in_features + number * shape[0] * (1 if turned else in_features)
+        start = expert * out_features * in_features + number * shape[0] * (
+            1 if turned else in_features
+        )
         yield stack.part(f"{module}.{expert}.{name}.weight", shape, start * itemsize, stride)
 
 
@@ -966,13 +1338,21 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
 
     A router beside a layer's experts has a row for each. A weight with as many rows as there are words is an embedding
     or a head, but for a layer's projections and what joins a tower to the language model, where it may be chance."""
-    names, kinds, experts = {info.name for info in tensors}, {}, {}  # experts: their number, by the module around them
+    names, kinds, experts = (
+        {info.name for info in tensors},
+        {},
+        {},
+    )  # experts: their number, by the module around them
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     for info in weights:
-        numbered_with_bias = re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names  # linear layers in a row
+        numbered_with_bias = (
+            re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names
+        )  # linear layers in a row
         if re.search(EMBEDDING_NAME, info.name) and not numbered_with_bias:
             kinds[info.name] = "embeddings"
-        elif re.search(ROUTER_NAME, info.name) and info.shape[0] < info.shape[1]:  # else a gate for each column
+        elif (
+            re.search(ROUTER_NAME, info.name) and info.shape[0] < info.shape[1]
+        ):  # else a gate for each column
             kinds[info.name] = "routers"
         elif re.search(HEAD_NAME, info.name):
             kinds[info.name] = "head"
@@ -982,15 +1362,26 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
             experts[place] = max(experts.get(place, 0), int(match[2]) + 1)
         elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
             experts[match["place"].rstrip(".")] = info.shape[0]
-    tables = [i.shape for i in weights if kinds.get(i.name) == "embeddings" and not re.search(NO_WORDS, i.name)]
+    tables = [
+        i.shape
+        for i in weights
+        if kinds.get(i.name) == "embeddings" and not re.search(NO_WORDS, i.name)
+    ]
     words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
-    widths = {*config_values(config, "hidden_size", "d_model", "n_embd"), *(columns for _, columns in tables)}
+    widths = {
+        *config_values(config, "hidden_size", "d_model", "n_embd"),
+        *(columns for _, columns in tables),
+    }
     for info in (info for info in weights if info.name not in kinds):
         module, (rows, columns) = info.name.removesuffix(".weight"), info.shape
         parts = module.split(".")
         last, in_layer = ".".join(parts[-2:]), any(map(str.isdigit, parts))
-        as_many = any(count <= rows <= count + EXTRA_WORDS for count in words) and (not widths or columns in widths)
-        if as_many and (re.search(VOCABULARY_WORDS, last) if in_layer else not TOWER_WORDS.search(module)):
+        as_many = any(count <= rows <= count + EXTRA_WORDS for count in words) and (
+            not widths or columns in widths
+        )
+        if as_many and (
+            re.search(VOCABULARY_WORDS, last) if in_layer else not TOWER_WORDS.search(module)
+        ):
             kinds[info.name] = "head" if re.search(HEAD_WORDS, last) else "embeddings"
         for place in (parts[-1], last):
             beside = rows < columns and experts.get(module.removesuffix(place).rstrip(".")) == rows
@@ -1057,7 +1448,9 @@ def allocate(nbytes: int) -> mmap.mmap:
     try:
         memory = mmap.mmap(-1, whole_pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        raise QuantizeError(f"no memory for a buffer of {format_bytes(nbytes)}: use fewer --threads") from None
+        raise QuantizeError(
+            f"no memory for a buffer of {format_bytes(nbytes)}: use fewer --threads"
+        ) from None
     with contextlib.suppress(OSError, AttributeError):  # a system, or a kernel of it, without
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -1068,9 +1461,13 @@ class Rounding:
     """How scales and codes are chosen and stored."""
 
     with_offset: bool = False  # nibbles hold the code plus 8 (`pack_int4`)
-    importance: torch.Tensor | None = None  # of columns, float32 (groups of a row, group_size); scales are searched
+    importance: torch.Tensor | None = (
+        None  # of columns, float32 (groups of a row, group_size); scales are searched
+    )
     feedback: tuple[torch.Tensor, ...] | None = None  # of `feedback_of`; needs importance
-    kernel: Kernel | None = None  # which does the work for 4 bits in groups of up to MAX_GROUP; the result is the same
+    kernel: Kernel | None = (
+        None  # which does the work for 4 bits in groups of up to MAX_GROUP; the result is the same
+    )
     bits: int = 4  # or 8, always by the largest weight, without importance
 
 
@@ -1087,7 +1484,9 @@ def quantize_groups(
     if rounding.kernel and rounding.bits == 4 and group_size <= MAX_GROUP:
         return quantize_with_kernel(groups, scales, workspace, rounding), scales
     # By the bits: without sign these are ordered as the values, NaN above all, and compared several times faster.
-    magnitudes = torch.abs(groups, out=workspace.tensor("magnitudes", groups.dtype, count, group_size))
+    magnitudes = torch.abs(
+        groups, out=workspace.tensor("magnitudes", groups.dtype, count, group_size)
+    )
     bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[groups.dtype.itemsize])
     code_max = Packing(rounding.bits, group_size).code_max
     scales.copy_(torch.amax(bits, -1).view(groups.dtype).to(torch.float32).div_(code_max))
@@ -1105,7 +1504,9 @@ def quantize_groups(
     return pack_int4(codes, workspace, rounding.with_offset), scales
 
 
-def round_to_codes(weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, code_max: int = CODE_MAX) -> None:
+def round_to_codes(
+    weights: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, code_max: int = CODE_MAX
+) -> None:
     """Put clamp(round(w / scale)) into `out`, and 0 where the scale is 0: the weights were too small for any."""
     divisors = torch.where(scales == 0, 1, scales).to(torch.float32)[:, None]
     torch.div(weights, divisors, out=out).round_().clamp_(-code_max - 1, code_max)
@@ -1122,43 +1523,68 @@ def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
 def shares_of(importance: torch.Tensor) -> torch.Tensor:
     """Return each column's part of its group's importance, 2^14 for the largest; int32 (k, group_size), as that."""
     largest = importance.amax(-1, keepdim=True)
-    return (importance / torch.where(largest == 0, 1, largest)).mul_(1 << 14).round_().to(torch.int32)
+    return (
+        (importance / torch.where(largest == 0, 1, largest)).mul_(1 << 14).round_().to(torch.int32)
+    )
 
 
-def search_scales(weights: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, workspace: Workspace) -> None:
+def search_scales(
+    weights: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, workspace: Workspace
+) -> None:
     """Replace absmax scales (n,) of weights, float32 (n, group_size), by those of least squared error, of either sign.
 
     Codes reach -8 but only 7, so the scale's sign puts the largest weight on the longer side. For each step weights are
     rounded with scale = -largest / step; for such codes the best scale is sum(w c) / sum(c c), which leaves the squared
     error sum(w w) - sum(w c)^2 / sum(c c). (After llama.cpp's make_qx_quants.) Weights are taken as parts of the
     largest, 2^14 for it: sums of integers are the same in whatever order a machine adds."""
-    parts, weighed, codes, products = (workspace.tensor(f"search {i}", torch.int32, *weights.shape) for i in range(4))
-    by_row, shares, errors = (-1, *importance.shape), shares_of(importance), products.view(torch.float32)
-    sum_dtype = torch.int32 if weights.shape[1] <= MAX_GROUP else torch.int64  # which takes eight times as long
+    parts, weighed, codes, products = (
+        workspace.tensor(f"search {i}", torch.int32, *weights.shape) for i in range(4)
+    )
+    by_row, shares, errors = (
+        (-1, *importance.shape),
+        shares_of(importance),
+        products.view(torch.float32),
+    )
+    sum_dtype = (
+        torch.int32 if weights.shape[1] <= MAX_GROUP else torch.int64
+    )  # which takes eight times as long
     lowest, highest = torch.aminmax(weights, dim=-1)
     largest = torch.where(-lowest > highest, lowest, highest)
-    factors = torch.where(largest.abs() > 1e-30, largest.reciprocal() * -(1 << 14), 0)  # beyond, it might be infinite
+    factors = torch.where(
+        largest.abs() > 1e-30, largest.reciprocal() * -(1 << 14), 0
+    )  # beyond, it might be infinite
     parts.copy_(torch.mul(weights, factors[:, None], out=errors).round_())
-    torch.mul(parts.view(by_row), shares, out=weighed.view(by_row)).add_(1 << 13).bitwise_right_shift_(14)
+    torch.mul(parts.view(by_row), shares, out=weighed.view(by_row)).add_(
+        1 << 13
+    ).bitwise_right_shift_(14)
     best_gain, best_scales = torch.zeros_like(largest), torch.zeros_like(largest)
     for step in SEARCH_MULTIPLIERS:
         torch.mul(parts, step, out=codes).bitwise_right_shift_(16)
         codes.add_(1 << 8).bitwise_right_shift_(9).clamp_(CODE_MIN, CODE_MAX)
-        products_sum = torch.mul(weighed, codes, out=products).sum(-1, dtype=sum_dtype).to(torch.float32)
+        products_sum = (
+            torch.mul(weighed, codes, out=products).sum(-1, dtype=sum_dtype).to(torch.float32)
+        )
         codes.mul_(codes).view(by_row).mul_(shares)
         candidates = products_sum / codes.sum(-1, dtype=sum_dtype).to(torch.float32)
         gain = products_sum * candidates  # NaN for an all-zero group, and so never better
         better = gain > best_gain
-        best_gain, best_scales = torch.where(better, gain, best_gain), torch.where(better, candidates, best_scales)
+        best_gain, best_scales = (
+            torch.where(better, gain, best_gain),
+            torch.where(better, candidates, best_scales),
+        )
     found, sums = (best_scales * -largest).to(scales.dtype), []
     for some in (found, scales):
         round_to_codes(weights, some, errors)
         errors.mul_(some.to(torch.float32)[:, None]).sub_(weights)
-        sums.append(sum_in_lanes(errors.mul_(errors).view(by_row).mul_(importance).view(weights.shape)))
+        sums.append(
+            sum_in_lanes(errors.mul_(errors).view(by_row).mul_(importance).view(weights.shape))
+        )
     scales.copy_(torch.where((sums[0] < sums[1]) & (found != 0), found, scales))
 
 
-def feedback_of(mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel | None) -> tuple[torch.Tensor, ...]:
+def feedback_of(
+    mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel | None
+) -> tuple[torch.Tensor, ...]:
     """Prepare error feedback: what a column's rounding error changes in the columns after it, so that the errors of a
     row's products cancel out, for inputs of second moments diag(mean_squares - row sums of factor^2) + factor factor^T.
 
@@ -1173,7 +1599,9 @@ def feedback_of(mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel
     spread, inverse = torch.empty_like(factor), torch.eye(factor.shape[1], dtype=torch.float64)
     if kernel:
         kernel.spread_of(*(tensor.data_ptr() for tensor in (factor, rest, spread)), *factor.shape)
-    for column in () if kernel else range(len(factor) - 1, -1, -1):  # each of them updates the inverse
+    for column in (
+        () if kernel else range(len(factor) - 1, -1, -1)
+    ):  # each of them updates the inverse
         direction = factor[column].to(torch.float64)
         turned = sum_in_lanes(inverse * direction)
         divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
@@ -1182,7 +1610,9 @@ def feedback_of(mean_squares: torch.Tensor, factor: torch.Tensor, kernel: Kernel
     return factor, spread
 
 
-def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding) -> None:
+def round_with_feedback(
+    weights: torch.Tensor, scales: torch.Tensor, workspace: Workspace, rounding: Rounding
+) -> None:
     """Replace whole rows of weights, float32 (n, group_size), by their codes, and fill in the scales (n,): a group's is
     searched for its weights as the errors of the groups before change them, then column by column is rounded."""
     shape = rounding.importance.shape  # groups of a row, and columns of a group
@@ -1191,10 +1621,15 @@ def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: 
     carried = torch.zeros(len(weights), factors.shape[-1])  # c of each row
     for group, (factor, spread) in enumerate(zip(factors, spreads)):
         columns = weights[:, group].T
-        changed = torch.stack([column + sum_in_lanes(carried * u) for column, u in zip(columns, spread)], 1)
+        changed = torch.stack(
+            [column + sum_in_lanes(carried * u) for column, u in zip(columns, spread)], 1
+        )
         found = scales[:, group].copy_(changed.abs().amax(1) / CODE_MAX)
         search_scales(changed, found, rounding.importance[group : group + 1], workspace)
-        steps, divisors = found.to(torch.float32), torch.where(found == 0, 1, found).to(torch.float32)
+        steps, divisors = (
+            found.to(torch.float32),
+            torch.where(found == 0, 1, found).to(torch.float32),
+        )
         most = divisors.abs() * MAX_CHANGE
         for column, v, u in zip(columns, factor, spread):
             change = sum_in_lanes(carried * u).clamp_(-most, most)
@@ -1206,7 +1641,9 @@ def round_with_feedback(weights: torch.Tensor, scales: torch.Tensor, workspace: 
 def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = False) -> torch.Tensor:
     """Pack codes, int16 (rows, columns), destroying them, to words, int32 (rows, columns // 8), the first lowest."""
     # Pairs of codes, int32 0x000H000L, times 0x1001000 have 0xHL as top byte. Four such are the little-endian word.
-    pairs = codes.view(torch.int32).bitwise_and_(0x000F000F).mul_(0x1001000).bitwise_right_shift_(24)
+    pairs = (
+        codes.view(torch.int32).bitwise_and_(0x000F000F).mul_(0x1001000).bitwise_right_shift_(24)
+    )
     workspace.tensor("words", torch.int8, *pairs.shape).copy_(pairs)  # keeps the low byte
     words = workspace.tensor("words", torch.int32, len(codes), codes.shape[1] // CODES_PER_WORD)
     return words.bitwise_xor_(OFFSET_BITS) if with_offset else words
@@ -1215,14 +1652,24 @@ def pack_int4(codes: torch.Tensor, workspace: Workspace, with_offset: bool = Fal
 def unpack_int4(words: torch.Tensor, with_offset: bool = False) -> torch.Tensor:
     """Unpack words, int32 (rows, columns // 8), to codes, int8 (rows, columns)."""
     words = words ^ OFFSET_BITS if with_offset else words
-    shifts = torch.arange(28, -4, -4, dtype=torch.int32, device=words.device)  # code i to the top, then back, signed
+    shifts = torch.arange(
+        28, -4, -4, dtype=torch.int32, device=words.device
+    )  # code i to the top, then back, signed
     return ((words.unsqueeze(-1) << shifts) >> 28).to(torch.int8).flatten(-2)
 
 
-def dequantize(words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool) -> torch.Tensor:
+def dequantize(
+    words: torch.Tensor, scales: torch.Tensor, packing: Packing, with_offset: bool
+) -> torch.Tensor:
     """Decode words, int32 (rows, columns // codes_per_word), by scales (rows, columns // group_size); to float32."""
-    codes = unpack_int4(words, with_offset) if packing.bits == 4 else words.view(torch.uint8).to(torch.float32) - 128
-    return (codes.unflatten(1, (-1, packing.group_size)) * scales.to(torch.float32)[:, :, None]).flatten(1)
+    codes = (
+        unpack_int4(words, with_offset)
+        if packing.bits == 4
+        else words.view(torch.uint8).to(torch.float32) - 128
+    )
+    return (
+        codes.unflatten(1, (-1, packing.group_size)) * scales.to(torch.float32)[:, :, None]
+    ).flatten(1)
 
 
 def dequantize_int4(
@@ -1234,7 +1681,9 @@ def dequantize_int4(
     columns: the weight's true number of columns where quantize_config.json lists it as padded; None keeps all"""
     (rows, words), (scale_rows, groups) = qweight.shape, scales.shape
     if (rows, words * CODES_PER_WORD) != (scale_rows, groups * group_size):
-        raise ValueError(f"words {tuple(qweight.shape)}, scales {tuple(scales.shape)}: group_size is not {group_size}?")
+        raise ValueError(
+            f"words {tuple(qweight.shape)}, scales {tuple(scales.shape)}: group_size is not {group_size}?"
+        )
     return dequantize(qweight, scales, Packing(4, group_size), with_offset=False)[:, :columns]
 
 
@@ -1479,9 +1928,10 @@ KERNEL_FLAGS = (
     "-x c -O3 -shared -fPIC -ffreestanding -nostdlib -ffp-contract=off -fno-trapping-math"
     f" -DMAX_GROUP={MAX_GROUP} -DMAX_RANK={MAX_RANK} -DMAX_CHANGE={MAX_CHANGE}"
     f" -DSEARCH_MULTIPLIERS={','.join(map(str, SEARCH_MULTIPLIERS))} "
-    + {"AVX2": "-mavx2 -mfma", "AVX512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"}.get(
-        torch.backends.cpu.get_cpu_capability(), ""
-    )
+    + {
+        "AVX2": "-mavx2 -mfma",
+        "AVX512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+    }.get(torch.backends.cpu.get_cpu_capability(), "")
 ).split()
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of the source's enum
 SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of a float's
@@ -1498,12 +1948,31 @@ def quantize_with_kernel(
     words = workspace.tensor("words", torch.int32, count, group_size // CODES_PER_WORD)
     found, importance, shares = workspace.tensor("found", torch.float32, count), nothing, nothing
     if rounding.importance is not None:
-        importance, shares = rounding.importance.contiguous(), shares_of(rounding.importance).to(torch.int16)
+        importance, shares = (
+            rounding.importance.contiguous(),
+            shares_of(rounding.importance).to(torch.int16),
+        )
     factor, spread = rounding.feedback or (nothing, nothing)
-    numbers = KERNEL_DTYPES.index(groups.dtype), count, group_size, max(1, len(importance)), factor.shape[-1]
+    numbers = (
+        KERNEL_DTYPES.index(groups.dtype),
+        count,
+        group_size,
+        max(1, len(importance)),
+        factor.shape[-1],
+    )
     numbers += SCALE_BITS_DROPPED[scales.dtype], OFFSET_BITS & 0xFF if rounding.with_offset else 0
-    tensors = (groups, words, found, importance, shares, factor, spread)  # as in the source's struct, like the numbers
-    rounding.kernel.quantize((ctypes.c_long * 14)(*(tensor.data_ptr() for tensor in tensors), *numbers))
+    tensors = (
+        groups,
+        words,
+        found,
+        importance,
+        shares,
+        factor,
+        spread,
+    )  # as in the source's struct, like the numbers
+    rounding.kernel.quantize(
+        (ctypes.c_long * 14)(*(tensor.data_ptr() for tensor in tensors), *numbers)
+    )
     scales.copy_(found)
     return words
 
@@ -1520,7 +1989,10 @@ def rounds_as_torch(kernel: Kernel, search: bool) -> bool:
     if search:
         # Two groups to a row, half of them so close to whole codes that two scales are nearly as good.
         groups = torch.randn(1024, 376, generator=torch.Generator().manual_seed(0)).mul_(5)
-        close = groups[::4].round().clamp(-7, 7) + groups[1::4] * 2.0 ** -(6 + torch.arange(256) % 12)[:, None]
+        close = (
+            groups[::4].round().clamp(-7, 7)
+            + groups[1::4] * 2.0 ** -(6 + torch.arange(256) % 12)[:, None]
+        )
         groups[::4], groups[1::4] = close, close.flip(0, 1)
         trials.append((groups, torch.arange(2.0 * 376).view(2, 376) * 0.618 % 1, None))
         # Not whole rounds of the loop over eight rows. A weak column behind strong ones, where changes are bounded.
@@ -1534,9 +2006,13 @@ def rounds_as_torch(kernel: Kernel, search: bool) -> bool:
         for some in (kernel, None):
             feedback = None if factor is None else feedback_of(importance.flatten(), factor, some)
             results.append([feedback[1]] if feedback else [])
-            for dtype, scale_dtype in itertools.product(KERNEL_DTYPES[2 if feedback else 0 :], SCALE_BITS_DROPPED):
+            for dtype, scale_dtype in itertools.product(
+                KERNEL_DTYPES[2 if feedback else 0 :], SCALE_BITS_DROPPED
+            ):
                 rounding = Rounding(True, importance, feedback, some)
-                results[-1] += quantize_groups(weights.to(dtype), scale_dtype, Workspace(), rounding)
+                results[-1] += quantize_groups(
+                    weights.to(dtype), scale_dtype, Workspace(), rounding
+                )
         if not all(map(torch.equal, *results)):
             return False
     return True
@@ -1549,20 +2025,33 @@ def compile_kernel(search: bool) -> Kernel:
     if not shutil.which(compiler[0]):
         raise QuantizeError(f"there is no C compiler {compiler[0]!r}")
     try:
-        with tempfile.TemporaryDirectory(prefix="quantize_int4.", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix="quantize_int4.", ignore_cleanup_errors=True
+        ) as folder:
             library = f"{folder}/kernel.so"  # once loaded, the file is not needed
             command = [*compiler, *KERNEL_FLAGS, f"-DSEARCH={int(search)}", "-o", library, "-"]
-            how = {"input": KERNEL_SOURCE.encode(), "capture_output": True, "timeout": COMPILER_TIMEOUT_S}
-            subprocess.run(command, **how, check=True, env=os.environ | {"TMPDIR": folder})  # for its own files
+            how = {
+                "input": KERNEL_SOURCE.encode(),
+                "capture_output": True,
+                "timeout": COMPILER_TIMEOUT_S,
+            }
+            subprocess.run(
+                command, **how, check=True, env=os.environ | {"TMPDIR": folder}
+            )  # for its own files
             kernel = ctypes.CDLL(library)
             kernel.quantize.argtypes = [ctypes.c_void_p]
             kernel.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
     except subprocess.CalledProcessError as error:
         message = " ".join(error.stderr.decode(errors="replace").split())
-        raise QuantizeError(f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}") from None
+        raise QuantizeError(
+            f"{compiler[0]!r} failed: {message[:200] or f'exit code {error.returncode}'}"
+        ) from None
     except subprocess.TimeoutExpired:
         raise QuantizeError(f"{compiler[0]!r} took more than {COMPILER_TIMEOUT_S} s") from None
-    except (OSError, AttributeError) as error:  # a folder from which nothing may be executed; a library without them
+    except (
+        OSError,
+        AttributeError,
+    ) as error:  # a folder from which nothing may be executed; a library without them
         raise QuantizeError(str(error)) from None
     if not rounds_as_torch(kernel, search):
         raise QuantizeError(f"what {compiler[0]!r} made of it rounds otherwise")
@@ -1592,30 +2081,43 @@ class Format:
 
     name: str
     suffixes: tuple[str, ...]  # which replace ".weight": of words, of scales, then of constants
-    describe: Callable[[list[TensorPlan], Options], dict[str, dict]]  # file name -> what is added to that JSON file
-    constants: tuple[Callable, ...] = ()  # by rows, groups in a row and group_size: dtype, shape and content of each
+    describe: Callable[
+        [list[TensorPlan], Options], dict[str, dict]
+    ]  # file name -> what is added to that JSON file
+    constants: tuple[
+        Callable, ...
+    ] = ()  # by rows, groups in a row and group_size: dtype, shape and content of each
     scale_dtype: str | None = "F16"  # None: the weight's own
     with_offset: bool = False  # nibbles hold code + 8
     transposed: bool = False  # words and scales lie as (columns, rows)
     row_multiple: int = 1
     for_engines: bool = True  # no padding, head and routers whole, mse, and `refuse_unloadable`
-    no_int8: str = "its words hold codes of 4 bits alone"  # why no weight can have 8; nothing if it can
+    no_int8: str = (
+        "its words hold codes of 4 bits alone"  # why no weight can have 8; nothing if it can
+    )
     note: str = ""  # for the plan, as the next two
     note_on_experts: str = ""  # where some are quantized
     note_on_kept_experts: str = ""
     next_steps: tuple[tuple[str, str], ...] = ()  # what to do with a finished folder {name}
 
-    def outputs(self, info: TensorInfo, packing: Packing, computed_in: str | None) -> tuple[OutputTensor, ...]:
+    def outputs(
+        self, info: TensorInfo, packing: Packing, computed_in: str | None
+    ) -> tuple[OutputTensor, ...]:
         """List what replaces a weight. Scales have the dtype `computed_in` (`model_dtype`), to which engines would
         round them when they load them, so that codes are made for these."""
         rows, columns = info.shape[0], packing.columns_of(info.shape[1])
         groups = columns // packing.group_size
         scale_dtype = self.scale_dtype or computed_in or {"F64": "F32"}.get(info.dtype, info.dtype)
         order = -1 if self.transposed else 1
-        parts = [("I32", (rows, columns // packing.codes_per_word)[::order]), (scale_dtype, (rows, groups)[::order])]
+        parts = [
+            ("I32", (rows, columns // packing.codes_per_word)[::order]),
+            (scale_dtype, (rows, groups)[::order]),
+        ]
         parts += [constant(rows, groups, packing.group_size) for constant in self.constants]
         module = info.name.removesuffix(".weight")
-        return tuple(OutputTensor(module + suffix, *part) for suffix, part in zip(self.suffixes, parts))
+        return tuple(
+            OutputTensor(module + suffix, *part) for suffix, part in zip(self.suffixes, parts)
+        )
 
 
 def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
@@ -1623,21 +2125,36 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
 
     config.json has no quant_method, so that transformers (5.23) and vLLM (0.29) stop. At one that they do not know
     transformers would only warn, and fill the weights with random numbers."""
-    packed, form = [tensor.source for tensor in tensors if tensor.packing], {"format": options.format}
+    packed, form = (
+        [tensor.source for tensor in tensors if tensor.packing],
+        {"format": options.format},
+    )
     widths = {"bits": 4, "group_size": options.group_size}
-    description = {"quant_method": "int4_weight_only", **form, "producer": f"quantize_int4.py {__version__}", **widths}
+    description = {
+        "quant_method": "int4_weight_only",
+        **form,
+        "producer": f"quantize_int4.py {__version__}",
+        **widths,
+    }
     order = "8 codes a word along the columns, element 0 in the lowest 4 bits, two's complement"
     words, scales = (f"X{suffix}" for suffix in options.form.suffixes)
     layout = {words: f"int32 (rows, padded_columns // 8): {order}"}
     layout[scales] = "float16 (rows, padded_columns // group_size)"
     description |= {"symmetric": True, "tensors": layout}
     description["dequantize"] = "weight[r, c] = code[r, c] * scales[r, c // group_size]"
-    padding = "columns are padded with zeros to a multiple of group_size; drop those past the true shape"
+    padding = (
+        "columns are padded with zeros to a multiple of group_size; drop those past the true shape"
+    )
     padded = {info.name: list(info.shape) for info in packed if info.shape[1] % options.group_size}
     description |= {"padding": padding, "padded_weights": padded, "quantized_weights": len(packed)}
     description["kept_weights"] = [tensor.source.name for tensor in tensors if not tensor.packing]
     about = f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no engine"
-    mark = {"quant_method": None, **form, **widths, "about": f"{about} loads; {USE_COMPRESSED_TENSORS}"}
+    mark = {
+        "quant_method": None,
+        **form,
+        **widths,
+        "about": f"{about} loads; {USE_COMPRESSED_TENSORS}",
+    }
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
@@ -1652,23 +2169,42 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
         if tensor.packing:
             members.setdefault(tensor.packing, []).append(tensor.source.name)
     groups = {}
-    for number, packing in enumerate(sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))):
-        targets = ["Linear"] if number == 0 else [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
+    for number, packing in enumerate(
+        sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
+    ):
+        targets = (
+            ["Linear"]
+            if number == 0
+            else [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
+        )
         if number == 0 and len(members) > 1 and any(map(EXPERT_PATTERN.match, members[packing])):
             targets.append(r"re:(.*\.)?experts\.\d+\..*$")
         weights = {"num_bits": packing.bits, "type": "int", "symmetric": True, "strategy": "group"}
         weights |= {"group_size": packing.group_size, "dynamic": False, "actorder": None}
-        groups[f"group_{number}"] = {"targets": targets, "format": "pack-quantized", "weights": weights}
+        groups[f"group_{number}"] = {
+            "targets": targets,
+            "format": "pack-quantized",
+            "weights": weights,
+        }
         groups[f"group_{number}"] |= {"input_activations": None, "output_activations": None}
     description = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
     description |= {"quantization_status": "compressed", "config_groups": groups}
-    description["ignore"] = ["lm_head", *(f"re:{pattern}" for pattern in patterns_of_modules(tensors, None))]
+    description["ignore"] = [
+        "lm_head",
+        *(f"re:{pattern}" for pattern in patterns_of_modules(tensors, None)),
+    ]
     return {CONFIG_NAME: {"quantization_config": description}}
 
 
 def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
     """Make GPTQ v1's quantize_config.json, and the same in config.json. (GPTQModel, quantization/config.py)"""
-    description = {"bits": 4, "group_size": options.group_size, "desc_act": False, "sym": True, "lm_head": False}
+    description = {
+        "bits": 4,
+        "group_size": options.group_size,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+    }
     description |= {"quant_method": "gptq", "checkpoint_format": "gptq"}
     description["dynamic"] = {f"-:{pattern}": {} for pattern in patterns_of_modules(tensors, None)}
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": description}}
@@ -1680,7 +2216,9 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
     transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says."""
-    modules: list[tuple[str, str]] = []  # that engines look up, and how the pattern for each has to end
+    modules: list[
+        tuple[str, str]
+    ] = []  # that engines look up, and how the pattern for each has to end
     for info in (tensor.source for tensor in tensors if tensor.packing == packing):
         module = info.name.removesuffix(".weight")
         if module == "lm_head" or len(info.shape) < 2:  # engines know it anyway
@@ -1692,12 +2230,18 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
             modules += [(f"{stack['place']}experts", r"(\..*)?$"), (module, "$")]
         elif len(info.shape) == 2 and module != info.name:
             modules.append((module, "$"))
-    rivals = [t.source.name.removesuffix(".weight") for t in tensors if t.packing not in (None, packing)]
-    last_part = functools.partial(re.sub, r".*\.|\d+$", "")  # in which a pattern's number stands for any
+    rivals = [
+        t.source.name.removesuffix(".weight") for t in tensors if t.packing not in (None, packing)
+    ]
+    last_part = functools.partial(
+        re.sub, r".*\.|\d+$", ""
+    )  # in which a pattern's number stands for any
     alike = functools.cache(lambda end: [rival for rival in rivals if last_part(rival) == end])
     patterns = {}  # in order, each once
     for module, end in dict.fromkeys(modules):
-        patterns[pattern_of_module(module, end, alike(last_part(module)) if end == "$" else rivals)] = None
+        patterns[
+            pattern_of_module(module, end, alike(last_part(module)) if end == "$" else rivals)
+        ] = None
     return list(patterns)
 
 
@@ -1710,17 +2254,25 @@ def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     container = max(any_layer.index(r"\d+") if r"\d+" in any_layer else len(parts), 1) - 1
 
     def tails(begin: int, unless: str = "") -> list[str]:
-        return [rf"{unless}(.*\.)?" + r"\.".join(names[begin:]) + end for names in (any_layer, this_layer)]
+        return [
+            rf"{unless}(.*\.)?" + r"\.".join(names[begin:]) + end
+            for names in (any_layer, this_layer)
+        ]
 
     rivals = list(filter(re.compile(tails(container)[1]).match, packed))
-    others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {*parts, "model"}
+    others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {
+        *parts,
+        "model",
+    }
     unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
     longer = [tail for begin in range(container - 1, -1, -1) for tail in tails(begin)]
     without, in_tower = tails(container, unless), TOWER_WORDS.search(".".join(parts[:container]))
     for candidate in [*tails(container), *(longer + without if in_tower else without + longer)]:
         if not any(map(re.compile(candidate).match, packed)):
             return candidate
-    reason = f"every pattern for {module!r} would match {rivals[0]!r} too, which is stored otherwise"
+    reason = (
+        f"every pattern for {module!r} would match {rivals[0]!r} too, which is stored otherwise"
+    )
     raise QuantizeError(f"{reason}: change --exclude or --int8 so that both are stored alike")
 
 
@@ -1733,11 +2285,18 @@ INT4 = Format(
     describe_int4,
     for_engines=False,
     note=NO_ENGINE,
-    next_steps=(("Serve", NO_ENGINE), ("Read", "dequantize_int4 of quantize_int4.py, by {name}/quantize_config.json")),
+    next_steps=(
+        ("Serve", NO_ENGINE),
+        ("Read", "dequantize_int4 of quantize_int4.py, by {name}/quantize_config.json"),
+    ),
 )
 COMPRESSED_TENSORS = Format(
     "compressed-tensors",
-    (".weight_packed", ".weight_scale", ".weight_shape"),  # transformers cannot unpack without the shape
+    (
+        ".weight_packed",
+        ".weight_scale",
+        ".weight_shape",
+    ),  # transformers cannot unpack without the shape
     describe_compressed_tensors,
     (lambda rows, groups, size: ("I64", (2,), lambda: struct.pack("<2q", rows, groups * size)),),
     scale_dtype=None,
@@ -1752,8 +2311,16 @@ GPTQ = Format(
     (".qweight", ".scales", ".qzeros", ".g_idx"),
     describe_gptq,
     (  # zero points, which version 1 stores less one, and each column's group
-        lambda rows, groups, _: ("I32", (groups, rows // 8), lambda: b"\x77" * (groups * rows // 2)),
-        lambda _, n, size: ("I32", (n * size,), lambda: b"".join(struct.pack("<i", i) * size for i in range(n))),
+        lambda rows, groups, _: (
+            "I32",
+            (groups, rows // 8),
+            lambda: b"\x77" * (groups * rows // 2),
+        ),
+        lambda _, n, size: (
+            "I32",
+            (n * size,),
+            lambda: b"".join(struct.pack("<i", i) * size for i in range(n)),
+        ),
     ),
     with_offset=True,
     transposed=True,
@@ -1762,7 +2329,10 @@ GPTQ = Format(
     no_int8="not all of gptq's readers know two widths",
     note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves"
     " them random without an error): use --format compressed-tensors",
-    next_steps=(("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"), ("Load", LOAD_STEP)),
+    next_steps=(
+        ("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"),
+        ("Load", LOAD_STEP),
+    ),
 )
 FORMATS = {form.name: form for form in (INT4, COMPRESSED_TENSORS, GPTQ)}
 
@@ -1781,15 +2351,23 @@ class Importance(WeightsFile):
         super().__init__(path)
         factors = [name for name in self.infos if name.endswith(".factor")]
         if alone := [name for name in factors if name.removesuffix(".factor") not in self.infos]:
-            raise QuantizeError(f"{path}: {alone[0]!r} has no {alone[0].removesuffix('.factor')!r} beside it")
-        self.largest_factor = max((math.prod(self.infos[name].shape[-2:]) for name in factors), default=0)  # numbers
-        self._found: dict[str, tuple[str, int | None]] = {}  # by weight: a tensor of the file, and a row of a stack
+            raise QuantizeError(
+                f"{path}: {alone[0]!r} has no {alone[0].removesuffix('.factor')!r} beside it"
+            )
+        self.largest_factor = max(
+            (math.prod(self.infos[name].shape[-2:]) for name in factors), default=0
+        )  # numbers
+        self._found: dict[
+            str, tuple[str, int | None]
+        ] = {}  # by weight: a tensor of the file, and a row of a stack
 
     def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], oddity: Oddity) -> None:
         """Find each weight's vector or the row of a stack: by name, else by what follows the wrappers, where only one
         vector and only one of all tensors of the checkpoint ends so. Raises if more than half of them have none."""
 
-        def ending(name: str) -> str:  # from the layers' container on, or the last part where it lies in no layer
+        def ending(
+            name: str,
+        ) -> str:  # from the layers' container on, or the last part where it lies in no layer
             layer = LAYER_PATTERN.match(name)
             return name[layer.start(2) :] if layer else ".".join(name.split(".")[-2:])
 
@@ -1798,13 +2376,23 @@ class Importance(WeightsFile):
         for name in names:
             shape, stack = self.infos[name].shape, STACK_PATTERN.match(name)
             if len(shape) == 2 and stack and stack["projection"]:
-                for expert, part in itertools.product(range(shape[0]), oddity.projections_of(stack["projection"])):
-                    vectors[oddity.renamed(f"{stack['place']}experts.{expert}.{part}.weight")] = name, expert
+                for expert, part in itertools.product(
+                    range(shape[0]), oddity.projections_of(stack["projection"])
+                ):
+                    vectors[oddity.renamed(f"{stack['place']}experts.{expert}.{part}.weight")] = (
+                        name,
+                        expert,
+                    )
             else:
                 vectors[oddity.renamed(f"{name}.weight")] = name, None
         ends = Counter(map(ending, [*vectors, *(info.name for info in tensors)]))
-        by_end = {ending(name): vector for name, vector in vectors.items() if ends[ending(name)] == 2}
-        found = {weight.name: vectors.get(weight.name) or by_end.get(ending(weight.name)) for weight in weights}
+        by_end = {
+            ending(name): vector for name, vector in vectors.items() if ends[ending(name)] == 2
+        }
+        found = {
+            weight.name: vectors.get(weight.name) or by_end.get(ending(weight.name))
+            for weight in weights
+        }
         self._found = {name: vector for name, vector in found.items() if vector}
         if len(self._found) * 2 < len(weights):
             some = f"{len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized"
@@ -1814,9 +2402,16 @@ class Importance(WeightsFile):
     def describe(self, weights: list[TensorInfo]) -> str:
         """Say how many of these have what, in words for the plan; all of it is read and checked."""
         named = [weight for weight in weights if weight.name in self._found]
-        ranks = [0 if factor is None else factor.shape[1] for _, factor in filter(None, map(self.get, named))]
+        ranks = [
+            0 if factor is None else factor.shape[1]
+            for _, factor in filter(None, map(self.get, named))
+        ]
         some = ", ".join(map(str, sorted({*ranks} - {0})))
-        feedback = f", {len(ranks) - ranks.count(0):,} of them with error feedback of rank {some}" if some else ""
+        feedback = (
+            f", {len(ranks) - ranks.count(0):,} of them with error feedback of rank {some}"
+            if some
+            else ""
+        )
         rest = f"{len(named) - len(ranks):,} are named but without data, {len(weights) - len(named):,} are not named"
         return f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {rest}"
 
@@ -1834,14 +2429,23 @@ class Importance(WeightsFile):
         name = f"{name}.factor"
         if not squares.any() or name not in self.infos:
             return (squares, None) if squares.any() else None
-        rule = f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
+        rule = (
+            f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
+        )
         shapes = [(columns, rank + 1) for rank in range(MAX_RANK)]
         factor = self._read(name, row, ["F32", "F16"], shapes, rule, -math.inf)
         if factor.numel() > MAX_FACTOR:
             held = f"at most {MAX_FACTOR:,} are held in memory: collect it with a rank of {MAX_FACTOR // columns}"
             raise QuantizeError(f"{self.path}: {name!r} holds {factor.numel():,} numbers, {held}")
         finfo, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
-        sums = factor.abs().mul_(1 - finfo.eps).sub_(finfo.eps * finfo.tiny).clamp_(min=0).square_().sum(1)
+        sums = (
+            factor.abs()
+            .mul_(1 - finfo.eps)
+            .sub_(finfo.eps * finfo.tiny)
+            .clamp_(min=0)
+            .square_()
+            .sum(1)
+        )
         beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
         if beyond.any():
             column = int(beyond.int().argmax())
@@ -1850,28 +2454,44 @@ class Importance(WeightsFile):
             raise QuantizeError(f"{self.path}: {name!r} {problem}")
         return squares, factor
 
-    def _read(self, name: str, row: int | None, dtypes: list, shapes: list, rule: str, least: float) -> torch.Tensor:
+    def _read(
+        self, name: str, row: int | None, dtypes: list, shapes: list, rule: str, least: float
+    ) -> torch.Tensor:
         """Read a tensor of the file, or a row of one, which must have one of these dtypes and shapes and be finite."""
         info = self.infos[name]
-        rows, shape = (1, info.shape) if row is None else (math.prod(info.shape[:1]), info.shape[1:])
+        rows, shape = (
+            (1, info.shape) if row is None else (math.prod(info.shape[:1]), info.shape[1:])
+        )
         if info.dtype not in dtypes or shape not in shapes or (row or 0) >= rows:
             raise QuantizeError(f"{self.path}: {name!r} is {info.dtype} {info.shape}; {rule}")
         data = self.read(info, (row or 0) * info.nbytes // rows, info.nbytes // rows)
         tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
         if not (torch.isfinite(tensor) & (tensor >= least)).all():
-            raise QuantizeError(f"{self.path}: {name!r} has values {'' if least else 'negative or '}not finite")
+            raise QuantizeError(
+                f"{self.path}: {name!r} has values {'' if least else 'negative or '}not finite"
+            )
         return tensor
 
 
 # ---- Plan: all that is decided before the first weight is read ------------------------------------------------------
 
-LAYER_COUNTS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "n_layers", "num_layers")  # in config.json
+LAYER_COUNTS = (
+    "num_hidden_groups",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+)  # in config.json
 # Layers that engines hold as one, and so in one precision. (vLLM 0.29.0: packed_modules_mapping of its models)
 FUSED_LAYERS = (
     "q_proj,k_proj,v_proj gate_proj,up_proj w1,w3 q_a_proj,kv_a_proj_with_mqa in_proj_qkv,in_proj_z in_proj_b,in_proj_a"
     " wq,wk,wv q,k,v c_fc_0,c_fc_1 fc1,fc3 gate_proj,dense_h_to_4h"
 )
-MARLIN_GROUP_SIZES = (128, 64, 32)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
+MARLIN_GROUP_SIZES = (
+    128,
+    64,
+    32,
+)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
 QUANTIZED = "means that it is already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
 ADAPTER = "is an unmerged adapter's: merge it into its base model first (peft: merge_and_unload), then save that"
 # Marks of what is no merged model, in a tensor's name or on a second line such as "BF16 2-D empty"; and what to do.
@@ -1888,8 +2508,14 @@ UNFIT = (
         r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)",
         ADAPTER,
     ),
-    (r"^__metadata__\n", "has a name that no tensor of a safetensors file can have: rename it, or leave it out"),
-    ("flat_param", "holds layers' weights, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate merge-weights"),
+    (
+        r"^__metadata__\n",
+        "has a name that no tensor of a safetensors file can have: rename it, or leave it out",
+    ),
+    (
+        "flat_param",
+        "holds layers' weights, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate merge-weights",
+    ),
     (  # some models' convolutions have such parts of their own
         r"\.(weight_(orig|mask)|parametrizations\.weight\.original\d*)\n\w+ 2-D",
         "is what a weight is computed from, by pruning or another parametrization: make it permanent first"
@@ -1906,7 +2532,9 @@ OTHER_WEIGHTS = (
     r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo|tar(\.\w+)?|tgz|zip"
     r"|index\.json)$"
 )
-ShardPlan = namedtuple("ShardPlan", "name header size")  # of a file of the output: `size` bytes in all
+ShardPlan = namedtuple(
+    "ShardPlan", "name header size"
+)  # of a file of the output: `size` bytes in all
 
 
 @dataclass(frozen=True)
@@ -1940,7 +2568,9 @@ class TensorPlan:
     source: TensorInfo
     kept_because: str | None  # None: it is quantized
     packing: Packing | None  # None: it is kept
-    outputs: tuple[OutputTensor, ...]  # words, scales and constants, or the tensor itself; or the weight restored
+    outputs: tuple[
+        OutputTensor, ...
+    ]  # words, scales and constants, or the tensor itself; or the weight restored
     scales: TensorInfo | None = None  # of words that are restored, which are the source
     kind: str = ""  # of a layer, for the tables
 
@@ -1959,8 +2589,12 @@ class Plan:
     tensors: list[TensorPlan]
     total_size: int  # bytes of all output tensors
     shards: list[ShardPlan]
-    placements: dict[str, tuple[int, int]]  # by output tensor: number of its shard, and where in the file it begins
-    other_files: dict[str, Path | bytes]  # beside the shards, by name: what is copied or written, the index last
+    placements: dict[
+        str, tuple[int, int]
+    ]  # by output tensor: number of its shard, and where in the file it begins
+    other_files: dict[
+        str, Path | bytes
+    ]  # beside the shards, by name: what is copied or written, the index last
     hashes: dict[str, str]  # of these, SHA-256
     left_out: list[str]
     notes: list[str]
@@ -1969,11 +2603,15 @@ class Plan:
     stacks: int = 0  # of experts, that are read as one weight an expert
 
 
-def plan_conversion(checkpoint: Checkpoint, options: Options, statistics: Importance | None = None) -> Plan:
+def plan_conversion(
+    checkpoint: Checkpoint, options: Options, statistics: Importance | None = None
+) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
     config, form, asked = checkpoint.config, options.form, options.group_size
     if options.int8 and form.no_int8:
-        raise QuantizeError(f"--int8 is not for {form.name}: {form.no_int8}: use --format compressed-tensors")
+        raise QuantizeError(
+            f"--int8 is not for {form.name}: {form.no_int8}: use --format compressed-tensors"
+        )
     refuse_unfit(checkpoint)
     stacks = find_expert_stacks(checkpoint, form.for_engines)
     separated = {name: stack for name, stack in stacks.items() if not stays_whole(stack, options)}
@@ -1983,35 +2621,59 @@ def plan_conversion(checkpoint: Checkpoint, options: Options, statistics: Import
         options = replace(options, group_size=size)
         tensors = list(plan_tensors(sources, kinds, options, config))
         # An expert that is too narrow for a group does not fit either.
-        narrow = (t.source.name for t in tensors if not t.packing and t.kept_because.startswith("narrow"))
+        narrow = (
+            t.source.name for t in tensors if not t.packing and t.kept_because.startswith("narrow")
+        )
         ragged = any(t.packing and t.source.shape[1] % t.packing.group_size for t in tensors)
         if not ragged and not any(map(EXPERT_PATTERN.match, narrow)):
             break
     packed = [tensor.source for tensor in tensors if tensor.packing]
     inside = [info for info in packed if re.search(r"\.\d+\.", info.name)]
     fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
-    conv1d = inside if oddity_with("conv1d", config).conv1d or any(n == 3 * m for m, n in fused) else []
-    refuse_useless_options(tensors, [weight for stack in stacks.values() for weight in stack.weights], options)
+    conv1d = (
+        inside if oddity_with("conv1d", config).conv1d or any(n == 3 * m for m, n in fused) else []
+    )
+    refuse_useless_options(
+        tensors, [weight for stack in stacks.values() for weight in stack.weights], options
+    )
     if form.for_engines:
         refuse_unloadable(checkpoint, tensors, options, conv1d)
-    warnings, notes = list(what_is_missing(sources, kinds, config, form.for_engines)), list(checkpoint.notes)
+    warnings, notes = (
+        list(what_is_missing(sources, kinds, config, form.for_engines)),
+        list(checkpoint.notes),
+    )
     if statistics:
         statistics.match(packed, sources, oddity_with("projections", config))
-        notes.append(statistics.describe([t.source for t in tensors if t.packing and t.packing.bits == 4]))
+        notes.append(
+            statistics.describe([t.source for t in tensors if t.packing and t.packing.bits == 4])
+        )
     if not asked and form.for_engines:
         notes.append(f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
     notes += filter(None, notes_on_tensors(tensors, form, config, conv1d))
-    more = {"statistics": statistics, "notes": notes, "warnings": warnings, "stacks": len(separated)}
+    more = {
+        "statistics": statistics,
+        "notes": notes,
+        "warnings": warnings,
+        "stacks": len(separated),
+    }
     return plan_files(checkpoint, tensors, options, **more)
 
 
 def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     """Decide what weights are decoded to: the dtype that config.json names, or else that of most kept tensors."""
     if not (checkpoint.folder / INDEX_NAME).exists():
-        raise QuantizeError(f"{checkpoint.folder} is unfinished: give the command that began it again")
+        raise QuantizeError(
+            f"{checkpoint.folder} is unfinished: give the command that began it again"
+        )
     form, infos = options.form, checkpoint.tensors
-    padded = {} if form.for_engines else read_json(checkpoint.folder / QUANTIZE_CONFIG_NAME).get("padded_weights", {})
-    modules = [name.removesuffix(form.suffixes[0]) for name in infos if name.endswith(form.suffixes[0])]
+    padded = (
+        {}
+        if form.for_engines
+        else read_json(checkpoint.folder / QUANTIZE_CONFIG_NAME).get("padded_weights", {})
+    )
+    modules = [
+        name.removesuffix(form.suffixes[0]) for name in infos if name.endswith(form.suffixes[0])
+    ]
     parts = {module + suffix for module in modules for suffix in form.suffixes}
     kept = [info for name, info in infos.items() if name not in parts]
     common = Counter(info.dtype for info in kept if info.dtype in FLOAT_DTYPES).most_common(1)
@@ -2020,50 +2682,86 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     for module in modules:
         stored = [infos[module + suffix] for suffix in form.suffixes[:2]]
         if form.transposed:  # to be read as (rows, columns)
-            stored = [i.part(i.name, i.shape[::-1], 0, i.shape[1] * DTYPE_BITS[i.dtype] // 8) for i in stored]
+            stored = [
+                i.part(i.name, i.shape[::-1], 0, i.shape[1] * DTYPE_BITS[i.dtype] // 8)
+                for i in stored
+            ]
         words, scales = stored
         rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
-        if not form.no_int8:  # the shape, which comes third, tells 8 bits from twice as many columns
-            rows, columns = struct.unpack("<2q", checkpoint.read(infos[module + form.suffixes[2]], 0, 16))
+        if (
+            not form.no_int8
+        ):  # the shape, which comes third, tells 8 bits from twice as many columns
+            rows, columns = struct.unpack(
+                "<2q", checkpoint.read(infos[module + form.suffixes[2]], 0, 16)
+            )
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
         shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
-        tensors.append(TensorPlan(words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales))
+        tensors.append(
+            TensorPlan(
+                words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales
+            )
+        )
     kinds = find_kinds([*(tensor.outputs[0] for tensor in tensors), *kept], checkpoint.config)
     tensors = [replace(tensor, kind=kinds[tensor.outputs[0].name]) for tensor in tensors]
-    tensors += [TensorPlan(i, "not packed", None, (OutputTensor(i.name, i.dtype, i.shape),)) for i in kept]
+    tensors += [
+        TensorPlan(i, "not packed", None, (OutputTensor(i.name, i.dtype, i.shape),)) for i in kept
+    ]
     return plan_files(checkpoint, tensors, options, notes=checkpoint.notes)
 
 
 def refuse_unfit(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, whose error would quietly multiply, and what is no merged model."""
     folder, infos = checkpoint.config_folder, checkpoint.tensors
-    marks = [folder / name for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME) if (folder / name).exists()]
+    marks = [
+        folder / name
+        for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME)
+        if (folder / name).exists()
+    ]
     if marks or config_values(checkpoint.config, "quantization_config"):
-        raise QuantizeError(f"{marks[0] if marks else f'quantization_config in {folder / CONFIG_NAME}'} {QUANTIZED}")
-    inside, refused = {}, []  # by weight (out, in), the matrices that lie inside its module; what is found
+        raise QuantizeError(
+            f"{marks[0] if marks else f'quantization_config in {folder / CONFIG_NAME}'} {QUANTIZED}"
+        )
+    inside, refused = (
+        {},
+        [],
+    )  # by weight (out, in), the matrices that lie inside its module; what is found
     for name, info in infos.items():
         described = f"{name}\n{info.dtype} {len(info.shape)}-D{' empty' * (info.nbytes == 0)}"
-        refused += [(info, text) for pattern, text in UNFIT if re.search(pattern, described, re.MULTILINE)]
+        refused += [
+            (info, text) for pattern, text in UNFIT if re.search(pattern, described, re.MULTILINE)
+        ]
         for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
             owner = f"{name[: end.start()]}.weight"
             if owner in infos and owner != name:
                 inside.setdefault(infos[owner], []).append(info)
-    for weight, parts in inside.items():  # a low-rank update, whatever it is called: (rank, in) and (out, rank)
+    for (
+        weight,
+        parts,
+    ) in inside.items():  # a low-rank update, whatever it is called: (rank, in) and (out, rank)
         for down, up in itertools.permutations(parts, 2):
-            if (up.shape[0], down.shape[1]) == weight.shape and down.shape[0] == up.shape[1] < min(weight.shape):
+            if (up.shape[0], down.shape[1]) == weight.shape and down.shape[0] == up.shape[1] < min(
+                weight.shape
+            ):
                 refused.append((down, ADAPTER))
     for info, problem in refused[:1]:
-        raise QuantizeError(f"tensor {info.name_in_file!r} {info.dtype} {info.shape} ({info.file.name}) {problem}")
+        raise QuantizeError(
+            f"tensor {info.name_in_file!r} {info.dtype} {info.shape} ({info.file.name}) {problem}"
+        )
 
 
 def named_by(patterns: list[str], info: TensorInfo) -> str | None:
     """Find the first pattern that means this tensor, by its name or that of the stack it is read from."""
-    return next((p for p in patterns if re.search(p, info.name) or re.search(p, info.name_in_file)), None)
+    return next(
+        (p for p in patterns if re.search(p, info.name) or re.search(p, info.name_in_file)), None
+    )
 
 
 def stays_whole(stack: ExpertStack, options: Options) -> bool:
     """Tell whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
-    named = any(part and all(named_by(options.exclude, i) for i in part) for part in ([stack.info], stack.weights))
+    named = any(
+        part and all(named_by(options.exclude, i) for i in part)
+        for part in ([stack.info], stack.weights)
+    )
     return named and (stack.whole_in_vllm or not options.form.for_engines)
 
 
@@ -2072,23 +2770,37 @@ def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> 
     Refuses a stack that cannot be read so: most of the model would stay as it is, and engines would miss experts."""
     if refused := [stack.info for stack in stacks.values() if stack.problem]:
         info, pattern = refused[0], shlex.quote(pattern_of(refused))
-        remedy = oddity_with("remedy", checkpoint.config).remedy if stacks[info.name].weights else ""
-        remedy = remedy or f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
+        remedy = (
+            oddity_with("remedy", checkpoint.config).remedy if stacks[info.name].weights else ""
+        )
+        remedy = (
+            remedy or f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
+        )
         problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
         raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
     oddity = oddity_with("projections", checkpoint.config) if stacks else Oddity("")
-    parts = (stacks[name].weights if name in stacks else [info] for name, info in checkpoint.tensors.items())
-    return [replace(i, name=oddity.renamed(i.name), stored=i.name_in_file) for i in itertools.chain(*parts)]
+    parts = (
+        stacks[name].weights if name in stacks else [info]
+        for name, info in checkpoint.tensors.items()
+    )
+    return [
+        replace(i, name=oddity.renamed(i.name), stored=i.name_in_file)
+        for i in itertools.chain(*parts)
+    ]
 
 
 def pattern_of(infos: Iterable[TensorInfo]) -> str:
     """Make a pattern for --exclude that means tensors of these names, in any layer."""
     tails = {tuple(info.name.removesuffix(".weight").split(".")[-2:]) for info in infos}
-    tails = {r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in tail) for tail in tails}
+    tails = {
+        r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in tail) for tail in tails
+    }
     return rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
 
 
-def plan_tensors(sources: list[TensorInfo], kinds: dict, options: Options, config: dict) -> Iterator[TensorPlan]:
+def plan_tensors(
+    sources: list[TensorInfo], kinds: dict, options: Options, config: dict
+) -> Iterator[TensorPlan]:
     """Decide for each tensor whether it is quantized, and what it becomes."""
     reasons = [reason_to_keep(info, options, kinds.get(info.name)) for info in sources]
     eights = [not reason and named_by(options.int8, info) for info, reason in zip(sources, reasons)]
@@ -2099,7 +2811,9 @@ def plan_tensors(sources: list[TensorInfo], kinds: dict, options: Options, confi
         packing, outputs = None, (OutputTensor(info.name, info.dtype, info.shape),)
         if not reason:
             misfit = ragged_experts if EXPERT_PATTERN.match(info.name) else info.name in ragged
-            packing = Packing(8 if eight else 4, 128 if eight and not misfit else options.group_size)
+            packing = Packing(
+                8 if eight else 4, 128 if eight and not misfit else options.group_size
+            )
             outputs = options.form.outputs(info, packing, computed_in)
         yield TensorPlan(info, reason, packing, outputs, kind=kinds.get(info.name, ""))
 
@@ -2120,135 +2834,262 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
     return next((reason for keeps, reason in reasons if keeps), None)
 
 
-def refuse_useless_options(tensors: list[TensorPlan], experts: list[TensorInfo], options: Options) -> None:
+def refuse_useless_options(
+    tensors: list[TensorPlan], experts: list[TensorInfo], options: Options
+) -> None:
     """Refuse a pattern for nothing, or --int8 for what is kept; to quantize nothing; to name two tensors alike."""
-    names, count = [info.name for info in [*(t.source for t in tensors), *experts]], f"the {len(tensors):,} tensors"
-    for option, pattern in [*(("--exclude", p) for p in options.exclude), *(("--int8", p) for p in options.int8)]:
+    names, count = (
+        [info.name for info in [*(t.source for t in tensors), *experts]],
+        f"the {len(tensors):,} tensors",
+    )
+    for option, pattern in [
+        *(("--exclude", p) for p in options.exclude),
+        *(("--int8", p) for p in options.int8),
+    ]:
         given = f"{option} {shlex.quote(pattern)} matches"
         meant = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
-        if not meant and (option == "--int8" or not any(named_by([pattern], weight) for weight in experts)):
+        if not meant and (
+            option == "--int8" or not any(named_by([pattern], weight) for weight in experts)
+        ):
             parts = re.findall(r"[^,\s]+", pattern)
             hint = nearest(pattern, sorted({part for name in names for part in name.split(".")}))
             if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
                 hint = f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
-            raise QuantizeError(f"{given} none of {count}{hint or f' (one is {names[0]!r}): correct or drop it'}")
+            raise QuantizeError(
+                f"{given} none of {count}{hint or f' (one is {names[0]!r}): correct or drop it'}"
+            )
         if option == "--int8" and not any(tensor.packing for tensor in meant):
             example = f"{meant[0].source.name!r} ({meant[0].kept_because})"
-            raise QuantizeError(f"{given} only tensors that are kept, e.g. {example}: correct or drop it")
+            raise QuantizeError(
+                f"{given} only tensors that are kept, e.g. {example}: correct or drop it"
+            )
     if not any(tensor.packing for tensor in tensors):
         example = f"{tensors[0].source.name!r} ({tensors[0].kept_because})"
         remedy = "lower --group_size or drop --exclude if that keeps them"
-        raise QuantizeError(f"no weight would be quantized: {count} are all kept, e.g. {example}: {remedy}")
+        raise QuantizeError(
+            f"no weight would be quantized: {count} are all kept, e.g. {example}: {remedy}"
+        )
     makers: dict[str, TensorInfo] = {}
-    for info, name in ((tensor.source, output.name) for tensor in tensors for output in tensor.outputs):
+    for info, name in (
+        (tensor.source, output.name) for tensor in tensors for output in tensor.outputs
+    ):
         if (twin := makers.setdefault(name, info)) is not info:
             both = quote_names([twin.name_in_file, info.name_in_file])
-            raise QuantizeError(f"tensors {both} become {name!r}: leave one of two copies, or --exclude the weight")
+            raise QuantizeError(
+                f"tensors {both} become {name!r}: leave one of two copies, or --exclude the weight"
+            )
 
 
-def refuse_unloadable(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, conv1d: list) -> None:
+def refuse_unloadable(
+    checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, conv1d: list
+) -> None:
     """Refuse whatever would make a folder that converts well and then does not load in engines, or loads as noise."""
-    form, size, weights = options.form, options.group_size, [tensor.source for tensor in tensors if tensor.packing]
-    fitting = next((n for n in MARLIN_GROUP_SIZES if not any(info.shape[1] % n for info in weights)), None)
-    divides = f"--group_size {fitting} divides all" if fitting else "none of 128, 64, 32 divides all: --exclude them"
+    form, size, weights = (
+        options.form,
+        options.group_size,
+        [tensor.source for tensor in tensors if tensor.packing],
+    )
+    fitting = next(
+        (n for n in MARLIN_GROUP_SIZES if not any(info.shape[1] % n for info in weights)), None
+    )
+    divides = (
+        f"--group_size {fitting} divides all"
+        if fitting
+        else "none of 128, 64, 32 divides all: --exclude them"
+    )
     ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
-    lines, config = [w for w in weights if w.shape[0] % form.row_multiple], checkpoint.config_folder / CONFIG_NAME
+    lines, config = (
+        [w for w in weights if w.shape[0] % form.row_multiple],
+        checkpoint.config_folder / CONFIG_NAME,
+    )
     for refused, problem in (
-        (options.quantize_embeddings, f"--quantize_embeddings: no engine reads them packed as {form.name}; int4 can"),
-        (size not in MARLIN_GROUP_SIZES, f"--group_size {size}: engines' kernels (Marlin) have 32, 64 and 128"),
-        (not checkpoint.has_config, f"{config} is missing: engines read in it how {form.name} is packed"),
-        (conv1d, "are GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them"),
+        (
+            options.quantize_embeddings,
+            f"--quantize_embeddings: no engine reads them packed as {form.name}; int4 can",
+        ),
+        (
+            size not in MARLIN_GROUP_SIZES,
+            f"--group_size {size}: engines' kernels (Marlin) have 32, 64 and 128",
+        ),
+        (
+            not checkpoint.has_config,
+            f"{config} is missing: engines read in it how {form.name} is packed",
+        ),
+        (
+            conv1d,
+            "are GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
+        ),
         (ragged, f"have columns that are no multiple of --group_size {size}: {divides}"),
-        (lines, f"have rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors"),
+        (
+            lines,
+            f"have rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors",
+        ),
     ):
         if isinstance(refused, list) and refused:
-            problem = f"{len(refused):,} weights {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
+            problem = (
+                f"{len(refused):,} weights {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
+            )
         if refused:
             raise QuantizeError(problem)
     wholes = {}  # what engines hold as one: what becomes of its first part
     for tensor in (tensor for tensor in tensors if len(tensor.source.shape) > 1):
         name, packing = tensor.source.name, tensor.packing
         parent, _, last = name.removesuffix(".weight").rpartition(".")
-        keys = [f"engines fuse {parent}.{{{parts}}}" for parts in FUSED_LAYERS.split() if last in parts.split(",")]
-        if layer := re.match(r"((?:.*\.)?experts)\.(\d+\.\w+\.weight|(gate_up|gate|up|down)_proj(\.weight)?)$", name):
+        keys = [
+            f"engines fuse {parent}.{{{parts}}}"
+            for parts in FUSED_LAYERS.split()
+            if last in parts.split(",")
+        ]
+        if layer := re.match(
+            r"((?:.*\.)?experts)\.(\d+\.\w+\.weight|(gate_up|gate|up|down)_proj(\.weight)?)$", name
+        ):
             keys.append(f"engines fuse all experts of {layer[1]}")
         if packing and EXPERT_PATTERN.match(name):
-            keys.append("transformers (5.23) reads the experts of all layers in one width, others as noise")
-        fate = f"{name!r} gets {packing.bits} bits" if packing else f"{name!r} is kept ({tensor.kept_because})"
+            keys.append(
+                "transformers (5.23) reads the experts of all layers in one width, others as noise"
+            )
+        fate = (
+            f"{name!r} gets {packing.bits} bits"
+            if packing
+            else f"{name!r} is kept ({tensor.kept_because})"
+        )
         for key in keys:
             first, its_fate = wholes.setdefault(key, (packing, fate))
             if first != packing:
-                raise QuantizeError(f"{key}: {its_fate} while {fate}: --exclude or --int8 all of them or none")
+                raise QuantizeError(
+                    f"{key}: {its_fate} while {fate}: --exclude or --int8 all of them or none"
+                )
 
 
-def what_is_missing(tensors: list[TensorInfo], kinds: dict[str, str], config: dict, for_engines: bool) -> Iterator[str]:
+def what_is_missing(
+    tensors: list[TensorInfo], kinds: dict[str, str], config: dict, for_engines: bool
+) -> Iterator[str]:
     """Warn of what the checkpoint should have and lacks; for engines, raise where it is the head or the embedding."""
     layers: dict[str, set[int]] = {}  # by container
-    blocks: dict[tuple[str, str], dict[int, set[str]]] = {}  # by container and module: number -> its weights
+    blocks: dict[
+        tuple[str, str], dict[int, set[str]]
+    ] = {}  # by container and module: number -> its weights
     for info in tensors:
         if match := LAYER_PATTERN.match(info.name):
             layers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
-        if len(info.shape) == 2 and (match := re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)):
-            blocks.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), set()).add(match[4])
+        if len(info.shape) == 2 and (
+            match := re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)
+        ):
+            blocks.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), set()).add(
+                match[4]
+            )
     made_up = "Loaders fill them with random numbers"
-    names = [name for name in layers if not re.search(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder", name)]
+    names = [
+        name
+        for name in layers
+        if not re.search(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder", name)
+    ]
     largest = max(names or layers, key=lambda name: len(layers[name]), default="layers")
     for container in {largest, largest.replace("decoder", "encoder")} & {largest, *layers}:
         part = re.search("decoder|encoder|$", container)[0]  # or neither
-        counts = config_values(config, f"{part}_layers", f"num_{part}_layers") or config_values(config, *LAYER_COUNTS)
-        if missing := [f"{container}.{n}" for n in range(min(counts, default=0)) if n not in layers.get(container, ())]:
+        counts = config_values(config, f"{part}_layers", f"num_{part}_layers") or config_values(
+            config, *LAYER_COUNTS
+        )
+        if missing := [
+            f"{container}.{n}"
+            for n in range(min(counts, default=0))
+            if n not in layers.get(container, ())
+        ]:
             lost = f"LAYERS ARE MISSING: {len(missing):,} of {min(counts):,} by {CONFIG_NAME} are not in the checkpoint"
             yield f"{lost}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
     gaps, experts = [], min(config_values(config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in blocks.items():
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         if container.endswith("experts"):
-            gaps += [f"{container}.{n}" for n in range(max(*numbers, experts - 1) + 1) if n not in numbers]
+            gaps += [
+                f"{container}.{n}"
+                for n in range(max(*numbers, experts - 1) + 1)
+                if n not in numbers
+            ]
         lacking = [n for n, found in numbers.items() if found < usual]
-        if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):  # so few are no kind of their own
-            gaps += [f"{container}.{n}.{module}{name}" for n in lacking for name in sorted(usual - numbers[n])]
+        if len(numbers) > 2 and len(lacking) <= max(
+            1, len(numbers) // 20
+        ):  # so few are no kind of their own
+            gaps += [
+                f"{container}.{n}.{module}{name}"
+                for n in lacking
+                for name in sorted(usual - numbers[n])
+            ]
     if gaps:
         problem = f"WEIGHTS ARE MISSING: {len(gaps):,} that the others of their kind have are not in the checkpoint"
         yield f"{problem}: {quote_names(gaps)}. {made_up}"
-    embeds = any(kind == "embeddings" and not re.search(NO_WORDS, name) for name, kind in kinds.items())
-    pattern, ties = r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$", config_values(config, "tie_word_embeddings")
+    embeds = any(
+        kind == "embeddings" and not re.search(NO_WORDS, name) for name, kind in kinds.items()
+    )
+    pattern, ties = (
+        r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$",
+        config_values(config, "tie_word_embeddings"),
+    )
     generates = any(re.search(pattern, str(name)) for name in config.get("architectures") or ())
-    missing = [("head", "tie_word_embeddings false")] if ties and not any(ties) and "head" not in kinds.values() else []
-    missing += [("embedding", "a vocab_size")] if config_values(config, "vocab_size") and not embeds else []
+    missing = (
+        [("head", "tie_word_embeddings false")]
+        if ties and not any(ties) and "head" not in kinds.values()
+        else []
+    )
+    missing += (
+        [("embedding", "a vocab_size")]
+        if config_values(config, "vocab_size") and not embeds
+        else []
+    )
     for part, due in missing if generates else ():
         problem = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part}"
         if for_engines:
-            raise QuantizeError(f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}")
+            raise QuantizeError(
+                f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
+            )
         yield f"THE {part.upper()} IS MISSING: {problem}"
 
 
-def notes_on_tensors(tensors: list[TensorPlan], form: Format, config: dict, conv1d: list[TensorInfo]) -> Iterator[str]:
+def notes_on_tensors(
+    tensors: list[TensorPlan], form: Format, config: dict, conv1d: list[TensorInfo]
+) -> Iterator[str]:
     """Say what the owner of the checkpoint should know before the conversion rather than after the copy."""
     yield form.note
-    if delicate := [tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")]:
+    if delicate := [
+        tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")
+    ]:
         pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
         kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
         yield f"{kinds} in 4 bits, too, costs quality and saves little: --exclude {pattern} keeps them"
-    separated = [t.source for t in tensors if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name]
+    separated = [
+        t.source
+        for t in tensors
+        if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name
+    ]
     if form.for_engines and separated and not oddity_with("projections", config).projections:
         named = f"stacks of experts are read as one weight an expert, named as by most models ({separated[0].name!r})"
         yield f"{named}; whether this model's loaders know them so was not tried"
     if conv1d:
         yield f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs"
-    if stacks := [t.source for t in tensors if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1]:
+    if stacks := [
+        t.source
+        for t in tensors
+        if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1
+    ]:
         size = format_bytes(sum(info.nbytes for info in stacks))
         yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
     if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
         wrong = "transformers (5.23) with run_compressed=False or dequantize=True decodes all layers as if they had one"
         yield f"two widths: {wrong}; load the folder without these, or --restore it to dense weights"
-    experts = [t.packing for t in tensors if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2]
+    experts = [
+        t.packing
+        for t in tensors
+        if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2
+    ]
     if any(experts):
         yield form.note_on_experts
     if not all(experts) and not oddity_with("linear_experts", config).linear_experts:
         yield form.note_on_kept_experts
 
 
-def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, **more: object) -> Plan:
+def plan_files(
+    checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, **more: object
+) -> Plan:
     """Plan the files: what is copied, written or left out, the shards, and the fingerprint of what decides them."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
@@ -2266,7 +3107,12 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
     timeless = facts | {"sources": {name: size for name, (size, _) in facts["sources"].items()}}
     shapes = [(tensor.source.name, tensor.source.dtype, tensor.source.shape) for tensor in tensors]
     fingerprint = hashlib.sha256(json.dumps([timeless, hashes, shapes]).encode()).hexdigest()
-    metadata = {"format": "pt", METADATA_KEY: fingerprint, FACTS_KEY: json.dumps(facts), FILES_KEY: json.dumps(hashes)}
+    metadata = {
+        "format": "pt",
+        METADATA_KEY: fingerprint,
+        FACTS_KEY: json.dumps(facts),
+        FILES_KEY: json.dumps(hashes),
+    }
     shards, placements = plan_shards(tensors, round(options.shard_size_gb * GB), metadata)
     weight_map = {name: shards[number].name for name, (number, _) in sorted(placements.items())}
     total_size = sum(output.nbytes for tensor in tensors for output in tensor.outputs)
@@ -2277,10 +3123,14 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
     return Plan(options, facts, fingerprint, *made, **more)
 
 
-def plan_other_files(checkpoint: Checkpoint, written: set, restore: bool) -> tuple[dict[str, Path], list[str]]:
+def plan_other_files(
+    checkpoint: Checkpoint, written: set, restore: bool
+) -> tuple[dict[str, Path], list[str]]:
     """List the files beside the weights that are copied, by name, and why others are not."""
     copied, left_out, folder = {}, [], checkpoint.config_folder
-    for path in sorted({*folder.iterdir()} - {*checkpoint.files} - {folder / name for name in written}):
+    for path in sorted(
+        {*folder.iterdir()} - {*checkpoint.files} - {folder / name for name in written}
+    ):
         reasons = (
             (path.is_dir(), "folder"),
             (path.name.startswith("."), "hidden"),
@@ -2295,17 +3145,33 @@ def plan_other_files(checkpoint: Checkpoint, written: set, restore: bool) -> tup
         elif os.access(path, os.R_OK):
             copied[path.name] = path
         else:
-            problem = "Permission denied" if path.exists() else f"a link to {os.readlink(path)}, which is missing"
-            raise QuantizeError(f"{path}: {problem}: make it readable or remove it, it would be copied")
-    others = {*checkpoint.folder.iterdir()} - {*checkpoint.files} if folder != checkpoint.folder else ()
-    left_out += [f"{path.name} (of {checkpoint.folder}; --config_dir counts)" for path in sorted(others)]
+            problem = (
+                "Permission denied"
+                if path.exists()
+                else f"a link to {os.readlink(path)}, which is missing"
+            )
+            raise QuantizeError(
+                f"{path}: {problem}: make it readable or remove it, it would be copied"
+            )
+    others = (
+        {*checkpoint.folder.iterdir()} - {*checkpoint.files} if folder != checkpoint.folder else ()
+    )
+    left_out += [
+        f"{path.name} (of {checkpoint.folder}; --config_dir counts)" for path in sorted(others)
+    ]
     return copied, left_out
 
 
-def plan_shards(tensors: list[TensorPlan], shard_size: int, metadata: dict) -> tuple[list[ShardPlan], dict]:
+def plan_shards(
+    tensors: list[TensorPlan], shard_size: int, metadata: dict
+) -> tuple[list[ShardPlan], dict]:
     """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
     empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
-    entry = {"dtype": "F8_E4M3FNUZ", "shape": [], "data_offsets": [10**14, 10**14]}  # no tensor's is longer
+    entry = {
+        "dtype": "F8_E4M3FNUZ",
+        "shape": [],
+        "data_offsets": [10**14, 10**14],
+    }  # no tensor's is longer
     contents, used = [], shard_size
     for outputs in (tensor.outputs for tensor in tensors):
         sizes = [o.nbytes + len(json.dumps({o.name: entry | {"shape": o.shape}})) for o in outputs]
@@ -2321,13 +3187,22 @@ def plan_shards(tensors: list[TensorPlan], shard_size: int, metadata: dict) -> t
     for number, outputs in enumerate(contents):
         # Widest elements first, as the safetensors library sorts them, so that every tensor is aligned.
         outputs.sort(key=lambda output: -DTYPE_BITS[output.dtype])
-        header, ends = {"__metadata__": metadata}, [0, *itertools.accumulate(output.nbytes for output in outputs)]
+        header, ends = (
+            {"__metadata__": metadata},
+            [0, *itertools.accumulate(output.nbytes for output in outputs)],
+        )
         for output, start, end in zip(outputs, ends, ends[1:]):
-            header[output.name] = {"dtype": output.dtype, "shape": output.shape, "data_offsets": [start, end]}
+            header[output.name] = {
+                "dtype": output.dtype,
+                "shape": output.shape,
+                "data_offsets": [start, end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         data = len(text).to_bytes(8, "little") + text
-        placements |= {output.name: (number, len(data) + start) for output, start in zip(outputs, ends)}
+        placements |= {
+            output.name: (number, len(data) + start) for output, start in zip(outputs, ends)
+        }
         shards.append(ShardPlan(f"model-{number + 1:05}.safetensors", data, len(data) + ends[-1]))
     return shards, placements
 
@@ -2337,7 +3212,9 @@ def read_facts(folder: Path) -> dict:
     for path in sorted(folder.glob("model-*.safetensors")):
         if facts := read_metadata(path).get(FACTS_KEY):
             return json.loads(facts)
-    raise QuantizeError(f"{folder}: no shard in it says how it was made: only this program's own folders can be read")
+    raise QuantizeError(
+        f"{folder}: no shard in it says how it was made: only this program's own folders can be read"
+    )
 
 
 def what_differs(was: dict, now: dict) -> str:
@@ -2350,16 +3227,25 @@ def what_differs(was: dict, now: dict) -> str:
         if name == "importance" and before and value and before != value:
             changed.append("--importance was another file")
         elif before != value:
-            said = (f" --{name} ".join(v) if v and isinstance(v, list) else v or "not given" for v in (before, value))
+            said = (
+                f" --{name} ".join(v) if v and isinstance(v, list) else v or "not given"
+                for v in (before, value)
+            )
             changed.append("--{} was {}, is {}".format(name, *said).replace(" True", " given"))
-    sizes, others = ({(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now))
+    sizes, others = (
+        {(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now)
+    )
     others = sorted({name for name, _ in sizes ^ others})
-    return ", ".join(changed) or (f"{quote_names(others)} had other names or sizes" if others else "")
+    return ", ".join(changed) or (
+        f"{quote_names(others)} had other names or sizes" if others else ""
+    )
 
 
 # ---- Memory: what the machine, the container and this process use ---------------------------------------------------
 
-MemoryReading = namedtuple("MemoryReading", "available used")  # bytes; the page cache counts as available
+MemoryReading = namedtuple(
+    "MemoryReading", "available used"
+)  # bytes; the page cache counts as available
 
 
 class MemoryGuard:
@@ -2379,10 +3265,17 @@ class MemoryGuard:
         readings = [MemoryReading(machine.available, machine.total - machine.available)]
         v2, v1 = "max current stat", "limit_in_bytes usage_in_bytes stat"
         for limit, usage, *stat in read_cgroups(self._system, "memory", v2, v1):
-            counts = dict(zip(stat[::2], map(int, stat[1::2])))  # those of v1's groups below are in total_*
-            cached = sum(counts.get(f"total_{key}", counts.get(key, 0)) for key in ("active_file", "inactive_file"))
+            counts = dict(
+                zip(stat[::2], map(int, stat[1::2]))
+            )  # those of v1's groups below are in total_*
+            cached = sum(
+                counts.get(f"total_{key}", counts.get(key, 0))
+                for key in ("active_file", "inactive_file")
+            )
             if int(limit) < machine.total:  # v1 writes "no limit" as a huge number
-                readings.append(MemoryReading(int(limit) - int(usage) + cached, int(usage) - cached))
+                readings.append(
+                    MemoryReading(int(limit) - int(usage) + cached, int(usage) - cached)
+                )
         self.own_peak = max(self.own_peak, self.own())
         return min(readings)
 
@@ -2401,14 +3294,18 @@ class MemoryGuard:
         if available < self.min_free:
             free, least = format_bytes(available), format_bytes(self.min_free)
             advice = "stop other programs or containers, raise the container's --memory, or lower --min_free_gb"
-            raise QuantizeError(f"stopped: {free} of memory available, --min_free_gb asks for {least}: {advice}", 3)
+            raise QuantizeError(
+                f"stopped: {free} of memory available, --min_free_gb asks for {least}: {advice}", 3
+            )
 
 
 def read_cgroups(system: Path, controller: str, v2: str, v1: str) -> Iterator[list[str]]:
     """Read the words of some files of the control groups that limit this process: its own and all above it. v2 lists
     `0::/path` under one tree, v1 `N:controllers:/path` under `controller/`."""
     membership, root = system / "proc/self/cgroup", system / "sys/fs/cgroup"
-    for line in membership.read_text().splitlines() if membership.exists() else ():  # no Linux, no limits
+    for line in (
+        membership.read_text().splitlines() if membership.exists() else ()
+    ):  # no Linux, no limits
         number, controllers, path = line.split(":", 2)
         if number != "0" and controller not in controllers.split(","):
             continue
@@ -2417,23 +3314,35 @@ def read_cgroups(system: Path, controller: str, v2: str, v1: str) -> Iterator[li
         # In a container the path may be the host's and not exist there: the tree's root is then the container's group.
         for group in (folder, *folder.parents) if folder.is_dir() else (tree,):
             with contextlib.suppress(OSError):  # above the tree there are no such files
-                text = "\n".join((group / f"{controller}.{name}").read_text() for name in names.split())
+                text = "\n".join(
+                    (group / f"{controller}.{name}").read_text() for name in names.split()
+                )
                 if text[:1].isdigit():  # v2 writes "max" for no limit, v1 -1 for no quota
                     yield text.split()
 
 
 def shares_memory_with_gpu(system: Path = Path("/")) -> bool:
     """Tell whether this is a machine of NVIDIA's with one memory for CPU and GPU: a Jetson or a DGX Spark."""
-    for name in ("proc/device-tree/compatible", "sys/class/dmi/id/product_name", "sys/class/dmi/id/product_family"):
+    for name in (
+        "proc/device-tree/compatible",
+        "sys/class/dmi/id/product_name",
+        "sys/class/dmi/id/product_family",
+    ):
         with contextlib.suppress(OSError):
-            if re.search(r"nvidia,tegra|DGX.Spark|GB10", (system / name).read_text(errors="replace"), re.IGNORECASE):
+            if re.search(
+                r"nvidia,tegra|DGX.Spark|GB10",
+                (system / name).read_text(errors="replace"),
+                re.IGNORECASE,
+            ):
                 return True
     return False
 
 
 def usable_cores(system: Path = Path("/")) -> int:
     """Count the cores that this process may use, by its affinity and its CPU quotas (`docker run --cpus`)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     for quota, period in read_cgroups(system, "cpu", "max", "cfs_quota_us cfs_period_us"):
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
@@ -2464,7 +3373,9 @@ def unfinished_path(path: Path, fingerprint: str) -> Path:
 class ShardFile:
     """A shard that is there, or is being written: tensors in any order, under a temporary name until all are in."""
 
-    def __init__(self, folder: Path, plan: ShardPlan, fingerprint: str, finished: bool, compare: bool):
+    def __init__(
+        self, folder: Path, plan: ShardPlan, fingerprint: str, finished: bool, compare: bool
+    ):
         self.final = folder / plan.name
         self.path = self.final if finished else unfinished_path(self.final, fingerprint)
         self.plan = plan
@@ -2482,7 +3393,9 @@ class ShardFile:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 self._cached = cached_ranges(self._fd)
             elif self._fd is None:
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                self._fd = os.open(
+                    self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
+                )
                 write_at(self._fd, memoryview(self.plan.header), 0)
                 os.ftruncate(self._fd, self.plan.size)
             return self._fd
@@ -2529,7 +3442,10 @@ class OutputFolder:
         # Names of files that are final and as planned; those of them that were made when the sources had other times
         # and are to be compared; and paths of what earlier runs left.
         self.finished, self.compare, self.remove = self._survey()
-        self.nothing_to_write = not self.remove and self.finished == {*plan.hashes, *(s.name for s in plan.shards)}
+        self.nothing_to_write = not self.remove and self.finished == {
+            *plan.hashes,
+            *(s.name for s in plan.shards),
+        }
         self.existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         self._lock_fd: int | None = None
 
@@ -2541,13 +3457,23 @@ class OutputFolder:
         planned = {shard.name: shard for shard in self.plan.shards}
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         marks = {path: read_metadata(path) for path in entries if SHARD_PATTERN.match(path.name)}
-        shards = {path for path in marks if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in marks[path]}
-        own_files = {item for path in shards for item in json.loads(marks[path].get(FILES_KEY, "{}")).items()}
+        shards = {
+            path
+            for path in marks
+            if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in marks[path]
+        }
+        own_files = {
+            item for path in shards for item in json.loads(marks[path].get(FILES_KEY, "{}")).items()
+        }
         known, facts = {*self.plan.hashes, *dict(own_files)}, json.dumps(self.plan.facts)
         finished, compare, remove, stale, foreign = set(), set(), [], [], []
         for path in entries:
             unfinished, shard = UNFINISHED_PATTERN.fullmatch(path.name), planned.get(path.name)
-            own = bool(shard) and path in shards and marks[path][METADATA_KEY] == self.plan.fingerprint
+            own = (
+                bool(shard)
+                and path in shards
+                and marks[path][METADATA_KEY] == self.plan.fingerprint
+            )
             digest = hash_file(path) if path.name in known and path.is_file() else ""
             index = path.name == INDEX_NAME  # which follows from the shards
             if own and path.stat().st_size == shard.size:
@@ -2561,19 +3487,32 @@ class OutputFolder:
                 finished.add(path.name)
             elif own or (unfinished and self.plan.fingerprint.startswith(unfinished[1])):
                 remove.append(path)
-            elif unfinished or path in shards or (path.name, digest) in own_files or (index and shards):
+            elif (
+                unfinished
+                or path in shards
+                or (path.name, digest) in own_files
+                or (index and shards)
+            ):
                 stale.append(path)
             else:
                 foreign.append(path)
         if foreign:
             problem = "not written by this program or changed since: choose a new or empty folder, or move it away"
-            raise QuantizeError(f"output folder {self.folder} holds {quote_names(p.name for p in foreign)}, {problem}")
+            raise QuantizeError(
+                f"output folder {self.folder} holds {quote_names(p.name for p in foreign)}, {problem}"
+            )
         if self.overwrite:
             return set(), set(), [*remove, *stale, *(self.folder / name for name in finished)]
         if stale:
-            theirs = [json.loads(marks[path][FACTS_KEY]) for path in stale if FACTS_KEY in marks.get(path, {})]
+            theirs = [
+                json.loads(marks[path][FACTS_KEY])
+                for path in stale
+                if FACTS_KEY in marks.get(path, {})
+            ]
             files = f"tensors, {CONFIG_NAME} or another file that is copied changed"
-            differs = (what_differs(theirs[0], self.plan.facts) if theirs else "its options are not known") or files
+            differs = (
+                what_differs(theirs[0], self.plan.facts) if theirs else "its options are not known"
+            ) or files
             problem = f"{quote_names(p.name for p in stale)} of another run: {differs}"
             advice = "--overwrite starts afresh, or choose another folder"
             raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
@@ -2596,11 +3535,15 @@ class OutputFolder:
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise QuantizeError(f"output folder {self.folder}: another run is writing to it, wait for it") from None
+            raise QuantizeError(
+                f"output folder {self.folder}: another run is writing to it, wait for it"
+            ) from None
         except OSError:
             pass  # a network file system without such locks
         if (self.finished, self.compare, self.remove) != self._survey():
-            raise QuantizeError(f"output folder {self.folder} changed since it was looked at: start again")
+            raise QuantizeError(
+                f"output folder {self.folder} changed since it was looked at: start again"
+            )
         if self.nothing_to_write:
             return
         # Shards last: they tell which of the other files are this program's.
@@ -2678,24 +3621,48 @@ class Job:
 class Conversion:
     """One run over a plan: threads that do jobs in the input's order. The first error stops all."""
 
-    COSTS: ClassVar = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}  # until measured
+    COSTS: ClassVar = {
+        "kept": 1,
+        "absmax": 1.2,
+        "8 bits": 4,
+        "restored": 4,
+        "mse": 5,
+        "feedback": 16,
+    }  # until measured
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], guard: MemoryGuard, task: str):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        shards: list[ShardFile],
+        guard: MemoryGuard,
+        task: str,
+    ):
         self.checkpoint = checkpoint
         self.plan = plan
         self.shards = shards
         self.task = task
-        self.work: dict[str, list[float]] = {}  # by kind: its cost, bytes in all, bytes done, seconds in one thread
+        self.work: dict[
+            str, list[float]
+        ] = {}  # by kind: its cost, bytes in all, bytes done, seconds in one thread
         self._guard = guard
         self._kernel = kernel_for(plan)
-        self._rounding_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_rounding)  # for the jobs of one tensor
+        self._rounding_of = functools.lru_cache(KEPT_ROUNDINGS)(
+            self._find_rounding
+        )  # for the jobs of one tensor
         self._unsynced = 0  # bytes of input since a sync was last asked for
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._tasks: set[concurrent.futures.Future] = set()  # that are not known to be done
-        jobs, self._due = [], set()  # the latter: names of tensors for which there is something to do
+        jobs, self._due = (
+            [],
+            set(),
+        )  # the latter: names of tensors for which there is something to do
         for tensor in plan.tensors:
-            of_tensor = [shards[number] for number in {plan.placements[output.name][0] for output in tensor.outputs}]
+            of_tensor = [
+                shards[number]
+                for number in {plan.placements[output.name][0] for output in tensor.outputs}
+            ]
             if self._is_due(of_tensor):
                 self._due.add(tensor.source.name)
                 jobs += self._plan_jobs(tensor, of_tensor)
@@ -2717,9 +3684,20 @@ class Conversion:
     def _plan_jobs(self, tensor: TensorPlan, shards: list[ShardFile]) -> Iterator[Job]:
         """Cut a tensor: whole rows, but for a row longer than a tile, which is cut between groups where its parts can
         be quantized apart. A tensor of no elements has no job."""
-        info, packing, options, statistics = tensor.source, tensor.packing, self.plan.options, self.plan.statistics
+        info, packing, options, statistics = (
+            tensor.source,
+            tensor.packing,
+            self.plan.options,
+            self.plan.statistics,
+        )
         if not packing:
-            kind, (rows, columns), itemsize, width, height = "kept", (1, info.nbytes), 1, COPY_BYTES, 1
+            kind, (rows, columns), itemsize, width, height = (
+                "kept",
+                (1, info.nbytes),
+                1,
+                COPY_BYTES,
+                1,
+            )
         else:
             kind = "feedback" if statistics and statistics.has_factor(info) else options.scale
             kind = "restored" if tensor.scales else "8 bits" if packing.bits == 8 else kind
@@ -2732,7 +3710,10 @@ class Conversion:
             height = max(1, weights // columns) if width == columns else 1
         for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
             row_count, column_count = min(height, rows - row), min(width, columns - column)
-            offset, nbytes = (row * columns + column) * itemsize, row_count * column_count * itemsize
+            offset, nbytes = (
+                (row * columns + column) * itemsize,
+                row_count * column_count * itemsize,
+            )
             yield Job(tensor, shards, kind, row, row_count, column, column_count, offset, nbytes)
 
     def run(self, threads: int, progress: Progress) -> None:
@@ -2740,13 +3721,21 @@ class Conversion:
         executor = concurrent.futures.ThreadPoolExecutor
         try:
             # Syncing a shard takes as long as the disk does, so it has a thread of its own.
-            with executor(DISK_READERS) as self._readers, executor(1) as self._syncer, executor(threads) as workers:
+            with (
+                executor(DISK_READERS) as self._readers,
+                executor(1) as self._syncer,
+                executor(threads) as workers,
+            ):
                 with self._lock:
-                    self._tasks |= {self._syncer.submit(self._sync, s) for s in self.shards if not s.jobs_left}
+                    self._tasks |= {
+                        self._syncer.submit(self._sync, s) for s in self.shards if not s.jobs_left
+                    }
                     self._tasks |= {workers.submit(self._work) for _ in range(threads)}
                 try:
                     while tasks := set(self._tasks):
-                        done = concurrent.futures.wait(tasks, 0.1, concurrent.futures.FIRST_EXCEPTION).done
+                        done = concurrent.futures.wait(
+                            tasks, 0.1, concurrent.futures.FIRST_EXCEPTION
+                        ).done
                         for task in done:
                             task.result()
                         with self._lock:
@@ -2790,16 +3779,22 @@ class Conversion:
         """Read a job's bytes into a buffer that no other job has now."""
         with self._lock:
             buffer = self._free.pop() if self._free else allocate(self._room)
-        return buffer, self.checkpoint.read(job.tensor.source, job.offset, job.nbytes, memoryview(buffer))
+        return buffer, self.checkpoint.read(
+            job.tensor.source, job.offset, job.nbytes, memoryview(buffer)
+        )
 
     def _do(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Write what a job's bytes become, or compare it with what an earlier run wrote."""
         for output, offset, part in self._parts(job, data, workspace):
             number, start = self.plan.placements[output.name]
             shard = self.shards[number]
-            if shard.compare and shard.read(len(part), start + offset) != bytes(part):  # views are compared slowly
+            if shard.compare and shard.read(len(part), start + offset) != bytes(
+                part
+            ):  # views are compared slowly
                 problem = f"the source files changed since {shard.final.name} was made, or are another checkpoint's"
-                raise QuantizeError(f"{problem}: choose another folder, or --overwrite starts afresh")
+                raise QuantizeError(
+                    f"{problem}: choose another folder, or --overwrite starts afresh"
+                )
             if not shard.finished:
                 shard.write(part, start + offset)
 
@@ -2817,7 +3812,10 @@ class Conversion:
                 shard.jobs_left -= 1
                 if due or not shard.jobs_left:
                     self._tasks.add(self._syncer.submit(self._sync, shard))
-        while len(self._tasks) > MAX_WAITING_SHARDS + threading.active_count() and not self._stop.is_set():
+        while (
+            len(self._tasks) > MAX_WAITING_SHARDS + threading.active_count()
+            and not self._stop.is_set()
+        ):
             time.sleep(0.01)  # the workers are tasks, too
 
     def _sync(self, shard: ShardFile) -> None:
@@ -2835,14 +3833,27 @@ class Conversion:
         if not packing:
             yield tensor.outputs[0], job.offset, data
             return
-        lines = self._restore(job, data, workspace) if tensor.scales else self._quantize(job, data, workspace)
-        widths = (packing.codes_per_word, packing.group_size)  # columns of the weight in one of an output
+        lines = (
+            self._restore(job, data, workspace)
+            if tensor.scales
+            else self._quantize(job, data, workspace)
+        )
+        widths = (
+            packing.codes_per_word,
+            packing.group_size,
+        )  # columns of the weight in one of an output
         for output, (role, part), width in zip(tensor.outputs, lines.items(), widths):
-            first, across, nbytes = job.column // width, output.shape[1], part.nbytes  # across: a row of the output
+            first, across, nbytes = (
+                job.column // width,
+                output.shape[1],
+                part.nbytes,
+            )  # across: a row of the output
             start = job.row * across + first  # of whole rows, or of part of one
             if self.plan.options.form.transposed and not tensor.scales:
                 start = first * across + job.row
-                nbytes = nbytes if job.rows == across else job.rows * part.itemsize  # of what lies in one piece
+                nbytes = (
+                    nbytes if job.rows == across else job.rows * part.itemsize
+                )  # of what lies in one piece
             for begin in range(0, part.nbytes, nbytes):
                 piece = workspace.buffer(role, part.nbytes)[begin : begin + nbytes]
                 yield output, (start + begin // nbytes * across) * part.itemsize, piece
@@ -2860,7 +3871,9 @@ class Conversion:
             lines[role] = workspace.tensor(role, dtype, *shape)
         return lines
 
-    def _quantize(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
+    def _quantize(
+        self, job: Job, data: memoryview, workspace: Workspace
+    ) -> dict[str, torch.Tensor]:
         """Quantize a job's rows tile by tile, padded with zeros to whole groups; returns words and scales as they lie
         in the output."""
         info, packing = job.tensor.source, job.tensor.packing
@@ -2900,20 +3913,29 @@ class Conversion:
             mean_squares, factor = self.plan.statistics.get(tensor.source) or (mean_squares, None)
         mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
         feedback = None if factor is None else feedback_of(mean_squares, factor, self._kernel)
-        return replace(rounding, importance=mean_squares.view(-1, packing.group_size), feedback=feedback)
+        return replace(
+            rounding, importance=mean_squares.view(-1, packing.group_size), feedback=feedback
+        )
 
     def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
         """Decode a job's rows."""
         tensor, (output,), info = job.tensor, job.tensor.outputs, job.tensor.scales
-        words, row_bytes = torch.frombuffer(data, dtype=torch.int32).view(job.rows, -1), info.nbytes // info.shape[0]
+        words, row_bytes = (
+            torch.frombuffer(data, dtype=torch.int32).view(job.rows, -1),
+            info.nbytes // info.shape[0],
+        )
         memory = workspace.buffer("scales", job.rows * row_bytes + READ_MARGIN)
         scales = self.checkpoint.read(info, job.row * row_bytes, job.rows * row_bytes, memory)
         scales = torch.frombuffer(scales, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, -1)
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         weights = dequantize(words, scales, tensor.packing, self.plan.options.form.with_offset)
         if not torch.isfinite(dense.copy_(weights[:, : output.shape[1]])).all():
-            problem = f"{output.name!r} has weights beyond {output.dtype}, in which it is to be restored"
-            raise QuantizeError(f"tensor {problem}: set a wider dtype in {self.checkpoint.config_folder / CONFIG_NAME}")
+            problem = (
+                f"{output.name!r} has weights beyond {output.dtype}, in which it is to be restored"
+            )
+            raise QuantizeError(
+                f"tensor {problem}: set a wider dtype in {self.checkpoint.config_folder / CONFIG_NAME}"
+            )
         return {"dense": dense}
 
 
@@ -2927,7 +3949,9 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
     if math.isfinite(value):
         largest = torch.finfo(scales.dtype).max * job.tensor.packing.code_max
         problem = f"needs a scale beyond {str(scales.dtype).removeprefix('torch.')} (weights up to {largest:.6g})"
-    where = f"row {job.row + first_row + row}, column {job.column + group * groups.shape[1] + place}"
+    where = (
+        f"row {job.row + first_row + row}, column {job.column + group * groups.shape[1] + place}"
+    )
     advice = "mend the checkpoint, or keep this tensor as it is with --exclude"
     return f"tensor {info.name!r} ({info.file.name}), {where}: {value:.6g} {problem}: {advice}"
 
@@ -2958,16 +3982,24 @@ def shorten(text: str, room: int) -> str:
 def say_paragraph(label: str, text: str, command: bool = False) -> None:
     """Print a text, if any, in lines as long as the terminal; words too long lose their middle, but not a command's."""
     width, indent = terminal_width() - 1, " " * 11
-    words = [word if command else shorten(word, width - len(indent)) for word in printable(text).split()]
+    words = [
+        word if command else shorten(word, width - len(indent)) for word in printable(text).split()
+    ]
     text = " ".join([label.ljust(len(indent) - 1), *words]) if words else ""
-    for line in textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False):
+    for line in textwrap.wrap(
+        text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    ):
         say(line)
 
 
 def format_bytes(nbytes: float) -> str:
     """Give a size in decimal units and three significant digits: 63.2 GB, 17.1 MB, 812 bytes."""
     power = min(int(math.log(max(nbytes, 1) / 0.9995, 1000)), 4)
-    return f"{three_digits(nbytes / 1000**power)} {' kMGT'[power]}B" if power else count_of(round(nbytes), "byte")
+    return (
+        f"{three_digits(nbytes / 1000**power)} {' kMGT'[power]}B"
+        if power
+        else count_of(round(nbytes), "byte")
+    )
 
 
 def three_digits(number: float) -> str:
@@ -2990,21 +4022,33 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     options = plan.options
     itemsize = max((DTYPE_BITS[t.source.dtype] // 8 for t in plan.tensors if t.packing), default=0)
     job = TRANSPOSED_JOB_WEIGHTS if options.form.transposed else JOB_WEIGHTS
-    jobs = (threads + DISK_READERS) * whole_pages(max(job * itemsize, COPY_BYTES) + READ_MARGIN)  # at work or ahead
+    jobs = (threads + DISK_READERS) * whole_pages(
+        max(job * itemsize, COPY_BYTES) + READ_MARGIN
+    )  # at work or ahead
     factor = plan.statistics.largest_factor * 4 if plan.statistics else 0
     # A worker's padded weights, magnitudes, float32 weights, codes, words, scales (twice); a search's four; a job's.
     words = 1 if options.int8 else 0.5
     widths = [itemsize, itemsize, 4, 2, words, 0.1, 0.1, *(4, 4, 4, 4) * (options.scale == "mse")]
     buffers = [TILE_WEIGHTS * width for width in widths] + [job * words, job * 0.1]
-    return threads * sum(map(whole_pages, [*buffers, *[factor] * 8])) + jobs + 4 * KEPT_ROUNDINGS * factor
+    return (
+        threads * sum(map(whole_pages, [*buffers, *[factor] * 8]))
+        + jobs
+        + 4 * KEPT_ROUNDINGS * factor
+    )
 
 
-def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int) -> None:
+def print_plan(
+    plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: MemoryGuard, threads: int
+) -> None:
     """Say what a run will do, and what the user should know before it."""
     options = plan.options
     choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
     how = f"format {options.format}, groups of {options.group_size}, {choice}, {count_of(threads, 'thread')}"
-    for label, text in (("From:", str(checkpoint.folder)), ("To:", str(output.folder)), ("How:", how)):
+    for label, text in (
+        ("From:", str(checkpoint.folder)),
+        ("To:", str(output.folder)),
+        ("How:", how),
+    ):
         say_paragraph(label, text)
     print_table(plan, checkpoint)
     say()
@@ -3024,10 +4068,24 @@ def print_plan(plan: Plan, checkpoint: Checkpoint, output: OutputFolder, guard: 
         ("Left out:", ", ".join(plan.left_out)),
         ("Resuming:", f"{finished:,} of {shards} finished by an earlier run" if more else ""),
         ("Comparing:", f"{compared} with source files of another time" if output.compare else ""),
-        ("Removing:", f"{quote_names(path.name for path in output.remove)} of an earlier run" if output.remove else ""),
-        ("Disk:", f"{format_bytes(need)} to write, {format_bytes(free)} free{': not enough' if need > free else ''}"),
-        ("Memory:", f"about {format_bytes(own)} at the peak; {available} available, stops below {least}"),
-        ("GPU:", f"shares this memory; its programs see {seen}" if shares_memory_with_gpu() else ""),
+        (
+            "Removing:",
+            f"{quote_names(path.name for path in output.remove)} of an earlier run"
+            if output.remove
+            else "",
+        ),
+        (
+            "Disk:",
+            f"{format_bytes(need)} to write, {format_bytes(free)} free{': not enough' if need > free else ''}",
+        ),
+        (
+            "Memory:",
+            f"about {format_bytes(own)} at the peak; {available} available, stops below {least}",
+        ),
+        (
+            "GPU:",
+            f"shares this memory; its programs see {seen}" if shares_memory_with_gpu() else "",
+        ),
     ):
         say_paragraph(label, text)
 
@@ -3036,22 +4094,36 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     """Print how many tensors of how many bytes have which fate, and of each fate which kinds."""
 
     def row(label: str, count: int, size: str, note: str) -> None:
-        say(f"{shorten(label, 35):<35}{count:>8,}{size:>10}  {shorten(note, terminal_width() - 56)}".rstrip())
+        say(
+            f"{shorten(label, 35):<35}{count:>8,}{size:>10}  {shorten(note, terminal_width() - 56)}".rstrip()
+        )
 
     tensors, files = plan.tensors, count_of(len(checkpoint.files), "file")
     say(f"{'Plan':<35}{'tensors':>8}{'size':>10}", before="\n")
-    row("input", len(checkpoint.tensors), format_bytes(sum(tensor.bytes_read for tensor in tensors)), files)
+    row(
+        "input",
+        len(checkpoint.tensors),
+        format_bytes(sum(tensor.bytes_read for tensor in tensors)),
+        files,
+    )
     if plan.stacks:
         weights = count_of(len(tensors) - len(checkpoint.tensors) + plan.stacks, "weight")
         row("  of these stacks of experts", plan.stacks, "", f"read as {weights}")
-    for packing in [*sorted({t.packing for t in tensors if t.packing}, key=lambda p: (p.bits, p.group_size)), None]:
+    for packing in [
+        *sorted({t.packing for t in tensors if t.packing}, key=lambda p: (p.bits, p.group_size)),
+        None,
+    ]:
         group = [tensor for tensor in tensors if tensor.packing == packing]
         label, note, padded = "kept as they are", "", []
         if packing:
             by = f", by {packing.group_size}" if packing.bits == 8 else ""
             label = f"{'restored from' if plan.options.restore else 'quantized to'} {packing.bits} bits{by}"
             note = f"become {format_bytes(sum(output.nbytes for tensor in group for output in tensor.outputs))}"
-            padded = [t.source.shape[1] for t in group if not t.scales and t.source.shape[1] % packing.group_size]
+            padded = [
+                t.source.shape[1]
+                for t in group
+                if not t.scales and t.source.shape[1] % packing.group_size
+            ]
         row(label, len(group), format_bytes(sum(tensor.bytes_read for tensor in group)), note)
         sizes, names = Counter(), {}  # by kind
         for tensor in group:
@@ -3059,11 +4131,26 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
             sizes[kind] += tensor.bytes_read
             names.setdefault(kind, []).append(tensor.source.name.removesuffix(".weight"))
         for kind, nbytes in sizes.most_common():
-            row(kind, len(names[kind]), format_bytes(nbytes), names[kind][0] if len(names[kind]) == 1 else "")
+            row(
+                kind,
+                len(names[kind]),
+                format_bytes(nbytes),
+                names[kind][0] if len(names[kind]) == 1 else "",
+            )
         for wide in padded[:1]:
-            row("  of these padded to whole groups", len(padded), "", f"e.g. {wide:,} to {packing.columns_of(wide):,}")
+            row(
+                "  of these padded to whole groups",
+                len(padded),
+                "",
+                f"e.g. {wide:,} to {packing.columns_of(wide):,}",
+            )
     shards = f"{count_of(len(plan.shards), 'shard')}, up to {format_bytes(plan.options.shard_size_gb * GB)}"
-    row("output", sum(len(tensor.outputs) for tensor in tensors), format_bytes(plan.total_size), shards)
+    row(
+        "output",
+        sum(len(tensor.outputs) for tensor in tensors),
+        format_bytes(plan.total_size),
+        shards,
+    )
 
 
 def print_list(plan: Plan) -> None:
@@ -3071,7 +4158,13 @@ def print_list(plan: Plan) -> None:
     for tensor in plan.tensors:
         info, packing = tensor.source, tensor.packing
         fate = f"{packing.bits} bits, groups of {packing.group_size}" if packing else "kept"
-        cells = info.name, info.dtype, "x".join(map(str, info.shape)), fate, tensor.kept_because or tensor.kind
+        cells = (
+            info.name,
+            info.dtype,
+            "x".join(map(str, info.shape)),
+            fate,
+            tensor.kept_because or tensor.kind,
+        )
         say(before="\t".join(map(printable, cells)))
 
 
@@ -3095,16 +4188,28 @@ class Progress:
 
     def show(self, conversion: Conversion) -> None:
         """Print how far it is, if the last time is long enough ago; and note the memory half-way."""
-        work, task, tensors = [(0, 0, 0, 0.0), *conversion.work.values()], conversion.task, conversion.tensors_total
+        work, task, tensors = (
+            [(0, 0, 0, 0.0), *conversion.work.values()],
+            conversion.task,
+            conversion.tensors_total,
+        )
         _, total, done, spent = map(sum, zip(*work))
         if len(self.stages) == 2 and done * 2 >= total:
             self.mark(f"Mid-{task.replace('izing', 'ization').replace('oring', 'oration')}")
         now, terminal, room = time.monotonic(), is_terminal(sys.stdout), terminal_width() - 1
         if now < self._next:
             return
-        self._next, elapsed, reading = now + PROGRESS_INTERVAL_S[terminal], now - self.started, self.guard.read()
+        self._next, elapsed, reading = (
+            now + PROGRESS_INTERVAL_S[terminal],
+            now - self.started,
+            self.guard.read(),
+        )
         guess = sum(cost * part for cost, _, part, _ in work)
-        costs = [n * (seconds / part if part else cost * spent / guess) for cost, n, part, seconds in work if guess]
+        costs = [
+            n * (seconds / part if part else cost * spent / guess)
+            for cost, n, part, seconds in work
+            if guess
+        ]
         share = min(1.0, spent / (sum(costs) or 1.0))
         left = math.ceil(elapsed / max(share, 0.02) * (1 - share) / 5) * 5  # seconds
         unit, size = ("h", 3600) if left >= 5400 else ("min", 60) if left > 90 else ("s", 1)
@@ -3118,25 +4223,46 @@ class Progress:
         ]
         if done == total:
             parts = [f"{task}: {count_of(tensors, 'tensor')} done, waiting for the disk"]
-        fitting = [line for line in itertools.accumulate(parts, "{}  {}".format) if len(line) <= room]
-        say(fitting[-1] if fitting else "", CLEAR_LINE if terminal else "", "" if terminal else "\n")
+        fitting = [
+            line for line in itertools.accumulate(parts, "{}  {}".format) if len(line) <= room
+        ]
+        say(
+            fitting[-1] if fitting else "", CLEAR_LINE if terminal else "", "" if terminal else "\n"
+        )
 
 
 def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> None:
     """Say what was done, and what it took."""
-    seconds, verb = time.monotonic() - progress.started, "restored" if plan.options.restore else "quantized"
-    rate = format_bytes(sum(nbytes for _, nbytes, *_ in conversion.work.values()) / max(seconds, 1e-9))
+    seconds, verb = (
+        time.monotonic() - progress.started,
+        "restored" if plan.options.restore else "quantized",
+    )
+    rate = format_bytes(
+        sum(nbytes for _, nbytes, *_ in conversion.work.values()) / max(seconds, 1e-9)
+    )
     before, after = sum(tensor.bytes_read for tensor in plan.tensors), plan.total_size
-    smaller = "" if plan.options.restore else f" ({three_digits(before / max(after, 1))} times smaller)"
+    smaller = (
+        "" if plan.options.restore else f" ({three_digits(before / max(after, 1))} times smaller)"
+    )
     packed = sum(tensor.packing is not None for tensor in plan.tensors)
     counts = f"{count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept"
     say(f"Done in {format_seconds(seconds)}, {rate}/s", colour=GREEN)
-    say_paragraph("Result:", f"{format_bytes(before)} became {format_bytes(after)}{smaller}; {counts}")
+    say_paragraph(
+        "Result:", f"{format_bytes(before)} became {format_bytes(after)}{smaller}; {counts}"
+    )
     peak, memory = format_bytes(progress.guard.own_peak), psutil.virtual_memory()
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
     more = getattr(memory, "cached", 0) - progress.cached
-    say_paragraph("Cache:", f"the page cache holds {format_bytes(more) if more > 0 else 'no'} more than before")
-    say_paragraph("GPU:", f"its programs see {format_bytes(memory.free)} free now" if shares_memory_with_gpu() else "")
+    say_paragraph(
+        "Cache:",
+        f"the page cache holds {format_bytes(more) if more > 0 else 'no'} more than before",
+    )
+    say_paragraph(
+        "GPU:",
+        f"its programs see {format_bytes(memory.free)} free now"
+        if shares_memory_with_gpu()
+        else "",
+    )
     say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}", before="\n")
     for stage, reading in progress.stages:
         say(f"{stage:<34}{format_bytes(reading.used):>12}{format_bytes(reading.available):>12}")
@@ -3145,12 +4271,18 @@ def print_summary(plan: Plan, conversion: Conversion, progress: Progress) -> Non
 def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     """Say what can be done with the finished folder."""
     copy = "rsync -a --partial {name} HOST:"
-    last = ("Copy", copy) if verified else ("Check", f"the same command with --verify; then copy it: {copy}")
+    last = (
+        ("Copy", copy)
+        if verified
+        else ("Check", f"the same command with --verify; then copy it: {copy}")
+    )
     steps = [("Try", LOAD_STEP)] if plan.options.restore else [*plan.options.form.next_steps, last]
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     for label, text in steps:
-        say_paragraph(f"  {label}:", text.replace("{name}", shlex.quote(folder.resolve().name)), command=True)
+        say_paragraph(
+            f"  {label}:", text.replace("{name}", shlex.quote(folder.resolve().name)), command=True
+        )
 
 
 # ---- Verification: the output as its readers see it, against the source ---------------------------------------------
@@ -3162,21 +4294,42 @@ class Verification(Conversion):
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, folder: Path, guard: MemoryGuard):
         self.folder = folder
-        self.errors: dict[str, list[float]] = {}  # relative RMS errors of each weight, and of its outputs
+        self.errors: dict[
+            str, list[float]
+        ] = {}  # relative RMS errors of each weight, and of its outputs
         self.kept = 0  # tensors that are as in the source
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
         self.blind = bool(plan.options.importance) and plan.statistics is None
-        self._statistics_of = functools.lru_cache(KEPT_ROUNDINGS)(lambda info: plan.statistics.get(info))
-        self._squares: dict[str, torch.Tensor] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
-        self._wrong: dict[str, tuple[int, str]] = {}  # by tensor: the first row, and what is wrong there
+        self._statistics_of = functools.lru_cache(KEPT_ROUNDINGS)(
+            lambda info: plan.statistics.get(info)
+        )
+        self._squares: dict[
+            str, torch.Tensor
+        ] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
+        self._wrong: dict[
+            str, tuple[int, str]
+        ] = {}  # by tensor: the first row, and what is wrong there
         self._hashes = {INDEX_NAME: plan.hashes[INDEX_NAME]}  # of other files, as they were written
         names, self.problems = {path.name for path in folder.iterdir()}, []
         strays = names - {shard.name for shard in plan.shards}
-        self.problems += [f"{name} is none of the shards" for name in sorted(strays) if name.endswith(".safetensors")]
-        shards = [ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True) for shard in plan.shards]
-        self._sound = [shard for shard in shards if self._is_sound(shard)]  # `_is_due` asks, while jobs are planned
+        self.problems += [
+            f"{name} is none of the shards"
+            for name in sorted(strays)
+            if name.endswith(".safetensors")
+        ]
+        shards = [
+            ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True)
+            for shard in plan.shards
+        ]
+        self._sound = [
+            shard for shard in shards if self._is_sound(shard)
+        ]  # `_is_due` asks, while jobs are planned
         self.problems += [f"{name} is missing" for name in self._hashes if name not in names]
-        different = (n for n, digest in self._hashes.items() if n in names and hash_file(folder / n) != digest)
+        different = (
+            n
+            for n, digest in self._hashes.items()
+            if n in names and hash_file(folder / n) != digest
+        )
         self.problems += [f"{name} is not as it was written" for name in different]
         super().__init__(checkpoint, plan, shards, guard, "verifying")
 
@@ -3184,7 +4337,9 @@ class Verification(Conversion):
         """Tell whether the library opens a shard, and it holds the planned tensors at their places."""
         try:
             shard.read(0, 0)  # which asks what of it is cached
-            with safe_open(shard.path, framework="pt"):  # and no longer: pages that it maps cannot be dropped
+            with safe_open(
+                shard.path, framework="pt"
+            ):  # and no longer: pages that it maps cannot be dropped
                 found, start = read_header(shard.path)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             self.problems.append(f"{shard.final.name}: cannot be opened ({error})")
@@ -3194,7 +4349,9 @@ class Verification(Conversion):
         self._hashes |= json.loads(read_metadata(shard.path).get(FILES_KEY, "{}"))
         for header in (found, planned):
             header.pop("__metadata__", None)
-        differing = found.keys() ^ planned.keys() or {name for name in found if found[name] != planned[name]}
+        differing = found.keys() ^ planned.keys() or {
+            name for name in found if found[name] != planned[name]
+        }
         if differing:
             names = quote_names(sorted(differing))
             self.problems.append(f"{shard.final.name}: {names} differ from what the source gives")
@@ -3213,7 +4370,9 @@ class Verification(Conversion):
                 self.problems.append(f"{name!r}: {self._wrong[name][1]}")
             elif name in self._squares:
                 errors, weights = self._squares[name].T
-                self.errors[name] = (errors / weights.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
+                self.errors[name] = (
+                    (errors / weights.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
+                )
             elif name in self._due:
                 self.kept += 1
 
@@ -3225,7 +4384,9 @@ class Verification(Conversion):
             found = self.shards[number].read(len(part), start + offset)
             chosen = tensor.packing and not output.content  # words or scales
             if found != bytes(part) and not (chosen and self.blind and tensor.packing.bits == 4):
-                first = next(number for number, pair in enumerate(zip(found, part)) if pair[0] != pair[1])
+                first = next(
+                    number for number, pair in enumerate(zip(found, part)) if pair[0] != pair[1]
+                )
                 element = torch.tensor((offset + first) * 8 // DTYPE_BITS[output.dtype])
                 index = [int(number) for number in torch.unravel_index(element, output.shape)]
                 problem = f"{output.name}{index} differs from what the source gives"
@@ -3243,12 +4404,22 @@ class Verification(Conversion):
         scale allows: half a scale and the scale's own rounding, more where error feedback moved the weight, and at the
         ends of the range as far as the search of a scale reaches."""
         info, packing, rule = job.tensor.source, job.tensor.packing, self.plan.options.rule
-        with_offset, transposed = self.plan.options.form.with_offset, self.plan.options.form.transposed
+        with_offset, transposed = (
+            self.plan.options.form.with_offset,
+            self.plan.options.form.transposed,
+        )
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
-        words, scales = (part.T if transposed else part for part in self._lines(job, workspace).values())
+        words, scales = (
+            part.T if transposed else part for part in self._lines(job, workspace).values()
+        )
         finfo, half = torch.finfo(scales.dtype), packing.code_max + 1
         searched = packing.bits == 4 and rule != "absmax"
-        tolerance = 0.5 + 1e-5 + packing.code_max * finfo.eps / 2 + (searched and FEEDBACK in rule) * MAX_CHANGE
+        tolerance = (
+            0.5
+            + 1e-5
+            + packing.code_max * finfo.eps / 2
+            + (searched and FEEDBACK in rule) * MAX_CHANGE
+        )
         given = self.plan.statistics and self._statistics_of(info)
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
@@ -3259,18 +4430,26 @@ class Verification(Conversion):
                 codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
             codes = codes[:, : job.columns].to(torch.float32)
             codes -= half if with_offset else 2 * half * (codes >= half)
-            steps = scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
+            steps = (
+                scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
+            )
             decoded = codes * steps[:, : job.columns]
             steps, errors = steps[:, : job.columns].abs(), weights - decoded
-            wrong = ~(errors.abs() <= steps * tolerance + half * finfo.tiny * finfo.eps)  # a subnormal scale
+            wrong = ~(
+                errors.abs() <= steps * tolerance + half * finfo.tiny * finfo.eps
+            )  # a subnormal scale
             if searched:
                 at_end = (codes.abs() >= packing.code_max) & (weights * decoded > 0)
                 reach = 2 * SEARCH_STEPS[-1] + tolerance  # in scales, of the largest weight
                 wrong &= ~(at_end & (weights.abs() <= steps * reach))
             if wrong.any() and not problem:
                 at, column = (int(i) for i in wrong.nonzero()[0])
-                values = (f"{float(tensor[at, column]):.6g}" for tensor in (decoded, weights, steps))
-                text = "row {}, column {} decodes to {}, the source has {}, too far for a scale of {}"
+                values = (
+                    f"{float(tensor[at, column]):.6g}" for tensor in (decoded, weights, steps)
+                )
+                text = (
+                    "row {}, column {} decodes to {}, the source has {}, too far for a scale of {}"
+                )
                 problem = text.format(job.row + row + at, column, *values)
             for number, values in enumerate((errors, weights)):
                 squares[0, number] += values.square().sum(dtype=torch.float64)
@@ -3280,7 +4459,9 @@ class Verification(Conversion):
         return problem
 
 
-def output_energy(rows: torch.Tensor, mean_squares: torch.Tensor, factor: torch.Tensor | None) -> float:
+def output_energy(
+    rows: torch.Tensor, mean_squares: torch.Tensor, factor: torch.Tensor | None
+) -> float:
     """Return the trace of R H R^T for rows R, float32 (rows, columns), and H of the statistics, in float64."""
     rows, rest = rows.to(torch.float64), mean_squares.to(torch.float64)
     if factor is None:
@@ -3299,13 +4480,24 @@ def print_verification(verification: Verification) -> None:
             kind = tensor.kind + (", 8 bits" if tensor.packing.bits == 8 else "")
             kinds.setdefault(kind, []).append(errors[tensor.source.name])
     say()
-    say(f"{'Verified':<24}{'weights':>7}{'relative RMS error':>23}{'of their outputs' if outputs else '':>20}".rstrip())
-    say(f"{'':<31}{'min':>8}{'median':>8}{'max':>8}" + (f"{'median':>12}{'max':>8}" if outputs else ""))
+    say(
+        f"{'Verified':<24}{'weights':>7}{'relative RMS error':>23}{'of their outputs' if outputs else '':>20}".rstrip()
+    )
+    say(
+        f"{'':<31}{'min':>8}{'median':>8}{'max':>8}"
+        + (f"{'median':>12}{'max':>8}" if outputs else "")
+    )
     for kind in sorted(kinds):
-        own, of_outputs = ([error for error in column if not math.isnan(error)] for column in zip(*kinds[kind]))
-        cells = [f"{three_digits(some(own or [math.nan])):>8}" for some in (min, statistics.median, max)]
+        own, of_outputs = (
+            [error for error in column if not math.isnan(error)] for column in zip(*kinds[kind])
+        )
+        cells = [
+            f"{three_digits(some(own or [math.nan])):>8}" for some in (min, statistics.median, max)
+        ]
         if of_outputs:
-            cells += [f"{three_digits(statistics.median(of_outputs)):>12}{three_digits(max(of_outputs)):>8}"]
+            cells += [
+                f"{three_digits(statistics.median(of_outputs)):>12}{three_digits(max(of_outputs)):>8}"
+            ]
         say(f"  {shorten(kind, 22):<22}{len(own):>7,}{''.join(cells)}")
     say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
     for name, (error, _) in sorted(errors.items(), key=lambda item: -item[1][0])[:5]:
@@ -3314,11 +4506,17 @@ def print_verification(verification: Verification) -> None:
         rule = verification.plan.options.rule
         within = f"within {0.5 + MAX_CHANGE * (FEEDBACK in rule)} scales of their weights"
         codes = f"4-bit codes {rule.partition(' ')[2]} are checked to be {within}"
-        say_paragraph("Note:", f"{codes}; with the --importance that they were made with, each is checked exactly")
+        say_paragraph(
+            "Note:",
+            f"{codes}; with the --importance that they were made with, each is checked exactly",
+        )
     for problem in verification.problems[:20]:
         say_paragraph("WRONG:", problem)
     if not verification.problems:
-        say(f"  {shorten(str(verification.folder), terminal_width() - 30)} holds what it should.", colour=GREEN)
+        say(
+            f"  {shorten(str(verification.folder), terminal_width() - 30)} holds what it should.",
+            colour=GREEN,
+        )
 
 
 # ---- Command: what is done, in which order --------------------------------------------------------------------------
@@ -3328,14 +4526,23 @@ def run(args: argparse.Namespace) -> None:
     """Do what is asked for; every error is raised."""
     name = args.format or "int4"
     if name not in FORMATS:  # which is said before anything is opened
-        raise QuantizeError(f"--format {name!r} is none of {', '.join(FORMATS)}{nearest(name, FORMATS)}", 2)
+        raise QuantizeError(
+            f"--format {name!r} is none of {', '.join(FORMATS)}{nearest(name, FORMATS)}", 2
+        )
     guard = MemoryGuard(int(args.min_free_gb * GB))
     progress = Progress(guard)
     args.threads = args.threads or usable_cores()
     for folder in filter(None, (args.input_dir, args.config_dir)):
         if args.output_dir.resolve().is_relative_to(folder.resolve()):
-            raise QuantizeError(f"output folder {args.output_dir} is inside the input folder {folder}, or is it itself")
-    finished = args.verify and (args.output_dir / INDEX_NAME).exists() and not args.overwrite and not args.dry_run
+            raise QuantizeError(
+                f"output folder {args.output_dir} is inside the input folder {folder}, or is it itself"
+            )
+    finished = (
+        args.verify
+        and (args.output_dir / INDEX_NAME).exists()
+        and not args.overwrite
+        and not args.dry_run
+    )
     with contextlib.closing(Checkpoint(args.input_dir, args.config_dir)) as checkpoint:
         plan = plan_as_asked(args, checkpoint, finished)
         if args.list:
@@ -3358,7 +4565,9 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
     statistics = Importance(args.importance) if args.importance else None
     asked = {name: getattr(args, name, None) for name in Options.__annotations__}
     if statistics:
-        asked["importance"] = f"{FEEDBACK if statistics.largest_factor else WEIGHED} {hash_file(args.importance)}"
+        asked["importance"] = (
+            f"{FEEDBACK if statistics.largest_factor else WEIGHED} {hash_file(args.importance)}"
+        )
     if args.restore:
         made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
         return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": shard_size_gb}))
@@ -3367,14 +4576,18 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
         given = made["options"] | {name: value for name, value in asked.items() if value}
         now = {"version": FORMAT_VERSION, "options": given, "sources": checkpoint.sources}
         if differs := what_differs(made, now):
-            remedy = "verify it with the checkpoint, the options and the version that it was made with"
+            remedy = (
+                "verify it with the checkpoint, the options and the version that it was made with"
+            )
             raise QuantizeError(f"{args.output_dir} was made otherwise: {differs}: {remedy}")
         return plan_conversion(checkpoint, Options(**given), statistics)
     asked |= {"format": form.name, "scale": scale, "shard_size_gb": shard_size_gb}
     return plan_conversion(checkpoint, Options(**asked), statistics)
 
 
-def print_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progress: Progress) -> bool:
+def print_and_convert(
+    args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progress: Progress
+) -> bool:
     """Print the plan and write the output folder; tells whether there was something to do."""
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
@@ -3386,7 +4599,9 @@ def print_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, plan: Pl
             say("Dry run: nothing was written.")
         elif output.nothing_to_write and not output.compare:
             there = shorten(str(args.output_dir), terminal_width() - 25)
-            told = "" if args.restore else "It was not compared with the source; --verify does that."
+            told = (
+                "" if args.restore else "It was not compared with the source; --verify does that."
+            )
             say_paragraph("Finished:", f"{there} is complete already. {told}")
         else:
             convert(checkpoint, plan, output, progress, args.threads)
@@ -3394,16 +4609,26 @@ def print_and_convert(args: argparse.Namespace, checkpoint: Checkpoint, plan: Pl
     return False
 
 
-def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int) -> None:
+def convert(
+    checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int
+) -> None:
     """Write the planned output folder, or compare what is there."""
     needed, free = output.room()
     if needed > free:
         problem = f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free"
-        raise QuantizeError(f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk")
+        raise QuantizeError(
+            f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
+        )
     progress.guard.check()
     compared, task = output.nothing_to_write, "restoring" if plan.options.restore else "quantizing"
     shards = [
-        ShardFile(output.folder, shard, plan.fingerprint, shard.name in output.finished, shard.name in output.compare)
+        ShardFile(
+            output.folder,
+            shard,
+            plan.fingerprint,
+            shard.name in output.finished,
+            shard.name in output.compare,
+        )
         for shard in plan.shards
     ]
     conversion = Conversion(checkpoint, plan, shards, progress.guard, task)
@@ -3417,12 +4642,16 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         output.write_other_files()
     except QuantizeError as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:
-            finished = f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')}"
+            finished = (
+                f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')}"
+            )
             stop.args = (f"{stop}; {finished} are finished and kept, the same command continues",)
         raise
     finally:
         clear_line()
-        for path in output.folder.glob(f"*.{plan.fingerprint[:12]}.unfinished"):  # of a run that stopped here
+        for path in output.folder.glob(
+            f"*.{plan.fingerprint[:12]}.unfinished"
+        ):  # of a run that stopped here
             with contextlib.suppress(OSError):  # the error that stopped it is the one to report
                 path.unlink()
     progress.mark("Compared" if compared else "Written")
@@ -3433,10 +4662,15 @@ def convert(checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: 
         print_summary(plan, conversion, progress)
 
 
-def verify(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progress: Progress) -> None:
+def verify(
+    args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progress: Progress
+) -> None:
     """Compare a finished folder with its source."""
     say()
-    say_paragraph("Verifying", f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}")
+    say_paragraph(
+        "Verifying",
+        f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}",
+    )
     verification = Verification(checkpoint, plan, args.output_dir, progress.guard)
     progress.restart()
     try:
@@ -3447,21 +4681,28 @@ def verify(args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progres
     if verification.problems:
         remedy = "convert again into another folder"
         if read_facts(args.output_dir)["sources"] != checkpoint.sources:
-            remedy = f"if {checkpoint.folder}, now of another time, is what it was made from, {remedy}"
+            remedy = (
+                f"if {checkpoint.folder}, now of another time, is what it was made from, {remedy}"
+            )
         found = f"{count_of(len(verification.problems), 'problem')}, listed above"
         raise QuantizeError(f"verification of {args.output_dir} found {found}: {remedy}")
 
 
 def kernel_for(plan: Plan) -> Kernel | None:
     """Compile the kernel if the plan has work for it. It is never needed, and so the user is only told."""
-    if plan.options.restore or all(not tensor.packing or tensor.packing.bits == 8 for tensor in plan.tensors):
+    if plan.options.restore or all(
+        not tensor.packing or tensor.packing.bits == 8 for tensor in plan.tensors
+    ):
         return None
     try:
         return compile_kernel(plan.options.scale == "mse")
     except QuantizeError as reason:
         check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"
-        say_paragraph("Note:", f"rounding with torch, which takes {times} the processor's time or more: {reason}")
+        say_paragraph(
+            "Note:",
+            f"rounding with torch, which takes {times} the processor's time or more: {reason}",
+        )
         return None
 
 
@@ -3469,9 +4710,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run with these arguments, or those of the command line; returns the exit code."""
     args = ARGUMENTS or parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(1)  # the workers are the parallelism
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # many shards
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
+    )  # many shards
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and tensors need not be in its encoding
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names of files and tensors need not be in its encoding
     clear_line()  # "loading torch"
     stop_on_signals()
     gc.freeze()  # what the imports made; searching it for garbage takes 55 ms, during which no worker gets on
@@ -3490,7 +4735,9 @@ def main(argv: list[str] | None = None) -> int:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 message += ": make room, then the same command continues"
         with contextlib.suppress(OSError):
-            message = printable(message[:2000])  # a name in a damaged header may be as long as the header
+            message = printable(
+                message[:2000]
+            )  # a name in a damaged header may be as long as the header
             print(paint(ERROR, BOLD_RED, sys.stderr) + message, file=sys.stderr, flush=True)
         return getattr(error, "exit_code", 1)
 

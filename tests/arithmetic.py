@@ -12,9 +12,15 @@ EXTREME_WEIGHTS = {  # of noise (groups, columns)
     "heavy tails": lambda noise: noise**5,
     "of one sign": lambda noise: noise.square(),
     "two values": torch.sign,
-    "all magnitudes": lambda noise: noise * 2.0 ** torch.arange(-140, 110).repeat(2)[: len(noise), None],
-    "one weight": lambda noise: noise * torch.nn.functional.one_hot(torch.tensor(7), noise.shape[1]),
-    "not finite": lambda noise: torch.where(noise > 2, torch.inf, torch.where(noise < -2, torch.nan, noise)),
+    "all magnitudes": lambda noise: (
+        noise * 2.0 ** torch.arange(-140, 110).repeat(2)[: len(noise), None]
+    ),
+    "one weight": lambda noise: (
+        noise * torch.nn.functional.one_hot(torch.tensor(7), noise.shape[1])
+    ),
+    "not finite": lambda noise: torch.where(
+        noise > 2, torch.inf, torch.where(noise < -2, torch.nan, noise)
+    ),
 }
 
 

@@ -66,7 +66,9 @@ def write_input(folder: Path, gigabytes: float) -> int:
     """Shards of about 1 GB of expert weights; returns the number of weights."""
     folder.mkdir()
     noise = torch.randn(1 << 23, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    layers = max(1, round(gigabytes * 1e9 / sum(rows * columns * 2 for rows, columns in SHAPES.values())))
+    layers = max(
+        1, round(gigabytes * 1e9 / sum(rows * columns * 2 for rows, columns in SHAPES.values()))
+    )
     weight_map, per_shard = {}, 50
     for first in range(0, layers, per_shard):
         tensors = {}
@@ -79,8 +81,12 @@ def write_input(folder: Path, gigabytes: float) -> int:
         file = f"model-{first // per_shard + 1:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    (folder / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    )
     return layers * sum(rows * columns for rows, columns in SHAPES.values())
 
 
@@ -92,10 +98,16 @@ def write_gguf(source: Path, path: Path) -> None:
     layers = 0
     for file in sorted(source.glob("*.safetensors")):
         for name, weight in load_file(file).items():
-            layer, projection = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(up|down)_proj\.weight", name).groups()
+            layer, projection = re.fullmatch(
+                r"model\.layers\.(\d+)\.mlp\.(up|down)_proj\.weight", name
+            ).groups()
             layers = max(layers, int(layer) + 1)
             data = weight.view(torch.uint8).numpy()
-            writer.add_tensor(f"blk.{layer}.ffn_{projection}.weight", data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            writer.add_tensor(
+                f"blk.{layer}.ffn_{projection}.weight",
+                data,
+                raw_dtype=gguf.GGMLQuantizationType.BF16,
+            )
     writer.add_block_count(layers)
     writer.add_context_length(4096)
     writer.add_embedding_length(2688)
@@ -115,8 +127,13 @@ def write_statistics(source: Path) -> None:
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - no dict
-                module, columns = name.removesuffix(".weight"), weights.get_slice(name).get_shape()[1]
-                factor = torch.randn(columns, RANK, generator=torch.Generator().manual_seed(len(tensors)))
+                module, columns = (
+                    name.removesuffix(".weight"),
+                    weights.get_slice(name).get_shape()[1],
+                )
+                factor = torch.randn(
+                    columns, RANK, generator=torch.Generator().manual_seed(len(tensors))
+                )
                 tensors |= {module: factor.square().sum(1) * 1.5, f"{module}.factor": factor.half()}
     save_file(tensors, source.parent / STATISTICS_NAME)
 
@@ -131,7 +148,9 @@ def run_ours(source: Path, target: Path, threads: int, *more: str, tile: int | N
 
 
 def run_feedback(source: Path, target: Path, threads: int) -> None:
-    run_ours(source, target, threads, "--scale=mse", f"--importance={source.parent / STATISTICS_NAME}")
+    run_ours(
+        source, target, threads, "--scale=mse", f"--importance={source.parent / STATISTICS_NAME}"
+    )
 
 
 def run_mse(source: Path, target: Path, threads: int) -> None:
@@ -167,7 +186,9 @@ def run_floor(source: Path, target: Path, threads: int) -> None:
 
     inputs = {file: os.open(file, os.O_RDONLY) for file in files}
     outputs = {file: os.open(target / file.name, os.O_WRONLY | os.O_CREAT) for file in files}
-    workers = [threading.Thread(target=work, args=(pieces[number::threads],)) for number in range(threads)]
+    workers = [
+        threading.Thread(target=work, args=(pieces[number::threads],)) for number in range(threads)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -188,7 +209,11 @@ def run_obvious(source: Path, target: Path, threads: int) -> None:
         rows, columns = weight.shape
         groups = weight.float().view(rows, -1, GROUP_SIZE)
         scales = groups.abs().amax(-1) / 7
-        codes = torch.clamp(torch.round(groups / scales.unsqueeze(-1)), -8, 7).to(torch.int32).view(rows, columns)
+        codes = (
+            torch.clamp(torch.round(groups / scales.unsqueeze(-1)), -8, 7)
+            .to(torch.int32)
+            .view(rows, columns)
+        )
         packed = torch.zeros(rows, columns // 8, dtype=torch.int32)
         for i in range(8):
             packed |= (codes[:, i::8] & 0xF) << (4 * i)
@@ -215,7 +240,9 @@ def run_llm_compressor(source: Path, target: Path, threads: int) -> None:
     from llmcompressor import model_free_ptq
 
     torch.set_num_threads(threads)
-    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE)
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=GROUP_SIZE
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     model_free_ptq(source, target, scheme=scheme, device="cpu", max_workers=1)
 
@@ -259,21 +286,41 @@ class Result:
 
 def measure(name: str, source: Path, target: Path, threads: int) -> Result:
     """Run one contender in a process of its own."""
-    arguments = [sys.executable, __file__, "--run", name, str(source), str(target), "--threads", str(threads)]
+    arguments = [
+        sys.executable,
+        __file__,
+        "--run",
+        name,
+        str(source),
+        str(target),
+        "--threads",
+        str(threads),
+    ]
     os.sync()  # the disk is done with what the contender before left to it
     if (CONTENDERS | TILES)[name].cold:
         DROP_CACHES.write_text("3")
-        subprocess.run([sys.executable, "-c", "import quantize_int4"], cwd=ROOT, check=True)  # torch is in the cache
+        subprocess.run(
+            [sys.executable, "-c", "import quantize_int4"], cwd=ROOT, check=True
+        )  # torch is in the cache
     else:
         subprocess.run(
-            ["cat", *(path for path in source.parent.rglob("*") if path.is_file())], stdout=subprocess.DEVNULL
+            ["cat", *(path for path in source.parent.rglob("*") if path.is_file())],
+            stdout=subprocess.DEVNULL,
         )
     peak, cached = 0, psutil.virtual_memory().cached
     with tempfile.TemporaryFile("w+") as log:
         with subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT) as process:
             while process.poll() is None:
                 with open(f"/proc/{process.pid}/status") as status:
-                    peak = max([peak, *(int(kb) * 1024 for kb in re.findall(r"RssAnon:\s+(\d+)", status.read()))])
+                    peak = max(
+                        [
+                            peak,
+                            *(
+                                int(kb) * 1024
+                                for kb in re.findall(r"RssAnon:\s+(\d+)", status.read())
+                            ),
+                        ]
+                    )
                 time.sleep(0.02)
         log.seek(0)
         text = log.read()
@@ -286,13 +333,24 @@ def measure(name: str, source: Path, target: Path, threads: int) -> Result:
 
 
 def print_table(results: dict[str, list[Result]], weights: int) -> None:
-    medians = {name: statistics.median(run.seconds for run in runs) for name, runs in results.items()}
+    medians = {
+        name: statistics.median(run.seconds for run in runs) for name, runs in results.items()
+    }
     titles = f"{'memory GB':>11}{'cached GB':>11}{'x floor':>9}{'x ours':>9}"
     print(f"{'':<10}{'seconds':>9}{'GB/s':>8}{'Mweights/s':>12}{titles}")
     for name, seconds in medians.items():
-        peak, cached = (statistics.median(getattr(run, kind) for run in results[name]) for kind in ("peak", "cached"))
-        ratios = [f"{seconds / medians[other]:9.2f}" if other in medians else f"{'':>9}" for other in ("floor", "ours")]
-        print(f"{name:<10}{seconds:9.2f}{weights * 2 / seconds / 1e9:8.2f}{weights / seconds / 1e6:12.0f}", end="")
+        peak, cached = (
+            statistics.median(getattr(run, kind) for run in results[name])
+            for kind in ("peak", "cached")
+        )
+        ratios = [
+            f"{seconds / medians[other]:9.2f}" if other in medians else f"{'':>9}"
+            for other in ("floor", "ours")
+        ]
+        print(
+            f"{name:<10}{seconds:9.2f}{weights * 2 / seconds / 1e9:8.2f}{weights / seconds / 1e6:12.0f}",
+            end="",
+        )
         print(f"{peak / 1e9:11.2f}{cached / 1e9:11.2f}{''.join(ratios)}".rstrip())
 
 
@@ -310,19 +368,25 @@ def run_contender(name: str, source: Path, target: Path, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, *TILES])
     parser.add_argument("--dir", type=Path)
-    parser.add_argument("--run", nargs=3, metavar=("NAME", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--run", nargs=3, metavar=("NAME", "SOURCE", "TARGET"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.run:
         name, source, target = args.run
         run_contender(name, Path(source), Path(target), args.threads)
         return
-    missing = {name: contender.missing for name, contender in CONTENDERS.items() if contender.missing}
+    missing = {
+        name: contender.missing for name, contender in CONTENDERS.items() if contender.missing
+    }
     names = args.only or [name for name in CONTENDERS if name not in missing]
     for name, what in missing.items() if not args.only else ():
         print(f"not run: {name}, which needs {what}")
@@ -336,14 +400,19 @@ def main() -> None:
         if {"verify", "restore"} & {*names}:
             folders = [str(source), str(source.parent / FINISHED_NAME)]
             options = [f"--group_size={GROUP_SIZE}", "--min_free_gb=0"]
-            subprocess.run([sys.executable, ROOT / "quantize_int4.py", *folders, *options], stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, ROOT / "quantize_int4.py", *folders, *options],
+                stdout=subprocess.DEVNULL,
+            )
         results = {name: [] for name in names}
         for round_number in range(args.rounds + 1):
             for name in names:
                 run = measure(name, source, target, args.threads)
                 if round_number:  # the first round warms the caches
                     results[name].append(run)
-        print(f"{weights / 1e6:.0f} million bf16 weights, {args.threads} threads, median of {args.rounds} rounds")
+        print(
+            f"{weights / 1e6:.0f} million bf16 weights, {args.threads} threads, median of {args.rounds} rounds"
+        )
         print_table(results, weights)
 
 

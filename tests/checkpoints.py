@@ -14,15 +14,31 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-DTYPE_NAMES |= {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}
+DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+DTYPE_NAMES |= {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 2) -> None:
     """Save tensors as `shards` files of about as many tensors each, with the index that names them."""
-    _write_shards(folder, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, shards, tensors.__getitem__)
+    _write_shards(
+        folder,
+        {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()},
+        shards,
+        tensors.__getitem__,
+    )
 
 
 def write_sparse_checkpoint(folder: Path, tensors: Shapes, shards: int) -> None:
@@ -42,7 +58,11 @@ def _write_shards(
         for name in part:
             dtype, shape = tensors[name]
             start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": shape,
+                "data_offsets": [start, end],
+            }
         data = json.dumps(header).encode()
         data += b" " * (-len(data) % 8)
         with open(folder / file, "wb") as out:
@@ -70,12 +90,17 @@ def random(*shape: int) -> torch.Tensor:
 def save_model(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
     """Write one model.safetensors without an index, and a config.json with these entries."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def save_pickle(folder: Path, content: object, name: str = "pytorch_model.bin", **config: object) -> Path:
+def save_pickle(
+    folder: Path, content: object, name: str = "pytorch_model.bin", **config: object
+) -> Path:
     """Write one pickle, of a state dict or whatever else, and a config.json with these entries."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(content, folder / name)
@@ -87,7 +112,10 @@ WEIGHT = {"m.weight": torch.ones(4, 128).bfloat16()}
 LAYER = "model.layers.0.self_attn.q_proj"
 PROJECTION = {"model.layers.0.mlp.up_proj.weight": random(64, H)}
 MOE = "model.layers.0.mlp"
-BESIDE = {f"{MOE}.gate.weight": random(E, H), "model.layers.0.self_attn.o_proj.weight": random(H, H)}
+BESIDE = {
+    f"{MOE}.gate.weight": random(E, H),
+    "model.layers.0.self_attn.o_proj.weight": random(H, H),
+}
 
 
 def layers(*numbers: int) -> dict[str, torch.Tensor]:
@@ -95,7 +123,9 @@ def layers(*numbers: int) -> dict[str, torch.Tensor]:
     return {f"model.layers.{number}.self_attn.q_proj.weight": random(64, 128) for number in numbers}
 
 
-def gated(module: str = f"{MOE}.experts") -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def gated(
+    module: str = f"{MOE}.experts",
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Make stacks of gated experts, and the same as one weight an expert and projection."""
     gate, up, down = random(E, INNER, H), random(E, INNER, H), random(E, H, INNER)
     stacks = {f"{module}.gate_up_proj": torch.cat([gate, up], 1), f"{module}.down_proj": down}

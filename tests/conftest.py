@@ -65,7 +65,9 @@ def inventory(tmp_path_factory) -> Path:
 def large(tmp_path_factory) -> Path:
     """0.8 GB of zeros: long enough a run to be stopped."""
     folder = tmp_path_factory.mktemp("large")
-    write_sparse_checkpoint(folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(24)}, shards=3)
+    write_sparse_checkpoint(
+        folder, {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(24)}, shards=3
+    )
     return folder
 
 
@@ -84,7 +86,14 @@ def open_folder(tiny) -> Iterator[Path]:
 
 def command(input_dir: Path, output_dir: Path, *options: object) -> list[str]:
     """The command line. The memory guard is off unless a test sets it, so that small machines run the suite, too."""
-    base = [sys.executable, str(SCRIPT), "--input_dir", str(input_dir), "--output_dir", str(output_dir)]
+    base = [
+        sys.executable,
+        str(SCRIPT),
+        "--input_dir",
+        str(input_dir),
+        "--output_dir",
+        str(output_dir),
+    ]
     return [*base, "--min_free_gb", "0", *map(str, options)]
 
 
@@ -93,23 +102,33 @@ def start_cli(input_dir: Path, output_dir: Path, *options: object, **setting) ->
     return Run(command(input_dir, output_dir, *options)[2:], Setting(**setting))
 
 
-def run_cli(input_dir: Path, output_dir: Path, *options: object, **setting) -> subprocess.CompletedProcess:
+def run_cli(
+    input_dir: Path, output_dir: Path, *options: object, **setting
+) -> subprocess.CompletedProcess:
     """Run the command to its end."""
     return start_cli(input_dir, output_dir, *options, **setting).wait()
 
 
-def quantize(input_dir: Path, output_dir: Path, *options: object, **setting) -> subprocess.CompletedProcess:
+def quantize(
+    input_dir: Path, output_dir: Path, *options: object, **setting
+) -> subprocess.CompletedProcess:
     """Run the command, which must succeed, keep standard error empty, and leave entries by which engines find all."""
     result = run_cli(input_dir, output_dir, *options, **setting)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     config = output_dir / "config.json"
-    if "--restore" not in options and config.exists() and re.search('"(ignore|dynamic)"', config.read_text()):
+    if (
+        "--restore" not in options
+        and config.exists()
+        and re.search('"(ignore|dynamic)"', config.read_text())
+    ):
         assert_entries_fit(output_dir)
     return result
 
 
-def assert_refused(result: subprocess.CompletedProcess, *fragments: str, exit_code: int = 1) -> None:
+def assert_refused(
+    result: subprocess.CompletedProcess, *fragments: str, exit_code: int = 1
+) -> None:
     """The promise of every refusal: its exit code, one line on standard error, and that line says what matters."""
     assert result.returncode == exit_code, result.stdout + result.stderr
     lines = result.stderr.splitlines()
@@ -120,7 +139,11 @@ def assert_refused(result: subprocess.CompletedProcess, *fragments: str, exit_co
 
 
 def refuse(
-    input_dir: Path, output_dir: Path, *fragments: str, options: list[object] | tuple[()] = (), exit_code: int = 1
+    input_dir: Path,
+    output_dir: Path,
+    *fragments: str,
+    options: list[object] | tuple[()] = (),
+    exit_code: int = 1,
 ) -> None:
     """The run is refused with these words, and the output folder is as it was."""
     before = folder_bytes(output_dir) if output_dir.is_dir() else output_dir.exists()
@@ -139,7 +162,10 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def run_in_terminal(
-    arguments: list[str], columns: int, environment: dict[str, str] | None = None, interrupt_at: str | None = None
+    arguments: list[str],
+    columns: int,
+    environment: dict[str, str] | None = None,
+    interrupt_at: str | None = None,
 ) -> tuple[str, int]:
     """What a terminal of so many columns is sent, and the exit code; Ctrl-C once it has shown `interrupt_at`."""
     pid, master = pty.fork()
@@ -175,7 +201,15 @@ def peak_anonymous(arguments: list[str]) -> int:
                 status = Path(f"/proc/{run.pid}/status").read_text()
             except OSError:
                 break
-            peak = max([peak, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status))])
+            peak = max(
+                [
+                    peak,
+                    *(
+                        int(kilobytes) * 1024
+                        for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status)
+                    ),
+                ]
+            )
             time.sleep(0.01)
     assert run.returncode == 0
     return peak

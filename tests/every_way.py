@@ -31,7 +31,9 @@ def write_sources(folder: Path) -> None:
     generator, statistics = torch.Generator().manual_seed(0), {}
     for name, (_, shape) in nemotron_tensors(TINY).items():
         if len(shape) == 2:
-            factor = torch.randn(shape[1], RANK, generator=generator) * torch.rand(shape[1], 1, generator=generator)
+            factor = torch.randn(shape[1], RANK, generator=generator) * torch.rand(
+                shape[1], 1, generator=generator
+            )
             module = name.removesuffix(".weight")
             statistics |= {module: factor.square().sum(1) * 1.5, f"{module}.factor": factor.half()}
     save_file(statistics, folder / STATISTICS)
@@ -42,8 +44,18 @@ def convert_in_every_way(folder: Path) -> None:
     ways["feedback"] = [*ways["mse"], "--importance", str(folder / STATISTICS)]
     for form, (way, options), compiler in itertools.product(FORMATS, ways.items(), ["cc", "none"]):
         out, start = folder / "out" / f"{form}-{way}-{compiler}", time.monotonic()
-        arguments = ["--input_dir", str(folder / "tiny"), "--output_dir", str(out), "--format", form, *options]
-        run = Run([*arguments, "--min_free_gb", "0", "--verify"], Setting(environment={"CC": compiler}))
+        arguments = [
+            "--input_dir",
+            str(folder / "tiny"),
+            "--output_dir",
+            str(out),
+            "--format",
+            form,
+            *options,
+        ]
+        run = Run(
+            [*arguments, "--min_free_gb", "0", "--verify"], Setting(environment={"CC": compiler})
+        )
         result = run.wait(timeout=3600)
         assert result.returncode == 0, result.stderr
         assert ("rounding with torch" in result.stdout) == (compiler == "none"), result.stdout

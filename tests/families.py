@@ -16,7 +16,9 @@ import transformers
 from folders import read_config, read_tensors
 from safetensors.torch import save_file
 
-torch.set_num_threads(1)  # the models are so small that threads would do nothing but wait for each other
+torch.set_num_threads(
+    1
+)  # the models are so small that threads would do nothing but wait for each other
 
 VOCABULARY = 320  # not as wide as any layer
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -43,11 +45,18 @@ VISION = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [],
 }
-VISION_TOKENS = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+VISION_TOKENS = {
+    "image_token_id": 250,
+    "video_token_id": 251,
+    "vision_start_token_id": 252,
+    "vision_end_token_id": 253,
+}
 
 
 def llama():
-    return transformers.LlamaConfig(**COMMON, **ATTENTION, **UNTIED, num_hidden_layers=2, intermediate_size=384)
+    return transformers.LlamaConfig(
+        **COMMON, **ATTENTION, **UNTIED, num_hidden_layers=2, intermediate_size=384
+    )
 
 
 def llama_tied():
@@ -57,7 +66,11 @@ def llama_tied():
 
 
 def gemma3():
-    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    layers = {
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+    }
     return transformers.Gemma3TextConfig(**COMMON, **ATTENTION, **layers, intermediate_size=384)
 
 
@@ -98,9 +111,20 @@ def nemotron_h():
 
 
 def qwen3_moe():
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 192,
+        "norm_topk_prob": True,
+    }
     return transformers.Qwen3MoeConfig(
-        **COMMON, **ATTENTION, **UNTIED, **experts, num_hidden_layers=2, intermediate_size=384, mlp_only_layers=[0]
+        **COMMON,
+        **ATTENTION,
+        **UNTIED,
+        **experts,
+        num_hidden_layers=2,
+        intermediate_size=384,
+        mlp_only_layers=[0],
     )
 
 
@@ -194,10 +218,28 @@ def llama4():
 
 
 def qwen3_vl_moe():
-    text = {"num_hidden_layers": 2, "intermediate_size": 384, "moe_intermediate_size": 192, "num_experts": 4}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]}}
+    text = {
+        "num_hidden_layers": 2,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 192,
+        "num_experts": 4,
+    }
+    rope = {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [12, 10, 10],
+        }
+    }
     return transformers.Qwen3VLMoeConfig(
-        text_config={**COMMON, **ATTENTION, **text, **rope, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        text_config={
+            **COMMON,
+            **ATTENTION,
+            **text,
+            **rope,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
         vision_config={**VISION, "deepstack_visual_indexes": [0]},
         **VISION_TOKENS,
         **UNTIED,
@@ -207,15 +249,37 @@ def qwen3_vl_moe():
 def qwen3_5():
     """A dense language model with a vision tower. in_proj_a and in_proj_b have 48 rows, as 27B's: Marlin takes 64."""
     heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 48}
-    text = {**COMMON, **ATTENTION, **MIXED_LAYERS, **heads, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text = {
+        **COMMON,
+        **ATTENTION,
+        **MIXED_LAYERS,
+        **heads,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
     text["intermediate_size"] = 512
-    return transformers.Qwen3_5Config(text_config=text, vision_config=VISION, **VISION_TOKENS, **UNTIED)
+    return transformers.Qwen3_5Config(
+        text_config=text, vision_config=VISION, **VISION_TOKENS, **UNTIED
+    )
 
 
 def qwen3_5_moe():
-    experts = {"moe_intermediate_size": 192, "shared_expert_intermediate_size": 128, "num_experts": 4}
-    text = {**COMMON, **ATTENTION, **MIXED_LAYERS, **LINEAR_ATTENTION, **experts, "num_experts_per_tok": 2}
-    return transformers.Qwen3_5MoeConfig(text_config=text, vision_config=VISION, **VISION_TOKENS, **UNTIED)
+    experts = {
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 4,
+    }
+    text = {
+        **COMMON,
+        **ATTENTION,
+        **MIXED_LAYERS,
+        **LINEAR_ATTENTION,
+        **experts,
+        "num_experts_per_tok": 2,
+    }
+    return transformers.Qwen3_5MoeConfig(
+        text_config=text, vision_config=VISION, **VISION_TOKENS, **UNTIED
+    )
 
 
 # --- ways to save -----------------------------------------------------------------------------------------------------
@@ -258,7 +322,9 @@ def stack_experts(tensors, transposed=False):
             for weights in (projections[name] for name in ("gate_proj", "up_proj", "down_proj"))
         )
         stacks = {f"{place}.gate_up_proj": torch.cat([gate, up], dim=1), f"{place}.down_proj": down}
-        tensors |= {name: stack.mT.contiguous() if transposed else stack for name, stack in stacks.items()}
+        tensors |= {
+            name: stack.mT.contiguous() if transposed else stack for name, stack in stacks.items()
+        }
     return tensors
 
 
@@ -307,10 +373,14 @@ class Family:
 
     config: Callable
     model_class: str
-    excludes: dict[str, str] = field(default_factory=dict)  # by what they keep; "experts" where they must be kept
+    excludes: dict[str, str] = field(
+        default_factory=dict
+    )  # by what they keep; "experts" where they must be kept
     wide: dict[str, str] = field(default_factory=dict)  # patterns of --int8, by what they mean
     saved: tuple[str, ...] = ("pretrained",)
-    decoded_at_once: bool = False  # with transformers, which else asks its layers for weights that are packed
+    decoded_at_once: bool = (
+        False  # with transformers, which else asks its layers for weights that are packed
+    )
     refused: str = ""  # what the refusal names, without the exclude of the experts
 
 
@@ -321,21 +391,49 @@ WIDE_ATTENTION = {"attention in 8 bits": r"self_attn"}
 WIDE_EXPERTS = {"experts in 8 bits": r"\.experts\."} | WIDE_ATTENTION
 
 FAMILIES = {
-    "llama": Family(llama, "LlamaForCausalLM", {"attention": QKV}, WIDE_ATTENTION, ("pretrained", "state_dict", "pth")),
+    "llama": Family(
+        llama,
+        "LlamaForCausalLM",
+        {"attention": QKV},
+        WIDE_ATTENTION,
+        ("pretrained", "state_dict", "pth"),
+    ),
     "llama_tied": Family(llama_tied, "LlamaForCausalLM", {"attention": QKV}),
-    "gemma3": Family(gemma3, "Gemma3ForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")),
-    "t5": Family(t5, "T5ForConditionalGeneration", {"attention": r"SelfAttention\.[qkv]\."}, decoded_at_once=True),
+    "gemma3": Family(
+        gemma3, "Gemma3ForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")
+    ),
+    "t5": Family(
+        t5,
+        "T5ForConditionalGeneration",
+        {"attention": r"SelfAttention\.[qkv]\."},
+        decoded_at_once=True,
+    ),
     "nemotron_h": Family(
         nemotron_h,
         "NemotronHForCausalLM",
-        {"layers": r"mixer\.[qkv]_proj\.|layers\.0\.mixer\.in_proj\.|layers\.1\.mixer\.shared_experts\."},
-        {"all but experts in 8 bits": r"mixer\.(\w+_proj|shared_experts\.\w+)\.", "experts in 8 bits": r"\.experts\."},
+        {
+            "layers": r"mixer\.[qkv]_proj\.|layers\.0\.mixer\.in_proj\.|layers\.1\.mixer\.shared_experts\."
+        },
+        {
+            "all but experts in 8 bits": r"mixer\.(\w+_proj|shared_experts\.\w+)\.",
+            "experts in 8 bits": r"\.experts\.",
+        },
         ("pretrained", "state_dict", "pth"),
     ),
     "qwen3_moe": Family(
-        qwen3_moe, "Qwen3MoeForCausalLM", {"attention": QKV}, WIDE_EXPERTS, ("pretrained", "state_dict")
+        qwen3_moe,
+        "Qwen3MoeForCausalLM",
+        {"attention": QKV},
+        WIDE_EXPERTS,
+        ("pretrained", "state_dict"),
     ),
-    "mixtral": Family(mixtral, "MixtralForCausalLM", {"attention": QKV}, WIDE_EXPERTS, ("pretrained", "state_dict")),
+    "mixtral": Family(
+        mixtral,
+        "MixtralForCausalLM",
+        {"attention": QKV},
+        WIDE_EXPERTS,
+        ("pretrained", "state_dict"),
+    ),
     "deepseek_v3": Family(
         deepseek_v3,
         "DeepseekV3ForCausalLM",
@@ -343,7 +441,9 @@ FAMILIES = {
         {"shared experts in 8 bits": "shared_experts"},
         ("pretrained", "state_dict"),
     ),
-    "glm4_moe": Family(glm4_moe, "Glm4MoeForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")),
+    "glm4_moe": Family(
+        glm4_moe, "Glm4MoeForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")
+    ),
     "granite": Family(
         granite_moe_hybrid,
         "GraniteMoeHybridForCausalLM",
@@ -371,7 +471,10 @@ FAMILIES = {
         qwen3_5,
         "Qwen3_5ForConditionalGeneration",
         {"linear_attn": "linear_attn", "attention": LLM_QKV, "tower": TOWER},
-        {"linear_attn and tower in 8 bits": r"linear_attn|visual\.", "one layer in 8 bits": r"language.*layers\.1\."},
+        {
+            "linear_attn and tower in 8 bits": r"linear_attn|visual\.",
+            "one layer in 8 bits": r"language.*layers\.1\.",
+        },
     ),
     "qwen3_5_moe": Family(
         qwen3_5_moe,
@@ -411,8 +514,12 @@ def build(name):
     """A random model in which no two tensors are alike and some groups are all zero."""
     family = FAMILIES[name]
     torch.manual_seed(0)
-    model = getattr(transformers, family.model_class)._from_config(family.config(), dtype=torch.bfloat16)
-    for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values():
+    model = getattr(transformers, family.model_class)._from_config(
+        family.config(), dtype=torch.bfloat16
+    )
+    for tensor in {
+        id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]
+    }.values():
         if tensor.is_floating_point():
             tensor += 0.05 * torch.randn(tensor.shape)
         if tensor.dim() > 1 and tensor.shape[-1] > 64:

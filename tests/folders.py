@@ -48,14 +48,21 @@ def changed_tensors(folder: Path, other: Path) -> set[str]:
 def edit_shard(shard: Path, change: Callable[[Tensors], None]) -> None:
     """Change the tensors of a shard, and nothing in its metadata; their places, too, only if shapes change."""
     with safe_open(shard, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+        names = file.keys()
+        tensors, metadata = {name: file.get_tensor(name).clone() for name in names}, file.metadata()
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     change(tensors)
     if {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} != layout:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard, metadata=metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            shard,
+            metadata=metadata,
+        )
         return
     for name, tensor in tensors.items():
-        overwrite_weights(shard, name, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        overwrite_weights(
+            shard, name, tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
 
 
 def edit_tensors(folder: Path, change: Callable[[Tensors], None]) -> None:
@@ -114,27 +121,43 @@ def patterns(folder: Path) -> list[str]:
 def assert_entries_fit(folder: Path) -> None:
     """Read config.json as an engine does: its entries keep every 2-D layer that is kept and no packed one, and a packed
     layer's group has the width and the group size of its tensors."""
-    infos = {name: info for shard in folder.glob("*.safetensors") for name, info in read_header(shard)[0].items()}
+    infos = {
+        name: info
+        for shard in folder.glob("*.safetensors")
+        for name, info in read_header(shard)[0].items()
+    }
     groups = read_config(folder)["quantization_config"].get("config_groups", {}).values()
     for name, info in infos.items():
         module, _, last = name.rpartition(".")
-        if last == "weight" and len(info["shape"]) == 2 and module != "lm_head":  # which engines know
+        if (
+            last == "weight" and len(info["shape"]) == 2 and module != "lm_head"
+        ):  # which engines know
             assert is_kept(folder, module), module
         if last not in READERS:
             continue
-        experts = re.match(r"((?:.*\.)?experts)\.\d+\.", name)  # an engine asks for these as one module, too
+        experts = re.match(
+            r"((?:.*\.)?experts)\.\d+\.", name
+        )  # an engine asks for these as one module, too
         for asked in [module, *([experts[1]] if experts else [])]:
             assert not is_kept(folder, asked), asked
-        named = [g for g in groups if any(t[:3] == "re:" and re.match(t[3:], module) for t in g["targets"])]
+        named = [
+            g
+            for g in groups
+            if any(t[:3] == "re:" and re.match(t[3:], module) for t in g["targets"])
+        ]
         for stated in [g["weights"] for g in [*named, *groups][:1]]:
             columns = info["shape"][1] * 32 // stated["num_bits"]
-            assert columns == infos[f"{module}.weight_scale"]["shape"][1] * stated["group_size"], module
+            assert columns == infos[f"{module}.weight_scale"]["shape"][1] * stated["group_size"], (
+                module
+            )
 
 
 def is_kept(folder: Path, name: str) -> bool:
     """Tell whether an engine that asks for the module `name` is told that it is kept."""
     entries = patterns(folder)
-    expressions = [re.sub("^(re|-):", "", entry) for entry in entries if entry.startswith(("re:", "-:"))]
+    expressions = [
+        re.sub("^(re|-):", "", entry) for entry in entries if entry.startswith(("re:", "-:"))
+    ]
     return name in entries or any(re.match(expression, name) for expression in expressions)
 
 
@@ -147,7 +170,9 @@ def unpack_words(words: torch.Tensor) -> torch.Tensor:
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(1)
 
 
-def dequantize_compressed_tensors(packed: torch.Tensor, scales: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+def dequantize_compressed_tensors(
+    packed: torch.Tensor, scales: torch.Tensor, shape: torch.Tensor
+) -> torch.Tensor:
     """Decode one weight, in the dtype of its scales: the product is rounded to it once."""
     eight_bits = packed.shape[1] * 4 == shape[1]
     octets = packed.contiguous().view(torch.uint8)  # a code in each, or two
@@ -168,7 +193,10 @@ def dequantize_gptq(
 
 
 READERS = {
-    "weight_packed": (dequantize_compressed_tensors, ["weight_packed", "weight_scale", "weight_shape"]),
+    "weight_packed": (
+        dequantize_compressed_tensors,
+        ["weight_packed", "weight_scale", "weight_shape"],
+    ),
     "qweight": (dequantize_gptq, ["qweight", "qzeros", "scales", "g_idx"]),
 }
 
@@ -185,7 +213,9 @@ def read_dequantized(folder: Path) -> tuple[Tensors, set[str]]:
     return tensors, quantized
 
 
-def write_dense_twin(quantized_folder: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def write_dense_twin(
+    quantized_folder: Path, folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Write the dense checkpoint that holds the dequantized weights."""
     tensors, quantized = read_dequantized(quantized_folder)
     for name in quantized:
@@ -197,7 +227,9 @@ def write_dense_twin(quantized_folder: Path, folder: Path, dtype: torch.dtype = 
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def check_weights_resemble_source(dequantized: Tensors, quantized: set[str], source: Tensors) -> None:
+def check_weights_resemble_source(
+    dequantized: Tensors, quantized: set[str], source: Tensors
+) -> None:
     """Check that every row of every weight is its own source's to INT4's precision, and what is kept is equal.
 
     Rounding to 15 levels leaves about 0.1 of a row; any other row leaves 1.4.
@@ -207,5 +239,7 @@ def check_weights_resemble_source(dequantized: Tensors, quantized: set[str], sou
         if name not in quantized:
             assert torch.equal(dequantized[name], tensor), f"{name} was to be kept"
             continue
-        error = (dequantized[name].float() - tensor.float()).norm(dim=1) / tensor.float().norm(dim=1)
+        error = (dequantized[name].float() - tensor.float()).norm(dim=1) / tensor.float().norm(
+            dim=1
+        )
         assert error.max() < 0.2, f"{name}: row {error.argmax()} is off by {error.max():.2f}"

@@ -28,13 +28,29 @@ from folders import read_dequantized
 from onnx import numpy_helper
 from serve import TOKENS, TOLERANCE, Subject, count_agreeing, make_folders, write_smollm2
 
-OPTIONS = ["nodes_to_exclude=/lm_head/MatMul", "shared_embeddings=false", "accuracy_level=1"]  # 1: computes in float32
+OPTIONS = [
+    "nodes_to_exclude=/lm_head/MatMul",
+    "shared_embeddings=false",
+    "accuracy_level=1",
+]  # 1: computes in float32
 
 
 def build(folder: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", folder, "-o", target, "-p", "int4"]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        folder,
+        "-o",
+        target,
+        "-p",
+        "int4",
+    ]
     command += ["-e", "cpu", "-c", target / "cache", "--extra_options", *OPTIONS]
-    result = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
     if result.returncode:
         sys.exit(f"the builder failed: {result.stderr.strip().splitlines()[-1]}")
 
@@ -48,7 +64,9 @@ def unpack_octets(octets: torch.Tensor, rows: int) -> torch.Tensor:
 def read_nodes(target: Path) -> dict[str, torch.Tensor]:
     """The weights of all 4-bit nodes, (rows, columns), by the name of the layer."""
     graph = onnx.load(target / "model.onnx").graph
-    constants = {tensor.name: torch.tensor(numpy_helper.to_array(tensor)) for tensor in graph.initializer}
+    constants = {
+        tensor.name: torch.tensor(numpy_helper.to_array(tensor)) for tensor in graph.initializer
+    }
     weights = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
@@ -69,7 +87,11 @@ def count_equal(folder: Path, nodes: dict[str, torch.Tensor]) -> tuple[int, int]
     tensors, quantized = read_dequantized(folder)
     equal = 0
     for name, weight in nodes.items():
-        parts = [name.replace("qkv_proj", f"{letter}_proj") for letter in "qkv"] if "qkv_proj" in name else [name]
+        parts = (
+            [name.replace("qkv_proj", f"{letter}_proj") for letter in "qkv"]
+            if "qkv_proj" in name
+            else [name]
+        )
         expected = torch.cat([tensors[f"{part}.weight"] for part in parts])
         equal += len(parts) * torch.equal(weight, expected)
     return equal, len(quantized)
@@ -90,7 +112,9 @@ def answer(target: Path, subject: Subject) -> list[list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group_size", type=int, default=64)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -104,8 +128,12 @@ def main() -> None:
         print(f"{equal} of {layers} layers are equal in float32", flush=True)
         answers = answer(target, subject)
         places = sum(map(len, answers))
-        agreeing, before = (count_agreeing(path, subject, answers) for path in (twin, subject.folder))
-        print(f"{agreeing} of {places} places agree, {before} with the model before it was quantized")
+        agreeing, before = (
+            count_agreeing(path, subject, answers) for path in (twin, subject.folder)
+        )
+        print(
+            f"{agreeing} of {places} places agree, {before} with the model before it was quantized"
+        )
     if equal < layers or agreeing < places * (1 - TOLERANCE):
         sys.exit(f"all layers must be equal, and {1 - TOLERANCE:.0%} of the places agree")
 

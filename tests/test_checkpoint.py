@@ -23,7 +23,10 @@ def test_a_missing_input_folder_is_refused(tmp_path):
 
 def test_a_model_of_the_hub_is_answered_with_the_command_that_gets_it(tmp_path):
     result = run_cli("nvidia/Some-Model-4B", tmp_path / "out")
-    assert_refused(result, "hf download nvidia/Some-Model-4B --local-dir Some-Model-4B, then give Some-Model-4B")
+    assert_refused(
+        result,
+        "hf download nvidia/Some-Model-4B --local-dir Some-Model-4B, then give Some-Model-4B",
+    )
 
 
 def test_a_file_as_input_folder_is_refused(model, tmp_path):
@@ -62,19 +65,31 @@ def test_a_pipe_among_the_files_does_not_hang_the_run(model, tmp_path):
 def test_an_unreadable_file_is_an_error_that_names_it(open_folder):
     shard = open_folder / "in" / "model-00002-of-00002.safetensors"
     os.chmod(shard, 0)
-    assert_refused(run_cli(open_folder / "in", open_folder / "out", **AS_NOBODY), shard.name, "Permission denied")
+    assert_refused(
+        run_cli(open_folder / "in", open_folder / "out", **AS_NOBODY),
+        shard.name,
+        "Permission denied",
+    )
     assert not (open_folder / "out").exists()
 
 
 def test_an_unreadable_file_beside_the_weights_is_refused_before_the_run(open_folder):
     os.chmod(open_folder / "in" / "tokenizer.json", 0)
-    assert_refused(run_cli(open_folder / "in", open_folder / "out", **AS_NOBODY), "tokenizer.json", "make it readable")
+    assert_refused(
+        run_cli(open_folder / "in", open_folder / "out", **AS_NOBODY),
+        "tokenizer.json",
+        "make it readable",
+    )
     assert not (open_folder / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["../../escape.weight", "/etc/passwd.weight", "a/b.weight", "..", "m\n\x1b.weight"])
+@pytest.mark.parametrize(
+    "name", ["../../escape.weight", "/etc/passwd.weight", "a/b.weight", "..", "m\n\x1b.weight"]
+)
 def test_a_tensor_name_with_path_characters_is_only_a_name(tmp_path, name):
-    source = save_model(tmp_path / "deep" / "in", {name: torch.ones(8, 128), "other.weight": torch.ones(8, 128)})
+    source = save_model(
+        tmp_path / "deep" / "in", {name: torch.ones(8, 128), "other.weight": torch.ones(8, 128)}
+    )
     result = quantize(source, tmp_path / "deep" / "out", "--exclude", "^(?!other)")
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"in", "out"}
@@ -125,14 +140,19 @@ def test_an_index_that_names_a_missing_file_is_refused(tmp_path):
     ("there", "missing"),
     [
         ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
-        ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"),  # as DeepSeek-V3's
+        (
+            "model-00001-of-000002.safetensors",
+            "model-00002-of-000002.safetensors",
+        ),  # as DeepSeek-V3's
         ("pytorch_model-00002-of-00002.bin", "pytorch_model-00001-of-00002.bin"),
     ],
 )
 def test_a_missing_part_is_refused_without_an_index_too(tmp_path, there, missing):
     folder = tmp_path / "in"
     folder.mkdir()
-    (torch.save if there.endswith(".bin") else save_file)({"m.weight": torch.ones(8, 128)}, folder / there)
+    (torch.save if there.endswith(".bin") else save_file)(
+        {"m.weight": torch.ones(8, 128)}, folder / there
+    )
     refuse(folder, tmp_path / "out", repr(missing), "missing", "copy it again")
 
 
@@ -141,19 +161,30 @@ def test_a_tensor_missing_from_its_shard_is_refused(tmp_path):
     refuse(folder, tmp_path / "out", "'n.weight'", "model.safetensors", "which lacks it")
 
 
-@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""])
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", ""]
+)
 def test_an_index_that_points_outside_the_folder_is_refused(tmp_path, file):
-    refuse(indexed(tmp_path, {"m.weight": file}), tmp_path / "out", repr(file), "no file of this folder")
+    refuse(
+        indexed(tmp_path, {"m.weight": file}),
+        tmp_path / "out",
+        repr(file),
+        "no file of this folder",
+    )
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "\xff"]
+)
 def test_a_broken_index_is_refused(model, tmp_path, text):
     (model / "model.safetensors.index.json").write_bytes(text.encode("latin1"))
     refuse(model, tmp_path / "out", "model.safetensors.index.json")
 
 
 def write_index(folder, names, file):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, file)})
+    )
 
 
 @pytest.mark.parametrize("saved", [save_model, save_pickle], ids=["safetensors", "pickle"])
@@ -180,12 +211,20 @@ def test_a_tensor_in_two_files_without_an_index_is_refused(model, tmp_path):
 def test_two_sets_of_weights_without_an_index_are_refused(tmp_path, other):
     source = save_model(tmp_path / "in", layers(0))
     save_file(layers(1), source / other)
-    assert_refused(run_cli(source, tmp_path / "out"), "model.safetensors", other.replace("00001-", "*-"), "two sets")
+    assert_refused(
+        run_cli(source, tmp_path / "out"),
+        "model.safetensors",
+        other.replace("00001-", "*-"),
+        "two sets",
+    )
 
 
 def test_consolidated_weights_beside_shards_are_left_out_by_name(tmp_path):
     source = save_model(tmp_path / "in", layers(0, 1))
-    save_file({"layers.0.attention.wq.weight": random(64, 128)}, source / "consolidated-00001-of-00001.safetensors")
+    save_file(
+        {"layers.0.attention.wq.weight": random(64, 128)},
+        source / "consolidated-00001-of-00001.safetensors",
+    )
     plan = quantize(source, tmp_path / "out").stdout
     assert re.search(r"^Left out: .*consolidated-00001-of-00001.safetensors", plan, re.MULTILINE)
     assert not any("wq" in name for name in read_tensors(tmp_path / "out"))
@@ -227,7 +266,9 @@ def test_our_own_output_as_input_is_refused(model, tmp_path):
 def test_a_quantized_config_dir_is_refused(tmp_path):
     folder = save_pickle(tmp_path / "in", {"m.weight": random(24, 256)})
     (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    (tmp_path / "config" / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "awq"}}'
+    )
     result = run_cli(folder, tmp_path / "out", "--config_dir", tmp_path / "config")
     assert_refused(result, "already quantized")
 
@@ -236,7 +277,10 @@ def test_a_quantized_config_dir_is_refused(tmp_path):
 
 
 def test_config_dir_provides_config_and_tokenizer(tmp_path, tiny):
-    tensors = {"m.x.weight": random(24, 256), "backbone.embeddings.weight": torch.cat([random(24, 256)] * 4)}
+    tensors = {
+        "m.x.weight": random(24, 256),
+        "backbone.embeddings.weight": torch.cat([random(24, 256)] * 4),
+    }
     folder = save_pickle(tmp_path / "in", tensors, "modelopt_model.0.pth")
     (folder / "config.json").write_text('{"model_type": "not this one"}')
     options = ["--config_dir", tiny, "--format", "compressed-tensors"]

@@ -57,7 +57,9 @@ def test_a_name_given_twice_in_a_header_is_refused(model, tmp_path):
 
 HEADERS = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2**65) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -70,8 +72,13 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(header=st.dictionaries(st.text(max_size=2), ENTRIES, max_size=3) | HEADERS, size=st.integers(0, 20))
+@settings(
+    deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    header=st.dictionaries(st.text(max_size=2), ENTRIES, max_size=3) | HEADERS,
+    size=st.integers(0, 20),
+)
 def test_headers_are_accepted_or_refused_as_the_safetensors_library_does(tmp_path, header, size):
     path, data = tmp_path / "model.safetensors", json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(data)) + data + bytes(size))
@@ -85,14 +92,20 @@ def test_headers_are_accepted_or_refused_as_the_safetensors_library_does(tmp_pat
         assert {name: info.shape for name, info in q.read_tensor_infos(path).items()} == expected
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_a_damaged_header_is_refused_or_changes_nothing(tmp_path, data):
     source = tmp_path / "in"
     if not source.exists():
-        write_checkpoint(source, {f"m.{i}.weight": torch.ones(24, 128 + 8 * i).bfloat16() for i in range(4)})
+        write_checkpoint(
+            source, {f"m.{i}.weight": torch.ones(24, 128 + 8 * i).bfloat16() for i in range(4)}
+        )
     shard = source / "model-00001-of-00002.safetensors"
-    whole = (tmp_path / "whole").read_bytes() if (tmp_path / "whole").exists() else shard.read_bytes()
+    whole = (
+        (tmp_path / "whole").read_bytes() if (tmp_path / "whole").exists() else shard.read_bytes()
+    )
     (tmp_path / "whole").write_bytes(whole)
     shard.write_bytes(whole)
     with contextlib.closing(q.Checkpoint(source)) as checkpoint:
@@ -134,16 +147,22 @@ def write_header(folder: Path, header: bytes, body: bytes = bytes(24)) -> Path:
 @pytest.mark.parametrize("lie", LIES)
 def test_a_header_that_lies_is_refused(tmp_path, lie):
     source = write_header(tmp_path / "in", json.dumps(LIES[lie]).encode())
-    assert_refused(run_cli(source, tmp_path / "out"), "model.safetensors", "not a whole safetensors file")
+    assert_refused(
+        run_cli(source, tmp_path / "out"), "model.safetensors", "not a whole safetensors file"
+    )
     assert not (tmp_path / "out").exists()
 
 
 ONE_PLACE = b'"%08d":{"dtype":"F32","shape":[],"data_offsets":[0,4]},'
 HUGE_HEADERS = {  # of up to 100 MB, the format's limit, and beyond
-    "many tensors in one place": lambda: b"{" + b"".join(ONE_PLACE % i for i in range(1_700_000))[:-1] + b"}",
+    "many tensors in one place": lambda: (
+        b"{" + b"".join(ONE_PLACE % i for i in range(1_700_000))[:-1] + b"}"
+    ),
     "nothing but brackets": lambda: b"[" * 99_000_000,
     "one long number": lambda: b'{"a":' + b"9" * 98_000_000 + b"}",
-    "one long shape": lambda: b'{"a":{"dtype":"F32","shape":[' + b"1," * 5_000_000 + b'1],"data_offsets":[0,4]}}',
+    "one long shape": lambda: (
+        b'{"a":{"dtype":"F32","shape":[' + b"1," * 5_000_000 + b'1],"data_offsets":[0,4]}}'
+    ),
     "one long name": lambda: b'{"' + b"a" * 98_000_000 + b'":{}}',
     "beyond the limit": lambda: b" " * 100_000_001,
 }
@@ -154,7 +173,12 @@ def test_a_huge_header_that_lies_is_refused_in_bounded_memory(tmp_path, kind):
     source = write_header(tmp_path / "in", HUGE_HEADERS[kind]())
     peak = 0
     with open(tmp_path / "stdout", "w+") as stdout, open(tmp_path / "stderr", "w+") as stderr:
-        arguments = ["timeout", "--foreground", "120", *command(source, tmp_path / "out")]  # lest it hang
+        arguments = [
+            "timeout",
+            "--foreground",
+            "120",
+            *command(source, tmp_path / "out"),
+        ]  # lest it hang
         run = subprocess.Popen(arguments, stdout=stdout, stderr=stderr)
         while run.poll() is None:
             peak = max(peak, psutil.Process(run.pid).memory_info().rss)

@@ -70,14 +70,21 @@ def test_a_module_of_the_model_that_is_called_like_an_adapter_is_none(tmp_path, 
 
 def test_a_parametrized_convolution_is_a_models_own(tmp_path):
     tensors = PROJECTION | {"encoder.pos_conv.parametrizations.weight.original1": random(16, 8, 16)}
-    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--format", "compressed-tensors")
+    quantize(
+        save_model(tmp_path / "in", tensors), tmp_path / "out", "--format", "compressed-tensors"
+    )
 
 
-@pytest.mark.parametrize("name", [f"{LAYER}.weight", "model.norm.weight", "model.layers.0.mlp.experts.up_proj"])
+@pytest.mark.parametrize(
+    "name", [f"{LAYER}.weight", "model.norm.weight", "model.layers.0.mlp.experts.up_proj"]
+)
 def test_weights_of_no_elements_are_refused(tmp_path, name):
     tensors = {"model.layers.0.mlp.up_proj.weight": random(64, 128), name: torch.empty(0)}
     assert_refused(
-        run_cli(save_model(tmp_path / "in", tensors), tmp_path / "out"), f"'{name}'", "no elements", "ZeRO-3"
+        run_cli(save_model(tmp_path / "in", tensors), tmp_path / "out"),
+        f"'{name}'",
+        "no elements",
+        "ZeRO-3",
     )
 
 
@@ -97,11 +104,19 @@ WRAPPED = [
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_a_wrapper_of_training_before_every_name_is_dropped_with_a_note(tmp_path, wrapper):
-    tensors = {f"{LAYER}.weight": random(64, 128), "model.norm.weight": random(128), "lm_head.weight": random(96, 128)}
+    tensors = {
+        f"{LAYER}.weight": random(64, 128),
+        "model.norm.weight": random(128),
+        "lm_head.weight": random(96, 128),
+    }
     wrapped = {wrapper + name: tensor for name, tensor in tensors.items()}
     for saved, folder in ((save_model, "a"), (save_pickle, "b")):
-        plan = quantize(saved(tmp_path / folder, wrapped), tmp_path / f"{folder}_out", "--verify").stdout
-        dropped = next(line for line in plan.splitlines() if "training wrapped around the model" in line)
+        plan = quantize(
+            saved(tmp_path / folder, wrapped), tmp_path / f"{folder}_out", "--verify"
+        ).stdout
+        dropped = next(
+            line for line in plan.splitlines() if "training wrapped around the model" in line
+        )
         assert all(f"{part}." in dropped for part in wrapper.rstrip(".").split("."))
         quantize(save_model(tmp_path / f"{folder}_plain", tensors), tmp_path / f"{folder}_expected")
         assert_same_tensors(tmp_path / f"{folder}_out", tmp_path / f"{folder}_expected")
@@ -115,14 +130,19 @@ def test_wrappers_of_single_layers_are_dropped_too(tmp_path):
 
 def test_an_averaged_model_loses_its_wrapper_and_its_counter_with_a_note(tmp_path):
     tensors = {f"module.{LAYER}.weight": random(64, 128), "n_averaged": torch.tensor(7)}
-    assert "left out 'n_averaged'" in quantize(save_model(tmp_path / "in", tensors), tmp_path / "out").stdout
+    assert (
+        "left out 'n_averaged'"
+        in quantize(save_model(tmp_path / "in", tensors), tmp_path / "out").stdout
+    )
     assert read_tensors(tmp_path / "out").keys() == {f"{LAYER}.qweight", f"{LAYER}.scales"}
 
 
 def test_two_copies_that_differ_in_the_wrapper_are_refused(tmp_path):
     tensors = {f"{LAYER}.weight": random(64, 128), f"_orig_mod.{LAYER}.weight": random(64, 128)}
     assert_refused(
-        run_cli(save_model(tmp_path / "in", tensors), tmp_path / "out"), f"'_orig_mod.{LAYER}.weight'", "copies"
+        run_cli(save_model(tmp_path / "in", tensors), tmp_path / "out"),
+        f"'_orig_mod.{LAYER}.weight'",
+        "copies",
     )
 
 
@@ -132,14 +152,22 @@ def test_a_prefix_of_some_names_only_is_part_of_the_model(tmp_path):
     assert "module.up.qweight" in read_tensors(tmp_path / "out")
 
 
-@pytest.mark.parametrize("nested", [{"thinker_config": {}}, {"text_config": {}, "vision_config": {}}], ids=str)
+@pytest.mark.parametrize(
+    "nested", [{"thinker_config": {}}, {"text_config": {}, "vision_config": {}}], ids=str
+)
 def test_a_prefix_is_the_models_own_where_config_json_has_configs_for_its_parts(tmp_path, nested):
-    tensors = {f"thinker.{LAYER}.weight": random(64, 128), "thinker.lm_head.weight": random(96, 128)}
+    tensors = {
+        f"thinker.{LAYER}.weight": random(64, 128),
+        "thinker.lm_head.weight": random(96, 128),
+    }
     quantize(save_model(tmp_path / "in", tensors, **nested), tmp_path / "out")
     assert f"thinker.{LAYER}.qweight" in read_tensors(tmp_path / "out")
 
 
 def test_a_prefix_is_the_models_own_where_more_than_a_language_model_is_behind_it(tmp_path):
     names = (f"thinker.{LAYER}", "thinker.lm_head", "thinker.visual.blocks.0.attn.proj")
-    quantize(save_model(tmp_path / "in", {f"{name}.weight": random(96, 128) for name in names}), tmp_path / "out")
+    quantize(
+        save_model(tmp_path / "in", {f"{name}.weight": random(96, 128) for name in names}),
+        tmp_path / "out",
+    )
     assert f"thinker.{LAYER}.qweight" in read_tensors(tmp_path / "out")

@@ -21,7 +21,11 @@ import quantize_int4 as q
 
 @pytest.fixture
 def state_dict():
-    return {"m.up.weight": random(24, 256), "m.down.weight": random(16, 200), "m.norm.weight": torch.randn(16)}
+    return {
+        "m.up.weight": random(24, 256),
+        "m.down.weight": random(16, 200),
+        "m.norm.weight": torch.randn(16),
+    }
 
 
 def assert_same_as_safetensors(folder, state_dict, tmp_path, *options):
@@ -37,7 +41,9 @@ def assert_same_as_safetensors(folder, state_dict, tmp_path, *options):
     return result
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "modelopt_model.0.pth", "checkpoint.pt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pth", "modelopt_model.0.pth", "checkpoint.pt"]
+)
 def test_a_single_pickle_gives_what_safetensors_give(tmp_path, state_dict, name):
     assert_same_as_safetensors(save_pickle(tmp_path / "in", state_dict, name), state_dict, tmp_path)
 
@@ -59,7 +65,9 @@ def test_pickle_shards_with_an_index_give_what_safetensors_give(tmp_path, state_
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "module"])
-def test_a_wrapped_state_dict_is_unwrapped_and_what_lay_beside_it_is_named(tmp_path, state_dict, wrapper):
+def test_a_wrapped_state_dict_is_unwrapped_and_what_lay_beside_it_is_named(
+    tmp_path, state_dict, wrapper
+):
     content = {wrapper: OrderedDict(state_dict), "epoch": 3, "optimizer": {"state": {}}}
     result = assert_same_as_safetensors(save_pickle(tmp_path / "in", content), state_dict, tmp_path)
     assert f"only {wrapper!r} is read; beside it are 'epoch', 'optimizer'" in result.stdout
@@ -164,8 +172,14 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, s
         ([1, 2], "holds a list, not a state dict"),
         ({"m": {"weight": torch.ones(2)}}, "'m' is a dict inside"),
         ({"m.weight": torch.ones(4, 128).to_sparse()}, "'m.weight'"),
-        ({"m.weight": torch.ones(4, 128, device="meta")}, "'m.weight' (pytorch_model.bin) is torch.float32"),
-        ({"m.weight": torch._neg_view(torch.ones(4, 128))}, "'m.weight' (pytorch_model.bin) is torch.float32"),
+        (
+            {"m.weight": torch.ones(4, 128, device="meta")},
+            "'m.weight' (pytorch_model.bin) is torch.float32",
+        ),
+        (
+            {"m.weight": torch._neg_view(torch.ones(4, 128))},
+            "'m.weight' (pytorch_model.bin) is torch.float32",
+        ),
         ({"m.weight": torch.ones(4, 128, dtype=torch.int8)}, "already quantized"),
     ],
     ids=["list", "nested", "sparse", "meta", "negated view", "integer"],
@@ -178,7 +192,11 @@ def test_what_is_no_plain_state_dict_is_refused(tmp_path, content, words):
 def test_the_old_pickle_format_is_refused_with_the_reason(tmp_path, state_dict):
     folder = save_pickle(tmp_path / "in", {})
     torch.save(state_dict, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert_refused(run_cli(folder, tmp_path / "out"), "pytorch_model.bin", "_use_new_zipfile_serialization=True")
+    assert_refused(
+        run_cli(folder, tmp_path / "out"),
+        "pytorch_model.bin",
+        "_use_new_zipfile_serialization=True",
+    )
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.7, 0.99])
@@ -186,7 +204,9 @@ def test_a_truncated_pickle_is_refused(tmp_path, state_dict, part):
     folder = save_pickle(tmp_path / "in", state_dict)
     data = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(data[: int(len(data) * part)])
-    assert_refused(run_cli(folder, tmp_path / "out"), "pytorch_model.bin", "not a whole torch checkpoint")
+    assert_refused(
+        run_cli(folder, tmp_path / "out"), "pytorch_model.bin", "not a whole torch checkpoint"
+    )
 
 
 def test_a_checkpoint_of_another_ending_is_named_with_what_to_do(tmp_path):
@@ -199,7 +219,9 @@ def test_several_rank_files_are_refused(tmp_path, state_dict):
     save_pickle(tmp_path / "in", state_dict, "modelopt_model.0.pth")
     save_pickle(tmp_path / "in", state_dict, "modelopt_model.1.pth")
     assert_refused(
-        run_cli(tmp_path / "in", tmp_path / "out"), "'modelopt_model.0.pth', 'modelopt_model.1.pth'", "ranks"
+        run_cli(tmp_path / "in", tmp_path / "out"),
+        "'modelopt_model.0.pth', 'modelopt_model.1.pth'",
+        "ranks",
     )
 
 
@@ -211,7 +233,9 @@ DOWN = "model.layers.0.mlp.down_proj"
 def modelopt_state_dict(weight, **quantizer_tensors):
     """As ModelOpt's state dicts name things: quantizers are submodules of the linear layer they belong to."""
     amax = {f"{DOWN}.weight_quantizer._amax": torch.ones(weight.shape[0] * 2, 1)}
-    own = {f"{DOWN}.{name.replace('__', '._')}": tensor for name, tensor in quantizer_tensors.items()}
+    own = {
+        f"{DOWN}.{name.replace('__', '._')}": tensor for name, tensor in quantizer_tensors.items()
+    }
     return {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": weight, **amax, **own}
 
 
@@ -221,7 +245,9 @@ def save_modelopt(folder, state_dict):
 
 def test_modelopts_amax_tensors_are_dropped_and_counted(tmp_path):
     weight = random(24, 256)
-    folder = save_modelopt(tmp_path / "in", modelopt_state_dict(weight, input_quantizer__amax=torch.ones(1)))
+    folder = save_modelopt(
+        tmp_path / "in", modelopt_state_dict(weight, input_quantizer__amax=torch.ones(1))
+    )
     result = assert_same_as_safetensors(
         folder, {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": weight}, tmp_path
     )
@@ -235,7 +261,10 @@ def test_modelopts_pre_quant_scale_is_multiplied_back(tmp_path, options):
     other = {"model.other.weight": random(24, 256)}
     state_dict = modelopt_state_dict(smoothed, input_quantizer__pre_quant_scale=scale)
     folder = save_modelopt(tmp_path / "in", state_dict | other)
-    expected = {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": (smoothed.float() * scale).bfloat16()} | other
+    expected = {
+        "model.norm.weight": torch.ones(4),
+        f"{DOWN}.weight": (smoothed.float() * scale).bfloat16(),
+    } | other
     result = assert_same_as_safetensors(folder, expected, tmp_path, *options)
     assert "pre_quant_scale multiplied back into 1 weights, cancelled in 0" in result.stdout
     assert (expected[f"{DOWN}.weight"] - original).abs().max() <= original.abs().max() * 2**-7
@@ -243,7 +272,10 @@ def test_modelopts_pre_quant_scale_is_multiplied_back(tmp_path, options):
 
 def test_modelopts_two_pre_quant_scales_cancel(tmp_path):
     weight, scale = random(24, 256), torch.rand(256) + 0.5
-    scales = {"input_quantizer__pre_quant_scale": scale, "weight_quantizer__pre_quant_scale": 1 / scale}
+    scales = {
+        "input_quantizer__pre_quant_scale": scale,
+        "weight_quantizer__pre_quant_scale": 1 / scale,
+    }
     folder = save_modelopt(tmp_path / "in", modelopt_state_dict(weight, **scales))
     result = assert_same_as_safetensors(
         folder, {"model.norm.weight": torch.ones(4), f"{DOWN}.weight": weight}, tmp_path
@@ -271,10 +303,14 @@ def test_modelopt_tensors_of_unknown_effect_are_refused_by_name(tmp_path, name):
     assert_refused(result, f"'{DOWN}.{name}'", "from before ModelOpt")
 
 
-@pytest.mark.parametrize("scale", [torch.ones(255), torch.zeros(256), torch.full((256,), float("nan"))])
+@pytest.mark.parametrize(
+    "scale", [torch.ones(255), torch.zeros(256), torch.full((256,), float("nan"))]
+)
 def test_a_pre_quant_scale_that_cannot_be_undone_is_refused(tmp_path, scale):
     state_dict = modelopt_state_dict(random(24, 256), input_quantizer__pre_quant_scale=scale)
-    assert_refused(run_cli(save_modelopt(tmp_path / "in", state_dict), tmp_path / "out"), "_pre_quant_scale'")
+    assert_refused(
+        run_cli(save_modelopt(tmp_path / "in", state_dict), tmp_path / "out"), "_pre_quant_scale'"
+    )
 
 
 def test_quantizer_tensors_in_safetensors_are_refused(tmp_path):
@@ -284,4 +320,6 @@ def test_quantizer_tensors_in_safetensors_are_refused(tmp_path):
 
 def test_a_name_that_no_safetensors_file_can_hold_is_refused(tmp_path, state_dict):
     folder = save_pickle(tmp_path / "in", state_dict | {"__metadata__": torch.ones(3)})
-    assert_refused(run_cli(folder, tmp_path / "out"), "'__metadata__'", "rename it, or leave it out")
+    assert_refused(
+        run_cli(folder, tmp_path / "out"), "'__metadata__'", "rename it, or leave it out"
+    )

@@ -12,7 +12,10 @@ from conftest import ROOT, SCRIPT, command, quantize
 
 def test_the_script_runs_when_it_alone_is_copied_somewhere(tiny, tmp_path):
     shutil.copy(SCRIPT, tmp_path / "quantize_int4.py")
-    arguments = [argument.replace(str(SCRIPT), str(tmp_path / "quantize_int4.py")) for argument in command(tiny, "out")]
+    arguments = [
+        argument.replace(str(SCRIPT), str(tmp_path / "quantize_int4.py"))
+        for argument in command(tiny, "out")
+    ]
     assert subprocess.run(arguments, cwd=tmp_path, env={"PATH": os.environ["PATH"]}).returncode == 0
     assert (tmp_path / "out" / "model-00001.safetensors").exists()
 

@@ -18,7 +18,10 @@ from conftest import GB, assert_refused, quantize, run_cli, start_cli, wait_unti
 from folders import assert_same_tensors, folder_bytes, overwrite_weights, read_tensors
 from safetensors.torch import save_file
 
-SMALL_TILES = {"TILE_WEIGHTS": 2048, "JOB_WEIGHTS": 16384}  # makes a run of a small checkpoint take a while
+SMALL_TILES = {
+    "TILE_WEIGHTS": 2048,
+    "JOB_WEIGHTS": 16384,
+}  # makes a run of a small checkpoint take a while
 SHARDS = ["--shard_size_gb", 0.0006, "--threads", 2]
 FINAL = re.compile(r"model-\d{5}\.safetensors")
 
@@ -28,7 +31,9 @@ def model(tmp_path_factory):
     """20 MB of random weights, which become about ten shards."""
     folder = tmp_path_factory.mktemp("model") / "in"
     generator = torch.Generator().manual_seed(4)
-    tensors = {f"m.{i}.weight": torch.randn(512, 500, generator=generator).bfloat16() for i in range(40)}
+    tensors = {
+        f"m.{i}.weight": torch.randn(512, 500, generator=generator).bfloat16() for i in range(40)
+    }
     write_checkpoint(folder, tensors)
     (folder / "config.json").write_text('{"model_type": "llama"}\n')
     (folder / "tokenizer.json").write_text("{}" * 100_000)
@@ -55,7 +60,11 @@ def finished_shards(folder: Path) -> dict[str, tuple[int, int]]:
 
 def assert_nothing_wrong_is_final(folder: Path, expected: dict[str, bytes]) -> None:
     """Whatever carries a final name is whole, and without everything else there is no index."""
-    left = {name: data for name, data in folder_bytes(folder).items() if not name.endswith(".unfinished")}
+    left = {
+        name: data
+        for name, data in folder_bytes(folder).items()
+        if not name.endswith(".unfinished")
+    }
     assert left.items() <= expected.items()
     assert "model.safetensors.index.json" not in left or left == expected
 
@@ -87,7 +96,9 @@ def test_tiles_and_jobs_cut_a_weight_without_a_seam(tmp_path):
 # --- killed runs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_killed_ten_times_is_byte_identical_and_rewrites_no_finished_shard(model, expected, tmp_path):
+def test_a_run_killed_ten_times_is_byte_identical_and_rewrites_no_finished_shard(
+    model, expected, tmp_path
+):
     folder, shards = tmp_path / "out", sum(bool(FINAL.fullmatch(name)) for name in expected)
     assert shards >= 8
     kept_by_the_last_run = {}
@@ -97,7 +108,12 @@ def test_a_run_killed_ten_times_is_byte_identical_and_rewrites_no_finished_shard
             count = max(shards * kill // 10, len(finished_shards(folder)))
             wait_until(lambda count=count: len(finished_shards(folder)) >= count)
         else:
-            wait_until(lambda: list(folder.glob("model-*.unfinished")) or len(finished_shards(folder)) == shards)
+            wait_until(
+                lambda: (
+                    list(folder.glob("model-*.unfinished"))
+                    or len(finished_shards(folder)) == shards
+                )
+            )
             time.sleep(0.003 * kill)
         os.kill(run.pid, signal.SIGKILL)
         assert run.wait().returncode in (-signal.SIGKILL, 0)
@@ -107,7 +123,9 @@ def test_a_run_killed_ten_times_is_byte_identical_and_rewrites_no_finished_shard
     assert kept_by_the_last_run
     result = quantize(model, folder, *SHARDS)
     if "complete already" not in result.stdout:
-        assert f"Resuming:  {len(kept_by_the_last_run)} of {shards} shards finished" in result.stdout
+        assert (
+            f"Resuming:  {len(kept_by_the_last_run)} of {shards} shards finished" in result.stdout
+        )
     assert folder_bytes(folder) == expected
     assert kept_by_the_last_run.items() <= finished_shards(folder).items()
 
@@ -141,7 +159,13 @@ def leftovers(model, folder):
 
 
 @pytest.mark.parametrize(
-    "options", [["--group_size", 64], ["--exclude", r"m\.1\."], ["--shard_size_gb", 0.0007], ["--format", "gptq"]]
+    "options",
+    [
+        ["--group_size", 64],
+        ["--exclude", r"m\.1\."],
+        ["--shard_size_gb", 0.0007],
+        ["--format", "gptq"],
+    ],
 )
 def test_leftovers_of_other_options_are_foreign(model, tmp_path, options):
     source = tmp_path / "in"
@@ -166,7 +190,10 @@ def test_leftovers_of_other_options_are_foreign(model, tmp_path, options):
     [
         ("content", "the source files changed since model-00001.safetensors was made"),
         ("size", "'model-00002-of-00002.safetensors' had other names or sizes"),
-        ("name", "'model-00002-of-00002.safetensors', 'renamed.safetensors' had other names or sizes"),
+        (
+            "name",
+            "'model-00002-of-00002.safetensors', 'renamed.safetensors' had other names or sizes",
+        ),
         ("config", "config.json or another file that is copied changed"),
     ],
 )
@@ -175,7 +202,9 @@ def test_leftovers_of_a_source_that_changed_since_are_foreign(model, tmp_path, c
     shutil.copytree(model, source)
     leftovers(source, tmp_path / "out")
     if change == "content":
-        overwrite_weights(source / "model-00001-of-00002.safetensors", "m.0.weight", b"\x12\x34" * 4096)
+        overwrite_weights(
+            source / "model-00001-of-00002.safetensors", "m.0.weight", b"\x12\x34" * 4096
+        )
     elif change == "size":
         tensors = {"other.bias": torch.ones(3)}
         save_file(tensors, source / "model-00002-of-00002.safetensors")
@@ -189,7 +218,9 @@ def test_leftovers_of_a_source_that_changed_since_are_foreign(model, tmp_path, c
     assert_refused(run_cli(source, tmp_path / "out", *SHARDS), differs, "--overwrite starts afresh")
 
 
-def test_a_source_of_another_time_alone_is_compared_and_the_run_continues(model, expected, tmp_path):
+def test_a_source_of_another_time_alone_is_compared_and_the_run_continues(
+    model, expected, tmp_path
+):
     source = tmp_path / "in"
     shutil.copytree(model, source)
     leftovers(source, tmp_path / "out")
@@ -199,7 +230,9 @@ def test_a_source_of_another_time_alone_is_compared_and_the_run_continues(model,
     result = quantize(source, tmp_path / "out", *SHARDS)
     assert f"Comparing: {len(before)} shard" in result.stdout
     after = finished_shards(tmp_path / "out")
-    assert {name: after[name][0] for name in before} == {name: inode for name, (inode, _) in before.items()}
+    assert {name: after[name][0] for name in before} == {
+        name: inode for name, (inode, _) in before.items()
+    }
     (tmp_path / "wanted").mkdir()
     for name, data in expected.items():
         (tmp_path / "wanted" / name).write_bytes(data)
@@ -212,16 +245,23 @@ def test_leftovers_of_another_format_version_are_foreign(model, tmp_path):
     assert_refused(result, "--overwrite starts afresh")
 
 
-def test_a_finished_folder_is_compared_with_a_source_of_another_time_and_keeps_its_index(model, tmp_path):
+def test_a_finished_folder_is_compared_with_a_source_of_another_time_and_keeps_its_index(
+    model, tmp_path
+):
     source, out = tmp_path / "in", tmp_path / "out"
     shutil.copytree(model, source)
     quantize(source, out, *SHARDS)
     os.utime(source / "model-00001-of-00002.safetensors")
     for _ in range(2):
-        assert "what is there is what the source files give" in quantize(source, out, *SHARDS).stdout
+        assert (
+            "what is there is what the source files give" in quantize(source, out, *SHARDS).stdout
+        )
     overwrite_weights(source / "model-00001-of-00002.safetensors", "m.0.weight", b"\x12\x34" * 4096)
     before = folder_bytes(out)
-    assert_refused(run_cli(source, out, *SHARDS), "or are another checkpoint's: choose another folder, or --overwrite")
+    assert_refused(
+        run_cli(source, out, *SHARDS),
+        "or are another checkpoint's: choose another folder, or --overwrite",
+    )
     assert folder_bytes(out) == before
     quantize(source, out, *SHARDS, "--overwrite", "--verify")
 
@@ -236,7 +276,9 @@ def test_every_shard_is_finished_however_often_it_was_synced_before(model, expec
 
 def test_a_write_that_fails_stops_the_run_and_the_same_command_continues(model, expected, tmp_path):
     result = run_cli(model, tmp_path / "out", *SHARDS, largest_file=400_000)
-    assert_refused(result, ".unfinished: File too large", "make room, then the same command continues")
+    assert_refused(
+        result, ".unfinished: File too large", "make room, then the same command continues"
+    )
     assert not list((tmp_path / "out").glob("*.unfinished"))
     assert_nothing_wrong_is_final(tmp_path / "out", expected)
     quantize(model, tmp_path / "out", *SHARDS)
@@ -248,14 +290,20 @@ def small_disk(tmp_path):
     """A file system of 12 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True
+    )
     if mount.returncode:
-        pytest.skip("needs to mount a tmpfs; the test before this one fills no disk but fails at the same place")
+        pytest.skip(
+            "needs to mount a tmpfs; the test before this one fills no disk but fails at the same place"
+        )
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up_meanwhile_stops_the_run_and_the_same_command_continues(model, expected, small_disk):
+def test_a_disk_that_fills_up_meanwhile_stops_the_run_and_the_same_command_continues(
+    model, expected, small_disk
+):
     folder, filler = small_disk / "out", small_disk / "filler"
     run = start(model, folder)
     wait_until(lambda: finished_shards(folder))
@@ -264,7 +312,12 @@ def test_a_disk_that_fills_up_meanwhile_stops_the_run_and_the_same_command_conti
         while True:
             file.write(bytes(1 << 16))
     os.kill(run.pid, signal.SIGCONT)
-    assert_refused(run.wait(), str(folder), "No space left on device", "make room, then the same command continues")
+    assert_refused(
+        run.wait(),
+        str(folder),
+        "No space left on device",
+        "make room, then the same command continues",
+    )
     assert not list(folder.glob("*.unfinished"))
     assert_nothing_wrong_is_final(folder, expected)
     filler.unlink()
@@ -272,7 +325,9 @@ def test_a_disk_that_fills_up_meanwhile_stops_the_run_and_the_same_command_conti
     assert folder_bytes(folder) == expected
 
 
-def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_zeros(model, expected, tmp_path):
+def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_zeros(
+    model, expected, tmp_path
+):
     folder = tmp_path / "out"
     run = start(model, folder)
     wait_until(lambda: list(folder.glob("model-*.unfinished")))
@@ -290,14 +345,25 @@ def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_z
 def test_more_shards_than_descriptors_do_not_use_up_the_descriptors(tmp_path):
     tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)}
     source = save_model(tmp_path / "in", tensors)
-    quantize(source, tmp_path / "out", "--shard_size_gb", 1e-6, constants={"MAX_WAITING_SHARDS": 8}, open_files=60)
+    quantize(
+        source,
+        tmp_path / "out",
+        "--shard_size_gb",
+        1e-6,
+        constants={"MAX_WAITING_SHARDS": 8},
+        open_files=60,
+    )
     assert len(finished_shards(tmp_path / "out")) > 100
 
 
 def test_more_threads_than_shards_may_wait_do_not_wait_for_one_another(tmp_path):
-    source = save_model(tmp_path / "in", {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)})
+    source = save_model(
+        tmp_path / "in", {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)}
+    )
     constants = {"MAX_WAITING_SHARDS": 8}
-    quantize(source, tmp_path / "out", "--threads", 20, "--shard_size_gb", 1e-6, constants=constants)
+    quantize(
+        source, tmp_path / "out", "--threads", 20, "--shard_size_gb", 1e-6, constants=constants
+    )
     assert len(finished_shards(tmp_path / "out")) > 100
 
 
@@ -316,7 +382,12 @@ def test_the_guard_trips_half_way_when_the_machine_really_runs_short(model, expe
     os.kill(run.pid, signal.SIGCONT)
     result = run.wait()
     del held
-    assert_refused(result, "of memory available, --min_free_gb asks for", "the same command continues", exit_code=3)
+    assert_refused(
+        result,
+        "of memory available, --min_free_gb asks for",
+        "the same command continues",
+        exit_code=3,
+    )
     assert not list((tmp_path / "out").glob("*.unfinished"))
     assert_nothing_wrong_is_final(tmp_path / "out", expected)
     assert "Resuming:" in quantize(model, tmp_path / "out", *SHARDS).stdout
@@ -345,7 +416,9 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(model, tmp_path, cha
     else:
         os.truncate(shard, 5000)
     os.kill(run.pid, signal.SIGCONT)
-    assert_refused(run.wait(), shard.name, "changed while it was read", "give the same command again")
+    assert_refused(
+        run.wait(), shard.name, "changed while it was read", "give the same command again"
+    )
     assert not (folder / "model.safetensors.index.json").exists()
     assert len(set(finished_shards(folder)) - before) <= 1  # one may have been past its check
     again = run_cli(source, folder, *SHARDS)
@@ -363,5 +436,7 @@ def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path
     run = start(source, folder)
     wait_until(lambda: finished_shards(folder))
     os.truncate(source / "pytorch_model.bin", 5000)
-    assert_refused(run.wait(), "pytorch_model.bin changed while it was read", "give the same command again")
+    assert_refused(
+        run.wait(), "pytorch_model.bin changed while it was read", "give the same command again"
+    )
     assert not (folder / "model.safetensors.index.json").exists()

@@ -24,7 +24,9 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_missing_packages_are_named_each_with_the_command_that_installs_them():
-    result = subprocess.run([sys.executable, "-I", "-S", SCRIPT, "in", "out"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", SCRIPT, "in", "out"], capture_output=True, text=True
+    )
     assert result.stderr.startswith(
         "error: missing: torch, safetensors, psutil: pip install torch safetensors psutil; "
     )
@@ -60,25 +62,32 @@ def test_a_signal_stops_the_run_cleanly(large, tmp_path, signum, exit_code):
         == f"error: stopped by {signum.name}; {count} of 5 shards are finished and kept, the same command continues\n"
     )
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert all(re.fullmatch(r"model-\d{5}\.safetensors", name) for name in left)  # whole shards, no index
+    assert all(
+        re.fullmatch(r"model-\d{5}\.safetensors", name) for name in left
+    )  # whole shards, no index
     assert all(len(tensor) for tensor in read_tensors(tmp_path / "out").values())
     quantize(large, tmp_path / "out", "--shard_size_gb", 0.05)
     assert len(read_tensors(tmp_path / "out")) == 48
 
 
 def test_ctrl_c_leaves_no_torn_line_and_says_what_is_kept(large, tmp_path):
-    arguments = command(large, tmp_path / "out", "--scale", "mse", "--shard_size_gb", 0.05, "--threads", 1)
+    arguments = command(
+        large, tmp_path / "out", "--scale", "mse", "--shard_size_gb", 0.05, "--threads", 1
+    )
     text, code = run_in_terminal(arguments, 80, interrupt_at="quantizing")
     assert code == 130
     last = text.rstrip("\n").rpartition("\r\033[K")[2]  # what is on the screen's last line
     assert re.fullmatch(
-        r"error: stopped by SIGINT; \d+ of \d+ shards are finished and kept, the same command continues", plain(last)
+        r"error: stopped by SIGINT; \d+ of \d+ shards are finished and kept, the same command continues",
+        plain(last),
     )
 
 
 def test_a_stop_in_verification_says_nothing_of_continuing(large, tmp_path):
     quantize(large, tmp_path / "out")
-    text, code = run_in_terminal(command(large, tmp_path / "out", "--verify"), 80, interrupt_at="verifying")
+    text, code = run_in_terminal(
+        command(large, tmp_path / "out", "--verify"), 80, interrupt_at="verifying"
+    )
     assert code == 130
     assert plain(text).rstrip("\n").endswith("error: stopped by SIGINT")
 

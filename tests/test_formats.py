@@ -18,8 +18,14 @@ def test_names_shapes_and_dtypes_are_those_of_the_layout(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     output = read_tensors(tmp_path / "out")
     down = "backbone.layers.1.mixer.experts.0.down_proj"  # 256 x 192, padded to 256 columns
-    assert (output[f"{down}.qweight"].dtype, output[f"{down}.qweight"].shape) == (torch.int32, (256, 32))
-    assert (output[f"{down}.scales"].dtype, output[f"{down}.scales"].shape) == (torch.float16, (256, 2))
+    assert (output[f"{down}.qweight"].dtype, output[f"{down}.qweight"].shape) == (
+        torch.int32,
+        (256, 32),
+    )
+    assert (output[f"{down}.scales"].dtype, output[f"{down}.scales"].shape) == (
+        torch.float16,
+        (256, 2),
+    )
     assert f"{down}.weight" not in output
     up = "backbone.layers.1.mixer.experts.0.up_proj"
     assert (output[f"{up}.qweight"].shape, output[f"{up}.scales"].shape) == ((192, 32), (192, 2))
@@ -31,10 +37,19 @@ def test_compressed_tensors_bits_equal_the_slow_reference(tmp_path, dtype, group
     weight = torch.randn(5, 384, generator=SEEDED).to(dtype)
     folder = save_model(tmp_path / "in", {"m.x.weight": weight})
     quantize(
-        folder, tmp_path / "out", "--format", "compressed-tensors", "--scale", "absmax", "--group_size", group_size
+        folder,
+        tmp_path / "out",
+        "--format",
+        "compressed-tensors",
+        "--scale",
+        "absmax",
+        "--group_size",
+        group_size,
     )
     output = read_tensors(tmp_path / "out")
-    words, scales = reference_words(weight, group_size, dtype)  # the scale's dtype is the checkpoint's
+    words, scales = reference_words(
+        weight, group_size, dtype
+    )  # the scale's dtype is the checkpoint's
     assert output.keys() == {"m.x.weight_packed", "m.x.weight_scale", "m.x.weight_shape"}
     assert torch.equal(output["m.x.weight_packed"], words)
     assert output["m.x.weight_scale"].dtype == dtype
@@ -43,11 +58,23 @@ def test_compressed_tensors_bits_equal_the_slow_reference(tmp_path, dtype, group
     assert output["m.x.weight_shape"].tolist() == [5, 384]
 
 
-@pytest.mark.parametrize("constants", [{}, {"TRANSPOSED_JOB_WEIGHTS": 3000, "TILE_WEIGHTS": 500}], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "constants", [{}, {"TRANSPOSED_JOB_WEIGHTS": 3000, "TILE_WEIGHTS": 500}], ids=["one", "many"]
+)
 def test_gptq_bits_equal_the_slow_reference_in_one_job_and_in_many(tmp_path, constants):
     weight = random(24, 640)
     folder = save_model(tmp_path / "in", {"m.x.weight": weight})
-    quantize(folder, tmp_path / "out", "--format", "gptq", "--scale", "absmax", "--group_size", 64, constants=constants)
+    quantize(
+        folder,
+        tmp_path / "out",
+        "--format",
+        "gptq",
+        "--scale",
+        "absmax",
+        "--group_size",
+        64,
+        constants=constants,
+    )
     output = read_tensors(tmp_path / "out")
     words, scales = reference_words(weight, 64, torch.float16)
     assert torch.equal(output["m.x.qweight"], words.T)
@@ -71,30 +98,53 @@ def test_gptq_bits_equal_the_slow_reference_in_one_job_and_in_many(tmp_path, con
     ids=str,
 )
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
-def test_scales_are_rounded_to_what_engines_compute_in_before_the_codes_are_made(tmp_path, config, stored, scale):
+def test_scales_are_rounded_to_what_engines_compute_in_before_the_codes_are_made(
+    tmp_path, config, stored, scale
+):
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(11))
     source = save_model(tmp_path / "in", {f"{LAYER}.weight": weight}, **config)
     quantize(
-        source, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64, "--scale", scale, "--verify"
+        source,
+        tmp_path / "out",
+        "--format",
+        "compressed-tensors",
+        "--group_size",
+        64,
+        "--scale",
+        scale,
+        "--verify",
     )
     output = read_tensors(tmp_path / "out")
     assert output[f"{LAYER}.weight_scale"].dtype == stored
     if scale == "absmax":
         codes, scales = reference_quantize(weight, 64, stored)
         assert output[f"{LAYER}.weight_scale"].tolist() == scales
-        words = torch.tensor([pack_words([code + 8 for code in row]) for row in codes], dtype=torch.int32)
+        words = torch.tensor(
+            [pack_words([code + 8 for code in row]) for row in codes], dtype=torch.int32
+        )
         assert torch.equal(output[f"{LAYER}.weight_packed"], words)
 
 
 # --- config files -----------------------------------------------------------------------------------------------------
 
 
-def test_quantize_config_describes_the_layout_and_lists_padded_weights_with_their_true_shape(tiny, tmp_path):
+def test_quantize_config_describes_the_layout_and_lists_padded_weights_with_their_true_shape(
+    tiny, tmp_path
+):
     quantize(tiny, tmp_path / "out")
     config = read_json(tmp_path / "out" / "quantize_config.json")
-    assert (config["format"], config["bits"], config["group_size"], config["symmetric"]) == ("int4", 4, 128, True)
+    assert (config["format"], config["bits"], config["group_size"], config["symmetric"]) == (
+        "int4",
+        4,
+        128,
+        True,
+    )
     assert "gptq" not in json.dumps(config).lower()
-    padded = {f"backbone.layers.{i}.mixer.experts.{j}.down_proj.weight": [256, 192] for i in (1, 3) for j in range(4)}
+    padded = {
+        f"backbone.layers.{i}.mixer.experts.{j}.down_proj.weight": [256, 192]
+        for i in (1, 3)
+        for j in range(4)
+    }
     assert config["padded_weights"] == padded
     assert config["quantized_weights"] == 29
     kept = read_tensors(tmp_path / "out").keys() & read_tensors(tiny).keys()
@@ -143,11 +193,19 @@ def test_a_missing_config_json_is_refused(tmp_path, form):
 
 @pytest.mark.parametrize(("columns", "expected"), [(256, 128), (192, 64), (224, 32)])
 @pytest.mark.parametrize("form", ENGINE_FORMATS)
-def test_without_a_group_size_the_largest_that_divides_all_is_taken_and_named(tmp_path, form, columns, expected):
-    weights = {"m.x.weight": torch.randn(8, 256).bfloat16(), "m.y.weight": torch.randn(8, columns).bfloat16()}
+def test_without_a_group_size_the_largest_that_divides_all_is_taken_and_named(
+    tmp_path, form, columns, expected
+):
+    weights = {
+        "m.x.weight": torch.randn(8, 256).bfloat16(),
+        "m.y.weight": torch.randn(8, columns).bfloat16(),
+    }
     source = save_model(tmp_path / "in", weights)
     result = quantize(source, tmp_path / "out", "--format", form, "--verify")
-    assert f"groups of {expected}: the largest of 128, 64 and 32 that divides all columns" in result.stdout
+    assert (
+        f"groups of {expected}: the largest of 128, 64 and 32 that divides all columns"
+        in result.stdout
+    )
     quantize(source, tmp_path / "named", "--format", form, "--group_size", expected)
     assert_same_tensors(tmp_path / "out", tmp_path / "named")
 
@@ -156,15 +214,29 @@ def test_narrow_experts_get_the_size_that_fits_them_instead_of_a_refusal(tmp_pat
     experts = {
         f"model.layers.0.mlp.experts.{e}.{name}.weight": torch.randn(shape).bfloat16()
         for e in range(4)
-        for name, shape in (("gate_proj", (64, 256)), ("up_proj", (64, 256)), ("down_proj", (256, 64)))
+        for name, shape in (
+            ("gate_proj", (64, 256)),
+            ("up_proj", (64, 256)),
+            ("down_proj", (256, 64)),
+        )
     }
-    result = quantize(save_model(tmp_path / "in", experts), tmp_path / "out", "--format", "compressed-tensors")
+    result = quantize(
+        save_model(tmp_path / "in", experts), tmp_path / "out", "--format", "compressed-tensors"
+    )
     assert "groups of 64: the largest" in result.stdout
 
 
 @pytest.mark.parametrize("form", ENGINE_FORMATS)
-def test_columns_that_the_group_does_not_divide_are_refused_with_the_size_that_does(tiny, tmp_path, form):
-    words = ("8 weights", "--group_size 128", "down_proj.weight' (", ", 192)", "--group_size 64 divides all")
+def test_columns_that_the_group_does_not_divide_are_refused_with_the_size_that_does(
+    tiny, tmp_path, form
+):
+    words = (
+        "8 weights",
+        "--group_size 128",
+        "down_proj.weight' (",
+        ", 192)",
+        "--group_size 64 divides all",
+    )
     refuse(tiny, tmp_path / "out", *words, options=["--format", form, "--group_size", 128])
 
 
@@ -182,12 +254,23 @@ def test_columns_that_no_size_divides_are_refused_with_exclude(tmp_path):
 @pytest.mark.parametrize("group_size", [8, 16, 256])
 @pytest.mark.parametrize("form", ENGINE_FORMATS)
 def test_group_sizes_that_marlin_lacks_are_refused(tiny, tmp_path, form, group_size):
-    refuse(tiny, tmp_path / "out", "32, 64 and 128", options=["--format", form, "--group_size", group_size])
+    refuse(
+        tiny,
+        tmp_path / "out",
+        "32, 64 and 128",
+        options=["--format", form, "--group_size", group_size],
+    )
 
 
 def test_rows_that_gptq_cannot_hold_are_refused(tmp_path):
     folder = save_model(tmp_path / "in", {"m.x.weight": torch.ones(12, 128)})
-    refuse(folder, tmp_path / "out", "'m.x.weight' (12, ", "multiple of 8", options=["--format", "gptq"])
+    refuse(
+        folder,
+        tmp_path / "out",
+        "'m.x.weight' (12, ",
+        "multiple of 8",
+        options=["--format", "gptq"],
+    )
     quantize(folder, tmp_path / "out", "--format", "compressed-tensors", "--scale", "absmax")
 
 
@@ -213,17 +296,25 @@ GPT2 = {
 @pytest.mark.parametrize("config", [{"model_type": "gpt2"}, {}], ids=["by type", "by shape"])
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 def test_conv1d_is_refused_for_engines(tmp_path, form, config):
-    result = run_cli(save_model(tmp_path / "in", GPT2, **config), tmp_path / "out", "--format", form)
+    result = run_cli(
+        save_model(tmp_path / "in", GPT2, **config), tmp_path / "out", "--format", form
+    )
     assert_refused(result, "2 weights are GPT-2's Conv1D", "'h.0.attn.c_attn.weight'")
 
 
 def test_int4_says_along_which_axis_the_groups_of_conv1d_run(tmp_path):
     plan = quantize(save_model(tmp_path / "in", GPT2, model_type="gpt2"), tmp_path / "out").stdout
-    assert "2 weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs" in plan
+    assert (
+        "2 weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs"
+        in plan
+    )
 
 
 def test_a_c_attn_that_lies_as_out_in_is_no_conv1d(tmp_path):
     tensors = {"h.0.attn.c_attn.weight": random(384, 128)}
     quantize(
-        save_model(tmp_path / "in", tensors, model_type="qwen"), tmp_path / "out", "--format", "compressed-tensors"
+        save_model(tmp_path / "in", tensors, model_type="qwen"),
+        tmp_path / "out",
+        "--format",
+        "compressed-tensors",
     )

@@ -12,10 +12,21 @@ from folders import is_kept, read_json, read_tensors
 
 
 def test_ignore_names_exactly_the_linear_layers_that_are_kept(tiny, tmp_path):
-    patterns = ["--exclude", r"layers\.2\.mixer\.[qkv]_proj", "--exclude", r"layers\.1\.mixer\.shared_experts"]
-    quantize(tiny, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64, *patterns)
+    patterns = [
+        "--exclude",
+        r"layers\.2\.mixer\.[qkv]_proj",
+        "--exclude",
+        r"layers\.1\.mixer\.shared_experts",
+    ]
+    quantize(
+        tiny, tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64, *patterns
+    )
     output = read_tensors(tmp_path / "out")
-    linear = {name.removesuffix(".weight") for name, tensor in read_tensors(tiny).items() if tensor.dim() == 2}
+    linear = {
+        name.removesuffix(".weight")
+        for name, tensor in read_tensors(tiny).items()
+        if tensor.dim() == 2
+    }
     kept = {module for module in linear if f"{module}.weight" in output}
     assert len(kept) == 2 + 2 + 3 + 2  # head and embeddings, routers, projections, shared experts
     assert {module for module in linear if is_kept(tmp_path / "out", module)} == kept
@@ -35,7 +46,9 @@ def test_routers_of_all_layers_are_one_pattern(tiny, tmp_path):
 
 def test_an_ignore_entry_never_matches_a_layer_that_is_quantized(tmp_path):
     """`3.attn` is not to be taken for `13.attn`, nor a short name for the end of a longer one."""
-    tensors = {f"layers.{i}.attn.{p}_proj.weight": torch.ones(8, 128) for i in range(14) for p in "qkv"}
+    tensors = {
+        f"layers.{i}.attn.{p}_proj.weight": torch.ones(8, 128) for i in range(14) for p in "qkv"
+    }
     folder = save_model(tmp_path / "in", tensors | {"model.proj.weight": torch.ones(8, 128)})
     patterns = ["--exclude", r"^layers\.3\.", "--exclude", r"^model\.proj"]
     quantize(folder, tmp_path / "out", "--format", "compressed-tensors", *patterns, "--verify")
@@ -68,17 +81,37 @@ ATTENTION = [f"layers.{layer}.self_attn.{p}_proj" for layer in range(2) for p in
 @pytest.mark.parametrize("language", LANGUAGE)
 @pytest.mark.parametrize("tower", TOWER[1:3])
 @pytest.mark.parametrize("kept", ["language", "one layer", "tower"])
-def test_an_entry_matches_under_every_wrapper_and_no_packed_layer(tmp_path, form, language, tower, kept):
-    tensors = {f"{prefix}{name}.weight": random(64, 128) for prefix in (language, tower) for name in ATTENTION}
+def test_an_entry_matches_under_every_wrapper_and_no_packed_layer(
+    tmp_path, form, language, tower, kept
+):
+    tensors = {
+        f"{prefix}{name}.weight": random(64, 128)
+        for prefix in (language, tower)
+        for name in ATTENTION
+    }
     tensors[f"{language}embed_tokens.weight"] = random(48, 128)
-    prefix = {"language": f"{language}layers", "one layer": f"{language}layers.1.", "tower": tower}[kept]
-    options = ["--format", form, "--group_size", 64, "--exclude", f"^{re.escape(prefix)}.*_proj", "--verify"]
+    prefix = {"language": f"{language}layers", "one layer": f"{language}layers.1.", "tower": tower}[
+        kept
+    ]
+    options = [
+        "--format",
+        form,
+        "--group_size",
+        64,
+        "--exclude",
+        f"^{re.escape(prefix)}.*_proj",
+        "--verify",
+    ]
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", *options)
     for name in ATTENTION:
         expected = kept == "language" or (kept == "one layer" and name.startswith("layers.1."))
         for wrapper in LANGUAGE:
             assert is_kept(tmp_path / "out", wrapper + name) == expected
-        for wrapper in (tower, tower.removeprefix("model."), f"model.{tower.removeprefix('model.')}"):
+        for wrapper in (
+            tower,
+            tower.removeprefix("model."),
+            f"model.{tower.removeprefix('model.')}",
+        ):
             assert is_kept(tmp_path / "out", wrapper + name) == (kept == "tower")
     for wrapper in LANGUAGE:
         assert is_kept(tmp_path / "out", f"{wrapper}embed_tokens")
@@ -90,7 +123,12 @@ def test_kept_weights_with_embed_in_their_names_have_entries_too(tmp_path):
         "model.layers.0.mlp.up_proj.weight": random(64, 128),
     }
     quantize(
-        save_model(tmp_path / "in", tensors), tmp_path / "out", "--format", "compressed-tensors", "--group_size", 64
+        save_model(tmp_path / "in", tensors),
+        tmp_path / "out",
+        "--format",
+        "compressed-tensors",
+        "--group_size",
+        64,
     )
     for wrapper in ("model.", "", "language_model.model."):
         assert is_kept(tmp_path / "out", f"{wrapper}embed_vision.embedding_projection")
@@ -110,7 +148,13 @@ INSIDE_EXPERTS = {
 def test_what_lies_inside_experts_and_is_kept_does_not_keep_the_experts(tmp_path, form, name):
     tensors = SEPARATE | BESIDE | {f"{MOE}.{name}": INSIDE_EXPERTS[name]}
     plan = quantize(
-        save_model(tmp_path / "in", tensors), tmp_path / "out", "--format", form, "--group_size", 64, "--verify"
+        save_model(tmp_path / "in", tensors),
+        tmp_path / "out",
+        "--format",
+        form,
+        "--group_size",
+        64,
+        "--verify",
     )
     assert "experts are kept" not in plan.stdout
     assert not is_kept(tmp_path / "out", f"{MOE}.experts")
@@ -121,14 +165,28 @@ def test_what_lies_inside_experts_and_is_kept_does_not_keep_the_experts(tmp_path
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 @pytest.mark.parametrize("place", ["model.mm_projector", "model.layers.0.mlp"])
 def test_of_linear_layers_in_a_row_the_entry_keeps_the_narrow_one_alone(tmp_path, form, place):
-    tensors = {f"{place}.0.weight": random(64, 48), f"{place}.2.weight": random(64, 128)} | PROJECTION
-    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--format", form, "--group_size", 64, "--verify")
+    tensors = {
+        f"{place}.0.weight": random(64, 48),
+        f"{place}.2.weight": random(64, 128),
+    } | PROJECTION
+    quantize(
+        save_model(tmp_path / "in", tensors),
+        tmp_path / "out",
+        "--format",
+        form,
+        "--group_size",
+        64,
+        "--verify",
+    )
     assert is_kept(tmp_path / "out", f"{place}.0")
     assert not is_kept(tmp_path / "out", f"{place}.2")
 
 
 def test_the_entry_lm_head_stands_for_no_module_inside_it(tmp_path):
-    tensors = PROJECTION | {"lm_head.dense.weight": random(64, 128), "lm_head.weight": random(96, 128)}
+    tensors = PROJECTION | {
+        "lm_head.dense.weight": random(64, 128),
+        "lm_head.weight": random(96, 128),
+    }
     options = ["--format", "compressed-tensors", "--group_size", 64, "--verify"]
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", *options)
     assert "lm_head.dense.weight_packed" in read_tensors(tmp_path / "out")

@@ -34,11 +34,15 @@ def reference_int8(weight, group_size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("constants", [{}, {"TILE_WEIGHTS": 500, "JOB_WEIGHTS": 1500}], ids=["one tile", "many tiles"])
+@pytest.mark.parametrize(
+    "constants", [{}, {"TILE_WEIGHTS": 500, "JOB_WEIGHTS": 1500}], ids=["one tile", "many tiles"]
+)
 def test_four_codes_plus_128_lie_in_a_word_the_first_in_the_lowest_byte(tmp_path, dtype, constants):
     tensors = {name: weight.to(dtype) for name, weight in MODEL.items()}
     source = save_model(tmp_path / "in", tensors)
-    quantize(source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify", constants=constants)
+    quantize(
+        source, tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify", constants=constants
+    )
     output = read_tensors(tmp_path / "out")
     for name in (name for name in MODEL if "self_attn" in name):
         module = name.removesuffix(".weight")
@@ -53,13 +57,19 @@ def test_four_codes_plus_128_lie_in_a_word_the_first_in_the_lowest_byte(tmp_path
 def test_zeros_are_zeros_and_a_group_of_subnormals_too(tmp_path):
     weight = random(64, 256)
     weight[0], weight[1] = 0, 1e-40
-    source = save_model(tmp_path / "in", {f"{ATTENTION}.o_proj.weight": weight} | {"m.weight": random(64, 64)})
+    source = save_model(
+        tmp_path / "in", {f"{ATTENTION}.o_proj.weight": weight} | {"m.weight": random(64, 64)}
+    )
     quantize(source, tmp_path / "out", *ENGINE, "--int8", "o_proj", "--verify")
-    assert (read_tensors(tmp_path / "out")[f"{ATTENTION}.o_proj.weight_packed"][0] == -0x7F7F7F80).all()
+    assert (
+        read_tensors(tmp_path / "out")[f"{ATTENTION}.o_proj.weight_packed"][0] == -0x7F7F7F80
+    ).all()
 
 
 @pytest.mark.parametrize(("columns", "group_size"), [(256, 128), (192, 64)])
-def test_groups_have_128_columns_where_that_fits_and_else_what_was_asked_for(tmp_path, columns, group_size):
+def test_groups_have_128_columns_where_that_fits_and_else_what_was_asked_for(
+    tmp_path, columns, group_size
+):
     tensors = MODEL | {f"{ATTENTION}.o_proj.weight": random(64, columns)}
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", *ENGINE, "--int8", "o_proj")
     scales = read_tensors(tmp_path / "out")[f"{ATTENTION}.o_proj.weight_scale"]
@@ -70,9 +80,18 @@ def test_all_of_a_layers_experts_have_groups_of_one_size(tmp_path):
     experts = {f"{MOE}.experts.{e}.up_proj.weight": random(64, 256) for e in range(E)}
     experts |= {f"{MOE}.experts.{e}.down_proj.weight": random(256, 64) for e in range(E)}
     quantize(
-        save_model(tmp_path / "in", BESIDE | experts), tmp_path / "out", *ENGINE, "--int8", r"\.experts\.", "--verify"
+        save_model(tmp_path / "in", BESIDE | experts),
+        tmp_path / "out",
+        *ENGINE,
+        "--int8",
+        r"\.experts\.",
+        "--verify",
     )
-    scales = {name: tensor for name, tensor in read_tensors(tmp_path / "out").items() if name.endswith("weight_scale")}
+    scales = {
+        name: tensor
+        for name, tensor in read_tensors(tmp_path / "out").items()
+        if name.endswith("weight_scale")
+    }
     assert scales[f"{MOE}.experts.0.up_proj.weight_scale"].shape == (64, 4)
 
 
@@ -83,7 +102,13 @@ def groups_of(folder):
 
 
 def test_config_json_has_the_4_bit_group_first_and_names_what_has_8(tmp_path):
-    quantize(save_model(tmp_path / "in", BESIDE | SEPARATE | MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn")
+    quantize(
+        save_model(tmp_path / "in", BESIDE | SEPARATE | MODEL),
+        tmp_path / "out",
+        *ENGINE,
+        "--int8",
+        "self_attn",
+    )
     four, eight = groups_of(tmp_path / "out")
     assert four == (["Linear", r"re:(.*\.)?experts\.\d+\..*$"], 4, 64)
     assert eight[1:] == (8, 128)
@@ -91,11 +116,15 @@ def test_config_json_has_the_4_bit_group_first_and_names_what_has_8(tmp_path):
         for projection in "qkvo":
             name = f"{wrapper}layers.0.self_attn.{projection}_proj"
             assert any(re.match(target[3:], name) for target in eight[0])
-        assert not any(re.match(target[3:], f"{wrapper}layers.0.mlp.up_proj") for target in eight[0])
+        assert not any(
+            re.match(target[3:], f"{wrapper}layers.0.mlp.up_proj") for target in eight[0]
+        )
 
 
 def test_a_folder_of_8_bits_alone_has_one_group(tmp_path):
-    source = save_model(tmp_path / "in", {name: weight for name, weight in MODEL.items() if "self_attn" in name})
+    source = save_model(
+        tmp_path / "in", {name: weight for name, weight in MODEL.items() if "self_attn" in name}
+    )
     quantize(source, tmp_path / "out", *ENGINE, "--int8", ".", "--verify")
     assert groups_of(tmp_path / "out") == [(["Linear"], 8, 128)]
 
@@ -118,8 +147,17 @@ def test_searched_scales_are_for_4_bits_and_8_bits_keep_their_largest(tmp_path):
 
 
 def test_the_plan_and_verification_list_8_bit_weights_apart(tmp_path):
-    result = quantize(save_model(tmp_path / "in", MODEL), tmp_path / "out", *ENGINE, "--int8", "self_attn", "--verify")
-    assert re.search(r"quantized to 4 bits +2 (.*\n)+quantized to 8 bits, by 128 +4 .*become", result.stdout)
+    result = quantize(
+        save_model(tmp_path / "in", MODEL),
+        tmp_path / "out",
+        *ENGINE,
+        "--int8",
+        "self_attn",
+        "--verify",
+    )
+    assert re.search(
+        r"quantized to 4 bits +2 (.*\n)+quantized to 8 bits, by 128 +4 .*become", result.stdout
+    )
     assert "Note:      two widths: " in result.stdout
     assert re.search(r"attention, 8 bits +4 +0\.00", result.stdout)
     assert re.search(r"MLP +2 +0\.1", result.stdout)
@@ -129,7 +167,10 @@ def test_the_plan_and_verification_list_8_bit_weights_apart(tmp_path):
 
 REFUSED = {
     "nothing": (["--int8", "zzz"], "--int8 zzz matches none"),
-    "only kept": (["--int8", "embed_tokens"], "--int8 embed_tokens matches only tensors that are kept"),
+    "only kept": (
+        ["--int8", "embed_tokens"],
+        "--int8 embed_tokens matches only tensors that are kept",
+    ),
     "excluded": (["--int8", "o_proj", "--exclude", "o_proj"], "matches only tensors that are kept"),
     "half of q, k, v": (["--int8", "q_proj"], "engines fuse"),
     "8 bits and kept": (["--int8", "q_proj|k_proj", "--exclude", "v_proj"], "engines fuse"),
@@ -151,7 +192,9 @@ def test_half_of_a_layers_experts_is_refused(tmp_path):
 
 @pytest.mark.parametrize("form", ["int4", "gptq"])
 def test_formats_without_a_second_width_refuse_it(tmp_path, form):
-    result = run_cli(save_model(tmp_path / "in", MODEL), tmp_path / "out", "--format", form, "--int8", "o_proj")
+    result = run_cli(
+        save_model(tmp_path / "in", MODEL), tmp_path / "out", "--format", form, "--int8", "o_proj"
+    )
     assert_refused(result, "--int8 is not for ", form, "--format compressed-tensors")
 
 
@@ -159,7 +202,11 @@ def test_a_value_that_is_not_finite_is_refused_by_its_place(tmp_path):
     weight = random(64, 256)
     weight[3, 200] = float("inf")
     source = save_model(tmp_path / "in", MODEL | {f"{ATTENTION}.o_proj.weight": weight})
-    assert_refused(run_cli(source, tmp_path / "out", *ENGINE, "--int8", "o_proj"), "o_proj", "row 3, column 200")
+    assert_refused(
+        run_cli(source, tmp_path / "out", *ENGINE, "--int8", "o_proj"),
+        "o_proj",
+        "row 3, column 200",
+    )
 
 
 # --- resume, verify ---------------------------------------------------------------------------------------------------
@@ -209,13 +256,17 @@ EXPECTED = [("5,968", "36", "18.0 GB"), ("5,888", "116", "18.5 GB")]
 
 
 @pytest.mark.parametrize(
-    ("recipe", "expected"), list(zip(RECIPES, EXPECTED, strict=True)), ids=["attention", "not experts"]
+    ("recipe", "expected"),
+    list(zip(RECIPES, EXPECTED, strict=True)),
+    ids=["attention", "not experts"],
 )
 def test_a_recipe_of_the_readme_gives_the_size_it_names(inventory, tmp_path, recipe, expected):
     options = ["--format", "compressed-tensors", "--int8", recipe, "--dry_run"]
     plan = quantize(inventory, tmp_path / "out", *options).stdout
     four, eight, size = expected
-    assert re.search(rf"quantized to 4 bits +{four} (.*\n)+quantized to 8 bits, by 128 +{eight} ", plan)
+    assert re.search(
+        rf"quantized to 4 bits +{four} (.*\n)+quantized to 8 bits, by 128 +{eight} ", plan
+    )
     assert re.search(rf"^output +18,251 +{size} ", plan, re.MULTILINE)
     assert size in (ROOT / "README.md").read_text()
 
@@ -223,5 +274,15 @@ def test_a_recipe_of_the_readme_gives_the_size_it_names(inventory, tmp_path, rec
 def test_8_bits_for_the_experts_of_one_layer_alone_are_refused(tiny, tmp_path):
     options = ["--format", "compressed-tensors", "--int8", r"layers\.1\.mixer\.experts"]
     result = run_cli(tiny, tmp_path / "out", *options)
-    assert_refused(result, "gets 8 bits while 'backbone.layers.3.mixer.experts", "--int8 all of them or none")
-    quantize(tiny, tmp_path / "out", "--format", "compressed-tensors", "--int8", r"mixer\.experts", "--verify")
+    assert_refused(
+        result, "gets 8 bits while 'backbone.layers.3.mixer.experts", "--int8 all of them or none"
+    )
+    quantize(
+        tiny,
+        tmp_path / "out",
+        "--format",
+        "compressed-tensors",
+        "--int8",
+        r"mixer\.experts",
+        "--verify",
+    )

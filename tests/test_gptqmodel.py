@@ -53,7 +53,9 @@ def convert(source, folder, group_size=64, exclude=None, scale="absmax"):
     """Quantize one source folder as GPTQ and give it the tokenizer without which GPTQModel loads nothing."""
     options = ["--format", "gptq", "--group_size", group_size, "--scale", scale]
     quantize(source, folder, *options, *(["--exclude", exclude] if exclude else []))
-    assert scale == "absmax" or (read_tensors(folder)["model.layers.0.mlp.up_proj.scales"] < 0).any()
+    assert (
+        scale == "absmax" or (read_tensors(folder)["model.layers.0.mlp.up_proj.scales"] < 0).any()
+    )
     words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
@@ -72,7 +74,9 @@ def load_with_gptqmodel(folder):
     """Load a folder with GPTQModel's plain CPU kernel."""
     from gptqmodel import BACKEND, GPTQModel
 
-    loaded = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
+    loaded = GPTQModel.load(
+        str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16
+    )
     return loaded.model.eval()
 
 
@@ -108,7 +112,9 @@ def check_load(folder, model):
 @pytest.mark.parametrize("exclude", [None, EXCLUDE], ids=["all", "exclude"])
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("model", MODELS)
-def test_weights_decoded_by_the_v1_definition_resemble_the_source(model, group_size, exclude, sources, tmp_path):
+def test_weights_decoded_by_the_v1_definition_resemble_the_source(
+    model, group_size, exclude, sources, tmp_path
+):
     folder = convert(sources[model], tmp_path / "out", group_size, exclude)
     dequantized, quantized = read_dequantized(folder)
     source = read_tensors(sources[model])
@@ -125,7 +131,9 @@ def test_weights_decoded_by_the_v1_definition_resemble_the_source(model, group_s
 @pytest.mark.parametrize("exclude", [None, EXCLUDE], ids=["all", "exclude"])
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("model", MODELS)
-def test_gptqmodels_kernel_decodes_every_weight_exactly(model, group_size, exclude, sources, tmp_path):
+def test_gptqmodels_kernel_decodes_every_weight_exactly(
+    model, group_size, exclude, sources, tmp_path
+):
     folder = convert(sources[model], tmp_path / "out", group_size, exclude)
     check_load(folder, load_with_gptqmodel(folder))
 

@@ -24,7 +24,10 @@ def kernel() -> q.Kernel:
 
 # --- the same bytes as torch ------------------------------------------------------------------------------------------
 
-SIGNIFICANDS = {torch.bfloat16: 1 + torch.arange(2**7) / 2**7, torch.float16: 1 + torch.arange(2**10) / 2**10}
+SIGNIFICANDS = {
+    torch.bfloat16: 1 + torch.arange(2**7) / 2**7,
+    torch.float16: 1 + torch.arange(2**10) / 2**10,
+}
 
 
 @pytest.mark.parametrize("dtype", SIGNIFICANDS, ids=str)
@@ -44,14 +47,18 @@ def test_the_kernel_has_the_codes_of_the_division_at_every_significand(kernel, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and_what_is_not_finite(kernel, dtype):
+def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and_what_is_not_finite(
+    kernel, dtype
+):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     groups = every.view(-1, 8)  # by magnitude, so that the scales are all there are
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = []
         for some in (kernel, None):
             quantizable, _ = quantize_or_refuse(groups, scale_dtype, kernel=some)
-            results.append((quantizable, *quantize_groups(groups[quantizable], scale_dtype, kernel=some)))
+            results.append(
+                (quantizable, *quantize_groups(groups[quantizable], scale_dtype, kernel=some))
+            )
         assert all(map(torch.equal, *results))
         assert 0 < quantizable.sum() < len(groups)
 
@@ -67,7 +74,9 @@ class CountingKernel:
         return getattr(self._kernel, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, q.MAX_GROUP, q.MAX_GROUP + 8])
 @pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
@@ -75,7 +84,11 @@ def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_up_to_a_thousa
     dtype, scale_dtype, group_size, search
 ):
     groups = torch.randn(300, group_size, generator=SEEDED).to(dtype)
-    kernel, results, importance = CountingKernel(), [], torch.ones(1, group_size) if search else None
+    kernel, results, importance = (
+        CountingKernel(),
+        [],
+        torch.ones(1, group_size) if search else None,
+    )
     for some in (kernel, None):
         results.append(quantize_groups(groups, scale_dtype, importance=importance, kernel=some))
     assert all(map(torch.equal, *results))
@@ -86,14 +99,18 @@ IMPORTANCE = {
     "none": lambda noise: torch.ones(1, noise.shape[1]),
     "smooth": lambda noise: noise.square(),
     "steep": lambda noise: noise.mul(9).exp() * torch.tensor([[1], [0], [1e-20], [1e20]]),
-    "padded": lambda noise: noise.square() * (torch.arange(noise.numel()).view_as(noise) < noise.numel() - 5),
+    "padded": lambda noise: (
+        noise.square() * (torch.arange(noise.numel()).view_as(noise) < noise.numel() - 5)
+    ),
 }
 
 
 @pytest.mark.parametrize("group_size", [8, 24, 32, 64, 128, 264, q.MAX_GROUP, q.MAX_GROUP + 8])
 @pytest.mark.parametrize("kind", EXTREME_WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel, dtype, kind, group_size):
+def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(
+    kernel, dtype, kind, group_size
+):
     noise = GAUSSIAN[: 400 * group_size].view(400, group_size)
     weights = EXTREME_WEIGHTS[kind](noise).to(dtype)
     weights[5] = 0
@@ -101,7 +118,8 @@ def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel,
         importance = make(noise[100:104])
         for scale_dtype in (torch.float16, torch.bfloat16):
             results = [
-                quantize_or_refuse(weights, scale_dtype, importance=importance, kernel=some) for some in (kernel, None)
+                quantize_or_refuse(weights, scale_dtype, importance=importance, kernel=some)
+                for some in (kernel, None)
             ]
             assert all(map(torch.equal, *results)), (name, scale_dtype)
 
@@ -110,7 +128,9 @@ def test_the_kernel_and_torch_find_the_same_scales_and_codes_bit_for_bit(kernel,
 @pytest.mark.parametrize("group_size", [32, 264])
 def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size, weighed):
     groups = GAUSSIAN[: 2000 * group_size].view(-1, group_size).bfloat16()
-    importance = GAUSSIAN[: 2 * group_size].view(2, -1).square() if weighed else torch.ones(2, group_size)
+    importance = (
+        GAUSSIAN[: 2 * group_size].view(2, -1).square() if weighed else torch.ones(2, group_size)
+    )
     _, scales = quantize_groups(groups, importance=importance, kernel=kernel)
     weights, counts = groups.double(), importance.double().repeat(1000, 1)
     largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
@@ -123,7 +143,9 @@ def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size
 
     def error(scales):
         scales = scales.double()[:, None]
-        return (((weights / scales).round().clamp(-8, 7) * scales - weights).square() * counts).sum()
+        return (
+            ((weights / scales).round().clamp(-8, 7) * scales - weights).square() * counts
+        ).sum()
 
     assert error(scales) < 1.0005 * error(best)
     assert error(scales) < 0.9 * error(weights.abs().amax(1) / 7)
@@ -151,7 +173,10 @@ def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size
         ("(const uint16_t *)weights)[i]", "(const uint16_t *)weights)[i < 256 ? i : 0]"),
         ("= ((code(sums", "= i >= 128 ? 0 : ((code(sums"),  # where the longest vectors end
         *(
-            ("= ((code(sums", f"= {where} ? 0 : ((code(sums")  # in each loop that the compiler may make
+            (
+                "= ((code(sums",
+                f"= {where} ? 0 : ((code(sums",
+            )  # in each loop that the compiler may make
             for where in (
                 "count >= 128 && i < count / 128 * 64",
                 "count % 128 >= 64 && i >= count / 128 * 64 && i < count / 64 * 32",
@@ -186,7 +211,10 @@ def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size
         ("terms[i] = error * error", "terms[i] = i >= 256 ? 0 : error * error"),
         ("size, terms[k])", "size, k >= 8 ? terms[k] : 0)"),
         ("(1 << (dropped - 1)) - 1 +", "(1 << (dropped - 1)) +"),
-        ("(1 << (dropped - 1)) - 1 +", "(1 << (dropped - 1)) - (dropped == 16) +"),  # of float16 alone
+        (
+            "(1 << (dropped - 1)) - 1 +",
+            "(1 << (dropped - 1)) - (dropped == 16) +",
+        ),  # of float16 alone
         ("scale + 0.75f - 0.75f", "scale"),
         ("float magnitude = MAX(scale, -scale);", "float magnitude = scale;"),
         ("largest / 7", "largest / 8"),
@@ -258,7 +286,9 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     ],
 )
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
-def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path, format_name, compiler, reason, scale):
+def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(
+    tmp_path, format_name, compiler, reason, scale
+):
     compiled_kernel()
     folder = save_model(tmp_path / "in", {"m.weight": random(72, 256)})
     options = ["--format", format_name, "--scale", scale]
@@ -267,7 +297,10 @@ def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(tmp_path
         for name, cc in (("without", compiler), ("with", "cc"))
     ]
     assert folder_bytes(tmp_path / "without") == folder_bytes(tmp_path / "with")
-    assert [text.count("rounding with torch, which takes twice the processor's time or more") for text in told] == [
+    assert [
+        text.count("rounding with torch, which takes twice the processor's time or more")
+        for text in told
+    ] == [
         1,
         0,
     ]

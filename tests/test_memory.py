@@ -28,42 +28,75 @@ def half_a_gigabyte() -> int:
     """What a run may take: 0.35 GB besides the 0.15 that torch's CPU build holds as soon as it is imported, or what
     another build holds (0.25 to 0.29 with CUDA)."""
     status = "import torch; print(open('/proc/self/status').read())"
-    text = subprocess.run([sys.executable, "-c", status], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [sys.executable, "-c", status], capture_output=True, text=True, check=True
+    ).stdout
     return 350_000_000 + int(re.search(r"RssAnon:\s+(\d+)", text)[1]) * 1024
 
 
-def test_memory_stays_under_half_a_gigabyte_whatever_the_size_of_a_tensor_or_shard(tmp_path, half_a_gigabyte):
+def test_memory_stays_under_half_a_gigabyte_whatever_the_size_of_a_tensor_or_shard(
+    tmp_path, half_a_gigabyte
+):
     tensors = {
         "embed_tokens.weight": (torch.bfloat16, (100_000, 3072)),  # 0.6 GB, kept
         "lm_head.weight": (torch.bfloat16, (100_000, 3000)),  # 0.6 GB, quantized and padded
     }
     write_sparse_checkpoint(tmp_path / "in", tensors, shards=1)
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
+    assert (
+        peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
+    )
     assert (tmp_path / "out" / "model-00001.safetensors").stat().st_size > 0.75 * GB
 
 
 def test_a_row_of_a_hundred_million_columns_is_not_held_either(tmp_path, half_a_gigabyte):
     write_sparse_checkpoint(tmp_path / "in", {"m.weight": (torch.bfloat16, (2, 10**8))}, shards=1)
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
+    assert (
+        peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
+    )
 
 
 @pytest.mark.parametrize("form", ["int4", "compressed-tensors", "gptq"])
 @pytest.mark.parametrize(("threads", "times"), [(2, 1), (20, 4)])
-def test_memory_stays_within_its_limit_in_every_format(tmp_path, form, threads, times, half_a_gigabyte):
-    shapes = {f"m.{i}.up_proj.weight": (torch.bfloat16, (8192, 4096)) for i in range(threads // 2 + 2)}
+def test_memory_stays_within_its_limit_in_every_format(
+    tmp_path, form, threads, times, half_a_gigabyte
+):
+    shapes = {
+        f"m.{i}.up_proj.weight": (torch.bfloat16, (8192, 4096)) for i in range(threads // 2 + 2)
+    }
     write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
     (tmp_path / "in" / "config.json").write_text("{}")
-    options = ["--format", form, "--threads", threads, "--scale", "mse" if threads == 2 else "absmax"]
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options)) < times * half_a_gigabyte
+    options = [
+        "--format",
+        form,
+        "--threads",
+        threads,
+        "--scale",
+        "mse" if threads == 2 else "absmax",
+    ]
+    assert (
+        peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options))
+        < times * half_a_gigabyte
+    )
 
 
-def test_memory_stays_within_its_limit_with_the_largest_factor_and_as_the_plan_says(tmp_path, half_a_gigabyte):
+def test_memory_stays_within_its_limit_with_the_largest_factor_and_as_the_plan_says(
+    tmp_path, half_a_gigabyte
+):
     names = [f"m.{number}.up_proj" for number in range(12)]
-    write_sparse_checkpoint(tmp_path / "in", {f"{n}.weight": (torch.bfloat16, (256, 32768)) for n in names}, shards=1)
+    write_sparse_checkpoint(
+        tmp_path / "in", {f"{n}.weight": (torch.bfloat16, (256, 32768)) for n in names}, shards=1
+    )
     vectors = {name: torch.ones(32768) for name in names}
     factors = {f"{name}.factor": torch.full((32768, 64), 0.1) for name in names}  # 0.2 GB in all
     save_file(vectors | factors, tmp_path / "statistics.safetensors")
-    options = ["--threads", 2, "--scale", "mse", "--importance", tmp_path / "statistics.safetensors"]
+    options = [
+        "--threads",
+        2,
+        "--scale",
+        "mse",
+        "--importance",
+        tmp_path / "statistics.safetensors",
+    ]
     plan = run_cli(tmp_path / "in", tmp_path / "out", *options, "--dry_run").stdout
     planned = float(re.search(r"about (\S+) MB at the peak", plan)[1]) * 1e6
     peak = peak_anonymous(command(tmp_path / "in", tmp_path / "out", *options))
@@ -74,9 +107,13 @@ def test_memory_is_not_more_than_the_plan_says_with_mse(tmp_path):
     shapes = {f"m.{number}.up_proj.weight": (torch.bfloat16, (2048, 4096)) for number in range(12)}
     write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
     stdout = subprocess.run(
-        command(tmp_path / "in", tmp_path / "out", "--scale", "mse", "--threads", 2), capture_output=True, text=True
+        command(tmp_path / "in", tmp_path / "out", "--scale", "mse", "--threads", 2),
+        capture_output=True,
+        text=True,
     ).stdout
-    planned, measured = map(float, re.search(r"about (\S+) MB at the peak;[^$]*Memory: +(\S+) MB at", stdout).groups())
+    planned, measured = map(
+        float, re.search(r"about (\S+) MB at the peak;[^$]*Memory: +(\S+) MB at", stdout).groups()
+    )
     assert measured <= planned
 
 
@@ -84,7 +121,9 @@ def test_a_large_file_beside_the_weights_is_not_held(tiny, tmp_path, half_a_giga
     shutil.copytree(tiny, tmp_path / "in")
     with open(tmp_path / "in" / "corpus.txt", "wb") as file:
         file.truncate(600_000_000)
-    assert peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
+    assert (
+        peak_anonymous(command(tmp_path / "in", tmp_path / "out", "--threads", 2)) < half_a_gigabyte
+    )
     assert (tmp_path / "out" / "corpus.txt").stat().st_size == 600_000_000
 
 
@@ -92,7 +131,8 @@ def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path, half_a_gigabyte):
     folder = tmp_path / "in"
     folder.mkdir()
     torch.save(
-        {f"m.{i}.weight": torch.zeros(100_000, 1024, dtype=torch.bfloat16) for i in range(3)}, folder / "model.pth"
+        {f"m.{i}.weight": torch.zeros(100_000, 1024, dtype=torch.bfloat16) for i in range(3)},
+        folder / "model.pth",
     )
     (folder / "config.json").write_text("{}")
     assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < half_a_gigabyte
@@ -146,7 +186,9 @@ def machine(monkeypatch):
     [("0::/docker/abc\n", {"docker/abc": V2}), (IN_V1, {"memory/docker/abc": V1})],
     ids=["cgroup v2", "cgroup v1"],
 )
-def test_reclaimable_page_cache_counts_as_available_in_a_container(tmp_path, machine, membership, groups):
+def test_reclaimable_page_cache_counts_as_available_in_a_container(
+    tmp_path, machine, membership, groups
+):
     guard = q.MemoryGuard(0, write_system(tmp_path, membership, groups))
     assert guard.read() == q.MemoryReading(available=6 * GB, used=2 * GB)
 
@@ -169,12 +211,22 @@ def test_without_control_groups_the_machine_counts(tmp_path, machine):
 
 
 def test_the_limits_of_all_groups_above_count_and_the_tightest_wins(tmp_path, machine):
-    groups = {"docker": V2 | {"memory.max": 3 * GB}, "docker/abc": V2, "docker/other": V2 | {"memory.max": GB}}
-    assert q.MemoryGuard(0, write_system(tmp_path, "0::/docker/abc\n", groups)).read().available == GB
+    groups = {
+        "docker": V2 | {"memory.max": 3 * GB},
+        "docker/abc": V2,
+        "docker/other": V2 | {"memory.max": GB},
+    }
+    assert (
+        q.MemoryGuard(0, write_system(tmp_path, "0::/docker/abc\n", groups)).read().available == GB
+    )
 
 
-def test_inside_a_container_the_hosts_path_does_not_exist_and_the_root_is_the_group(tmp_path, machine):
-    assert q.MemoryGuard(0, write_system(tmp_path, IN_V1, {"memory": V1})).read().available == 6 * GB
+def test_inside_a_container_the_hosts_path_does_not_exist_and_the_root_is_the_group(
+    tmp_path, machine
+):
+    assert (
+        q.MemoryGuard(0, write_system(tmp_path, IN_V1, {"memory": V1})).read().available == 6 * GB
+    )
 
 
 def test_a_container_limit_trips_the_guard(tmp_path, machine):
@@ -198,7 +250,9 @@ def test_a_container_limit_trips_the_guard(tmp_path, machine):
         ("0::/\n", {}, None),
     ],
 )
-def test_threads_default_to_the_cores_that_affinity_and_quota_allow(tmp_path, membership, files, cores):
+def test_threads_default_to_the_cores_that_affinity_and_quota_allow(
+    tmp_path, membership, files, cores
+):
     free = len(os.sched_getaffinity(0))
     system = write_system(tmp_path, membership, {"cpu" if membership == IN_V1 else "": files})
     assert q.usable_cores(system) == min(cores or free, free)
@@ -206,14 +260,20 @@ def test_threads_default_to_the_cores_that_affinity_and_quota_allow(tmp_path, me
 
 def test_threads_default_to_the_affinity():
     script = "import os; os.sched_setaffinity(0, {0}); import quantize_int4; print(quantize_int4.usable_cores())"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=SCRIPT.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=SCRIPT.parent
+    )
     assert result.stdout == "1\n"
 
 
 @pytest.mark.parametrize(
     ("file", "text", "shared"),
     [
-        ("proc/device-tree/compatible", "nvidia,p3737-0000+p3701-0005\0nvidia,tegra234\0", True),  # a Jetson Orin
+        (
+            "proc/device-tree/compatible",
+            "nvidia,p3737-0000+p3701-0005\0nvidia,tegra234\0",
+            True,
+        ),  # a Jetson Orin
         ("sys/class/dmi/id/product_name", "NVIDIA_DGX_Spark\n", True),
         ("sys/class/dmi/id/product_name", "PowerEdge R760\n", False),
         ("elsewhere", "", False),

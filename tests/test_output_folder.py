@@ -37,7 +37,9 @@ def test_an_output_folder_reached_through_a_link_into_the_input_is_refused(model
 def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_folder):
     (open_folder / "out").mkdir(mode=0o555)
     result = run_cli(open_folder / "in", open_folder / "out", **AS_NOBODY)
-    assert_refused(result, f"output folder {open_folder / 'out'}: Permission denied", "change its owner")
+    assert_refused(
+        result, f"output folder {open_folder / 'out'}: Permission denied", "change its owner"
+    )
     assert result.stdout == ""  # before the plan
     assert "unfinished" not in result.stderr
     assert not list((open_folder / "out").iterdir())
@@ -45,7 +47,9 @@ def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_fo
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
     write_sparse_checkpoint(
-        tmp_path / "in", {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}, shards=1
+        tmp_path / "in",
+        {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))},
+        shards=1,
     )
     refuse(tmp_path / "in", tmp_path / "out", "4.00 TB to write", "free")
 
@@ -54,7 +58,9 @@ def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize(
     "name", ["notes.txt", "config.json", "model-00001.safetensors", "model-00001-of-2.safetensors"]
 )
-def test_somebody_elses_files_in_the_output_folder_are_refused_always(model, tmp_path, name, overwrite):
+def test_somebody_elses_files_in_the_output_folder_are_refused_always(
+    model, tmp_path, name, overwrite
+):
     (tmp_path / "out").mkdir()
     save_file({"other": torch.ones(3)}, tmp_path / "out" / name)
     refuse(model, tmp_path / "out", name, "not written by this program", options=overwrite)
@@ -78,7 +84,10 @@ def test_a_folder_that_changes_between_the_plan_and_the_run_is_refused(tiny, tmp
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     arguments = command(tmp_path / "in", tmp_path / "out", "--overwrite")
-    with subprocess.Popen(arguments, stdout=write, stderr=subprocess.PIPE, text=True) as run, open(read) as plan:
+    with (
+        subprocess.Popen(arguments, stdout=write, stderr=subprocess.PIPE, text=True) as run,
+        open(read) as plan,
+    ):
         os.close(write)
         select.select([plan], [], [])
         (tmp_path / "out").mkdir()
@@ -100,7 +109,13 @@ def test_the_same_command_again_finds_the_folder_complete(model, tmp_path):
 
 def test_a_finished_run_with_other_options_needs_overwrite(model, tmp_path):
     quantize(model, tmp_path / "out")
-    refuse(model, tmp_path / "out", "--overwrite", "--group_size was 128, is 64", options=["--group_size", 64])
+    refuse(
+        model,
+        tmp_path / "out",
+        "--overwrite",
+        "--group_size was 128, is 64",
+        options=["--group_size", 64],
+    )
     quantize(model, tmp_path / "out", "--group_size", 64, "--overwrite")
     quantize(model, tmp_path / "expected", "--group_size", 64)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
@@ -117,7 +132,9 @@ def test_what_was_asked_otherwise_is_said_as_it_is_given(tiny, tmp_path):
     assert_refused(run_cli(tiny, tmp_path / "out"), changed)
 
 
-def test_another_format_in_the_same_folder_needs_overwrite_and_leaves_nothing_of_the_first(tiny, tmp_path):
+def test_another_format_in_the_same_folder_needs_overwrite_and_leaves_nothing_of_the_first(
+    tiny, tmp_path
+):
     quantize(tiny, tmp_path / "out", "--format", "gptq", "--group_size", 64)
     options = ["--format", "compressed-tensors", "--group_size", 64]
     assert_refused(run_cli(tiny, tmp_path / "out", *options), "--overwrite")
@@ -179,8 +196,14 @@ def test_every_dtype_of_the_format_can_be_kept(tmp_path):
     floats = {"f64": torch.float64, "f16": torch.float16, "c64": torch.complex64}
     integers = {"i64": torch.int64, "u8": torch.uint8, "bool": torch.bool, "u16": torch.uint16}
     tensors = {name: torch.arange(5).to(dtype) for name, dtype in (floats | integers).items()}
-    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "nan": torch.tensor([float("nan"), 1])}
-    quantize(save_model(tmp_path / "in", tensors | {"m.weight": torch.ones(8, 128)}), tmp_path / "out")
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "nan": torch.tensor([float("nan"), 1]),
+    }
+    quantize(
+        save_model(tmp_path / "in", tensors | {"m.weight": torch.ones(8, 128)}), tmp_path / "out"
+    )
     output = read_tensors(tmp_path / "out")
     assert output.keys() == tensors.keys() | {"m.qweight", "m.scales"}
     for name, tensor in tensors.items():
@@ -192,7 +215,9 @@ def test_every_dtype_of_the_format_can_be_kept(tmp_path):
 def test_shards_stay_under_the_limit_unless_one_tensor_is_larger(tiny, tmp_path, shard_size):
     quantize(tiny, tmp_path / "out", "--shard_size_gb", shard_size / 1e9)
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
-    assert [path.name for path in shards] == [f"model-{i + 1:05}.safetensors" for i in range(len(shards))]
+    assert [path.name for path in shards] == [
+        f"model-{i + 1:05}.safetensors" for i in range(len(shards))
+    ]
     assert len(shards) > 1
     for path in shards:
         with safe_open(path, framework="pt") as file:
@@ -202,7 +227,9 @@ def test_shards_stay_under_the_limit_unless_one_tensor_is_larger(tiny, tmp_path,
 def test_many_small_tensors_do_not_push_a_shard_over_its_limit(tmp_path):
     tensors = {f"a.rather.long.name.of.a.tensor.{i}.bias": torch.ones(2) for i in range(500)}
     tensors["m.weight"] = torch.ones(8, 128)
-    quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--shard_size_gb", 20_000 / 1e9)
+    quantize(
+        save_model(tmp_path / "in", tensors), tmp_path / "out", "--shard_size_gb", 20_000 / 1e9
+    )
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     assert max(sizes) <= 20_000
     assert len(sizes) < 6
@@ -231,7 +258,11 @@ def test_the_index_names_every_tensor_with_its_shard_and_the_total_size(tiny, tm
 
 
 def test_every_tensor_is_aligned_to_its_element_size(tmp_path):
-    tensors = {"odd.bias": torch.ones(3).bfloat16(), "m.weight": torch.ones(3, 128), "i.steps": torch.ones(1).long()}
+    tensors = {
+        "odd.bias": torch.ones(3).bfloat16(),
+        "m.weight": torch.ones(3, 128),
+        "i.steps": torch.ones(1).long(),
+    }
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out")
     header, start = read_header(tmp_path / "out" / "model-00001.safetensors")
     for name, tensor in read_tensors(tmp_path / "out").items():
@@ -272,7 +303,9 @@ def test_the_models_files_are_copied_and_the_rest_is_named_in_the_plan(tmp_path)
     result = quantize(folder, tmp_path / "out")
     for name in MODEL_FILES:
         written = (tmp_path / "out" / name).read_bytes()
-        assert written == (folder / name).read_bytes() or name == "config.json"  # which says what int4 is
+        assert (
+            written == (folder / name).read_bytes() or name == "config.json"
+        )  # which says what int4 is
     own = {"model-00001.safetensors", "model.safetensors.index.json", "quantize_config.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == own | set(MODEL_FILES)
     left_out = next(line for line in result.stdout.splitlines() if line.startswith("Left out:"))

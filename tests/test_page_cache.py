@@ -27,7 +27,10 @@ HEADERS = 1 * MB  # what the kernel reads ahead of a file's header, which stays
 def cached_bytes(*paths: Path) -> int:
     """Bytes of files that are in the page cache. (util-linux)"""
     found = subprocess.run(
-        ["fincore", "-b", "-n", "-r", "-o", "res", *paths], capture_output=True, text=True, check=True
+        ["fincore", "-b", "-n", "-r", "-o", "res", *paths],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return sum(map(int, found.stdout.split()))
 
@@ -43,7 +46,11 @@ def forget(*paths: Path) -> None:
 def checkpoint(tmp_path) -> Path:
     """Two files of 17 MB, neither of which is in the page cache, where the file system has one that can be left."""
     weights = {f"m.{i}.up_proj.weight": torch.randn(2048, 1024).bfloat16() for i in range(7)}
-    tensors = {"odd": torch.arange(3, dtype=torch.uint8), **weights, "embed.weight": torch.randn(1024, 1024).bfloat16()}
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        **weights,
+        "embed.weight": torch.randn(1024, 1024).bfloat16(),
+    }
     write_checkpoint(tmp_path / "in", tensors)
     (tmp_path / "in" / "config.json").write_text('{"model_type": "llama"}\n')
     (tmp_path / "in" / "corpus.txt").write_bytes(bytes(5 * MB))
@@ -73,7 +80,9 @@ def test_nor_what_it_reads_through_the_cache_for_lack_of_another_way(checkpoint,
 
 def test_nor_a_pickle_whose_weights_are_mapped(checkpoint, tmp_path):
     (tmp_path / "pickled").mkdir()
-    weights = {f"m.{i}.up_proj.weight": torch.randn(1024, 2048).bfloat16().T for i in range(4)}  # not in one piece
+    weights = {
+        f"m.{i}.up_proj.weight": torch.randn(1024, 2048).bfloat16().T for i in range(4)
+    }  # not in one piece
     torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
     forget(tmp_path / "pickled" / "pytorch_model.bin")
     quantize(tmp_path / "pickled", tmp_path / "out")
@@ -103,21 +112,33 @@ def test_what_others_had_in_the_cache_stays_there(checkpoint, tmp_path):
     quantize(checkpoint, tmp_path / "out")
     quantize(checkpoint, tmp_path / "out", "--verify")
     for path, was in zip((first, second), before):
-        assert abs(cached_bytes(path) - was) < HEADERS  # the system may reclaim some pages meanwhile
+        assert (
+            abs(cached_bytes(path) - was) < HEADERS
+        )  # the system may reclaim some pages meanwhile
 
 
 def test_even_at_its_fullest_a_run_adds_little_to_the_cache(tmp_path):
-    write_sparse_checkpoint(tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8192, 8192)) for i in range(9)}, 3)
+    write_sparse_checkpoint(
+        tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8192, 8192)) for i in range(9)}, 3
+    )
     (tmp_path / "out").mkdir()
     most = 0
-    with subprocess.Popen(command(tmp_path / "in", tmp_path / "out"), stdout=subprocess.DEVNULL) as run:
+    with subprocess.Popen(
+        command(tmp_path / "in", tmp_path / "out"), stdout=subprocess.DEVNULL
+    ) as run:
         while run.poll() is None:
-            with contextlib.suppress(subprocess.CalledProcessError):  # a file got its final name meanwhile
-                most = max(most, cached_bytes(*(tmp_path / "in").iterdir(), *(tmp_path / "out").iterdir()))
+            with contextlib.suppress(
+                subprocess.CalledProcessError
+            ):  # a file got its final name meanwhile
+                most = max(
+                    most, cached_bytes(*(tmp_path / "in").iterdir(), *(tmp_path / "out").iterdir())
+                )
             with contextlib.suppress(subprocess.TimeoutExpired):
                 run.wait(0.02)
     assert run.returncode == 0
-    assert most < 250 * MB  # of 1.2 GB in and 0.3 out, which is synced and dropped while it is written
+    assert (
+        most < 250 * MB
+    )  # of 1.2 GB in and 0.3 out, which is synced and dropped while it is written
 
 
 def test_the_summary_says_what_the_cache_holds_more_than_before(checkpoint, tmp_path):
@@ -129,9 +150,14 @@ def small_container():
     """A control group with 170 MB of memory beside what the imports take: its bytes, and the file that puts a process
     into it."""
     own = "import psutil, quantize_int4; info = psutil.Process().memory_info(); print(info.rss - info.shared)"
-    imports = subprocess.run([sys.executable, "-c", own], cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
+    imports = subprocess.run(
+        [sys.executable, "-c", own], cwd=SCRIPT.parent, capture_output=True, text=True, check=True
+    )
     size = int(imports.stdout) + 170 * MB
-    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+    for root, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
         try:
             folder = Path(tempfile.mkdtemp(prefix="quantize_int4.", dir=root))
         except OSError:
@@ -150,12 +176,17 @@ def small_container():
 def test_a_container_may_have_less_memory_than_the_output_has_bytes(small_container, tmp_path):
     size, processes = small_container
     weights = 8192**2  # of a tensor, which become 4.125 bits each
-    shapes = {f"m.{i}.weight": (torch.bfloat16, (8192, 8192)) for i in range(size * 8 // (4 * weights) + 1)}
+    shapes = {
+        f"m.{i}.weight": (torch.bfloat16, (8192, 8192))
+        for i in range(size * 8 // (4 * weights) + 1)
+    }
     write_sparse_checkpoint(tmp_path / "in", shapes, 1)
     enter = ["sh", "-c", f'echo $$ > {processes}; exec "$@"', "sh"]
     options = ["--threads", 2, "--min_free_gb", 0.02]
     result = subprocess.run(
-        [*enter, *command(tmp_path / "in", tmp_path / "out", *options)], capture_output=True, text=True
+        [*enter, *command(tmp_path / "in", tmp_path / "out", *options)],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) > size
@@ -168,20 +199,38 @@ def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
     """Tied tensors of a pickle lie in the same bytes; in a safetensors file a tensor may begin anywhere."""
     tied = torch.arange(40_000.0)
     torch.save({"one.weight": tied, "other.weight": tied[1000:2000]}, tmp_path / "model.pth")
-    tensors = {"odd.mask": torch.ones(4099).bool(), "m.weight": tied.bfloat16(), "n.weight": tied[:5].half()}
+    tensors = {
+        "odd.mask": torch.ones(4099).bool(),
+        "m.weight": tied.bfloat16(),
+        "n.weight": tied[:5].half(),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     forget(*tmp_path.iterdir())
     files = q.WeightsFile(tmp_path / "model.pth"), q.WeightsFile(tmp_path / "model.safetensors")
     expected = {"one.weight": tied, "other.weight": tied[1000:2000], **tensors}
-    for file, (name, info) in itertools.chain(*(itertools.product([each], each.infos.items()) for each in files)):
-        for start, nbytes in ((0, info.nbytes), (info.nbytes // 2, info.nbytes - info.nbytes // 2), (0, 1)):
-            found = file.read(info, start, nbytes, memoryview(mmap.mmap(-1, nbytes + q.READ_MARGIN)))
+    for file, (name, info) in itertools.chain(
+        *(itertools.product([each], each.infos.items()) for each in files)
+    ):
+        for start, nbytes in (
+            (0, info.nbytes),
+            (info.nbytes // 2, info.nbytes - info.nbytes // 2),
+            (0, 1),
+        ):
+            found = file.read(
+                info, start, nbytes, memoryview(mmap.mmap(-1, nbytes + q.READ_MARGIN))
+            )
             whole = expected[name].view(torch.uint8).numpy().tobytes()
-            assert bytes(found) == whole[start : start + nbytes] == bytes(file.read(info, start, nbytes))
+            assert (
+                bytes(found)
+                == whole[start : start + nbytes]
+                == bytes(file.read(info, start, nbytes))
+            )
 
 
 def test_what_the_first_read_brings_into_the_cache_is_not_taken_for_anothers(checkpoint):
     file = q.WeightsFile(sorted(checkpoint.glob("*.safetensors"))[1])
-    last = max(file.infos.values(), key=lambda info: info.offset)  # the header's reading reaches the first
+    last = max(
+        file.infos.values(), key=lambda info: info.offset
+    )  # the header's reading reaches the first
     file.read(last, 0, 16)
     assert not file.is_cached(last, 0, 16)

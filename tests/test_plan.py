@@ -6,7 +6,16 @@ import re
 
 import pytest
 import torch
-from checkpoints import BESIDE, LAYER, WEIGHT, gated, layers, random, save_model, write_sparse_checkpoint
+from checkpoints import (
+    BESIDE,
+    LAYER,
+    WEIGHT,
+    gated,
+    layers,
+    random,
+    save_model,
+    write_sparse_checkpoint,
+)
 from conftest import ENGINE_FORMATS, assert_refused, quantize, refuse, run_cli
 from folders import read_tensors
 
@@ -15,22 +24,39 @@ from folders import read_tensors
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path):
     result = quantize(tiny, tmp_path / "out", "--dry_run")
-    for words in ("quantized to 4 bits", "embeddings", "vectors and scalars", "3-D", "free", "at the peak", "Dry run"):
+    for words in (
+        "quantized to 4 bits",
+        "embeddings",
+        "vectors and scalars",
+        "3-D",
+        "free",
+        "at the peak",
+        "Dry run",
+    ):
         assert words in result.stdout
     assert not (tmp_path / "out").exists()
 
 
 def test_list_prints_each_tensor_and_its_fate_separated_by_tabs_and_nothing_else(tiny, tmp_path):
-    result = quantize(tiny, tmp_path / "out", "--dry_run", "--list", "--group_size", 64, "--exclude", "o_proj")
+    result = quantize(
+        tiny, tmp_path / "out", "--dry_run", "--list", "--group_size", 64, "--exclude", "o_proj"
+    )
     rows = {row[0]: row[1:] for row in (line.split("\t") for line in result.stdout.splitlines())}
     assert len(rows) == 43
     assert rows["lm_head.weight"] == ["BF16", "512x256", "4 bits, groups of 64", "head"]
-    assert rows["backbone.layers.2.mixer.o_proj.weight"] == ["BF16", "256x256", "kept", "--exclude o_proj"]
+    assert rows["backbone.layers.2.mixer.o_proj.weight"] == [
+        "BF16",
+        "256x256",
+        "kept",
+        "--exclude o_proj",
+    ]
     assert not (tmp_path / "out").exists()
     assert_refused(run_cli(tiny, tmp_path / "out", "--list"), "--list needs --dry_run", exit_code=2)
 
 
-def test_what_is_quantized_is_listed_by_kind_and_delicate_layers_are_noted_with_what_keeps_them(tiny, tmp_path):
+def test_what_is_quantized_is_listed_by_kind_and_delicate_layers_are_noted_with_what_keeps_them(
+    tiny, tmp_path
+):
     plan = quantize(tiny, tmp_path / "out", "--dry_run").stdout
     for kind, count in {
         "experts": 16,
@@ -50,7 +76,10 @@ def test_what_is_quantized_is_listed_by_kind_and_delicate_layers_are_noted_with_
 def plan_counts(stdout: str) -> tuple[int, int, int]:
     """Tensors in, quantized and kept, from the printed plan."""
     rows = {line[:35].strip(): line[35:].split() for line in stdout.splitlines()}
-    return tuple(int(rows[row][0].replace(",", "")) for row in ("input", "quantized to 4 bits", "kept as they are"))
+    return tuple(
+        int(rows[row][0].replace(",", ""))
+        for row in ("input", "quantized to 4 bits", "kept as they are")
+    )
 
 
 def test_the_full_nemotron_inventory_plans_as_6028_quantized(inventory, tmp_path):
@@ -65,19 +94,25 @@ def test_the_full_nemotron_inventory_plans_as_6028_quantized(inventory, tmp_path
 
 @pytest.mark.parametrize("form", ENGINE_FORMATS)
 def test_the_full_nemotron_inventory_plans_as_6004_quantized(inventory, tmp_path, form):
-    plan = quantize(inventory, tmp_path / "out", "--dry_run", "--format", form, "--group_size", 64).stdout
+    plan = quantize(
+        inventory, tmp_path / "out", "--dry_run", "--format", form, "--group_size", 64
+    ).stdout
     assert re.search(r"^quantized to 4 bits +6,004 ", plan, re.MULTILINE)
     assert re.search(r"^ *routers .* 23 ", plan, re.MULTILINE)
     assert ("use --format compressed-tensors" in plan) == (form == "gptq")
 
 
 def test_tens_of_thousands_of_tensors_are_planned(tmp_path):
-    write_sparse_checkpoint(tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8, 128)) for i in range(30_000)}, 4)
+    write_sparse_checkpoint(
+        tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8, 128)) for i in range(30_000)}, 4
+    )
     assert "30,000" in quantize(tmp_path / "in", tmp_path / "out", "--dry_run").stdout
 
 
 def test_exclude_keeps_what_any_of_its_patterns_finds(tiny, tmp_path):
-    result = quantize(tiny, tmp_path / "out", "--exclude", r"shared_experts", "--exclude", r"^lm_head")
+    result = quantize(
+        tiny, tmp_path / "out", "--exclude", r"shared_experts", "--exclude", r"^lm_head"
+    )
     output = read_tensors(tmp_path / "out")
     assert "lm_head.weight" in output
     assert "backbone.layers.3.mixer.shared_experts.up_proj.weight" in output
@@ -92,7 +127,15 @@ def test_embeddings_are_kept_unless_asked_for(tiny, tmp_path):
     assert "backbone.embeddings.qweight" in read_tensors(tmp_path / "asked")
 
 
-ROUTERS_AND_HEADS = ["m.gate", "m.router", "m.shared_expert_gate", "m.router.layer", "m.gate.wg", "lm_head", "score"]
+ROUTERS_AND_HEADS = [
+    "m.gate",
+    "m.router",
+    "m.shared_expert_gate",
+    "m.router.layer",
+    "m.gate.wg",
+    "lm_head",
+    "score",
+]
 LINEAR = ["m.gate_proj", "m.up_proj", "m.attention.output.dense", "m.gate_up_proj", "m.c_proj"]
 
 
@@ -100,7 +143,11 @@ LINEAR = ["m.gate_proj", "m.up_proj", "m.attention.output.dense", "m.gate_up_pro
 def test_engine_formats_keep_heads_and_routers_and_int4_does_not(tmp_path, form):
     tensors = {f"{module}.weight": torch.ones(8, 128) for module in [*ROUTERS_AND_HEADS, *LINEAR]}
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--format", form)
-    kept = {name.removesuffix(".weight") for name in read_tensors(tmp_path / "out") if name.endswith(".weight")}
+    kept = {
+        name.removesuffix(".weight")
+        for name in read_tensors(tmp_path / "out")
+        if name.endswith(".weight")
+    }
     assert kept == (set() if form == "int4" else set(ROUTERS_AND_HEADS))
 
 
@@ -127,17 +174,25 @@ def test_3d_weights_that_stay_are_pointed_out_with_their_size(tmp_path):
     ],
 )
 def test_a_pattern_that_matches_nothing_says_what_was_meant(tiny, tmp_path, pattern, hint):
-    assert_refused(run_cli(tiny, tmp_path / "out", "--exclude", pattern), "matches none of the 43 tensors", hint)
+    assert_refused(
+        run_cli(tiny, tmp_path / "out", "--exclude", pattern),
+        "matches none of the 43 tensors",
+        hint,
+    )
 
 
 @pytest.mark.parametrize("options", [["--exclude", "."], ["--group_size", 256]], ids=str)
 def test_a_run_that_would_quantize_nothing_is_refused(tmp_path, options):
     source = save_model(tmp_path / "in", {f"{LAYER}.weight": random(64, 128)})
-    assert_refused(run_cli(source, tmp_path / "out", *options), "no weight", "would be quantized", LAYER)
+    assert_refused(
+        run_cli(source, tmp_path / "out", *options), "no weight", "would be quantized", LAYER
+    )
 
 
 def test_an_output_name_that_the_checkpoint_has_already_is_refused(tmp_path):
-    folder = save_model(tmp_path / "in", {"m.weight": torch.ones(4, 128), "m.scales": torch.ones(4)})
+    folder = save_model(
+        tmp_path / "in", {"m.weight": torch.ones(4, 128), "m.scales": torch.ones(4)}
+    )
     refuse(folder, tmp_path / "out", "'m.scales'")
 
 
@@ -160,24 +215,41 @@ def test_an_exclude_that_splits_what_engines_fuse_is_refused(tiny, tmp_path, for
 
 
 def test_an_exclude_that_splits_gate_and_up_is_refused(tmp_path):
-    tensors = {f"model.layers.0.mlp.{part}_proj.weight": torch.ones(8, 128) for part in ("gate", "up", "down")}
+    tensors = {
+        f"model.layers.0.mlp.{part}_proj.weight": torch.ones(8, 128)
+        for part in ("gate", "up", "down")
+    }
     folder = save_model(tmp_path / "in", tensors)
-    refuse(folder, tmp_path / "out", "{gate_proj,up_proj}", options=["--format", "gptq", "--exclude", "up_proj"])
+    refuse(
+        folder,
+        tmp_path / "out",
+        "{gate_proj,up_proj}",
+        options=["--format", "gptq", "--exclude", "up_proj"],
+    )
     quantize(folder, tmp_path / "out", "--format", "gptq", "--exclude", "gate_proj|up_proj")
 
 
 @pytest.mark.parametrize("kept", ["in_proj_a", "in_proj_z"])
 def test_a_split_of_what_vllm_fuses_in_linear_attention_is_refused(tmp_path, kept):
-    tensors = {f"model.layers.0.linear_attn.in_proj_{p}.weight": random(64, 128) for p in ("qkv", "z", "a", "b")}
+    tensors = {
+        f"model.layers.0.linear_attn.in_proj_{p}.weight": random(64, 128)
+        for p in ("qkv", "z", "a", "b")
+    }
     options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", kept]
-    assert_refused(run_cli(save_model(tmp_path / "in", tensors), tmp_path / "out", *options), "engines fuse", kept)
+    assert_refused(
+        run_cli(save_model(tmp_path / "in", tensors), tmp_path / "out", *options),
+        "engines fuse",
+        kept,
+    )
 
 
 @pytest.mark.parametrize("pattern", ["down_proj", r"experts\.2\."])
 def test_an_exclude_that_splits_a_layers_stacks_is_refused_for_engines(tmp_path, pattern):
     source = save_model(tmp_path / "in", BESIDE | gated()[0], model_type="qwen3_moe")
     options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", pattern]
-    assert_refused(run_cli(source, tmp_path / "out", *options), "all experts of", "all of them or none")
+    assert_refused(
+        run_cli(source, tmp_path / "out", *options), "all experts of", "all of them or none"
+    )
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
@@ -185,18 +257,29 @@ def test_an_exclude_that_splits_a_layers_stacks_is_refused_for_engines(tmp_path,
 
 def warnings_of(tmp_path, tensors, **config):
     source = save_model(tmp_path / "in", tensors, **config)
-    return [line for line in quantize(source, tmp_path / "out").stdout.splitlines() if line.startswith("WARNING:")]
+    return [
+        line
+        for line in quantize(source, tmp_path / "out").stdout.splitlines()
+        if line.startswith("WARNING:")
+    ]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "missing"), [((0, 2), "'model.layers.1'"), ((0, 1), "'model.layers.2'"), ((0, 1, 2, 3), None)]
+    ("numbers", "missing"),
+    [((0, 2), "'model.layers.1'"), ((0, 1), "'model.layers.2'"), ((0, 1, 2, 3), None)],
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_missing_layers_are_warned_of(tmp_path, numbers, missing, nested):
     config = {"num_hidden_layers": 3}
     tower = {f"visual.blocks.{number}.proj.weight": random(64, 128) for number in range(5)}
-    source = save_model(tmp_path / "in", layers(*numbers) | tower, **({"text_config": config} if nested else config))
-    warnings = [line for line in quantize(source, tmp_path / "out").stdout.splitlines() if line.startswith("WARNING:")]
+    source = save_model(
+        tmp_path / "in", layers(*numbers) | tower, **({"text_config": config} if nested else config)
+    )
+    warnings = [
+        line
+        for line in quantize(source, tmp_path / "out").stdout.splitlines()
+        if line.startswith("WARNING:")
+    ]
     assert len(warnings) == bool(missing)
     assert not missing or missing in warnings[0]
 
@@ -237,7 +320,11 @@ def test_nothing_is_said_of_layers_that_a_model_shares(tmp_path):
 
 
 def whole_model():
-    tensors = {f"model.layers.{n}.self_attn.{p}_proj.weight": random(64, 128) for n in range(4) for p in "qkvo"}
+    tensors = {
+        f"model.layers.{n}.self_attn.{p}_proj.weight": random(64, 128)
+        for n in range(4)
+        for p in "qkvo"
+    }
     return tensors | {
         f"model.layers.{n}.mlp.experts.{e}.{p}_proj.weight": random(64, 128)
         for n in range(1, 4)
@@ -267,7 +354,9 @@ def test_single_weights_and_experts_that_are_missing_are_warned_of(tmp_path, los
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_nothing_is_said_of_layers_of_several_kinds(tmp_path, count):
-    tensors = {name: tensor for name, tensor in whole_model().items() if int(name.split(".")[2]) < count}
+    tensors = {
+        name: tensor for name, tensor in whole_model().items() if int(name.split(".")[2]) < count
+    }
     tensors |= {"model.layers.0.self_attn.relative_attention_bias.weight": random(32, 4)}
     assert not warnings_of(tmp_path, tensors, num_experts=4)
 
@@ -294,11 +383,19 @@ def test_a_missing_head_is_refused_for_engines_and_warned_of_in_int4(tmp_path):
         ),
         ({}, UNTIED | {"text_config": {"tie_word_embeddings": True}}),
     ],
-    ids=["head", "tied", "no head in this architecture", "head of another name", "tied in text_config"],
+    ids=[
+        "head",
+        "tied",
+        "no head in this architecture",
+        "head of another name",
+        "tied in text_config",
+    ],
 )
 def test_nothing_is_said_of_a_head_that_is_there_or_not_due(tmp_path, tensors, config):
     source = save_model(tmp_path / "in", layers(0) | tensors, **config)
-    assert "WARNING" not in quantize(source, tmp_path / "out", "--format", "compressed-tensors").stdout
+    assert (
+        "WARNING" not in quantize(source, tmp_path / "out", "--format", "compressed-tensors").stdout
+    )
 
 
 def test_a_missing_embedding_is_refused_for_engines_and_warned_of_in_int4(tmp_path):

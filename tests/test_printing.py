@@ -23,9 +23,14 @@ LONG = "model.language_model.layers.{}.a_very_long_name_of_a_module_that_somebod
 @pytest.fixture(scope="module")
 def awkward(tmp_path_factory):
     """Long names, many files beside the weights, layers that are missing, padding."""
-    weights = {LONG.format(n): torch.randn(16, 200, generator=torch.Generator().manual_seed(n)) for n in (0, 1, 3)}
+    weights = {
+        LONG.format(n): torch.randn(16, 200, generator=torch.Generator().manual_seed(n))
+        for n in (0, 1, 3)
+    }
     folder = tmp_path_factory.mktemp("awkward") / ("a_folder_with_a_long_name_" * 4)
-    save_model(folder, weights | {"lm_head.weight": torch.ones(300, 256), "norm.weight": torch.ones(200)})
+    save_model(
+        folder, weights | {"lm_head.weight": torch.ones(300, 256), "norm.weight": torch.ones(200)}
+    )
     (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
     for number in range(30):
         (folder / f"file_beside_the_weights_{number}.txt").write_text("x")
@@ -47,7 +52,10 @@ def test_a_pipe_gets_lines_of_80(awkward, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     for options in (["--verify"], ["--help"]):
         result = subprocess.run(
-            command(awkward, tmp_path / "out", *options), env=environment, capture_output=True, text=True
+            command(awkward, tmp_path / "out", *options),
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 0
         assert max(map(len, result.stdout.splitlines())) <= 80
@@ -61,7 +69,14 @@ def test_names_lose_their_middle_and_keep_their_ends():
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(63.16e9, "63.2 GB"), (999.9e6, "1.00 GB"), (17_123_456, "17.1 MB"), (812, "812 bytes"), (1, "1 byte"), (0, "0")],
+    [
+        (63.16e9, "63.2 GB"),
+        (999.9e6, "1.00 GB"),
+        (17_123_456, "17.1 MB"),
+        (812, "812 bytes"),
+        (1, "1 byte"),
+        (0, "0"),
+    ],
 )
 def test_sizes_have_three_digits(number, text):
     assert q.format_bytes(number).startswith(text)
@@ -104,13 +119,28 @@ def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "lines"),
     [
-        (["--format", "compressed-tensors"], ["vllm serve out --max", "from_pretrained('out'", "with --verify; then"]),
-        (["--format", "gptq", "--verify"], ["vllm serve out --dtype float16", "from_pretrained('out'", "rsync -a"]),
-        ([], ["no engine loads int4", "dequantize_int4 of quantize_int4.py", "with --verify; then copy"]),
+        (
+            ["--format", "compressed-tensors"],
+            ["vllm serve out --max", "from_pretrained('out'", "with --verify; then"],
+        ),
+        (
+            ["--format", "gptq", "--verify"],
+            ["vllm serve out --dtype float16", "from_pretrained('out'", "rsync -a"],
+        ),
+        (
+            [],
+            [
+                "no engine loads int4",
+                "dequantize_int4 of quantize_int4.py",
+                "with --verify; then copy",
+            ],
+        ),
     ],
     ids=["compressed-tensors", "gptq, verified", "int4"],
 )
-def test_the_end_says_in_three_lines_what_can_be_done_with_the_folder(tiny, tmp_path, options, lines):
+def test_the_end_says_in_three_lines_what_can_be_done_with_the_folder(
+    tiny, tmp_path, options, lines
+):
     end = quantize(tiny, tmp_path / "out", *options).stdout.splitlines()[-4:]
     assert end[0] == f"Next, in   {tmp_path}:"
     for line, words in zip(end[1:], lines):
@@ -125,7 +155,10 @@ def test_a_restored_folder_is_to_be_evaluated(tiny, tmp_path):
 
 def test_a_folder_that_is_complete_says_that_it_was_not_compared(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
-    assert "It was not compared with the source; --verify does that" in quantize(tiny, tmp_path / "out").stdout
+    assert (
+        "It was not compared with the source; --verify does that"
+        in quantize(tiny, tmp_path / "out").stdout
+    )
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -137,7 +170,9 @@ PROGRESS = re.compile(
 
 
 def test_a_pipe_gets_whole_lines_of_progress(large, tmp_path):
-    result = quantize(large, tmp_path / "out", constants={"PROGRESS_INTERVAL_S": {True: 0.1, False: 0.1}})
+    result = quantize(
+        large, tmp_path / "out", constants={"PROGRESS_INTERVAL_S": {True: 0.1, False: 0.1}}
+    )
     assert "\r" not in result.stdout
     assert "\033" not in result.stdout
     assert any(PROGRESS.fullmatch(line) for line in result.stdout.splitlines())
@@ -145,7 +180,9 @@ def test_a_pipe_gets_whole_lines_of_progress(large, tmp_path):
 
 def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
     master, slave = pty.openpty()
-    with subprocess.Popen(command(large, tmp_path / "out"), stdout=slave, env={**os.environ, "COLUMNS": "200"}) as run:
+    with subprocess.Popen(
+        command(large, tmp_path / "out"), stdout=slave, env={**os.environ, "COLUMNS": "200"}
+    ) as run:
         os.close(slave)
         chunks = []
         try:
@@ -175,7 +212,9 @@ def shown(monkeypatch, capsys):
         progress.restart()
         with monkeypatch.context() as later:
             later.setattr(time, "monotonic", lambda: progress.started + seconds)
-            progress.show(SimpleNamespace(task="quantizing", work=work, tensors_done=1, tensors_total=10))
+            progress.show(
+                SimpleNamespace(task="quantizing", work=work, tensors_done=1, tensors_total=10)
+            )
         return capsys.readouterr().out.rstrip("\n")
 
     return show
@@ -190,7 +229,9 @@ def test_on_a_narrow_terminal_the_memory_goes_first(shown):
 
 
 def test_the_estimate_weighs_kinds_of_work_by_what_they_cost(shown):
-    assert "quantizing  0%  0 bytes of 1.00 kB" in shown(60, kept=[1, 900, 0, 0.0], mse=[5, 100, 0, 0.0])
+    assert "quantizing  0%  0 bytes of 1.00 kB" in shown(
+        60, kept=[1, 900, 0, 0.0], mse=[5, 100, 0, 0.0]
+    )
     kept = [1, 900, 900, 9.0]  # 90 % of the bytes
     # What has not begun is taken to cost five times as much, so that 9 of 14 parts are done.
     assert "quantizing  64%  about 20 s left" in shown(36, kept=kept, mse=[5, 100, 0, 0.0])
@@ -205,21 +246,24 @@ def test_there_is_no_estimate_before_it_means_something(shown):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3, "5 s"), (41, "45 s"), (95, "2 min"), (3000, "50 min"), (75_000, "21 h")]
+    ("seconds", "text"),
+    [(3, "5 s"), (41, "45 s"), (95, "2 min"), (3000, "50 min"), (75_000, "21 h")],
 )
 def test_estimates_are_not_more_exact_than_they_are(shown, seconds, text):
     assert f"50%  about {text} left" in shown(seconds, mse=[5, 100, 50, 1.0])
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(7.318, "7.32 s"), (59.97, "1:00"), (185, "3:05"), (3723, "1:02:03"), (90_000, "25:00:00")]
+    ("seconds", "text"),
+    [(7.318, "7.32 s"), (59.97, "1:00"), (185, "3:05"), (3723, "1:02:03"), (90_000, "25:00:00")],
 )
 def test_durations_longer_than_a_minute_are_those_of_a_clock(seconds, text):
     assert q.format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0.00"), (0.09667, "0.0967"), (1.5151, "1.52"), (9.997, "10.0"), (999.6, "1,000")]
+    ("number", "text"),
+    [(0, "0.00"), (0.09667, "0.0967"), (1.5151, "1.52"), (9.997, "10.0"), (999.6, "1,000")],
 )
 def test_numbers_have_three_digits(number, text):
     assert q.three_digits(number) == text
@@ -253,7 +297,10 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny, tmp_path):
 
 def test_a_full_log_does_not_end_the_run(tiny, tmp_path):
     with open("/dev/full", "w") as full:
-        assert subprocess.run(command(tiny, tmp_path / "out"), stdout=full, stderr=full).returncode == 0
+        assert (
+            subprocess.run(command(tiny, tmp_path / "out"), stdout=full, stderr=full).returncode
+            == 0
+        )
     quantize(tiny, tmp_path / "expected")
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
 
@@ -268,6 +315,8 @@ def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(tmp_path):
     model = save_model(tmp_path / "in", {"m.weight": torch.ones(4, 128)})
     (model / "r\u00e9sum\u00e9.md").write_text("x")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command(model, tmp_path / "out"), env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command(model, tmp_path / "out"), env=environment, capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert r"r\xe9sum\xe9.md" in result.stdout

@@ -39,7 +39,9 @@ def test_golden_bits_by_hand(kernel):
     for with_offset, expected in ((False, 0xE_2_4_0_F_1_9_7), (True, 0x6_A_C_8_7_9_1_F)):
         words, scales = quantize_groups(weight, kernel=kernel, with_offset=with_offset)
         assert scales.view(torch.int16).tolist() == [0x3C00]
-        assert words.item() & 0xFFFFFFFF == expected  # nibbles, element 0 lowest: -2 2 4 0 -1 1 -7 7
+        assert (
+            words.item() & 0xFFFFFFFF == expected
+        )  # nibbles, element 0 lowest: -2 2 4 0 -1 1 -7 7
 
 
 def test_golden_bits_of_a_scale_that_rounds():
@@ -90,7 +92,10 @@ SHAPES = [(1, 8), (1, 128), (3, 136), (7, 200), (2, 1856), (5, 129), (300, 128),
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("group_size", [8, 128])
 def test_output_equals_the_slow_reference_over_odd_shapes(tmp_path, dtype, group_size):
-    tensors = {f"m.{i}.weight": torch.randn(shape, generator=SEEDED).to(dtype) for i, shape in enumerate(SHAPES)}
+    tensors = {
+        f"m.{i}.weight": torch.randn(shape, generator=SEEDED).to(dtype)
+        for i, shape in enumerate(SHAPES)
+    }
     tensors["zeros.weight"] = torch.zeros(3, 256, dtype=dtype)
     tensors["denormal.weight"] = (torch.randn(3, 256, generator=SEEDED) * 2e-6).to(dtype)
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", "--group_size", group_size)
@@ -128,7 +133,11 @@ def test_weights_too_small_for_any_scale_become_codes_of_zero():
 # --- scales of least squared error ------------------------------------------------------------------------------------
 
 GAUSSIAN = torch.randn(1 << 22, generator=torch.Generator().manual_seed(5))
-TARGETS = {128: (0.1174, 0.0967), 64: (0.1077, 0.0899), 32: (0.0971, 0.0811)}  # relative RMS error: absmax, mse
+TARGETS = {
+    128: (0.1174, 0.0967),
+    64: (0.1077, 0.0899),
+    32: (0.0971, 0.0811),
+}  # relative RMS error: absmax, mse
 
 
 def errors(weights, group_size, search, scale_dtype=torch.float16, importance=None):
@@ -148,7 +157,10 @@ def errors(weights, group_size, search, scale_dtype=torch.float16, importance=No
 @pytest.mark.parametrize("group_size", TARGETS)
 def test_mse_reaches_its_error_on_gaussian_weights_and_absmax_its_own(group_size):
     norm = GAUSSIAN.double().square().sum()
-    absmax, mse = (math.sqrt(errors(GAUSSIAN, group_size, search)[0].double().sum() / norm) for search in (False, True))
+    absmax, mse = (
+        math.sqrt(errors(GAUSSIAN, group_size, search)[0].double().sum() / norm)
+        for search in (False, True)
+    )
     assert absmax == pytest.approx(TARGETS[group_size][0], abs=0.0002)
     assert mse <= TARGETS[group_size][1]
 
@@ -193,7 +205,9 @@ def test_importance_lowers_the_error_of_the_columns_that_count():
 def errors_with(weights, scales, importance):
     groups, scales = weights.view(-1, 64), scales.float()[:, None]
     back = torch.round(groups / scales).clamp(-8, 7) * scales
-    return ((back - groups).square().view(-1, *importance.shape) * importance).reshape(-1, 64).sum(1)
+    return (
+        ((back - groups).square().view(-1, *importance.shape) * importance).reshape(-1, 64).sum(1)
+    )
 
 
 def test_columns_without_data_in_a_group_fall_back_to_absmax():
@@ -221,7 +235,9 @@ def test_every_format_verifies_with_mse_and_is_closer(tiny, tmp_path, form, grou
     worst = {}
     for scale in ("absmax", "mse"):
         stdout = quantize(tiny, tmp_path / scale, *options, "--scale", scale).stdout
-        worst[scale] = max(float(line.split()[1]) for line in stdout.splitlines() if line.startswith("  worst:"))
+        worst[scale] = max(
+            float(line.split()[1]) for line in stdout.splitlines() if line.startswith("  worst:")
+        )
     assert worst["mse"] < 0.9 * worst["absmax"]
 
 
@@ -229,7 +245,15 @@ def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
     weight = GAUSSIAN[: 300 * 200].view(300, 200).bfloat16()
     folder = save_model(tmp_path / "in", {"m.weight": weight})
     quantize(folder, tmp_path / "whole", "--scale", "mse", "--group_size", 64)
-    quantize(folder, tmp_path / "cut", "--scale", "mse", "--group_size", 64, constants={"TILE_WEIGHTS": 3000})
+    quantize(
+        folder,
+        tmp_path / "cut",
+        "--scale",
+        "mse",
+        "--group_size",
+        64,
+        constants={"TILE_WEIGHTS": 3000},
+    )
     assert_same_tensors(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -237,12 +261,16 @@ def test_padding_and_tiles_do_not_change_what_mse_chooses(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 def test_no_bad_value_passes(kernel, value, dtype):
     groups = torch.randn(4, 128).to(dtype)
     groups[2, 77] = value
     for importance in (None, torch.ones(1, 128)):
-        quantizable, _ = quantize_or_refuse(groups, torch.float16, importance=importance, kernel=kernel)
+        quantizable, _ = quantize_or_refuse(
+            groups, torch.float16, importance=importance, kernel=kernel
+        )
         assert quantizable.tolist() == [True, True, False, True]
 
 
@@ -256,11 +284,15 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize(("value", "problem"), BAD_VALUES)
 @pytest.mark.parametrize("columns", [256, 300])
-def test_a_bad_weight_is_an_error_that_names_tensor_row_and_column(tmp_path, value, problem, columns):
+def test_a_bad_weight_is_an_error_that_names_tensor_row_and_column(
+    tmp_path, value, problem, columns
+):
     weight = torch.randn(3000, columns).bfloat16()
     weight[2345, 217] = value
     folder = save_model(tmp_path / "in", {"good.weight": torch.ones(4, 128), "bad.weight": weight})
-    assert_refused(run_cli(folder, tmp_path / "out"), "'bad.weight'", "row 2345, column 217", problem)
+    assert_refused(
+        run_cli(folder, tmp_path / "out"), "'bad.weight'", "row 2345, column 217", problem
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -273,9 +305,13 @@ def test_a_bad_value_in_a_kept_tensor_is_kept(tmp_path):
 # --- packing, and the way back ----------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(-8, 7), min_size=8, max_size=64).filter(lambda codes: len(codes) % 8 == 0))
+@given(
+    st.lists(st.integers(-8, 7), min_size=8, max_size=64).filter(lambda codes: len(codes) % 8 == 0)
+)
 def test_packing_equals_the_reference_and_unpacks_to_the_same_codes(codes):
-    words = q.pack_int4(torch.tensor([codes], dtype=torch.int16) + 0x4340, q.Workspace())  # only low bits count
+    words = q.pack_int4(
+        torch.tensor([codes], dtype=torch.int16) + 0x4340, q.Workspace()
+    )  # only low bits count
     assert words.tolist() == [pack_words(codes)]
     assert q.unpack_int4(words).tolist() == [codes]
 
@@ -288,7 +324,9 @@ def seed_recipe(qweight: torch.Tensor, scales: torch.Tensor, group_size: int) ->
     for i in range(8):
         unpacked[:, i::8] = ((qweight >> (i * 4)) & 0xF).to(torch.int8)
     unpacked = torch.where(unpacked > 7, unpacked - 16, unpacked)
-    return (unpacked.float().reshape(-1, group_size) * scales.float().reshape(-1, 1)).reshape(rows, columns)
+    return (unpacked.float().reshape(-1, group_size) * scales.float().reshape(-1, 1)).reshape(
+        rows, columns
+    )
 
 
 @pytest.mark.parametrize("columns", [256, 300])
@@ -298,7 +336,10 @@ def test_dequantize_int4_equals_the_seeds_recipe_and_drops_the_padding(tmp_path,
     output = read_tensors(tmp_path / "out")
     recipe = seed_recipe(output["m.qweight"], output["m.scales"], 128)
     assert torch.equal(q.dequantize_int4(output["m.qweight"], output["m.scales"], 128), recipe)
-    assert torch.equal(q.dequantize_int4(output["m.qweight"], output["m.scales"], 128, columns), recipe[:, :columns])
+    assert torch.equal(
+        q.dequantize_int4(output["m.qweight"], output["m.scales"], 128, columns),
+        recipe[:, :columns],
+    )
     assert not recipe[:, columns:].any()
 
 
@@ -308,7 +349,10 @@ def test_dequantize_int4_says_when_the_group_size_is_wrong():
 
 
 def test_decoding_stays_on_the_device_of_the_words():
-    words, scales = torch.empty(4, 32, dtype=torch.int32, device="meta"), torch.empty(4, 2, device="meta").half()
+    words, scales = (
+        torch.empty(4, 32, dtype=torch.int32, device="meta"),
+        torch.empty(4, 2, device="meta").half(),
+    )
     weight = q.dequantize_int4(words, scales, 128, columns=200)
     assert (weight.device.type, weight.shape) == ("meta", (4, 200))
 
@@ -322,7 +366,9 @@ def test_every_weight_comes_back_within_half_a_scale(tiny, tmp_path):
         if module + ".qweight" not in output:
             continue
         scales = output[module + ".scales"].float()
-        back = seed_recipe(output[module + ".qweight"], output[module + ".scales"], 128)[:, : weight.shape[1]]
+        back = seed_recipe(output[module + ".qweight"], output[module + ".scales"], 128)[
+            :, : weight.shape[1]
+        ]
         bound = scales.repeat_interleave(128, 1)[:, : weight.shape[1]] * (0.5 + 7 * 2**-11)
         assert ((back - weight.float()).abs() <= bound).all(), name
         checked += 1
@@ -333,7 +379,9 @@ def test_every_weight_comes_back_within_half_a_scale(tiny, tmp_path):
 
 
 def test_a_buffer_that_memory_does_not_hold_is_an_error_that_says_what_to_do():
-    with pytest.raises(q.QuantizeError, match=r"no memory for a buffer of .* TB: .* fewer --threads"):
+    with pytest.raises(
+        q.QuantizeError, match=r"no memory for a buffer of .* TB: .* fewer --threads"
+    ):
         q.Workspace().tensor("raw", torch.uint8, 1 << 60)
 
 

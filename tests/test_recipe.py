@@ -13,7 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 FAMILIES = ["nemotron_h", "qwen3_moe", "llama"]
-BATCHES = [{"input_ids": TOKENS}, {"input_ids": TOKENS[:1, :7].flip(1)}]  # unlike in size, so means must be weighed
+BATCHES = [
+    {"input_ids": TOKENS},
+    {"input_ids": TOKENS[:1, :7].flip(1)},
+]  # unlike in size, so means must be weighed
 ONE_TOKEN = [{"input_ids": TOKENS[:1, :1]}]
 
 # --- the same means, from hooks ---------------------------------------------------------------------------------------
@@ -24,7 +27,9 @@ def hook_matrices(model, inputs):
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
-            module.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].flatten(0, -2)))
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: inputs[name].append(args[0].flatten(0, -2))
+            )
 
 
 def hook_stacks(model, inputs):
@@ -46,7 +51,9 @@ def hook_stacks(model, inputs):
 
     for name, module in model.named_modules():
         if name.endswith(".experts") and not isinstance(module, nn.ModuleList):
-            module.register_forward_pre_hook(lambda module, args, name=name: hook(module, args, name))
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: hook(module, args, name)
+            )
 
 
 def mean_squares(parts):
@@ -75,7 +82,9 @@ def assert_equal(vectors, expected):
     for name, vector in vectors.items():
         assert vector.dtype == torch.float32
         for expert, row in enumerate(vector) if vector.dim() == 2 else [(None, vector)]:
-            wanted = expected.get(name if expert is None else (name, expert), torch.zeros(vector.shape[-1]))
+            wanted = expected.get(
+                name if expert is None else (name, expert), torch.zeros(vector.shape[-1])
+            )
             torch.testing.assert_close(row, wanted, rtol=1e-3, atol=0)
 
 
@@ -99,7 +108,11 @@ def test_every_weight_that_is_multiplied_with_has_a_vector_in_its_parameters_nam
     model = build(name)
     vectors = collect_vectors(model, BATCHES, tmp_path, RANK=0)
     others = ("conv1d.weight", "embeddings.weight", "embed_tokens.weight")
-    names = [name for name, tensor in model.named_parameters() if tensor.dim() > 1 and not name.endswith(others)]
+    names = [
+        name
+        for name, tensor in model.named_parameters()
+        if tensor.dim() > 1 and not name.endswith(others)
+    ]
     assert set(vectors) == {name.removesuffix(".weight") for name in names}
 
 
@@ -161,7 +174,12 @@ class SeparateExperts(nn.Module):
         self.embeddings = nn.Embedding(320, width)
         self.gate = nn.Linear(width, experts, bias=False)
         self.experts = nn.ModuleList(
-            nn.ModuleDict({"up_proj": nn.Linear(width, inner), "down_proj": nn.Linear(inner, width, bias=False)})
+            nn.ModuleDict(
+                {
+                    "up_proj": nn.Linear(width, inner),
+                    "down_proj": nn.Linear(inner, width, bias=False),
+                }
+            )
             for _ in range(experts)
         )
 
@@ -221,7 +239,9 @@ def collect_product(multiply, shape, x, folder):
 def test_transposed_stacks_have_a_vector_of_their_inputs(multiply, rows, tmp_path):
     x = torch.randn(5, 16)
     vectors = collect_product(multiply, (3, 16, rows), x, tmp_path)
-    torch.testing.assert_close(vectors, torch.stack([torch.zeros(16), x.square().mean(0), torch.zeros(16)]))
+    torch.testing.assert_close(
+        vectors, torch.stack([torch.zeros(16), x.square().mean(0), torch.zeros(16)])
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,13 +293,17 @@ def captured(factor, moments):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("whole", [4096, 0], ids=["whole", "sketched"])
-def test_factors_hold_the_main_part_of_the_second_moments_of_all_tokens_that_reached_a_weight(name, whole, tmp_path):
+def test_factors_hold_the_main_part_of_the_second_moments_of_all_tokens_that_reached_a_weight(
+    name, whole, tmp_path
+):
     moments = moments_of(collect_inputs(build(name), BATCHES))
     vectors = collect_vectors(build(name), BATCHES, tmp_path, RANK=4, WHOLE=whole)
     stacks = 0
     for key, matrix in moments.items():
         module, expert = key if isinstance(key, tuple) else (key, None)
-        factor = vectors[f"{module}.factor"] if expert is None else vectors[f"{module}.factor"][expert]
+        factor = (
+            vectors[f"{module}.factor"] if expert is None else vectors[f"{module}.factor"][expert]
+        )
         assert factor.dtype == torch.float16
         assert factor.shape == (len(matrix), 4)
         stacks += expert is not None
@@ -304,14 +328,23 @@ def test_factors_never_exceed_the_mean_squares_and_quantize(tmp_path):
         "--importance",
         tmp_path / "importance.safetensors",
     ]
-    assert "with error feedback of rank" in quantize(tmp_path / "in", tmp_path / "out", *options, "--verify").stdout
+    assert (
+        "with error feedback of rank"
+        in quantize(tmp_path / "in", tmp_path / "out", *options, "--verify").stdout
+    )
 
 
 def test_layers_that_read_the_same_have_the_same_factor_and_others_have_not(tmp_path):
     vectors = collect_vectors(build("llama"), BATCHES, tmp_path, RANK=4)
     q_proj, k_proj, o_proj, gate, up = (
         vectors[f"model.layers.0.{name}.factor"]
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+        for name in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        )
     )
     assert torch.equal(q_proj, k_proj)
     assert torch.equal(gate, up)
@@ -351,4 +384,7 @@ def test_inputs_that_were_changed_in_place_are_not_taken_for_the_same(tmp_path):
 
 
 def test_a_rank_of_0_collects_mean_squares_alone(tmp_path):
-    assert not any(name.endswith(".factor") for name in collect_vectors(build("llama"), BATCHES, tmp_path, RANK=0))
+    assert not any(
+        name.endswith(".factor")
+        for name in collect_vectors(build("llama"), BATCHES, tmp_path, RANK=0)
+    )

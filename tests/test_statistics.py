@@ -30,21 +30,45 @@ def importance_file(tmp_path, tensors, *more):
     return ["--scale", "mse", "--importance", tmp_path / "importance.safetensors", *more]
 
 
-def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(three_layers, tmp_path):
-    vectors = {"layers.0.up": torch.rand(200) ** 8, "layers.1.up": torch.zeros(200)}  # an expert that saw no data
-    result = quantize(three_layers, tmp_path / "out", *importance_file(tmp_path, vectors), "--verify")
-    assert "importance weighs 1 weight; 1 are named but without data, 1 are not named" in result.stdout
+def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(
+    three_layers, tmp_path
+):
+    vectors = {
+        "layers.0.up": torch.rand(200) ** 8,
+        "layers.1.up": torch.zeros(200),
+    }  # an expert that saw no data
+    result = quantize(
+        three_layers, tmp_path / "out", *importance_file(tmp_path, vectors), "--verify"
+    )
+    assert (
+        "importance weighs 1 weight; 1 are named but without data, 1 are not named" in result.stdout
+    )
     quantize(three_layers, tmp_path / "plain", "--scale", "mse")
-    assert changed_tensors(tmp_path / "out", tmp_path / "plain") == {"layers.0.up.qweight", "layers.0.up.scales"}
+    assert changed_tensors(tmp_path / "out", tmp_path / "plain") == {
+        "layers.0.up.qweight",
+        "layers.0.up.scales",
+    }
 
 
 @pytest.mark.parametrize(
     ("vectors", "words"),
     [
-        ({"layers.0.up": torch.ones(199), "layers.1.up": torch.ones(200)}, "for each of its 200 columns"),
-        ({"layers.0.up": torch.ones(200), "layers.1.up": torch.ones(200).double()}, "for each of its 200 columns"),
-        ({"layers.0.up": torch.full((200,), float("nan")), "layers.1.up": torch.ones(200)}, "negative or not finite"),
-        ({"layers.0.up": -torch.ones(200), "layers.1.up": torch.ones(200)}, "negative or not finite"),
+        (
+            {"layers.0.up": torch.ones(199), "layers.1.up": torch.ones(200)},
+            "for each of its 200 columns",
+        ),
+        (
+            {"layers.0.up": torch.ones(200), "layers.1.up": torch.ones(200).double()},
+            "for each of its 200 columns",
+        ),
+        (
+            {"layers.0.up": torch.full((200,), float("nan")), "layers.1.up": torch.ones(200)},
+            "negative or not finite",
+        ),
+        (
+            {"layers.0.up": -torch.ones(200), "layers.1.up": torch.ones(200)},
+            "negative or not finite",
+        ),
         ({"layers.0.up": torch.ones(200)}, "names 1 of 3 weights that are quantized"),
         ({"layers.0.up.weight": torch.ones(200)}, "its names are 'layers.0.up.weight',"),
     ],
@@ -70,32 +94,48 @@ def test_another_scale_or_importance_makes_leftovers_foreign(three_layers, tmp_p
 LAYERS = {f"layers.{n}.mlp.up_proj": torch.rand(H) for n in range(2)}
 
 
-@pytest.mark.parametrize("theirs", ["model.", "", "model.language_model.", "language_model.model.", "_orig_mod."])
+@pytest.mark.parametrize(
+    "theirs", ["model.", "", "model.language_model.", "language_model.model.", "_orig_mod."]
+)
 @pytest.mark.parametrize("ours", ["backbone.", "model.", "language_model."])
 def test_names_that_differ_in_their_wrappers_match(tmp_path, theirs, ours):
     source = save_model(tmp_path / "in", {f"{ours}{name}.weight": random(64, H) for name in LAYERS})
     for wrapper, folder in ((theirs, "out"), (ours, "expected")):
-        options = importance_file(tmp_path, {wrapper + name: vector for name, vector in LAYERS.items()})
-        assert "importance weighs 2 weights; 0 are named" in quantize(source, tmp_path / folder, *options).stdout
+        options = importance_file(
+            tmp_path, {wrapper + name: vector for name, vector in LAYERS.items()}
+        )
+        assert (
+            "importance weighs 2 weights; 0 are named"
+            in quantize(source, tmp_path / folder, *options).stdout
+        )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
-def test_a_layers_vector_does_not_weigh_another_layer_that_ends_alike_where_its_own_is_kept(tmp_path):
+def test_a_layers_vector_does_not_weigh_another_layer_that_ends_alike_where_its_own_is_kept(
+    tmp_path,
+):
     names = [f"model.{name}" for name in LAYERS] + [f"mtp.{name}" for name in LAYERS]
     source = save_model(tmp_path / "in", {f"{name}.weight": random(64, H) for name in names})
-    options = importance_file(tmp_path, {f"model.{name}": vector for name, vector in LAYERS.items()})
-    result = run_cli(source, tmp_path / "out", *options, "--exclude", r"^model\.layers\.0\.", "--group_size", 64)
+    options = importance_file(
+        tmp_path, {f"model.{name}": vector for name, vector in LAYERS.items()}
+    )
+    result = run_cli(
+        source, tmp_path / "out", *options, "--exclude", r"^model\.layers\.0\.", "--group_size", 64
+    )
     assert_refused(result, "names 1 of 3 weights that are quantized")
 
 
 def test_a_name_that_ends_as_two_weights_do_matches_neither(tmp_path):
     wrappers = ("language_model.", "audio_tower.")
     source = save_model(
-        tmp_path / "in", {f"{wrapper}{name}.weight": random(64, H) for wrapper in wrappers for name in LAYERS}
+        tmp_path / "in",
+        {f"{wrapper}{name}.weight": random(64, H) for wrapper in wrappers for name in LAYERS},
     )
     vectors = {f"model.{name}": vector for name, vector in LAYERS.items()}
     result = run_cli(source, tmp_path / "out", *importance_file(tmp_path, vectors))
-    assert_refused(result, "names 0 of 4 weights", "'model.layers.0.mlp.up_proj'", "'audio_tower.layers.0")
+    assert_refused(
+        result, "names 0 of 4 weights", "'model.layers.0.mlp.up_proj'", "'audio_tower.layers.0"
+    )
 
 
 def test_an_exact_name_comes_before_one_with_other_wrappers(tmp_path):
@@ -110,8 +150,12 @@ def test_an_exact_name_comes_before_one_with_other_wrappers(tmp_path):
 def stacked_vectors(separate, place):
     """Vectors of separate experts as the model holds them: gate and up see the same input."""
     return {
-        f"{place}.gate_up_proj": torch.stack([separate[f"{MOE}.experts.{e}.up_proj"] for e in range(E)]),
-        f"{place}.down_proj": torch.stack([separate[f"{MOE}.experts.{e}.down_proj"] for e in range(E)]),
+        f"{place}.gate_up_proj": torch.stack(
+            [separate[f"{MOE}.experts.{e}.up_proj"] for e in range(E)]
+        ),
+        f"{place}.down_proj": torch.stack(
+            [separate[f"{MOE}.experts.{e}.down_proj"] for e in range(E)]
+        ),
     }
 
 
@@ -119,24 +163,41 @@ def stacked_vectors(separate, place):
 @pytest.mark.parametrize("place", [f"{MOE}.experts", f"model.language_{MOE}.experts"])
 def test_a_stack_of_vectors_weighs_the_experts_of_a_layer_each_by_its_own(tmp_path, tensors, place):
     source = save_model(tmp_path / "in", BESIDE | tensors, model_type="qwen3_moe")
-    vectors = {name.removesuffix(".weight"): torch.rand(weight.shape[1]) ** 4 for name, weight in SEPARATE.items()}
+    vectors = {
+        name.removesuffix(".weight"): torch.rand(weight.shape[1]) ** 4
+        for name, weight in SEPARATE.items()
+    }
     vectors |= {
-        name.replace("up_proj", "gate_proj"): vector.clone() for name, vector in vectors.items() if "up_proj" in name
+        name.replace("up_proj", "gate_proj"): vector.clone()
+        for name, vector in vectors.items()
+        if "up_proj" in name
     }
     for folder, given in (("out", stacked_vectors(vectors, place)), ("expected", vectors)):
         options = importance_file(tmp_path, given)
         result = quantize(source, tmp_path / folder, "--group_size", 64, *options)
-        assert f"importance weighs {3 * E} weights; 0 are named but without data, 2 are not named" in result.stdout
+        assert (
+            f"importance weighs {3 * E} weights; 0 are named but without data, 2 are not named"
+            in result.stdout
+        )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
 def test_a_stack_of_vectors_finds_experts_that_the_hub_calls_otherwise(tmp_path):
     moe = "model.layers.0.block_sparse_moe"
     names = {"w1": H, "w3": H, "w2": 128}
-    tensors = {f"{moe}.experts.{e}.{n}.weight": random(64, columns) for e in range(E) for n, columns in names.items()}
+    tensors = {
+        f"{moe}.experts.{e}.{n}.weight": random(64, columns)
+        for e in range(E)
+        for n, columns in names.items()
+    }
     source = save_model(tmp_path / "in", BESIDE | tensors, model_type="mixtral")
-    vectors = {f"{MOE}.experts.gate_up_proj": torch.rand(E, H), f"{MOE}.experts.down_proj": torch.rand(E, 128)}
-    result = quantize(source, tmp_path / "out", "--group_size", 64, *importance_file(tmp_path, vectors))
+    vectors = {
+        f"{MOE}.experts.gate_up_proj": torch.rand(E, H),
+        f"{MOE}.experts.down_proj": torch.rand(E, 128),
+    }
+    result = quantize(
+        source, tmp_path / "out", "--group_size", 64, *importance_file(tmp_path, vectors)
+    )
     assert f"importance weighs {3 * E} weights" in result.stdout
 
 
@@ -152,8 +213,14 @@ def seeded(*shape, seed=0):
 
 def correlated_inputs(columns, tokens=400, directions=24, seed=1):
     """Inputs (tokens, columns) that lie mostly in a few directions, as activations do, some columns far larger."""
-    inputs = seeded(tokens, directions, seed=seed) @ seeded(directions, columns, seed=seed + 1) / directions**0.5
-    return (inputs + 0.5 * seeded(tokens, columns, seed=seed + 2)) * (seeded(columns, seed=seed + 3) / 2).exp()
+    inputs = (
+        seeded(tokens, directions, seed=seed)
+        @ seeded(directions, columns, seed=seed + 1)
+        / directions**0.5
+    )
+    return (inputs + 0.5 * seeded(tokens, columns, seed=seed + 2)) * (
+        seeded(columns, seed=seed + 3) / 2
+    ).exp()
 
 
 def statistics_of(inputs, rank):
@@ -176,12 +243,17 @@ def decode(folder, source, tmp_path, name=NAME):
 
 def output_error(inputs, weight, decoded):
     difference = decoded.double() - weight.double()
-    return float((inputs.double() @ difference.T).norm() / (inputs.double() @ weight.double().T).norm())
+    return float(
+        (inputs.double() @ difference.T).norm() / (inputs.double() @ weight.double().T).norm()
+    )
 
 
 @pytest.fixture
 def model(tmp_path):
-    weights = {f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).bfloat16(), "layers.0.norm.weight": torch.ones(8)}
+    weights = {
+        f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).bfloat16(),
+        "layers.0.norm.weight": torch.ones(8),
+    }
     return save_model(tmp_path / "in", weights)
 
 
@@ -189,7 +261,9 @@ def test_a_factor_in_float16_does_as_well(model, tmp_path):
     inputs = correlated_inputs(COLUMNS)
     tensors = tensors_of(NAME, inputs, 24)
     tensors[f"{NAME}.factor"] = tensors[f"{NAME}.factor"].half()
-    quantize(model, tmp_path / "out", *importance_file(tmp_path, tensors, "--group_size", 64), "--verify")
+    quantize(
+        model, tmp_path / "out", *importance_file(tmp_path, tensors, "--group_size", 64), "--verify"
+    )
     weight = read_tensors(model)[f"{NAME}.weight"]
     assert output_error(inputs, weight, decode(tmp_path / "out", model, tmp_path)) < 0.05
 
@@ -203,16 +277,23 @@ def test_a_factor_in_float16_does_as_well(model, tmp_path):
         ({"factor": torch.zeros(COLUMNS, 0)}, "(384, 1 to 64)"),
         ({"factor": torch.zeros(COLUMNS, 8).double()}, "float32 or float16"),
         ({"factor": torch.full((COLUMNS, 8), math.nan)}, "not finite"),
-        ({"factor": torch.ones(COLUMNS, 8)}, "column 0 that add up to 8, more than the column's mean square, 1"),
+        (
+            {"factor": torch.ones(COLUMNS, 8)},
+            "column 0 that add up to 8, more than the column's mean square, 1",
+        ),
         ({"other.factor": torch.ones(COLUMNS, 8)}, "'other.factor' has no 'other' beside it"),
     ],
     ids=["columns", "no rank", "high rank", "rank 0", "dtype", "nan", "too large", "alone"],
 )
 def test_a_bad_factor_is_refused_before_anything_is_written(model, tmp_path, change, words):
     tensors = {NAME: torch.ones(COLUMNS)}
-    tensors |= {name if "." in name else f"{NAME}.{name}": tensor for name, tensor in change.items()}
+    tensors |= {
+        name if "." in name else f"{NAME}.{name}": tensor for name, tensor in change.items()
+    }
     assert_refused(
-        run_cli(model, tmp_path / "out", *importance_file(tmp_path, tensors)), "importance.safetensors", words
+        run_cli(model, tmp_path / "out", *importance_file(tmp_path, tensors)),
+        "importance.safetensors",
+        words,
     )
     assert not (tmp_path / "out").exists()
 
@@ -229,29 +310,47 @@ def test_a_layer_without_data_is_neither_weighed_nor_fed_back(tmp_path):
     tensors = tensors_of("layers.0.up", correlated_inputs(COLUMNS), 8)
     tensors |= {"layers.1.up": torch.zeros(COLUMNS), "layers.1.up.factor": torch.zeros(COLUMNS, 8)}
     result = quantize(model, tmp_path / "out", *importance_file(tmp_path, tensors), "--verify")
-    assert "weighs 1 weight, 1 of them with error feedback of rank 8; 1 are named but without data" in result.stdout
+    assert (
+        "weighs 1 weight, 1 of them with error feedback of rank 8; 1 are named but without data"
+        in result.stdout
+    )
     quantize(model, tmp_path / "plain", "--scale", "mse")
-    assert changed_tensors(tmp_path / "out", tmp_path / "plain") == {"layers.0.up.qweight", "layers.0.up.scales"}
+    assert changed_tensors(tmp_path / "out", tmp_path / "plain") == {
+        "layers.0.up.qweight",
+        "layers.0.up.scales",
+    }
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "separate"])
 def test_a_stack_of_factors_gives_each_expert_its_own(tmp_path, stacked):
-    source = save_model(tmp_path / "in", BESIDE | (gated()[0] if stacked else SEPARATE), model_type="qwen3_moe")
+    source = save_model(
+        tmp_path / "in", BESIDE | (gated()[0] if stacked else SEPARATE), model_type="qwen3_moe"
+    )
     place, tensors = f"{MOE}.experts", {}
     for expert in range(E):
-        for number, (names, columns) in enumerate(((("gate_proj", "up_proj"), H), (("down_proj",), 128))):
+        for number, (names, columns) in enumerate(
+            ((("gate_proj", "up_proj"), H), (("down_proj",), 128))
+        ):
             statistics = tensors_of("x", correlated_inputs(columns, seed=10 * expert + number), 8)
             for name in names:
-                tensors |= {f"{place}.{expert}.{name}{key[1:]}": tensor.clone() for key, tensor in statistics.items()}
+                tensors |= {
+                    f"{place}.{expert}.{name}{key[1:]}": tensor.clone()
+                    for key, tensor in statistics.items()
+                }
     stacks = {
-        f"{place}.{stack}{end}": torch.stack([tensors[f"{place}.{e}.{name}{end}"] for e in range(E)])
+        f"{place}.{stack}{end}": torch.stack(
+            [tensors[f"{place}.{e}.{name}{end}"] for e in range(E)]
+        )
         for stack, name in (("gate_up_proj", "up_proj"), ("down_proj", "down_proj"))
         for end in ("", ".factor")
     }
     for folder, given in (("out", stacks), ("expected", tensors)):
         options = importance_file(tmp_path, given, "--group_size", 64)
         result = quantize(source, tmp_path / folder, *options, "--verify")
-        assert f"weighs {3 * E} weights, {3 * E} of them with error feedback of rank 8" in result.stdout
+        assert (
+            f"weighs {3 * E} weights, {3 * E} of them with error feedback of rank 8"
+            in result.stdout
+        )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
@@ -266,7 +365,9 @@ def dense_gptq(weights, scales, moments, codes):
     for column in range(weights.shape[1]):
         quotients = current[:, column] / scales[:, column]
         distances[:, column] = (quotients.clamp(-8, 7) - codes[:, column]).abs()
-        errors = (current[:, column] - codes[:, column] * scales[:, column]) / factor[column, column]
+        errors = (current[:, column] - codes[:, column] * scales[:, column]) / factor[
+            column, column
+        ]
         current[:, column:] -= errors[:, None] * factor[column, column:]
     return distances, current
 
@@ -284,7 +385,9 @@ def test_every_code_is_that_of_dense_gptq_but_for_ties(kernel, rank):
     scales = scales.double().view(ROWS, -1).repeat_interleave(GROUP_SIZE, 1)
 
     shrunk = factor.double() * math.sqrt(0.8)
-    rest = (mean_squares.double() - shrunk.square().sum(1)).clamp_min(0) + 0.01 * mean_squares.double().mean()
+    rest = (mean_squares.double() - shrunk.square().sum(1)).clamp_min(
+        0
+    ) + 0.01 * mean_squares.double().mean()
     distances, _ = dense_gptq(weights.double(), scales, torch.diag(rest) + shrunk @ shrunk.T, codes)
     assert (distances > 0.5 + 1e-3).sum() == 0
     nearest = (weights.double() / scales).round().clamp(-8, 7)
@@ -306,7 +409,13 @@ def test_changes_are_bounded_by_two_scales():
 def test_a_factor_of_zeros_has_the_bytes_of_importance_alone(model, tmp_path, form):
     vector = seeded(COLUMNS).square()
     for folder, more in (("plain", {}), ("zeros", {f"{NAME}.factor": torch.zeros(COLUMNS, 5)})):
-        quantize(model, tmp_path / folder, "--format", form, *importance_file(tmp_path, {NAME: vector} | more))
+        quantize(
+            model,
+            tmp_path / folder,
+            "--format",
+            form,
+            *importance_file(tmp_path, {NAME: vector} | more),
+        )
     assert_same_tensors(tmp_path / "plain", tmp_path / "zeros")
 
 
@@ -329,21 +438,33 @@ def test_every_format_has_less_output_error_verifies_and_says_so(tmp_path, form,
         assert "holds what it should" in result.stdout
         assert ("with error feedback" in result.stdout) == (folder == "feedback")
         errors[folder] = output_error(inputs, weight, decode(tmp_path / folder, model, tmp_path))
-        printed = [line.split() for line in result.stdout.splitlines() if line.startswith("  other")][-1]
-        assert float(printed[-1]) == pytest.approx(errors[folder], rel=0.2)  # of diag + low rank instead of all
+        printed = [
+            line.split() for line in result.stdout.splitlines() if line.startswith("  other")
+        ][-1]
+        assert float(printed[-1]) == pytest.approx(
+            errors[folder], rel=0.2
+        )  # of diag + low rank instead of all
     assert errors["feedback"] < 0.6 * errors["plain"]
     assert "1 of them with error feedback of rank 24" in result.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("constants", [{}, {"TILE_WEIGHTS": 1000, "JOB_WEIGHTS": 3000}], ids=["whole", "cut"])
-def test_the_kernel_and_torch_write_the_same_bytes_however_a_weight_is_cut(tmp_path, form, dtype, constants):
-    model = save_model(tmp_path / "in", {f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).to(dtype)})
+@pytest.mark.parametrize(
+    "constants", [{}, {"TILE_WEIGHTS": 1000, "JOB_WEIGHTS": 3000}], ids=["whole", "cut"]
+)
+def test_the_kernel_and_torch_write_the_same_bytes_however_a_weight_is_cut(
+    tmp_path, form, dtype, constants
+):
+    model = save_model(
+        tmp_path / "in", {f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).to(dtype)}
+    )
     tensors = tensors_of(NAME, correlated_inputs(COLUMNS), 20)
     options = importance_file(tmp_path, tensors, "--format", form, "--group_size", 32)
     quantize(model, tmp_path / "kernel", *options)
-    told = quantize(model, tmp_path / "torch", *options, environment={"CC": "false"}, constants=constants).stdout
+    told = quantize(
+        model, tmp_path / "torch", *options, environment={"CC": "false"}, constants=constants
+    ).stdout
     assert "rounding with torch, which takes thirty times" in told
     assert folder_bytes(tmp_path / "kernel") == folder_bytes(tmp_path / "torch")
 
@@ -354,7 +475,10 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
     weights = EXTREME_WEIGHTS[kind](seeded(36, group_size * 3)).bfloat16()
     weights[5] = 0
     mean_squares, factor = statistics_of(correlated_inputs(group_size * 3), 11)
-    how = {"importance": mean_squares.view(3, -1), "feedback": q.feedback_of(mean_squares, factor, None)}
+    how = {
+        "importance": mean_squares.view(3, -1),
+        "feedback": q.feedback_of(mean_squares, factor, None),
+    }
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = [
             quantize_or_refuse(weights.view(-1, group_size), scale_dtype, kernel=kernel, **how)
@@ -366,7 +490,10 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
 @pytest.mark.parametrize("rank", [1, 8, 33, 64])
 def test_the_kernel_and_torch_find_the_same_spread(rank):
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
-    spreads = [q.feedback_of(mean_squares, factor.clone(), kernel)[1] for kernel in (compiled_kernel(), None)]
+    spreads = [
+        q.feedback_of(mean_squares, factor.clone(), kernel)[1]
+        for kernel in (compiled_kernel(), None)
+    ]
     assert torch.equal(*spreads)
     assert spreads[0].abs().max() > 0
 
@@ -375,7 +502,10 @@ def test_a_weight_in_8_bits_is_rounded_without_feedback(model, tmp_path):
     options = ["--format", "compressed-tensors", "--int8", "up"]
     quantize(model, tmp_path / "plain", *options)
     quantize(
-        model, tmp_path / "out", *options, *importance_file(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 8))
+        model,
+        tmp_path / "out",
+        *options,
+        *importance_file(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 8)),
     )
     assert_same_tensors(tmp_path / "plain", tmp_path / "out")
 
@@ -385,7 +515,9 @@ def test_a_bad_weight_is_named_by_its_place(tmp_path):
     weight[17, 200] = math.nan
     model = save_model(tmp_path / "in", {f"{NAME}.weight": weight.bfloat16()})
     options = importance_file(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 8))
-    assert_refused(run_cli(model, tmp_path / "out", *options), f"'{NAME}.weight'", "row 17, column 200: nan")
+    assert_refused(
+        run_cli(model, tmp_path / "out", *options), f"'{NAME}.weight'", "row 17, column 200: nan"
+    )
 
 
 # --- --verify ---------------------------------------------------------------------------------------------------------
@@ -394,7 +526,9 @@ def test_a_bad_weight_is_named_by_its_place(tmp_path):
 @pytest.fixture
 def finished(model, tmp_path):
     """A folder that was made with feedback, and its options."""
-    options = importance_file(tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 24), "--group_size", GROUP_SIZE)
+    options = importance_file(
+        tmp_path, tensors_of(NAME, correlated_inputs(COLUMNS), 24), "--group_size", GROUP_SIZE
+    )
     quantize(model, tmp_path / "out", *options)
     return tmp_path / "out", options
 
@@ -421,10 +555,14 @@ def test_verify_with_the_statistics_finds_a_code_that_is_one_off(model, finished
     row, column = move_a_code(folder, by)
     result = run_cli(model, folder, *options, "--verify")
     assert_refused(result, "1 problem")
-    assert f"WRONG:     '{NAME}.weight': {NAME}.qweight[{row}, {column // 8}] differs" in result.stdout
+    assert (
+        f"WRONG:     '{NAME}.weight': {NAME}.qweight[{row}, {column // 8}] differs" in result.stdout
+    )
 
 
-def test_verify_without_the_statistics_says_what_it_checks_and_finds_a_code_that_is_far_off(model, finished):
+def test_verify_without_the_statistics_says_what_it_checks_and_finds_a_code_that_is_far_off(
+    model, finished
+):
     folder, _ = finished
     result = quantize(model, folder, "--verify")
     assert (

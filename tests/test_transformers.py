@@ -60,14 +60,22 @@ class Loaded:
     def state(self):
         """The loaded model's tensors, once compressed-tensors has decoded them, which it does in the first forward."""
         assert self.logits is not None
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if not LEFTOVERS.search(name)}
-        return families.stack_experts(state, transposed=True)  # of Llama-4, which has them apart once it is quantized
+        state = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if not LEFTOVERS.search(name)
+        }
+        return families.stack_experts(
+            state, transposed=True
+        )  # of Llama-4, which has them apart once it is quantized
 
 
 def load_with_twin(name, folder, **options):
     """What transformers makes of a quantized folder, and of the twin decoded from it, which is written beside it."""
     write_dense_twin(folder, folder.with_name("twin"))
-    if name == "llama4":  # dense, transformers has stacks for its experts, and quantized an nn.Linear for each
+    if (
+        name == "llama4"
+    ):  # dense, transformers has stacks for its experts, and quantized an nn.Linear for each
         edit_tensors(folder.with_name("twin"), families.transpose_and_stack)
     twin = families.load(name, folder.with_name("twin"))
     return Loaded(families.build(name), *families.load(name, folder, **options), *twin)
@@ -144,7 +152,11 @@ def test_the_twin_resembles_the_model_that_was_saved(loaded):
 def test_groups_of_32_and_negative_scales_of_mse_survive(name, tmp_path):
     options = ["--format", "compressed-tensors", "--group_size", 32, "--scale", "mse"]
     folder = convert(name, "pretrained", "", tmp_path, options)
-    assert any((tensor < 0).any() for key, tensor in read_tensors(folder).items() if key.endswith(".weight_scale"))
+    assert any(
+        (tensor < 0).any()
+        for key, tensor in read_tensors(folder).items()
+        if key.endswith(".weight_scale")
+    )
     result = load_with_twin(name, folder)
     check_report(result)
     check_parameters(result)
@@ -152,7 +164,9 @@ def test_groups_of_32_and_negative_scales_of_mse_survive(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize(("name", "layers"), [("nemotron_h", "layers"), ("llama_tied", "attention")])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("nemotron_h", "layers"), ("llama_tied", "attention")]
+)
 def test_weights_dequantized_while_loading_equal_the_twins(name, layers, tmp_path):
     folder = convert(name, "pretrained", layers, tmp_path)
     options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
@@ -165,14 +179,24 @@ def test_weights_dequantized_while_loading_equal_the_twins(name, layers, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("nemotron_h", ""), ("nemotron_h", "layers"), ("llama", ""), ("llama", "attention"), ("llama_tied", "")],
+    [
+        ("nemotron_h", ""),
+        ("nemotron_h", "layers"),
+        ("llama", ""),
+        ("llama", "attention"),
+        ("llama_tied", ""),
+    ],
 )
 def test_quantized_layers_are_all_linear_ones_but_head_routers_and_excluded(name, layers, tmp_path):
     _, quantized = read_dequantized(convert(name, "pretrained", layers, tmp_path))
     # transformers' routers are no nn.Linear, and it holds the experts of a layer in one parameter.
     modules = families.build(name).named_modules()
-    linear = {f"{module_name}.weight" for module_name, module in modules if isinstance(module, nn.Linear)}
-    linear = {key.replace("model.", "backbone.", 1) if name == "nemotron_h" else key for key in linear}
+    linear = {
+        f"{module_name}.weight" for module_name, module in modules if isinstance(module, nn.Linear)
+    }
+    linear = {
+        key.replace("model.", "backbone.", 1) if name == "nemotron_h" else key for key in linear
+    }
     linear |= {key for key in read_tensors(tmp_path / "source") if ".experts." in key}
     kept = {key for key in linear if layers and re.search(FAMILIES[name].excludes[layers], key)}
     assert bool(kept) == bool(layers)
@@ -180,7 +204,9 @@ def test_quantized_layers_are_all_linear_ones_but_head_routers_and_excluded(name
 
 
 @pytest.mark.parametrize("name", ["llama", "nemotron_h", "qwen3_moe"])
-def test_transformers_computes_with_a_restored_folder_what_it_computes_with_the_quantized_one(name, tmp_path):
+def test_transformers_computes_with_a_restored_folder_what_it_computes_with_the_quantized_one(
+    name, tmp_path
+):
     folder = convert(name, "pretrained", next(iter(FAMILIES[name].wide)), tmp_path)
     quantize(folder, tmp_path / "restored", "--restore")
     logits = []
@@ -194,12 +220,23 @@ def test_transformers_computes_with_a_restored_folder_what_it_computes_with_the_
 # --- ways to save -----------------------------------------------------------------------------------------------------
 
 SAME_NAME = {"nemotron_h": (r"^model\.", "backbone.")}
-REFUSED = [(name, saved) for name, family in FAMILIES.items() if family.refused for saved in family.saved]
-RESAVED = [(name, saved) for name, family in FAMILIES.items() for saved in family.saved if saved != "pretrained"]
+REFUSED = [
+    (name, saved) for name, family in FAMILIES.items() if family.refused for saved in family.saved
+]
+RESAVED = [
+    (name, saved)
+    for name, family in FAMILIES.items()
+    for saved in family.saved
+    if saved != "pretrained"
+]
 
 
-@pytest.mark.parametrize(("name", "saved"), [case for case in RESAVED if not FAMILIES[case[0]].refused])
-def test_a_model_saved_as_a_state_dict_gives_the_tensors_of_one_saved_by_save_pretrained(name, saved, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "saved"), [case for case in RESAVED if not FAMILIES[case[0]].refused]
+)
+def test_a_model_saved_as_a_state_dict_gives_the_tensors_of_one_saved_by_save_pretrained(
+    name, saved, tmp_path
+):
     expected = read_tensors(convert(name, "pretrained", "", tmp_path / "pretrained"))
     written = read_tensors(convert(name, saved, "", tmp_path / saved))
     for pattern, replacement in [SAME_NAME[name]] if name in SAME_NAME else []:
@@ -215,14 +252,20 @@ def test_a_model_saved_as_a_state_dict_gives_the_tensors_of_one_saved_by_save_pr
 @pytest.mark.parametrize(("name", "saved"), REFUSED)
 def test_stacks_that_no_engine_loads_as_weights_are_refused_by_name(name, saved, tmp_path):
     families.save(name, saved, tmp_path / "source")
-    assert_refused(run_cli(tmp_path / "source", tmp_path / "out", *OPTIONS), FAMILIES[name].refused, "--exclude")
+    assert_refused(
+        run_cli(tmp_path / "source", tmp_path / "out", *OPTIONS),
+        FAMILIES[name].refused,
+        "--exclude",
+    )
 
 
 @pytest.mark.parametrize(("name", "saved"), REFUSED)
 def test_stacks_that_are_kept_are_those_of_the_source(name, saved, tmp_path):
     folder = convert(name, saved, "experts", tmp_path)
     source, written = read_tensors(tmp_path / "source"), read_tensors(folder)
-    stacks = [key for key, tensor in source.items() if re.search(FAMILIES[name].excludes["experts"], key)]
+    stacks = [
+        key for key, tensor in source.items() if re.search(FAMILIES[name].excludes["experts"], key)
+    ]
     assert any(source[key].dim() == 3 for key in stacks)
     for key in stacks:
         assert torch.equal(written[key], source[key]), key
@@ -240,7 +283,9 @@ def test_transformers_cannot_load_a_quantized_t5_unless_it_is_decoded_at_once(tm
 
 def test_transformers_cannot_load_experts_that_were_kept(tmp_path):
     families.save("nemotron_h", "pretrained", tmp_path / "source")
-    quantize(tmp_path / "source", tmp_path / "out", *OPTIONS, "--exclude", r"layers\.1\.mixer\.experts\.")
+    quantize(
+        tmp_path / "source", tmp_path / "out", *OPTIONS, "--exclude", r"layers\.1\.mixer\.experts\."
+    )
     _, report = families.load("nemotron_h", tmp_path / "out")
     experts = "model.layers.1.mixer.experts"
     assert report["missing_keys"] == {f"{experts}.up_proj", f"{experts}.down_proj"}
@@ -307,8 +352,12 @@ def forget_a_kept_layer(config):
 
 def ignore_full_names(config):
     """Name kept layers as the checkpoint does, which transformers reads under other names."""
-    config["ignore"] = [re.sub(r"^re:\(\.\*\\\.\)\?|\\|\$$", "", entry) for entry in config["ignore"]]
-    config["ignore"] = [f"backbone.{entry}" if entry.startswith("layers") else entry for entry in config["ignore"]]
+    config["ignore"] = [
+        re.sub(r"^re:\(\.\*\\\.\)\?|\\|\$$", "", entry) for entry in config["ignore"]
+    ]
+    config["ignore"] = [
+        f"backbone.{entry}" if entry.startswith("layers") else entry for entry in config["ignore"]
+    ]
 
 
 def misstate_the_group_size(config):

@@ -71,7 +71,9 @@ def test_verify_reads_a_group_size_and_padding_of_int4(tiny, tmp_path):
 
 def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "in")
-    edit_json(tmp_path / "in" / "config.json", lambda config: config.update(quantization_config=None))
+    edit_json(
+        tmp_path / "in" / "config.json", lambda config: config.update(quantization_config=None)
+    )
     assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
     assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
 
@@ -81,7 +83,11 @@ def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny)
     lines = quantize(tiny, folder, "--verify").stdout.splitlines()
     rows = {line[:24].strip(): line[24:].split() for line in lines}
     counts = {"experts": 16, "shared experts": 4, "attention": 4, "Mamba": 2}
-    counts |= {"head": 1, "routers": 2, "kept, bit for bit": 14} if form == "int4" else {"kept, bit for bit": 17}
+    counts |= (
+        {"head": 1, "routers": 2, "kept, bit for bit": 14}
+        if form == "int4"
+        else {"kept, bit for bit": 17}
+    )
     for kind, count in counts.items():
         assert rows[kind][0] == str(count)
         if kind != "kept, bit for bit":
@@ -91,7 +97,9 @@ def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny)
 
 
 def test_the_guard_watches_over_verification_too(finished, tiny):
-    assert_refused(run_cli(tiny, finished[1], "--verify", "--min_free_gb", 10**6), "--min_free_gb", exit_code=3)
+    assert_refused(
+        run_cli(tiny, finished[1], "--verify", "--min_free_gb", 10**6), "--min_free_gb", exit_code=3
+    )
 
 
 def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
@@ -156,7 +164,9 @@ def expert_weights(folder):
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5, 1.5])
-def test_scales_of_mse_that_were_changed_are_found_though_the_codes_fit_them(tiny, tmp_path, factor):
+def test_scales_of_mse_that_were_changed_are_found_though_the_codes_fit_them(
+    tiny, tmp_path, factor
+):
     quantize(tiny, tmp_path / "out", "--scale", "mse", "--group_size", 64)
     name, weight = next(iter(expert_weights(tiny)))
 
@@ -170,7 +180,8 @@ def test_scales_of_mse_that_were_changed_are_found_though_the_codes_fit_them(tin
 
 
 @pytest.mark.parametrize(
-    ("form", "part"), [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")]
+    ("form", "part"),
+    [("gptq", "qzeros"), ("gptq", "g_idx"), ("compressed-tensors", "weight_shape")],
 )
 def test_wrong_constants_are_found(tiny, tmp_path, form, part):
     quantize(tiny, tmp_path / "out", "--format", form, "--group_size", 64, "--scale", "absmax")
@@ -224,7 +235,10 @@ def test_an_unreadable_shard_is_found(damaged, tiny):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda index: index["weight_map"].popitem(), lambda index: index["metadata"].update(total_size=12)],
+    [
+        lambda index: index["weight_map"].popitem(),
+        lambda index: index["metadata"].update(total_size=12),
+    ],
     ids=["map", "size"],
 )
 def test_a_wrong_index_is_found(damaged, tiny, change):
@@ -236,7 +250,9 @@ def test_a_wrong_index_is_found(damaged, tiny, change):
 def test_a_wrong_true_shape_is_found(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     path = tmp_path / "out" / "quantize_config.json"
-    edit_json(path, lambda config: config["padded_weights"].update({f"{EXPERT}.weight": [256, 191]}))
+    edit_json(
+        path, lambda config: config["padded_weights"].update({f"{EXPERT}.weight": [256, 191]})
+    )
     assert_found(tiny, tmp_path / "out", "quantize_config.json is not as it was written")
 
 
@@ -250,10 +266,14 @@ def test_a_lost_or_changed_file_is_found(tiny, tmp_path, name):
 
 
 @pytest.mark.parametrize("change", ["changed", "added", "touched"])
-def test_files_of_the_source_that_changed_since_are_not_blamed_on_the_folder(tiny, tmp_path, change):
+def test_files_of_the_source_that_changed_since_are_not_blamed_on_the_folder(
+    tiny, tmp_path, change
+):
     shutil.copytree(tiny, tmp_path / "in")
     quantize(tmp_path / "in", tmp_path / "out")
-    if change == "touched":  # a time of fewer digits, which shortens the header that a run would write now
+    if (
+        change == "touched"
+    ):  # a time of fewer digits, which shortens the header that a run would write now
         for path in (tmp_path / "in").glob("*.safetensors"):
             os.utime(path, (3, 3))
     else:
@@ -265,20 +285,33 @@ def test_files_of_the_source_that_changed_since_are_not_blamed_on_the_folder(tin
 # --- a folder made otherwise ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [["--group_size", 128], ["--format", "int4"], ["--format", "gptq"]], ids=str)
-def test_a_finished_folder_of_another_layout_is_not_passed_off_as_what_was_asked_for(finished, tiny, options):
+@pytest.mark.parametrize(
+    "options", [["--group_size", 128], ["--format", "int4"], ["--format", "gptq"]], ids=str
+)
+def test_a_finished_folder_of_another_layout_is_not_passed_off_as_what_was_asked_for(
+    finished, tiny, options
+):
     form, folder = finished
     if options == ["--format", form]:
         assert "holds what it should" in quantize(tiny, folder, "--verify", *options).stdout
     else:
-        assert_refused(run_cli(tiny, folder, "--verify", *options), "was made otherwise: --", "verify it with")
+        assert_refused(
+            run_cli(tiny, folder, "--verify", *options), "was made otherwise: --", "verify it with"
+        )
 
 
-OTHER_OPTIONS = [["--scale", "mse"], ["--exclude", "o_proj"], ["--quantize_embeddings"], ["--shard_size_gb", 0.0001]]
+OTHER_OPTIONS = [
+    ["--scale", "mse"],
+    ["--exclude", "o_proj"],
+    ["--quantize_embeddings"],
+    ["--shard_size_gb", 0.0001],
+]
 
 
 @pytest.mark.parametrize("options", OTHER_OPTIONS, ids=str)
-def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_for(tiny, tmp_path, options):
+def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_for(
+    tiny, tmp_path, options
+):
     quantize(tiny, tmp_path / "plain")
     quantize(tiny, tmp_path / "asked", *options)
     refused = run_cli(tiny, tmp_path / "plain", "--verify", *options)
@@ -294,7 +327,9 @@ def test_a_folder_whose_shards_do_not_say_how_they_were_made_is_refused(tiny, tm
     quantize(tiny, tmp_path / "out")
     for shard in (tmp_path / "out").glob("*.safetensors"):
         save_file(load_file(shard), shard)
-    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "no shard in it says how it was made")
+    assert_refused(
+        run_cli(tiny, tmp_path / "out", "--verify"), "no shard in it says how it was made"
+    )
 
 
 def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
@@ -306,20 +341,29 @@ def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
     text, tensors = json.dumps(header).encode(), shard.read_bytes()[start:]
     shard.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
     assert "holds what it should" in quantize(tiny, tmp_path / "out", "--verify").stdout
-    shard.write_bytes(len(text).to_bytes(8, "little") + text + tensors[:-1] + bytes([tensors[-1] ^ 1]))
+    shard.write_bytes(
+        len(text).to_bytes(8, "little") + text + tensors[:-1] + bytes([tensors[-1] ^ 1])
+    )
     assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "found 1 problem")
 
 
 def test_a_folder_of_another_version_is_refused(tiny, tmp_path):
     quantize(tiny, tmp_path / "out", constants={"FORMAT_VERSION": 1})
-    assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "made by another version of this program")
+    assert_refused(
+        run_cli(tiny, tmp_path / "out", "--verify"), "made by another version of this program"
+    )
 
 
 def test_a_source_of_other_files_ends_the_verification_before_it_begins(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     other = save_model(tmp_path / "other", {"m.weight": torch.ones(4, 128).bfloat16()})
     result = run_cli(other, tmp_path / "out", "--verify")
-    assert_refused(result, "was made otherwise", "'model-00001-of-00002.safetensors'", "verify it with the checkpoint")
+    assert_refused(
+        result,
+        "was made otherwise",
+        "'model-00001-of-00002.safetensors'",
+        "verify it with the checkpoint",
+    )
     assert "overwrite" not in result.stderr
     assert "WRONG" not in result.stdout
 
@@ -332,7 +376,9 @@ def test_another_source_of_the_same_sizes_is_found_and_not_blamed_on_the_folder(
     name = next(name for name in load_file(shard) if name.endswith("up_proj.weight"))
     overwrite_weights(shard, name, b"\x12\x34" * 1000)
     result = run_cli(other, tmp_path / "out", "--verify")
-    assert_refused(result, "found 1 problem, listed above", "now of another time, is what it was made from")
+    assert_refused(
+        result, "found 1 problem, listed above", "now of another time, is what it was made from"
+    )
     assert f"WRONG:     '{name}'" in result.stdout
     assert result.stdout.count(name) == 1
 
@@ -348,7 +394,14 @@ def test_weights_too_small_for_a_scale_of_float16_are_checked_without_the_statis
     small = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).mul(5e-5).bfloat16()
     source = save_model(tmp_path / "in", {"m.0.up_proj.weight": small})
     save_file({"m.0.up_proj": torch.rand(256) + 0.1}, tmp_path / "statistics.safetensors")
-    quantize(source, tmp_path / "out", "--scale", "mse", "--importance", tmp_path / "statistics.safetensors")
+    quantize(
+        source,
+        tmp_path / "out",
+        "--scale",
+        "mse",
+        "--importance",
+        tmp_path / "statistics.safetensors",
+    )
     assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
     edit(tmp_path / "out", lambda tensors: tensors["m.0.up_proj.qweight"].bitwise_not_())
     assert_found(source, tmp_path / "out", "too far for a scale of")

@@ -21,7 +21,10 @@ from tiny_nemotron import NANO_30B
 
 import quantize_int4 as q
 
-VLLM_VERSIONS = ("0.29.0", "0.33.0")  # every row below was read in the first; paths are below vllm/model_executor/
+VLLM_VERSIONS = (
+    "0.29.0",
+    "0.33.0",
+)  # every row below was read in the first; paths are below vllm/model_executor/
 NEMOTRON = "models/nemotron_h.py"
 MAMBA = "layers/mamba/mamba_mixer2.py"
 MARLIN = "layers/quantization/utils/marlin_utils.py"
@@ -29,7 +32,9 @@ CT = "layers/quantization/compressed_tensors"
 WNA16 = f"{CT}/schemes/compressed_tensors_wNa16.py"
 
 GROUP_SIZE = 64
-KINDS = NANO_30B.hybrid_override_pattern  # a letter a layer: M Mamba, * attention, E mixture of experts
+KINDS = (
+    NANO_30B.hybrid_override_pattern
+)  # a letter a layer: M Mamba, * attention, E mixture of experts
 
 # --- what vLLM demands ------------------------------------------------------------------------------------------------
 
@@ -43,8 +48,12 @@ class Tile:
     source: str
 
 
-LINEAR_TILE = Tile(64, 128, f"{MARLIN} verify_marlin_supports_shape")  # 0.29 would pad, versions before it refuse
-UP_TILE = Tile(64, 128, f"{MARLIN} check_moe_marlin_supports_config")  # a hidden size of 128s, experts of 64s
+LINEAR_TILE = Tile(
+    64, 128, f"{MARLIN} verify_marlin_supports_shape"
+)  # 0.29 would pad, versions before it refuse
+UP_TILE = Tile(
+    64, 128, f"{MARLIN} check_moe_marlin_supports_config"
+)  # a hidden size of 128s, experts of 64s
 DOWN_TILE = Tile(128, 64, f"{MARLIN} check_moe_marlin_supports_config")
 
 
@@ -65,7 +74,10 @@ class Linear:
         """Names of the projections of each such layer of the model."""
         for prefix in layer_prefixes(self.kind):
             for expert in range(128 if "#" in "".join(self.rows) else 1):
-                yield [f"{prefix}mixer.{projection.replace('#', str(expert))}" for projection in self.rows]
+                yield [
+                    f"{prefix}mixer.{projection.replace('#', str(expert))}"
+                    for projection in self.rows
+                ]
 
 
 LINEARS = [
@@ -79,11 +91,25 @@ LINEARS = [
         f"{NEMOTRON} NemotronHAttention.__init__",
     ),
     Linear("*", {"o_proj": 2688}, 4096, LINEAR_TILE, f"{NEMOTRON} NemotronHAttention.__init__"),
-    Linear("E", {"shared_experts.up_proj": 3712}, 2688, LINEAR_TILE, f"{NEMOTRON} NemotronHMLP.__init__"),
-    Linear("E", {"shared_experts.down_proj": 2688}, 3712, LINEAR_TILE, f"{NEMOTRON} NemotronHMLP.__init__"),
+    Linear(
+        "E",
+        {"shared_experts.up_proj": 3712},
+        2688,
+        LINEAR_TILE,
+        f"{NEMOTRON} NemotronHMLP.__init__",
+    ),
+    Linear(
+        "E",
+        {"shared_experts.down_proj": 2688},
+        3712,
+        LINEAR_TILE,
+        f"{NEMOTRON} NemotronHMLP.__init__",
+    ),
     # Not gated, so there is no gate_proj, and up_proj alone is vLLM's w13.
     Linear("E", {"experts.#.up_proj": 1856}, 2688, UP_TILE, f"{NEMOTRON} NemotronHMoE.__init__"),
-    Linear("E", {"experts.#.down_proj": 2688}, 1856, DOWN_TILE, f"{NEMOTRON} NemotronHMoE.__init__"),
+    Linear(
+        "E", {"experts.#.down_proj": 2688}, 1856, DOWN_TILE, f"{NEMOTRON} NemotronHMoE.__init__"
+    ),
 ]
 
 
@@ -101,7 +127,11 @@ class Part:
 
     def expected(self, rows, columns, group_size):
         """Its dtype and shape for one projection."""
-        shapes = {"(n, k/8)": (rows, columns // 8), "(n, k/g)": (rows, columns // group_size), "(2,)": (2,)}
+        shapes = {
+            "(n, k/8)": (rows, columns // 8),
+            "(n, k/g)": (rows, columns // group_size),
+            "(2,)": (2,),
+        }
         return self.dtype, shapes[self.shape]
 
 
@@ -171,23 +201,45 @@ GROUP = "config_groups.group_0"
 PARSED = f"{CT}/compressed_tensors.py CompressedTensorsConfig._quantization_scheme_map_from_config"
 CHOSEN = f"{CT}/compressed_tensors.py CompressedTensorsConfig._is_wNa16_group_channel"
 SETTINGS = [
-    Setting("quant_method", "compressed-tensors", f"{CT}/compressed_tensors.py CompressedTensorsConfig.get_name"),
-    Setting("format", "pack-quantized", f"{CT}/compressed_tensors.py CompressedTensorsConfig._get_scheme_from_parts"),
     Setting(
-        f"{GROUP}.format", "pack-quantized", f"{CT}/compressed_tensors_moe/compressed_tensors_moe.py get_moe_method"
+        "quant_method",
+        "compressed-tensors",
+        f"{CT}/compressed_tensors.py CompressedTensorsConfig.get_name",
+    ),
+    Setting(
+        "format",
+        "pack-quantized",
+        f"{CT}/compressed_tensors.py CompressedTensorsConfig._get_scheme_from_parts",
+    ),
+    Setting(
+        f"{GROUP}.format",
+        "pack-quantized",
+        f"{CT}/compressed_tensors_moe/compressed_tensors_moe.py get_moe_method",
     ),
     # Experts are looked for as Linear, too. Targets that name projections would have to name a gate_proj.
-    Setting(f"{GROUP}.targets", ["Linear"], f"{CT}/compressed_tensors.py _add_fused_moe_to_target_scheme_map"),
+    Setting(
+        f"{GROUP}.targets",
+        ["Linear"],
+        f"{CT}/compressed_tensors.py _add_fused_moe_to_target_scheme_map",
+    ),
     Setting(f"{GROUP}.input_activations", None, CHOSEN),
     Setting(f"{GROUP}.weights.num_bits", 4, f"{WNA16} WNA16_SUPPORTED_TYPES_MAP"),
     Setting(f"{GROUP}.weights.type", "int", PARSED),
-    Setting(f"{GROUP}.weights.symmetric", True, f"{WNA16} CompressedTensorsWNA16.__init__"),  # codes are then q + 8
+    Setting(
+        f"{GROUP}.weights.symmetric", True, f"{WNA16} CompressedTensorsWNA16.__init__"
+    ),  # codes are then q + 8
     Setting(f"{GROUP}.weights.strategy", "group", CHOSEN),
     Setting(f"{GROUP}.weights.group_size", GROUP_SIZE, f"{WNA16} CompressedTensorsWNA16.__init__"),
     Setting(f"{GROUP}.weights.dynamic", False, CHOSEN),
-    Setting(f"{GROUP}.weights.actorder", None, f"{WNA16} CompressedTensorsWNA16.__init__"),  # else weight_g_idx is due
+    Setting(
+        f"{GROUP}.weights.actorder", None, f"{WNA16} CompressedTensorsWNA16.__init__"
+    ),  # else weight_g_idx is due
 ]
-MARLIN_GROUP_SIZES = (32, 64, 128)  # layers/quantization/utils/marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES
+MARLIN_GROUP_SIZES = (
+    32,
+    64,
+    128,
+)  # layers/quantization/utils/marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES
 
 
 def layer_prefixes(kind):
@@ -264,7 +316,12 @@ def read_plan(planned):
         tensors |= {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         holders |= dict.fromkeys(header, shard.name)
     config = planned.other_files["config.json"]
-    return Folder(tensors, holders, json.loads(planned.other_files["model.safetensors.index.json"]), json.loads(config))
+    return Folder(
+        tensors,
+        holders,
+        json.loads(planned.other_files["model.safetensors.index.json"]),
+        json.loads(config),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +334,9 @@ def planned(inventory):
 def folder(planned):
     """A folder to spoil."""
     index = {"weight_map": dict(planned.index["weight_map"])}
-    return Folder(dict(planned.tensors), dict(planned.holders), index, copy.deepcopy(planned.config))
+    return Folder(
+        dict(planned.tensors), dict(planned.holders), index, copy.deepcopy(planned.config)
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -288,7 +347,10 @@ def check_part(folder, linear, part):
     tensors, group_size = folder.tensors, folder.group_size
     for projections in linear.instances():
         for module, rows in zip(projections, linear.rows.values()):
-            expected, found = part.expected(rows, linear.columns, group_size), tensors.get(f"{module}.{part}")
+            expected, found = (
+                part.expected(rows, linear.columns, group_size),
+                tensors.get(f"{module}.{part}"),
+            )
             assert found == expected, (f"{module}.{part}", part.source, linear.source)
 
 
@@ -296,7 +358,11 @@ def check_kept(folder, kept):
     """Every layer of a kind has this tensor, of any float dtype, in vLLM's shape."""
     for name in kept.names():
         dtype, shape = folder.tensors.get(name, ("missing", ()))
-        assert (dtype in FLOAT.replace(",", "").split(), shape) == (True, kept.shape), (name, dtype, kept.source)
+        assert (dtype in FLOAT.replace(",", "").split(), shape) == (True, kept.shape), (
+            name,
+            dtype,
+            kept.source,
+        )
 
 
 def check_sizes(folder, linear):
@@ -382,7 +448,9 @@ def check_never_packed_are_ignored(folder):
 def test_the_tables_count_as_the_model_does():
     """23 Mamba, 6 attention and 23 expert layers, of 6,243 tensors in all, 6,004 of them packed."""
     assert [KINDS.count(kind) for kind in "M*E"] == [23, 6, 23]
-    projections = [module for linear in LINEARS for instance in linear.instances() for module in instance]
+    projections = [
+        module for linear in LINEARS for instance in linear.instances() for module in instance
+    ]
     kept = [name for row in KEPT for name in row.names()]
     assert len(set(projections)) == len(projections) == 6004
     assert len(set(kept)) == len(kept) == 6243 - 6004
@@ -420,7 +488,9 @@ def test_the_config_says_what_vllm_reads(planned, setting):
 
 def test_the_rest_of_config_json_reaches_vllm_unchanged(planned, inventory):
     model = json.loads((inventory / "config.json").read_text())
-    assert {key: value for key, value in planned.config.items() if key != "quantization_config"} == model
+    assert {
+        key: value for key, value in planned.config.items() if key != "quantization_config"
+    } == model
 
 
 @pytest.mark.parametrize("linear", LINEARS, ids=str)
@@ -435,7 +505,12 @@ def test_head_and_routers_are_ignored_by_name(planned):
 @pytest.fixture(scope="module")
 def partly_kept(inventory):
     """A folder in which one layer of every kind that can be kept alone is kept."""
-    names = ["0.mixer.in_proj", "1.mixer.experts", "3.mixer.shared_experts.up_proj", "5.mixer.[qkv]_proj"]
+    names = [
+        "0.mixer.in_proj",
+        "1.mixer.experts",
+        "3.mixer.shared_experts.up_proj",
+        "5.mixer.[qkv]_proj",
+    ]
     return read_plan(plan(inventory, GROUP_SIZE, *(rf"layers\.{name}\." for name in names)))
 
 
@@ -451,7 +526,9 @@ def test_what_the_user_kept_is_there(partly_kept):
     assert len(kept) == 1 + 2 * 128 + 1 + 3
 
 
-@pytest.mark.parametrize(("group_size", "reason"), [(128, "--group_size 64 divides all"), (16, "Marlin")])
+@pytest.mark.parametrize(
+    ("group_size", "reason"), [(128, "--group_size 64 divides all"), (16, "Marlin")]
+)
 def test_group_sizes_that_vllm_refuses_are_refused(inventory, group_size, reason):
     """Experts of 1,856 columns are no whole groups of 128: CompressedTensorsWNA16MoEMethod.create_weights."""
     with pytest.raises(q.QuantizeError, match=reason):
@@ -463,7 +540,12 @@ def test_group_sizes_that_vllm_refuses_are_refused(inventory, group_size, reason
 
 def spoilt_entries(dtype, shape):
     """A tensor's header entry with another dtype, more rows, another last dimension; and no entry."""
-    return [("I8", shape), (dtype, (shape[0] + 1, *shape[1:])), (dtype, (*shape[:-1], shape[-1] // 2)), None]
+    return [
+        ("I8", shape),
+        (dtype, (shape[0] + 1, *shape[1:])),
+        (dtype, (*shape[:-1], shape[-1] // 2)),
+        None,
+    ]
 
 
 def assert_each_is_noticed(folder, name, check, *row):
@@ -505,7 +587,10 @@ def test_a_size_that_marlin_pads_or_refuses_is_noticed(folder, linear, part):
     """Half a tile too many of rows or columns, though in whole groups, or one group too many."""
     change = {
         "rows": {"rows": linear.tile.rows // 2},
-        "columns": {"columns": linear.tile.columns // 2, "groups": linear.tile.columns // 2 // folder.group_size},
+        "columns": {
+            "columns": linear.tile.columns // 2,
+            "groups": linear.tile.columns // 2 // folder.group_size,
+        },
         "groups": {"groups": 1},
     }[part]
     resize(folder, linear, **change)
@@ -519,14 +604,18 @@ def test_a_group_size_that_marlin_lacks_is_noticed(folder):
         check_sizes(folder, LINEARS[0])
 
 
-@pytest.mark.parametrize("name", ["backbone.layers.1.mixer.experts.128.up_proj.weight_packed", "lm_head.weight_scale"])
+@pytest.mark.parametrize(
+    "name", ["backbone.layers.1.mixer.experts.128.up_proj.weight_packed", "lm_head.weight_scale"]
+)
 def test_a_tensor_too_many_is_noticed(folder, name):
     folder.tensors[name] = ("I32", (1856, 336))
     with pytest.raises(AssertionError, match=re.escape(name)):
         check_names(folder)
 
 
-@pytest.mark.parametrize("name", ["backbone.layers.51.mixer.experts.127.down_proj.weight_scale", "lm_head.weight"])
+@pytest.mark.parametrize(
+    "name", ["backbone.layers.51.mixer.experts.127.down_proj.weight_scale", "lm_head.weight"]
+)
 def test_a_tensor_too_few_is_noticed(folder, name):
     del folder.tensors[name]
     with pytest.raises(AssertionError, match=re.escape(name)):
@@ -540,7 +629,9 @@ def test_a_tensor_in_another_file_than_the_index_says_is_noticed(folder):
 
 
 def test_a_file_that_sends_vllm_to_another_loader_is_noticed(folder):
-    folder.holders["lm_head.weight"] = folder.index["weight_map"]["lm_head.weight"] = "consolidated.safetensors"
+    folder.holders["lm_head.weight"] = folder.index["weight_map"]["lm_head.weight"] = (
+        "consolidated.safetensors"
+    )
     with pytest.raises(AssertionError):
         check_index(folder)
 

@@ -34,15 +34,23 @@ OPTIONS = ["--format", "compressed-tensors", "--group_size", 64]
 # What vLLM loads neither from a quantized folder nor from a dense one, and what it says: see the test at the end.
 NOT_LOADED = {
     ("t5", "pretrained"): "T5",  # 0.29: not supported; 0.33: no position_ids in T5Stack
-    ("granite", "state_dict"): "block_sparse_moe.experts.down_proj",  # it knows the hub's input_linear, output_linear
-    ("qwen3_vl_moe", "pretrained"): "must match the size",  # it knows the hub's stacks, which are transposed
+    (
+        "granite",
+        "state_dict",
+    ): "block_sparse_moe.experts.down_proj",  # it knows the hub's input_linear, output_linear
+    (
+        "qwen3_vl_moe",
+        "pretrained",
+    ): "must match the size",  # it knows the hub's stacks, which are transposed
 }
 
 
 @pytest.fixture(autouse=True)
 def without_gpu(monkeypatch):
     """Replace what wants a GPU's kernels, or wants the platform to be a CPU in earnest, while a model is made."""
-    monkeypatch.setattr(mla_attention, "get_mla_prefill_backend", lambda config: lambda **sizes: None)
+    monkeypatch.setattr(
+        mla_attention, "get_mla_prefill_backend", lambda config: lambda **sizes: None
+    )
     monkeypatch.setattr(loader.OrinPlatform, "check_and_update_config", lambda *_: None)
 
 
@@ -67,7 +75,9 @@ def without_torchvision():
         import_module("vllm.model_executor.models.qwen3_5")
         import_module("vllm.model_executor.models.qwen3_vl_moe")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda function: function())  # here they are imported
+        patch.setattr(
+            registry, "_run_in_subprocess", lambda function: function()
+        )  # here they are imported
         yield
 
 
@@ -111,5 +121,7 @@ def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, layers, t
 def test_what_vllm_does_not_load_it_does_not_load_dense_either(name, saved, tmp_path):
     """And it says so; when this fails, the case is one for the test above."""
     for folder in convert(name, saved, next(iter(FAMILIES[name].excludes)), tmp_path):
-        with pytest.raises((ValueError, KeyError, RuntimeError), match=re.escape(NOT_LOADED[name, saved])):
+        with pytest.raises(
+            (ValueError, KeyError, RuntimeError), match=re.escape(NOT_LOADED[name, saved])
+        ):
             loader.load_into_vllm(folder)

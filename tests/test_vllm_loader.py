@@ -22,7 +22,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # read by the first import: the wheel is CUDA's and would look for a driver
+os.environ["VLLM_TARGET_DEVICE"] = (
+    "cpu"  # read by the first import: the wheel is CUDA's and would look for a driver
+)
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requirements-vllm.txt")
 
 import families
@@ -49,7 +51,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.kernels.linear import MarlinLinearKernel
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
-from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    unpack_quantized_values_into_int32,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -129,7 +133,14 @@ def pretend_orin():
         current_platform.__class__ = platform
 
 
-ACTIVATIONS = ("relu_squared", "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "gelu_new", "gelu_fast")
+ACTIVATIONS = (
+    "relu_squared",
+    "silu_and_mul",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "gelu_new",
+    "gelu_fast",
+)
 FP8_QUESTION = "cutlass_scaled_mm_supports_fp8"
 
 
@@ -148,7 +159,11 @@ def vllm_process(tmp_path_factory):
     rendezvous = tmp_path_factory.mktemp("vllm") / "rendezvous"
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(
-            world_size=1, rank=0, local_rank=0, distributed_init_method=rendezvous.as_uri(), backend="gloo"
+            world_size=1,
+            rank=0,
+            local_rank=0,
+            distributed_init_method=rendezvous.as_uri(),
+            backend="gloo",
         )
         initialize_model_parallel()
     yield
@@ -187,7 +202,11 @@ NOT_WEIGHTS = re.compile(r"g_idx|^qzeros$|weight_shape$|^[qkv]_(scale|zero_point
 # The first kind of projection is absent in NemotronH, whose experts are not gated.
 EXPERT_PROJECTIONS = {"w13": "up_proj", "w2": "down_proj"}
 # What vLLM calls a checkpoint's tensor: NemotronHForCausalLM.hf_to_vllm_mapper. Other models' names stay as they are.
-RENAMED = {r"^backbone\.": "model.", r"^model\.embeddings\b": "model.embed_tokens", r"\.A_log$": ".A"}
+RENAMED = {
+    r"^backbone\.": "model.",
+    r"^model\.embeddings\b": "model.embed_tokens",
+    r"\.A_log$": ".A",
+}
 
 
 def vllm_name(name):
@@ -213,7 +232,9 @@ def quantization_of(module):
 
 def rows_first(module, tensor):
     """A packed parameter as compressed-tensors stores it. GPTQ's have columns first, and so have experts for Marlin."""
-    transposed = getattr(quantization_of(module), "is_transposed", False) or hasattr(module, "qweight")
+    transposed = getattr(quantization_of(module), "is_transposed", False) or hasattr(
+        module, "qweight"
+    )
     return tensor.mT if transposed else tensor
 
 
@@ -231,10 +252,14 @@ def decode_parameters(module, parameters):
     """The weights among a module's parameters, by name, those decoded that are packed."""
     weights = {name: tensor for name, tensor in parameters.items() if not NOT_WEIGHTS.search(name)}
     if "qweight" in weights:
-        weights["weight"] = dequantize_parameter(module, weights.pop("qweight"), weights.pop("scales"))
+        weights["weight"] = dequantize_parameter(
+            module, weights.pop("qweight"), weights.pop("scales")
+        )
     for packed in [name for name in weights if name.endswith("_packed")]:
         name = packed.removesuffix("_packed")
-        weights[name] = dequantize_parameter(module, weights.pop(packed), weights.pop(f"{name}_scale"))
+        weights[name] = dequantize_parameter(
+            module, weights.pop(packed), weights.pop(f"{name}_scale")
+        )
     return weights
 
 
@@ -244,10 +269,16 @@ def unfuse(model, path, name, tensor):
     parent, _, last = path.rpartition(".")
     if isinstance(module, RoutedExperts):
         kind, _, name = name.partition("_")
-        return {f"{parent}.{expert}.{EXPERT_PROJECTIONS[kind]}.{name}": part for expert, part in enumerate(tensor)}
+        return {
+            f"{parent}.{expert}.{EXPERT_PROJECTIONS[kind]}.{name}": part
+            for expert, part in enumerate(tensor)
+        }
     if last in model.packed_modules_mapping:
         parts = tensor.split(module.output_sizes)
-        return {f"{parent}.{which}.{name}": part for which, part in zip(model.packed_modules_mapping[last], parts)}
+        return {
+            f"{parent}.{which}.{name}": part
+            for which, part in zip(model.packed_modules_mapping[last], parts)
+        }
     if isinstance(module, VocabParallelEmbedding):
         tensor = tensor[: module.org_vocab_size]  # vLLM pads the vocabulary to a multiple of 64
     return {f"{path}.{name}": tensor}
@@ -320,11 +351,17 @@ def test_vllm_holds_scales_of_both_signs(source, tmp_path):
     """A group whose largest weight is a negative code's may have a negative scale."""
     folder = tmp_path / "quantized"
     quantize(source, folder, "--format", "compressed-tensors", "--group_size", 64, "--scale", "mse")
-    assert any((tensor < 0).any() for name, tensor in read_tensors(folder).items() if name.endswith("_scale"))
+    assert any(
+        (tensor < 0).any()
+        for name, tensor in read_tensors(folder).items()
+        if name.endswith("_scale")
+    )
     check_folder(folder, source)
 
 
-@pytest.mark.parametrize("exclude", [None, r"layers\.1\.(self_attn\.[qkv]|mlp\.down)_proj\."], ids=["all", "exclude"])
+@pytest.mark.parametrize(
+    "exclude", [None, r"layers\.1\.(self_attn\.[qkv]|mlp\.down)_proj\."], ids=["all", "exclude"]
+)
 @pytest.mark.parametrize("output_format", DENSE_CASES)
 def test_vllm_holds_exactly_what_was_written_of_a_dense_model(tmp_path, output_format, exclude):
     """The same of a Llama in both engine formats; its gate and up projections are one layer to vLLM, too."""
@@ -337,7 +374,11 @@ def test_vllm_holds_exactly_what_was_written_of_a_dense_model(tmp_path, output_f
 def test_every_linear_layer_but_head_and_routers_is_quantized(source, folder):
     """What vLLM holds packed is what the design says is quantized."""
     _, quantized = read_vllm_model(load_into_vllm(folder))
-    linear = {name for name, tensor in read_tensors(source).items() if tensor.dim() == 2 and name.endswith(".weight")}
+    linear = {
+        name
+        for name, tensor in read_tensors(source).items()
+        if tensor.dim() == 2 and name.endswith(".weight")
+    }
     kept = {name for name in linear if re.search(r"embeddings|lm_head|\.gate\.", name)}
     assert quantized == {vllm_name(name) for name in linear - kept}
 
@@ -354,7 +395,9 @@ class Nano:
 def nano(request, inventory, tmp_path_factory):
     """Nemotron-3-Nano at both group sizes that divide its weights."""
     folder = tmp_path_factory.mktemp("nano")
-    (folder / "config.json").write_text(json.dumps(contract.read_plan(contract.plan(inventory, request.param)).config))
+    (folder / "config.json").write_text(
+        json.dumps(contract.read_plan(contract.plan(inventory, request.param)).config)
+    )
     with engine(folder) as config, torch.device("meta"):
         return Nano(request.param, initialize_model(config))
 
@@ -365,7 +408,9 @@ def test_vllm_allocates_for_nemotron_3_nano_what_the_contract_says(nano):
     expected = {
         vllm_name(name): tensor
         for name, tensor in contract.expected_tensors(nano.group_size).items()
-        if not name.endswith(".weight_shape")  # of which vLLM has one for a fused layer, and which it never uses
+        if not name.endswith(
+            ".weight_shape"
+        )  # of which vLLM has one for a fused layer, and which it never uses
     }
     differences = sorted(allocated_tensors(nano.model).items() ^ expected.items())
     assert not differences[:6]
@@ -374,7 +419,9 @@ def test_vllm_allocates_for_nemotron_3_nano_what_the_contract_says(nano):
 def test_vllm_chooses_marlin_for_every_quantized_layer_of_nemotron_3_nano(nano):
     """On Orin's capability, for linear layers and for experts."""
     kernels, experts = chosen_kernels(nano.model)
-    assert kernels == {MarlinLinearKernel: 2 * 23 + 2 * 6 + 2 * 23}  # Mamba; qkv and o; shared experts
+    assert kernels == {
+        MarlinLinearKernel: 2 * 23 + 2 * 6 + 2 * 23
+    }  # Mamba; qkv and o; shared experts
     assert experts == {MarlinExperts: 23}
 
 
@@ -389,7 +436,9 @@ def chosen_kernels(model):
     """How many layers have which kernel: linear layers and stacks of experts."""
     modules = list(model.modules())
     kernels = Counter(type(module.scheme.kernel) for module in modules if hasattr(module, "scheme"))
-    experts = [module.quant_method.experts_cls for module in modules if isinstance(module, RoutedExperts)]
+    experts = [
+        module.quant_method.experts_cls for module in modules if isinstance(module, RoutedExperts)
+    ]
     return kernels, Counter(experts)
 
 
@@ -417,7 +466,10 @@ def test_the_contracts_sources_are_where_it_says(row):
     file, _, symbol = row.partition(" ")
     text = (Path(vllm.__file__).parent / "model_executor" / file).read_text()
     for name in symbol.split("."):
-        assert re.search(rf"^\s*((class|def) {name}\b|{name}\b.*=)", text, re.MULTILINE), (file, name)
+        assert re.search(rf"^\s*((class|def) {name}\b|{name}\b.*=)", text, re.MULTILINE), (
+            file,
+            name,
+        )
 
 
 # --- the checks notice what is wrong ----------------------------------------------------------------------------------
@@ -530,8 +582,13 @@ def test_vllm_refuses_a_fused_layer_that_is_half_ignored(folder):
 
 def test_vllm_refuses_experts_that_are_ignored_by_their_own_names(folder):
     """It asks for expert 0's gate_proj too, which NemotronH lacks, so only a pattern for the whole stack serves."""
-    edit_ignore(folder, lambda ignore: ignore.append(r"re:.*layers\.4\.mixer\.experts\.\d+\.(up|down)_proj$"))
-    with pytest.raises(ValueError, match="All MoE projections need to have same quantization scheme"):
+    edit_ignore(
+        folder,
+        lambda ignore: ignore.append(r"re:.*layers\.4\.mixer\.experts\.\d+\.(up|down)_proj$"),
+    )
+    with pytest.raises(
+        ValueError, match="All MoE projections need to have same quantization scheme"
+    ):
         load_into_vllm(folder)
 
 

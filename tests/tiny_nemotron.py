@@ -18,7 +18,9 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy says so; we need none
+warnings.filterwarnings(
+    "ignore", message="Failed to initialize NumPy"
+)  # torch without numpy says so; we need none
 import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 
@@ -85,11 +87,16 @@ def nemotron_tensors(config: NemotronConfig) -> dict[str, tuple[torch.dtype, tup
     for number, kind in enumerate(config.hybrid_override_pattern):
         layer = f"backbone.layers.{number}"
         tensors[f"{layer}.norm.weight"] = (config.hidden_size,)
-        tensors |= {f"{layer}.mixer.{name}": shape for name, shape in layer_kinds[kind](config).items()}
+        tensors |= {
+            f"{layer}.mixer.{name}": shape for name, shape in layer_kinds[kind](config).items()
+        }
     tensors["backbone.norm_f.weight"] = (config.hidden_size,)
     tensors["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     float32 = "e_score_correction_bias"
-    return {n: (torch.float32 if n.endswith(float32) else torch.bfloat16, shape) for n, shape in tensors.items()}
+    return {
+        n: (torch.float32 if n.endswith(float32) else torch.bfloat16, shape)
+        for n, shape in tensors.items()
+    }
 
 
 def _mamba_shapes(config: NemotronConfig) -> dict[str, tuple[int, ...]]:
@@ -108,7 +115,10 @@ def _mamba_shapes(config: NemotronConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _attention_shapes(config: NemotronConfig) -> dict[str, tuple[int, ...]]:
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    query, key = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     return {
         "k_proj.weight": (key, config.hidden_size),
         "o_proj.weight": (config.hidden_size, query),
@@ -157,11 +167,16 @@ def write_other_files(folder: Path, config: NemotronConfig) -> None:
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
         "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"},
         "tokenizer.json": {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": 4096,
+        },
     }
     for name, value in texts.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}\n")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }}{% endfor %}\n"
+    )
 
 
 def main() -> None:
