@@ -90,7 +90,7 @@ import warnings
 import zipfile
 from collections import Counter, deque, namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, ClassVar, TextIO
 
@@ -325,6 +325,9 @@ SEARCH_STEPS = (7.1, 7.8, 8.2, 8.5, 8.8, 9.2, 9.7)
 SEARCH_MULTIPLIERS = [
     round(step * (1 << 11)) for step in SEARCH_STEPS
 ]  # of parts of 2^14: codes times 2^25
+# Of a group's largest importance, the least that any column of the group has: see `weigh_columns`.
+# (python tests/quality.py --model smollm2; 1/256 to 1/4096 do equally well)
+LEAST_SHARE = 1 / 1024
 SUM_LANES = 8  # of sums in float; group sizes and ranks are multiples of it
 MAX_GROUP = 1024  # columns of a group that the kernel takes: the sums of its search fit 32 bits
 MAX_RANK = 64  # of a factor of second moments
@@ -364,6 +367,8 @@ MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
+# Scales beyond which --verify counts a weight as clipped. Rounding and error feedback reach 2.5.
+FAR_SCALES = 3
 COMPILER_TIMEOUT_S = 10  # it takes 0.2
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
@@ -1520,12 +1525,20 @@ def sum_in_lanes(terms: torch.Tensor) -> torch.Tensor:
     return lanes[..., 0]
 
 
+def weigh_columns(mean_squares: torch.Tensor) -> torch.Tensor:
+    """Return the columns' importance in the choice of scales, float32 (groups of a row, group_size).
+
+    It is their mean square input, but at least LEAST_SHARE of the largest in the group. Some models
+    have a column whose inputs are so large that it alone would choose the scale, and then all other
+    columns could be clipped (massive activations; Sun and others, 2024)."""
+    return torch.maximum(mean_squares, mean_squares.amax(-1, keepdim=True) * LEAST_SHARE)
+
+
 def shares_of(importance: torch.Tensor) -> torch.Tensor:
-    """Return each column's part of its group's importance, 2^14 for the largest; int32 (k, group_size), as that."""
+    """Return each column's part of its group's importance, 2^14 for the largest; int32, as that."""
     largest = importance.amax(-1, keepdim=True)
-    return (
-        (importance / torch.where(largest == 0, 1, largest)).mul_(1 << 14).round_().to(torch.int32)
-    )
+    parts = importance / torch.where(largest == 0, 1, largest)
+    return parts.mul_(1 << 14).round_().to(torch.int32)
 
 
 def search_scales(
@@ -3913,9 +3926,8 @@ class Conversion:
             mean_squares, factor = self.plan.statistics.get(tensor.source) or (mean_squares, None)
         mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
         feedback = None if factor is None else feedback_of(mean_squares, factor, self._kernel)
-        return replace(
-            rounding, importance=mean_squares.view(-1, packing.group_size), feedback=feedback
-        )
+        importance = weigh_columns(mean_squares.view(-1, packing.group_size))
+        return replace(rounding, importance=importance, feedback=feedback)
 
     def _restore(self, job: Job, data: memoryview, workspace: Workspace) -> dict[str, torch.Tensor]:
         """Decode a job's rows."""
@@ -4288,6 +4300,29 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 # ---- Verification: the output as its readers see it, against the source ---------------------------------------------
 
 
+@dataclass
+class Measured:
+    """What was added up of one weight: errors, and weights that lie far beyond their codes."""
+
+    squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.float64))
+    clipped: int = 0  # weights more than FAR_SCALES scales from what they decode to
+    reach: float = 0.0  # the most scales of any of these
+
+    def add(self, other: Measured) -> None:
+        """Add what was measured of another part of the weight."""
+        self.squares += other.squares
+        self.clipped += other.clipped
+        self.reach = max(self.reach, other.reach)
+
+    def relative_errors(self) -> list[float]:
+        """Return the relative RMS errors of the weight and of its outputs.
+
+        `squares` is float64 (2, 2): of the weight and of its outputs, the sums of squares of the
+        errors and of the values themselves."""
+        errors, values = self.squares.T
+        return (errors / values.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
+
+
 class Verification(Conversion):
     """Compares a finished folder with the plan of how it was made, byte for byte with what its source becomes, and each
     weight, decoded by code that shares with the packing only where bytes lie, with the source."""
@@ -4297,15 +4332,14 @@ class Verification(Conversion):
         self.errors: dict[
             str, list[float]
         ] = {}  # relative RMS errors of each weight, and of its outputs
+        self.clipped: dict[str, Measured] = {}  # by weight, where some lie far from their codes
         self.kept = 0  # tensors that are as in the source
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds alone.
         self.blind = bool(plan.options.importance) and plan.statistics is None
         self._statistics_of = functools.lru_cache(KEPT_ROUNDINGS)(
             lambda info: plan.statistics.get(info)
         )
-        self._squares: dict[
-            str, torch.Tensor
-        ] = {}  # float64 (2, 2): of error and weight, as they are and of outputs
+        self._measured: dict[str, Measured] = {}  # by tensor
         self._wrong: dict[
             str, tuple[int, str]
         ] = {}  # by tensor: the first row, and what is wrong there
@@ -4368,11 +4402,10 @@ class Verification(Conversion):
             name = tensor.source.name
             if name in self._wrong:
                 self.problems.append(f"{name!r}: {self._wrong[name][1]}")
-            elif name in self._squares:
-                errors, weights = self._squares[name].T
-                self.errors[name] = (
-                    (errors / weights.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
-                )
+            elif name in self._measured:
+                self.errors[name] = self._measured[name].relative_errors()
+                if self._measured[name].clipped:
+                    self.clipped[name] = self._measured[name]
             elif name in self._due:
                 self.kept += 1
 
@@ -4400,50 +4433,49 @@ class Verification(Conversion):
                 self._wrong[name] = min((job.row, problem), self._wrong.get(name, (math.inf, "")))
 
     def _measure(self, job: Job, data: memoryview, workspace: Workspace) -> str:
-        """Add up squares of errors and weights; describe the first weight that is further from its source than its
-        scale allows: half a scale and the scale's own rounding, more where error feedback moved the weight, and at the
-        ends of the range as far as the search of a scale reaches."""
+        """Add up a job's errors; describe the first weight that no conversion can have made.
+
+        The rule holds for every input. A code inside the range lies within half a scale of its
+        weight, or where error feedback moved the weight, within MAX_CHANGE scales more. A code at
+        an end of the range has no bound on its side, since the search may clip any weight there."""
         info, packing, rule = job.tensor.source, job.tensor.packing, self.plan.options.rule
-        with_offset, transposed = (
-            self.plan.options.form.with_offset,
-            self.plan.options.form.transposed,
-        )
+        with_offset = self.plan.options.form.with_offset
+        transposed = self.plan.options.form.transposed
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
         words, scales = (
             part.T if transposed else part for part in self._lines(job, workspace).values()
         )
         finfo, half = torch.finfo(scales.dtype), packing.code_max + 1
-        searched = packing.bits == 4 and rule != "absmax"
-        tolerance = (
-            0.5
-            + 1e-5
-            + packing.code_max * finfo.eps / 2
-            + (searched and FEEDBACK in rule) * MAX_CHANGE
-        )
+        moved = packing.bits == 4 and FEEDBACK in rule
+        tolerance = 0.5 + 1e-5 + packing.code_max * finfo.eps / 2 + moved * MAX_CHANGE
+        smallest = finfo.tiny * finfo.eps  # subnormal
         given = self.plan.statistics and self._statistics_of(info)
-        squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
+        measured, problem = Measured(), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
+
         for row in range(0, job.rows, step):
             weights = block[row : row + step].to(torch.float32)
             codes = words[row : row + step].contiguous().view(torch.uint8)
-            if packing.bits == 4:  # a byte holds the low nibble first
+            if packing.bits == 4:
+                # A byte holds the low nibble first.
                 codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
             codes = codes[:, : job.columns].to(torch.float32)
             codes -= half if with_offset else 2 * half * (codes >= half)
-            steps = (
-                scales[row : row + step].to(torch.float32).repeat_interleave(packing.group_size, 1)
-            )
-            decoded = codes * steps[:, : job.columns]
-            steps, errors = steps[:, : job.columns].abs(), weights - decoded
-            wrong = ~(
-                errors.abs() <= steps * tolerance + half * finfo.tiny * finfo.eps
-            )  # a subnormal scale
-            if searched:
-                at_end = (codes.abs() >= packing.code_max) & (weights * decoded > 0)
-                reach = 2 * SEARCH_STEPS[-1] + tolerance  # in scales, of the largest weight
-                wrong &= ~(at_end & (weights.abs() <= steps * reach))
-            if wrong.any() and not problem:
-                at, column = (int(i) for i in wrong.nonzero()[0])
+            steps = scales[row : row + step].to(torch.float32)
+            steps = steps.repeat_interleave(packing.group_size, 1)[:, : job.columns]
+            decoded = codes * steps
+            errors = weights - decoded
+
+            # Beyond is positive where the weight lies on the side of the larger codes.
+            beyond = torch.where(steps < 0, -errors, errors)
+            bound = steps.abs() * tolerance + half * smallest
+            open_above = (codes == packing.code_max) & (steps != 0)
+            open_below = (codes == -half) & (steps != 0)
+            right = (beyond <= bound) | open_above
+            right &= (beyond >= -bound) | open_below
+            right &= torch.isfinite(decoded)
+            if not problem and not right.all():
+                at, column = (int(i) for i in (~right).nonzero()[0])
                 values = (
                     f"{float(tensor[at, column]):.6g}" for tensor in (decoded, weights, steps)
                 )
@@ -4451,11 +4483,20 @@ class Verification(Conversion):
                     "row {}, column {} decodes to {}, the source has {}, too far for a scale of {}"
                 )
                 problem = text.format(job.row + row + at, column, *values)
+
+            # The quotient is not a number where a scale is 0, and then not counted.
+            distances = (errors / steps).abs()
+            far = distances > FAR_SCALES
+            if far.any():
+                measured.clipped += int(far.sum())
+                measured.reach = max(measured.reach, float(distances[far].max()))
             for number, values in enumerate((errors, weights)):
-                squares[0, number] += values.square().sum(dtype=torch.float64)
-                squares[1, number] += output_energy(values, *given) if given else math.nan
+                measured.squares[0, number] += values.square().sum(dtype=torch.float64)
+                energy = output_energy(values, *given) if given else math.nan
+                measured.squares[1, number] += energy
+
         with self._lock:
-            self._squares[info.name] = self._squares.get(info.name, 0) + squares
+            self._measured.setdefault(info.name, Measured()).add(measured)
         return problem
 
 
@@ -4502,14 +4543,16 @@ def print_verification(verification: Verification) -> None:
     say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
     for name, (error, _) in sorted(errors.items(), key=lambda item: -item[1][0])[:5]:
         say(f"  worst: {three_digits(error)}  {shorten(name, terminal_width() - 18)}")
+    if verification.clipped:
+        print_clipped(verification.clipped)
     if verification.blind:
         rule = verification.plan.options.rule
-        within = f"within {0.5 + MAX_CHANGE * (FEEDBACK in rule)} scales of their weights"
-        codes = f"4-bit codes {rule.partition(' ')[2]} are checked to be {within}"
-        say_paragraph(
-            "Note:",
-            f"{codes}; with the --importance that they were made with, each is checked exactly",
-        )
+        codes = f"4-bit codes {rule.partition(' ')[2]} are checked only so far"
+        reach = 0.5 + MAX_CHANGE * (FEEDBACK in rule)
+        inside = f"those inside the range to lie within {reach} scales of their weights"
+        ends = "those at its ends on their side"
+        exact = "with the --importance that they were made with, each is checked exactly"
+        say_paragraph("Note:", f"{codes}: {inside}, {ends}; {exact}")
     for problem in verification.problems[:20]:
         say_paragraph("WRONG:", problem)
     if not verification.problems:
@@ -4517,6 +4560,16 @@ def print_verification(verification: Verification) -> None:
             f"  {shorten(str(verification.folder), terminal_width() - 30)} holds what it should.",
             colour=GREEN,
         )
+
+
+def print_clipped(clipped: dict[str, Measured]) -> None:
+    """Count the weights that were clipped, and name the tensor of the farthest one."""
+    count = sum(measured.clipped for measured in clipped.values())
+    farthest = max(clipped, key=lambda name: clipped[name].reach)
+    lie = "lies" if count == 1 else "lie"
+    text = f"{count_of(count, 'weight')} {lie} more than {FAR_SCALES} scales from what is decoded"
+    reach = three_digits(clipped[farthest].reach)
+    say_paragraph("  clipped:", f"{text}, up to {reach} in {farthest}")
 
 
 # ---- Command: what is done, in which order --------------------------------------------------------------------------

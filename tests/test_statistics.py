@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -566,13 +567,68 @@ def test_verify_without_the_statistics_says_what_it_checks_and_finds_a_code_that
     folder, _ = finished
     result = quantize(model, folder, "--verify")
     assert (
-        "checked to be within 2.5 scales of their weights; with the --importance that they were made with"
-        in result.stdout
+        "those inside the range to lie within 2.5 scales of their weights, those at its ends on their"
+        " side; with the --importance that they were made with" in result.stdout
     )
     row, column = move_a_code(folder, 4)
     result = run_cli(model, folder, "--verify")
     assert_refused(result, "1 problem")
     assert f"WRONG:     '{NAME}.weight': row {row}, column {column} decodes" in result.stdout
+
+
+EVERY_WAY = [
+    pytest.param(form, group_size, rank, id=f"{form}-{group_size}-{rank}")
+    for form in FORMATS
+    for group_size in (32, 64)
+    for rank in (0, 8, 32)
+]
+
+
+def verify_with_and_without(tmp_path, weight, inputs, form, group_size, rank):
+    """Convert by statistics of these inputs; what --verify prints with them and without."""
+    source = save_model(tmp_path / "in", {f"{NAME}.weight": weight.bfloat16()})
+    tensors = tensors_of(NAME, inputs, rank) if rank else {NAME: statistics_of(inputs, 1)[0]}
+    options = importance_file(tmp_path, tensors, "--format", form, "--group_size", group_size)
+    with_them = quantize(source, tmp_path / "out", *options, "--verify").stdout
+    return with_them, quantize(source, tmp_path / "out", "--format", form, "--verify").stdout
+
+
+@pytest.mark.parametrize(("form", "group_size", "rank"), EVERY_WAY)
+def test_a_column_of_massive_activations_ends_in_no_false_alarm(tmp_path, form, group_size, rank):
+    # One column is so loud that it alone would choose the scales of its group, and its weights are small.
+    inputs = correlated_inputs(COLUMNS) * 0.3
+    inputs[:, 10] = seeded(len(inputs), seed=7) * 104
+    weight = seeded(ROWS, COLUMNS) * 0.02
+    weight[:, 10] /= 20
+    for printed in verify_with_and_without(tmp_path, weight, inputs, form, group_size, rank):
+        assert "holds what it should" in printed
+
+
+@pytest.mark.parametrize(("form", "group_size", "rank"), EVERY_WAY)
+def test_weights_that_are_clipped_are_counted_and_not_called_wrong(
+    tmp_path, form, group_size, rank
+):
+    # One column is so quiet that its weights, the largest, do not count.
+    inputs = correlated_inputs(COLUMNS)
+    inputs[:, 10] *= 1e-4
+    weight = seeded(ROWS, COLUMNS) * 0.02
+    weight[:, 10] = 0.3
+    for printed in verify_with_and_without(tmp_path, weight, inputs, form, group_size, rank):
+        assert "holds what it should" in printed
+        (line,) = [line for line in printed.splitlines() if "clipped:" in line]
+        text = r"  clipped: +(\d+) weights lie more than 3 scales from what is decoded, up to (\S+) in "
+        count, reach = re.fullmatch(rf"{text}{NAME}\.weight", line).groups()
+        assert 20 <= int(count) <= ROWS
+        assert 3 < float(reach) < 100
+
+
+def test_no_column_is_without_weight_in_the_choice_of_scales():
+    importance = torch.full((1, 64), 0.2)
+    importance[0, 7] = 10768
+    shares = q.shares_of(q.weigh_columns(importance))
+    assert shares.min() == 16
+    assert shares[0, 7] == 1 << 14
+    assert (q.weigh_columns(torch.zeros(1, 64)) == 0).all()
 
 
 def test_output_errors_are_printed_by_kind_where_statistics_are_given(model, finished):
