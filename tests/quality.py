@@ -8,7 +8,8 @@
 Each row quantizes the model, restores it to dense weights and compares it with the bf16 model on held-out text:
 perplexity, the Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same.
 Standard errors take tokens as independent. --importance comes from README.md's own snippet on a part of the training
-text, with factors of the rank that a row names. Rows that the program refuses are named with its reason. Needs
+text, with factors of the rank that a row names. Rows that the program refuses are named with its reason, and
+one that --verify finds wrong ends the script. Needs
 tests/requirements.txt.
 
 small: a byte-level Llama, trained from scratch for some minutes on the sources of the Python standard library's
@@ -303,9 +304,11 @@ def compare(subject: Subject, group_sizes: list[int], rows: list[str], scratch: 
         name, rank = f"{output_format}, {group_size}, {row}", ROWS[row].rank
         options = [*ROWS[row].options, *(["--importance", files[rank]] if rank is not None else [])]
         target = scratch / name.replace(" ", "_")
-        if refusal := quantize(
-            source, target, "--format", output_format, "--group_size", group_size, *options
-        ):
+        options += ["--format", output_format, "--group_size", group_size, "--verify"]
+        refusal = quantize(source, target, *options)
+        if refusal.startswith("error: verification of"):
+            raise SystemExit(f"{name}: {refusal}")
+        if refusal:
             print(f"{name:<66}  not run: {refusal}", flush=True)
             continue
         comparison.print_row(name, decode(target))
