@@ -315,7 +315,7 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 # ---- Facts and constants --------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
-FORMAT_VERSION = 7  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+FORMAT_VERSION = 8  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
@@ -3208,19 +3208,107 @@ def plan_shards(
 
 
 def read_facts(folder: Path) -> dict:
-    """Read how a finished folder was made, `Plan.facts`, which each of its shards says."""
+    """Read how a folder was made, `Plan.facts`, which each of its shards says. Raises if no shard does, if another
+    version made one of them, or if they are not of one run."""
+    facts: dict = {}
+    shard_of_run: dict[str | None, str] = {}  # by fingerprint
     for path in sorted(folder.glob("model-*.safetensors")):
-        if facts := read_metadata(path).get(FACTS_KEY):
-            return json.loads(facts)
-    raise QuantizeError(
-        f"{folder}: no shard in it says how it was made: only this program's own folders can be read"
+        metadata = read_metadata(path)
+        if FACTS_KEY not in metadata:
+            continue
+        try:
+            found = parse_facts(metadata[FACTS_KEY])
+        except FactsError as error:
+            raise QuantizeError(f"{path}: {error}: {error.remedy}") from None
+        facts = facts or found
+        shard_of_run.setdefault(metadata.get(METADATA_KEY), path.name)
+    if not facts:
+        raise QuantizeError(
+            f"{folder}: no shard in it says how it was made: only this program's own folders can be read"
+        )
+    if len(shard_of_run) > 1:
+        shards = quote_names(shard_of_run.values())
+        raise QuantizeError(f"{folder}: {shards} are of different runs: convert again")
+    return facts
+
+
+class FactsError(Exception):
+    """Say why the facts that a shard states cannot be used, and what helps a finished folder."""
+
+    def __init__(self, problem: str, remedy: str):
+        super().__init__(problem)
+        self.remedy = remedy
+
+
+def parse_facts(text: str) -> dict:
+    """Read the facts that a shard states, the version first: what the others mean depends on it. Raises FactsError."""
+    damaged = FactsError(
+        "what it says of how it was made is damaged", "copy the folder again, or convert again"
+    )
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        raise damaged from None
+    version = facts.get("version") if isinstance(facts, dict) else None
+    if type(version) is not int:
+        raise damaged
+    if version != FORMAT_VERSION:
+        raise FactsError(
+            f"made by another version of this program (format {version}, this one writes {FORMAT_VERSION})",
+            "use that version, or convert again",
+        )
+    if facts.keys() != {"version", "options", "sources"}:
+        raise damaged
+    if not are_options(facts["options"]) or not are_sources(facts["sources"]):
+        raise damaged
+    return facts
+
+
+def are_options(value: object) -> bool:
+    """Tell whether a value read from JSON holds the fields of `Options`, each of its kind."""
+    if not isinstance(value, dict) or value.keys() != Options.__annotations__.keys():
+        return False
+    size, shard_size = value["group_size"], value["shard_size_gb"]
+    return (
+        value["format"] in list(FORMATS)
+        and type(size) is int
+        and size > 0
+        and size % CODES_PER_WORD == 0
+        and are_patterns(value["exclude"])
+        and are_patterns(value["int8"])
+        and type(value["quantize_embeddings"]) is bool
+        and type(value["restore"]) is bool
+        and value["scale"] in ["absmax", "mse"]
+        and isinstance(value["importance"], str | None)
+        and type(shard_size) in (int, float)
+        and 0 < shard_size <= 1e9
     )
 
 
+def are_patterns(value: object) -> bool:
+    """Tell whether a value read from JSON is a list of regular expressions."""
+    if not isinstance(value, list):
+        return False
+    try:
+        for pattern in value:
+            re.compile(pattern)
+    except (TypeError, re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def are_sources(value: object) -> bool:
+    """Tell whether a value read from JSON gives files' sizes and times by their names."""
+    if not isinstance(value, dict):
+        return False
+    for state in value.values():
+        if not isinstance(state, list) or [type(number) for number in state] != [int, int]:
+            return False
+    return True
+
+
 def what_differs(was: dict, now: dict) -> str:
-    """Say which of its facts are not as they were for another run: version, options, names and sizes of sources."""
-    if was.get("version") != now["version"]:
-        return "it was made by another version of this program"
+    """Say which of its facts are not as they were for another run: options, names and sizes of sources."""
     changed = []
     for name, value in now["options"].items():
         before = was["options"].get(name)
@@ -3462,9 +3550,7 @@ class OutputFolder:
             for path in marks
             if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in marks[path]
         }
-        own_files = {
-            item for path in shards for item in json.loads(marks[path].get(FILES_KEY, "{}")).items()
-        }
+        own_files = {item for path in shards for item in files_of_run(marks[path]).items()}
         known, facts = {*self.plan.hashes, *dict(own_files)}, json.dumps(self.plan.facts)
         finished, compare, remove, stale, foreign = set(), set(), [], [], []
         for path in entries:
@@ -3504,15 +3590,16 @@ class OutputFolder:
         if self.overwrite:
             return set(), set(), [*remove, *stale, *(self.folder / name for name in finished)]
         if stale:
-            theirs = [
-                json.loads(marks[path][FACTS_KEY])
-                for path in stale
-                if FACTS_KEY in marks.get(path, {})
-            ]
-            files = f"tensors, {CONFIG_NAME} or another file that is copied changed"
-            differs = (
-                what_differs(theirs[0], self.plan.facts) if theirs else "its options are not known"
-            ) or files
+            theirs = [marks[path][FACTS_KEY] for path in stale if FACTS_KEY in marks.get(path, {})]
+            differs = "its options are not known"
+            if theirs:
+                try:
+                    differs = what_differs(parse_facts(theirs[0]), self.plan.facts)
+                    differs = (
+                        differs or f"tensors, {CONFIG_NAME} or another file that is copied changed"
+                    )
+                except FactsError as error:
+                    differs = str(error)
             problem = f"{quote_names(p.name for p in stale)} of another run: {differs}"
             advice = "--overwrite starts afresh, or choose another folder"
             raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
@@ -3587,7 +3674,20 @@ def read_metadata(shard: Path) -> dict[str, str]:
         metadata = read_header(shard)[0].get("__metadata__") if shard.is_file() else None
     except (OSError, ValueError, RecursionError):
         return {}
-    return metadata if isinstance(metadata, dict) else {}
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def files_of_run(metadata: dict[str, str]) -> dict[str, str]:
+    """Read which other files a shard's run wrote: their SHA-256, by name. None if it is not said, or damaged."""
+    try:
+        hashes = json.loads(metadata.get(FILES_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(hashes, dict):
+        return {}
+    return {name: digest for name, digest in hashes.items() if isinstance(digest, str)}
 
 
 def hash_file(path: Path) -> str:
@@ -4346,7 +4446,7 @@ class Verification(Conversion):
             shard.compare = False
             return False
         planned, shard.shift = json.loads(shard.plan.header[8:]), start - len(shard.plan.header)
-        self._hashes |= json.loads(read_metadata(shard.path).get(FILES_KEY, "{}"))
+        self._hashes |= files_of_run(read_metadata(shard.path))
         for header in (found, planned):
             header.pop("__metadata__", None)
         differing = found.keys() ^ planned.keys() or {
@@ -4569,10 +4669,16 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
             f"{FEEDBACK if statistics.largest_factor else WEIGHED} {hash_file(args.importance)}"
         )
     if args.restore:
-        made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
+        made = read_facts(args.input_dir)["options"]
+        if made["restore"]:
+            raise QuantizeError(f"{args.input_dir} is restored already: nothing in it is packed")
+        made |= {"importance": None, "restore": True}
         return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": shard_size_gb}))
     if finished:
         made = read_facts(args.output_dir)
+        if made["options"]["restore"]:
+            problem = "holds a restored checkpoint, and --verify is for what it was restored from"
+            raise QuantizeError(f"{args.output_dir} {problem}")
         given = made["options"] | {name: value for name, value in asked.items() if value}
         now = {"version": FORMAT_VERSION, "options": given, "sources": checkpoint.sources}
         if differs := what_differs(made, now):
