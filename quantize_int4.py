@@ -2659,8 +2659,8 @@ def plan_conversion(
     return plan_files(checkpoint, tensors, options, **more)
 
 
-def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
-    """Decide what weights are decoded to: the dtype that config.json names, or else that of most kept tensors."""
+def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> Plan:
+    """Decide what weights are decoded to: each to the dtype that it had in the source, by `dtypes_of_packed`."""
     if not (checkpoint.folder / INDEX_NAME).exists():
         raise QuantizeError(
             f"{checkpoint.folder} is unfinished: give the command that began it again"
@@ -2676,10 +2676,10 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     ]
     parts = {module + suffix for module in modules for suffix in form.suffixes}
     kept = [info for name, info in infos.items() if name not in parts]
-    common = Counter(info.dtype for info in kept if info.dtype in FLOAT_DTYPES).most_common(1)
-    dtype = model_dtype(checkpoint.config) or (common[0][0] if common else "F32")
+    other_dtypes = {name: dtype for dtype, names in dtypes["others"].items() for name in names}
     tensors = []
     for module in modules:
+        dtype = other_dtypes.get(f"{module}.weight", dtypes["most"])
         stored = [infos[module + suffix] for suffix in form.suffixes[:2]]
         if form.transposed:  # to be read as (rows, columns)
             stored = [
@@ -3103,6 +3103,7 @@ def plan_files(
     hashes = {name: hash_file(path) for name, path in copied.items()}
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
     facts = {"version": FORMAT_VERSION, "options": vars(options), "sources": checkpoint.sources}
+    facts["dtypes"] = {} if options.restore else dtypes_of_packed(tensors)
     # The times of the weights' files decide nothing: they call for a comparison.
     timeless = facts | {"sources": {name: size for name, (size, _) in facts["sources"].items()}}
     shapes = [(tensor.source.name, tensor.source.dtype, tensor.source.shape) for tensor in tensors]
@@ -3121,6 +3122,17 @@ def plan_files(
     hashes[INDEX_NAME] = hashlib.sha256(other_files[INDEX_NAME]).hexdigest()
     made = tensors, total_size, shards, placements, other_files, hashes, left_out
     return Plan(options, facts, fingerprint, *made, **more)
+
+
+def dtypes_of_packed(tensors: list[TensorPlan]) -> dict:
+    """Say which dtypes the weights that are packed have in the source: that of most, and the names of the others."""
+    names: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.packing:
+            names.setdefault(tensor.source.dtype, []).append(tensor.source.name)
+    most = max(names, key=lambda dtype: len(names[dtype]))
+    del names[most]
+    return {"most": most, "others": names}
 
 
 def plan_other_files(
@@ -3257,9 +3269,11 @@ def parse_facts(text: str) -> dict:
             f"made by another version of this program (format {version}, this one writes {FORMAT_VERSION})",
             "use that version, or convert again",
         )
-    if facts.keys() != {"version", "options", "sources"}:
+    if facts.keys() != {"version", "options", "sources", "dtypes"}:
         raise damaged
     if not are_options(facts["options"]) or not are_sources(facts["sources"]):
+        raise damaged
+    if not facts["options"]["restore"] and not are_dtypes(facts["dtypes"]):
         raise damaged
     return facts
 
@@ -3303,6 +3317,20 @@ def are_sources(value: object) -> bool:
         return False
     for state in value.values():
         if not isinstance(state, list) or [type(number) for number in state] != [int, int]:
+            return False
+    return True
+
+
+def are_dtypes(value: object) -> bool:
+    """Tell whether a value read from JSON is of `dtypes_of_packed`."""
+    if not isinstance(value, dict) or value.keys() != {"most", "others"}:
+        return False
+    if not isinstance(value["others"], dict) or value["most"] not in list(FLOAT_DTYPES):
+        return False
+    for dtype, names in value["others"].items():
+        if dtype not in FLOAT_DTYPES or not isinstance(names, list):
+            return False
+        if not all(isinstance(name, str) for name in names):
             return False
     return True
 
@@ -4030,11 +4058,10 @@ class Conversion:
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         weights = dequantize(words, scales, tensor.packing, self.plan.options.form.with_offset)
         if not torch.isfinite(dense.copy_(weights[:, : output.shape[1]])).all():
-            problem = (
-                f"{output.name!r} has weights beyond {output.dtype}, in which it is to be restored"
-            )
+            problem = f"decodes to weights beyond {output.dtype}, which the source has"
+            pattern = shlex.quote(pattern_of([replace(tensor.source, name=output.name)]))
             raise QuantizeError(
-                f"tensor {problem}: set a wider dtype in {self.checkpoint.config_folder / CONFIG_NAME}"
+                f"tensor {output.name!r} {problem}: convert again with --exclude {pattern}, which keeps it"
             )
         return {"dense": dense}
 
@@ -4669,11 +4696,12 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
             f"{FEEDBACK if statistics.largest_factor else WEIGHED} {hash_file(args.importance)}"
         )
     if args.restore:
-        made = read_facts(args.input_dir)["options"]
+        facts = read_facts(args.input_dir)
+        made = facts["options"]
         if made["restore"]:
             raise QuantizeError(f"{args.input_dir} is restored already: nothing in it is packed")
-        made |= {"importance": None, "restore": True}
-        return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": shard_size_gb}))
+        made |= {"importance": None, "restore": True, "shard_size_gb": shard_size_gb}
+        return plan_restoration(checkpoint, Options(**made), facts["dtypes"])
     if finished:
         made = read_facts(args.output_dir)
         if made["options"]["restore"]:

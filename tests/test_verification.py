@@ -366,6 +366,9 @@ FACTS_AT_FAULT = {
     "a broken pattern": (lambda facts: facts["options"].update(exclude=["("]), "damaged"),
     "a pattern that is none": (lambda facts: facts["options"].update(int8=[5]), "damaged"),
     "sources without times": (lambda facts: facts["sources"].update(x=5), "damaged"),
+    "no dtypes": (lambda facts: facts.pop("dtypes"), "damaged"),
+    "an unknown dtype": (lambda facts: facts["dtypes"].update(most="F4"), "damaged"),
+    "dtypes without names": (lambda facts: facts["dtypes"].update(others={"F32": [5]}), "damaged"),
     "a field more": (lambda facts: facts.update(colour="red"), "damaged"),
 }
 
