@@ -371,6 +371,10 @@ TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them i
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
+# What says how a model is quantized: keys of config.json, at any depth, and files beside it.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", QUANTIZE_CONFIG_NAME)
+MAX_JSON_DEPTH = 100  # of objects and lists in one another; no model's config has ten
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
 FACTS_KEY = (
     "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
@@ -624,9 +628,24 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise QuantizeError(f"{path}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise QuantizeError(
+            f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep"
+        ) from None
     if not isinstance(value, dict):
         raise QuantizeError(f"{path}: must hold a JSON object")
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [part for whole in level for part in parts_of(whole)]
+    if level:
+        raise QuantizeError(f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep")
     return value
+
+
+def parts_of(value: dict | list) -> list[dict | list]:
+    """List the objects and lists that a JSON value holds directly."""
+    parts = value.values() if isinstance(value, dict) else value
+    return [part for part in parts if isinstance(part, dict | list)]
 
 
 class WeightsFile:
@@ -939,6 +958,10 @@ class Checkpoint:
             )
         self.has_config = (config_folder / CONFIG_NAME).exists()
         self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
+        self.quantization = find_quantization(config_folder, self.config)
+        if odd := odd_config_values(self.config):
+            problem = "values that are not of the kind that belongs there and are not used"
+            self.notes.append(f"{CONFIG_NAME} has {problem}: {', '.join(odd)}")
         if not self.has_config:
             self.notes.append(
                 f"no {CONFIG_NAME} in {config_folder}, without which no loader knows it: --config_dir"
@@ -1202,18 +1225,139 @@ def config_values(config: dict, *keys: str) -> list:
     return values
 
 
+MAX_INTEGER = 1 << 24  # the largest that is believed, of words for example
+MAX_COUNT = 10_000  # of layers or experts
+
+
+def as_integer(value: object) -> int | None:
+    """Return a whole number of JSON, 12 or 12.0, or the one that a string of digits stands for; None of all else."""
+    digits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value.strip())
+    whole = isinstance(value, float) and value.is_integer()
+    if digits or whole:
+        value = int(value)
+    return value if type(value) is int and 0 <= value <= MAX_INTEGER else None
+
+
+def as_count(value: object) -> int | None:
+    """Return a number of layers or experts; None of all else."""
+    number = as_integer(value)
+    return number if number is not None and number <= MAX_COUNT else None
+
+
+def as_string(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def as_boolean(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def config_integers(config: dict, *keys: str) -> list[int]:
+    """List the whole numbers that config.json has under these keys; `odd_config_values` names what is none."""
+    found = map(as_integer, config_values(config, *keys))
+    return [number for number in found if number is not None]
+
+
+def config_counts(config: dict, *keys: str) -> list[int]:
+    """List the numbers of layers or experts that config.json has under these keys."""
+    found = map(as_count, config_values(config, *keys))
+    return [number for number in found if number is not None]
+
+
+def config_strings(config: dict, *keys: str) -> list[str]:
+    """List the strings that config.json has under these keys."""
+    found = map(as_string, config_values(config, *keys))
+    return [text for text in found if text is not None]
+
+
+def config_booleans(config: dict, *keys: str) -> list[bool]:
+    """List what config.json says as true or false under these keys."""
+    found = map(as_boolean, config_values(config, *keys))
+    return [value for value in found if value is not None]
+
+
+def architectures_of(config: dict) -> list[str]:
+    """List the classes that config.json names for the whole model, and not those for a part of it."""
+    return config_strings({"architectures": config.get("architectures")}, "architectures")
+
+
+def odd_config_values(config: dict) -> list[str]:
+    """Name what config.json has under the keys that are read here and that is not of the kind that belongs there."""
+    odd = []
+    for convert, keys in CONFIG_KEYS.items():
+        for key in keys:
+            values = config_values(config, key)
+            found = [value for value in values if convert(value) is None]
+            if found:
+                odd.append(f"{key} {shorten(json.dumps(found[0]), 40)}")
+    return odd
+
+
+def find_quantization(folder: Path, config: dict) -> list[str]:
+    """Take what says how a model is quantized out of its config.json; names it, and the files beside it that say so,
+    each with its method. An entry of null says nothing."""
+    found = [
+        f"{place} ({quantization_method(value)}) of {CONFIG_NAME}"
+        for place, value in pop_quantization(config).items()
+        if value is not None
+    ]
+    for name in QUANTIZATION_FILES:
+        path = folder / name
+        if path.exists():
+            try:
+                method = quantization_method(read_json(path))
+            except QuantizeError:
+                method = "not readable"
+            found.append(f"{name} ({method})")
+    return found
+
+
+def pop_quantization(value: dict | list, place: str = "") -> dict[str, object]:
+    """Remove the entries about quantization from a JSON value, at any depth; returns them by their places."""
+    found = {}
+    if isinstance(value, dict):
+        for key in QUANTIZATION_KEYS:
+            if key in value:
+                found[place + key] = value.pop(key)
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        if isinstance(part, dict | list):
+            found |= pop_quantization(part, f"{place}{key}.")
+    return found
+
+
+def quantization_method(entry: object) -> str:
+    """Name the method that an entry or a file about quantization is of, as far as it says so."""
+    if isinstance(entry, str):
+        return shorten(entry, 40)
+    if not isinstance(entry, dict):
+        return "no method"
+    for key in ("quant_method", "quant_algo"):
+        if isinstance(entry.get(key), str):
+            return shorten(entry[key], 40)
+    if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
+        return "bitsandbytes"
+    if "config_groups" in entry:
+        return "compressed-tensors"
+    nested = entry.get("quantization")  # ModelOpt's
+    if isinstance(nested, dict):
+        return quantization_method(nested)
+    bits = as_integer(entry.get("bits"))
+    return "no method" if bits is None else f"{bits} bits"
+
+
 def model_dtype(config: dict) -> str | None:
     """Return the 16-bit dtype that engines compute in, by its safetensors name; None if config.json names no such."""
     known = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
     names = (
-        str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype")
+        value.removeprefix("torch.") for value in config_strings(config, "dtype", "torch_dtype")
     )
     return next((known[name] for name in names if name in known), None)
 
 
 def oddity_with(field: str, config: dict) -> Oddity:
     """Find the first row that has something in a field and is about a type that config.json names, or an empty one."""
-    types = set(map(str, config_values(config, "model_type")))
+    types = set(config_strings(config, "model_type"))
     return next(
         (row for row in ODDITIES if getattr(row, field) and types & {*row.model_types.split()}),
         Oddity(""),
@@ -1232,10 +1376,10 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
         {},
         {},
     )  # layers: stacks by where the experts are, then by role
-    oddity, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
+    oddity, counts = oddity_with("projections", config), config_counts(config, *EXPERT_COUNTS)
     odd = oddity_with("problem_of_engines", config)
     types = (
-        name for name in config_values(config, "model_type") if name in odd.model_types.split()
+        name for name in config_strings(config, "model_type") if name in odd.model_types.split()
     )
     in_engines = odd.problem_of_engines.format(next(types, "")) if for_engines else ""
     for name, info in checkpoint.tensors.items():
@@ -1301,8 +1445,8 @@ def layout_of_stacks(
     if any(shape != (columns, rows) for shape in shapes.values()):
         return "of shapes that do not go together", False
     hidden, widths = (
-        config_values(config, "hidden_size", "moe_latent_size"),
-        config_values(config, *EXPERT_WIDTHS),
+        config_integers(config, "hidden_size", "moe_latent_size"),
+        config_integers(config, *EXPERT_WIDTHS),
     )
     straight, turned = (
         (rows in hidden and columns in widths),
@@ -1367,9 +1511,10 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         for i in weights
         if kinds.get(i.name) == "embeddings" and not re.search(NO_WORDS, i.name)
     ]
-    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
+    words = config_integers(config, "vocab_size", "padded_vocab_size")
+    words += [rows for rows, _ in tables]
     widths = {
-        *config_values(config, "hidden_size", "d_model", "n_embd"),
+        *config_integers(config, "hidden_size", "d_model", "n_embd"),
         *(columns for _, columns in tables),
     }
     for info in (info for info in weights if info.name not in kinds):
@@ -2482,6 +2627,27 @@ LAYER_COUNTS = (
     "n_layers",
     "num_layers",
 )  # in config.json
+CONFIG_KEYS = {  # all that are read there, by the kind of value that belongs under each
+    as_integer: (
+        "vocab_size",
+        "padded_vocab_size",
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "moe_latent_size",
+        *EXPERT_WIDTHS,
+    ),
+    as_count: (
+        "encoder_layers",
+        "num_encoder_layers",
+        "decoder_layers",
+        "num_decoder_layers",
+        *LAYER_COUNTS,
+        *EXPERT_COUNTS,
+    ),
+    as_string: ("model_type", "architectures", "dtype", "torch_dtype"),
+    as_boolean: ("tie_word_embeddings",),
+}
 # Layers that engines hold as one, and so in one precision. (vLLM 0.29.0: packed_modules_mapping of its models)
 FUSED_LAYERS = (
     "q_proj,k_proj,v_proj gate_proj,up_proj w1,w3 q_a_proj,kv_a_proj_with_mqa in_proj_qkv,in_proj_z in_proj_b,in_proj_a"
@@ -2498,6 +2664,7 @@ ADAPTER = "is an unmerged adapter's: merge it into its base model first (peft: m
 UNFIT = (
     (  # formats in use on the hub
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)"
+        r"|SCB|weight_zero_point|weight_global_scale|(gate_up|gate|up|down)_proj_(blocks|scales)"
         r"|\w*quantizer\._\w+)$|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
         QUANTIZED,
     ),
@@ -2526,6 +2693,15 @@ UNFIT = (
         "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
         " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
     ),
+)
+# What a checkpoint that is said to be quantized has beside or instead of plain weights: bitsandbytes, GPTQ and AWQ,
+# compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto and torchao.
+PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32"}
+PACKED_DTYPES |= {name for name in DTYPE_BITS if name.startswith(("F4", "F6_", "F8_"))}
+PACKED_PART = (
+    r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale|zeros?|zero_points?"
+    r"|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax|quant_map|quant_state.*|weight_format"
+    r"|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask|weight[.:_]_?(q?data|scale))$"
 )
 # Files beside the weights that are not the model's. All others at the folder's top level are copied.
 OTHER_WEIGHTS = (
@@ -2642,6 +2818,9 @@ def plan_conversion(
         list(what_is_missing(sources, kinds, config, form.for_engines)),
         list(checkpoint.notes),
     )
+    if checkpoint.quantization:
+        stale = " and ".join(checkpoint.quantization)
+        notes.append(f"left out as stale, since no tensor is packed: {stale}")
     if statistics:
         statistics.match(packed, sources, oddity_with("projections", config))
         notes.append(
@@ -2666,11 +2845,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> 
             f"{checkpoint.folder} is unfinished: give the command that began it again"
         )
     form, infos = options.form, checkpoint.tensors
-    padded = (
-        {}
-        if form.for_engines
-        else read_json(checkpoint.folder / QUANTIZE_CONFIG_NAME).get("padded_weights", {})
-    )
+    padded = {} if form.for_engines else read_padded_weights(checkpoint.folder)
     modules = [
         name.removesuffix(form.suffixes[0]) for name in infos if name.endswith(form.suffixes[0])
     ]
@@ -2680,6 +2855,11 @@ def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> 
     tensors = []
     for module in modules:
         dtype = other_dtypes.get(f"{module}.weight", dtypes["most"])
+        for part in (module + suffix for suffix in form.suffixes):
+            if part not in infos:
+                raise QuantizeError(
+                    f"{checkpoint.folder}: tensor {part!r} is missing: copy it again"
+                )
         stored = [infos[module + suffix] for suffix in form.suffixes[:2]]
         if form.transposed:  # to be read as (rows, columns)
             stored = [
@@ -2695,7 +2875,13 @@ def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> 
                 "<2q", checkpoint.read(infos[module + form.suffixes[2]], 0, 16)
             )
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
-        shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
+        shape = padded.get(f"{module}.weight", (rows, columns))
+        if shape[0] != rows or packing.columns_of(shape[1]) != columns:
+            path = checkpoint.folder / QUANTIZE_CONFIG_NAME
+            problem = f"{shape[0]:,} by {shape[1]:,} are not what {module!r} has"
+            raise QuantizeError(
+                f"{path}: {problem}, {rows:,} by {columns:,}: copy the folder again"
+            )
         tensors.append(
             TensorPlan(
                 words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales
@@ -2709,24 +2895,31 @@ def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> 
     return plan_files(checkpoint, tensors, options, notes=checkpoint.notes)
 
 
+def read_padded_weights(folder: Path) -> dict[str, tuple[int, int]]:
+    """Read the true shapes of the weights that `int4` padded, by name."""
+    path = folder / QUANTIZE_CONFIG_NAME
+    listed = read_json(path).get("padded_weights")
+    if not isinstance(listed, dict):
+        raise QuantizeError(f"{path}: its padded_weights are missing: copy it again")
+    shapes = {}
+    for name, shape in listed.items():
+        if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
+            raise QuantizeError(f"{path}: {name!r} has no rows and columns: copy it again")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
 def refuse_unfit(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, whose error would quietly multiply, and what is no merged model."""
-    folder, infos = checkpoint.config_folder, checkpoint.tensors
-    marks = [
-        folder / name
-        for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME)
-        if (folder / name).exists()
-    ]
-    if marks or config_values(checkpoint.config, "quantization_config"):
-        raise QuantizeError(
-            f"{marks[0] if marks else f'quantization_config in {folder / CONFIG_NAME}'} {QUANTIZED}"
-        )
+    infos, claims = checkpoint.tensors, " and ".join(checkpoint.quantization)
     inside, refused = (
         {},
         [],
     )  # by weight (out, in), the matrices that lie inside its module; what is found
     for name, info in infos.items():
         described = f"{name}\n{info.dtype} {len(info.shape)}-D{' empty' * (info.nbytes == 0)}"
+        if claims and may_be_packed(info):
+            refused.append((info, f"beside {claims} {QUANTIZED}"))
         refused += [
             (info, text) for pattern, text in UNFIT if re.search(pattern, described, re.MULTILINE)
         ]
@@ -2747,6 +2940,14 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
         raise QuantizeError(
             f"tensor {info.name_in_file!r} {info.dtype} {info.shape} ({info.file.name}) {problem}"
         )
+
+
+def may_be_packed(info: TensorInfo) -> bool:
+    """Tell whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a companion of one:
+    whatever is of small integers or float8, but for masks, or has the name of scales and alike."""
+    mask = re.search(r"bias$|mask", info.name)
+    matrix = info.dtype in PACKED_DTYPES and len(info.shape) >= 2 and not mask
+    return matrix or bool(re.search(PACKED_PART, info.name))
 
 
 def named_by(patterns: list[str], info: TensorInfo) -> str | None:
@@ -2987,9 +3188,8 @@ def what_is_missing(
     largest = max(names or layers, key=lambda name: len(layers[name]), default="layers")
     for container in {largest, largest.replace("decoder", "encoder")} & {largest, *layers}:
         part = re.search("decoder|encoder|$", container)[0]  # or neither
-        counts = config_values(config, f"{part}_layers", f"num_{part}_layers") or config_values(
-            config, *LAYER_COUNTS
-        )
+        named = [f"{part}_layers", f"num_{part}_layers"] if part else []
+        counts = config_counts(config, *named) or config_counts(config, *LAYER_COUNTS)
         if missing := [
             f"{container}.{n}"
             for n in range(min(counts, default=0))
@@ -2997,7 +3197,7 @@ def what_is_missing(
         ]:
             lost = f"LAYERS ARE MISSING: {len(missing):,} of {min(counts):,} by {CONFIG_NAME} are not in the checkpoint"
             yield f"{lost}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
-    gaps, experts = [], min(config_values(config, *EXPERT_COUNTS), default=0)
+    gaps, experts = [], min(config_counts(config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in blocks.items():
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         if container.endswith("experts"):
@@ -3023,9 +3223,9 @@ def what_is_missing(
     )
     pattern, ties = (
         r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$",
-        config_values(config, "tie_word_embeddings"),
+        config_booleans(config, "tie_word_embeddings"),
     )
-    generates = any(re.search(pattern, str(name)) for name in config.get("architectures") or ())
+    generates = any(re.search(pattern, name) for name in architectures_of(config))
     missing = (
         [("head", "tie_word_embeddings false")]
         if ties and not any(ties) and "head" not in kinds.values()
@@ -3033,7 +3233,7 @@ def what_is_missing(
     )
     missing += (
         [("embedding", "a vocab_size")]
-        if config_values(config, "vocab_size") and not embeds
+        if config_integers(config, "vocab_size") and not embeds
         else []
     )
     for part, due in missing if generates else ():
@@ -3093,13 +3293,15 @@ def plan_files(
     """Plan the files: what is copied, written or left out, the shards, and the fingerprint of what decides them."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
-    if options.restore:
-        config.pop("quantization_config", None)
     if checkpoint.has_config:
         described[CONFIG_NAME] = config
     as_json = functools.partial(json.dumps, indent=2, ensure_ascii=False)
-    written = {name: f"{as_json(value)}\n".encode() for name, value in described.items()}
-    copied, left_out = plan_other_files(checkpoint, {INDEX_NAME, *written}, options.restore)
+    # Half of a surrogate pair, which Python reads and no encoding has, is escaped again.
+    written = {
+        name: f"{as_json(value)}\n".encode(errors="backslashreplace")
+        for name, value in described.items()
+    }
+    copied, left_out = plan_other_files(checkpoint, {INDEX_NAME, *written})
     hashes = {name: hash_file(path) for name, path in copied.items()}
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
     facts = {"version": FORMAT_VERSION, "options": vars(options), "sources": checkpoint.sources}
@@ -3135,9 +3337,7 @@ def dtypes_of_packed(tensors: list[TensorPlan]) -> dict:
     return {"most": most, "others": names}
 
 
-def plan_other_files(
-    checkpoint: Checkpoint, written: set, restore: bool
-) -> tuple[dict[str, Path], list[str]]:
+def plan_other_files(checkpoint: Checkpoint, written: set) -> tuple[dict[str, Path], list[str]]:
     """List the files beside the weights that are copied, by name, and why others are not."""
     copied, left_out, folder = {}, [], checkpoint.config_folder
     for path in sorted(
@@ -3150,7 +3350,7 @@ def plan_other_files(
             (TRAINER_PATTERN.search(path.name), "training state"),
             (path.exists() and not path.is_file(), "not a regular file"),
             (UNFINISHED_PATTERN.fullmatch(path.name), "of another conversion"),
-            (restore and path.name == QUANTIZE_CONFIG_NAME, "of the quantization"),
+            (path.name in QUANTIZATION_FILES, "of the quantization"),
         )
         if reason := next((reason for found, reason in reasons if found), None):
             left_out.append(f"{path.name}{'/' * path.is_dir()} ({reason})")

@@ -239,11 +239,6 @@ def test_consolidated_weights_alone_are_the_model(tmp_path):
 # --- what is quantized already ----------------------------------------------------------------------------------------
 
 
-def test_a_config_with_a_quantization_config_is_refused(model, tmp_path):
-    (model / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
-    refuse(model, tmp_path / "out", "config.json", "already quantized")
-
-
 @pytest.mark.parametrize(
     "tensors",
     [
@@ -260,17 +255,17 @@ def test_a_checkpoint_of_quantized_tensors_is_refused(tmp_path, tensors):
 
 def test_our_own_output_as_input_is_refused(model, tmp_path):
     quantize(model, tmp_path / "out")
-    refuse(tmp_path / "out", tmp_path / "again", "already quantized")
+    refuse(tmp_path / "out", tmp_path / "again", "tensor 'm.qweight'", "already quantized")
 
 
-def test_a_quantized_config_dir_is_refused(tmp_path):
+def test_the_config_of_a_quantized_model_serves_for_plain_weights(tmp_path):
     folder = save_pickle(tmp_path / "in", {"m.weight": random(24, 256)})
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text(
         '{"quantization_config": {"quant_method": "awq"}}'
     )
-    result = run_cli(folder, tmp_path / "out", "--config_dir", tmp_path / "config")
-    assert_refused(result, "already quantized")
+    options = ["--config_dir", tmp_path / "config"]
+    assert "quantization_config (awq)" in quantize(folder, tmp_path / "out", *options).stdout
 
 
 # --- config files elsewhere -------------------------------------------------------------------------------------------

@@ -9,7 +9,15 @@ import pytest
 import torch
 from checkpoints import BESIDE, PROJECTION, gated, random, save_model
 from conftest import FORMATS, assert_refused, quantize, run_cli
-from folders import folder_bytes, read_config, read_dequantized, read_header, read_tensors
+from folders import (
+    edit_json,
+    edit_shard,
+    folder_bytes,
+    read_config,
+    read_dequantized,
+    read_header,
+    read_tensors,
+)
 from reference import reference_quantize
 from safetensors.torch import save_file
 
@@ -181,6 +189,36 @@ def test_a_folder_that_another_program_packed_or_that_is_unfinished_is_refused(
     else:  # codes of another program may mean something else
         save_file(read_tensors(tmp_path / "out"), tmp_path / "out" / "model-00001.safetensors")
     assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), problem)
+
+
+@pytest.mark.parametrize(
+    "padded",
+    [None, [], {"m.weight": 5}, {"m.weight": [8]}, {"m.weight": [8, 100]}, {"m.weight": [9, 200]}],
+    ids=str,
+)
+def test_a_damaged_list_of_padded_weights_is_refused(tmp_path, padded):
+    quantize(save_model(tmp_path / "in", {"m.weight": random(8, 200)}), tmp_path / "out")
+    path = tmp_path / "out" / "quantize_config.json"
+    edit_json(path, lambda content: content.update(padded_weights=padded))
+    assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), str(path), "again")
+
+
+@pytest.mark.parametrize("layout", ["int4", "compressed-tensors", "gptq"])
+def test_a_folder_that_lacks_a_part_of_a_weight_is_refused(tiny, tmp_path, layout):
+    quantize(tiny, tmp_path / "out", *LAYOUTS[layout])
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    lost = next(
+        name
+        for name in read_header(shard)[0]
+        if name.endswith("scale" if layout[0] == "c" else "scales")
+    )
+    edit_shard(shard, lambda tensors: tensors.pop(lost))
+    edit_json(
+        tmp_path / "out" / "model.safetensors.index.json",
+        lambda index: index["weight_map"].pop(lost),
+    )
+    result = run_cli(tmp_path / "out", tmp_path / "back", "--restore")
+    assert_refused(result, f"tensor {lost!r} is missing")
 
 
 def test_a_weight_that_decodes_beyond_its_sources_dtype_is_refused_and_the_advice_helps(tmp_path):
