@@ -72,6 +72,7 @@ import math
 import mmap
 import os
 import pickle
+import pwd
 import re
 import resource
 import shlex
@@ -368,8 +369,13 @@ COMPILER_TIMEOUT_S = 10  # it takes 0.2
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
 
+READ_ONLY = "is on a read-only mount: choose another folder, or mount it writable (docker run -v without :ro)"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what such a file begins with
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+ADAPTER_CONFIG_NAME = (
+    "adapter_config.json"  # with which peft and transformers load a folder as an adapter
+)
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 # What says how a model is quantized: keys of config.json, at any depth, and files beside it.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -475,6 +481,60 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in words what the system refused, of which file, and what helps."""
+    place = f"{error.filename}: " if error.filename else ""
+    problem = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{place}{problem}: make room, then the same command continues"
+    if error.errno == errno.EROFS:
+        return f"{place}{READ_ONLY}"
+    if isinstance(error, PermissionError) and isinstance(error.filename, str):
+        return place + (why_unreadable(Path(error.filename)) or problem)
+    return place + problem
+
+
+def why_unreadable(path: Path) -> str:
+    """Say what keeps this process from reading a file or folder, and the `chmod` that mends it; nothing if it may."""
+    real = Path(os.path.realpath(path))  # of a link, as in the hub's cache
+    for folder in (*reversed(path.absolute().parents), *reversed(real.parents)):
+        if not os.path.exists(folder):
+            return ""
+        if not os.access(folder, os.X_OK):
+            remedy = f"chmod a+x {shlex.quote(str(folder))}"
+            return describe_denial(f"folder {folder}", folder, remedy)
+    if not real.exists():
+        return ""
+    if path.is_dir():
+        if os.access(path, os.R_OK | os.X_OK):
+            return ""
+        return describe_denial("it", path, f"chmod a+rx {shlex.quote(str(path))}")
+    if os.access(path, os.R_OK):
+        return ""
+    alike = [other for other in path.parent.glob(f"*{path.suffix}") if other.is_file()]
+    closed = [other for other in alike if not os.access(other, os.R_OK)]
+    files = shlex.quote(str(path))
+    if path.suffix and len(closed) > 1:
+        files = f"{shlex.quote(str(path.parent))}/*{path.suffix}"
+    return describe_denial("it", path, f"chmod a+r {files}")
+
+
+def describe_denial(what: str, path: Path, remedy: str) -> str:
+    """Say to whom a file or folder belongs that this process may not read, who this process is, and what helps."""
+    found = path.stat()
+    owner = f"{what} belongs to {user_name(found.st_uid)}, mode {found.st_mode & 0o7777:04o}"
+    reader = f"this process is {user_name(os.geteuid())}"
+    return f"Permission denied: {owner}, and {reader}: as its owner or root, {remedy}"
+
+
+def user_name(uid: int) -> str:
+    """Name a user, who in a container need not have a name."""
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
+    except KeyError:
+        return f"user {uid}"
 
 
 def quote_names(names: Iterable[str]) -> str:
@@ -622,8 +682,18 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that only tells Git LFS which one belongs there, as a clone without it leaves them."""
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        remedy = f"run git lfs pull in {path.parent}, or download the file again"
+        raise QuantizeError(f"{path}: is a Git LFS pointer and not the file itself: {remedy}")
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -658,6 +728,7 @@ class WeightsFile:
             raise QuantizeError(
                 f"file {path} is {'not a regular one' if path.exists() else 'missing'}"
             )
+        refuse_pointer(path)
         self.path = path
         self.state = path.stat().st_size, path.stat().st_mtime_ns  # before anything is read
         self._not_dropped = 0  # bytes of scattered reads since the last drop
@@ -856,9 +927,7 @@ def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
             f"{path}: {nested[0]!r} is a dict inside the state dict: save model.state_dict() alone"
         )
     if others := [str(name) for name in content if str(name) not in tensors]:
-        notes.append(
-            f"{path.name}: {len(others):,} entries are no tensors and are left out: {quote_names(others)}"
-        )
+        notes.append(f"{path.name}: left out, since they are no tensors: {quote_names(others)}")
     return tensors
 
 
@@ -914,6 +983,12 @@ class Checkpoint:
     def __init__(self, folder: Path, config_folder: Path | None = None):
         """Open a folder's weights, and config.json there or in another folder."""
         for path in filter(None, (folder, config_folder)):
+            if denied := why_unreadable(path):
+                raise QuantizeError(f"folder {path}: {denied}")
+            if inside := snapshots_in(path):
+                more = f" (of {len(inside)} snapshots there)" if len(inside) > 1 else ""
+                problem = "is of the hub's cache: give the model's folder inside it"
+                raise QuantizeError(f"folder {path} {problem}, {inside[0]}{more}")
             if not path.is_dir():
                 problem = "is a file, give its folder" if path.exists() else "no such folder"
                 if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
@@ -954,11 +1029,14 @@ class Checkpoint:
             )
         if unlisted := [name for name in self.tensors if weight_map and name not in weight_map]:
             self.notes.append(
-                f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}"
+                f"{count_of(len(unlisted), 'tensor')} in shards but not in the index: {quote_names(unlisted)}"
             )
         self.has_config = (config_folder / CONFIG_NAME).exists()
         self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
         self.quantization = find_quantization(config_folder, self.config)
+        if (config_folder / ADAPTER_CONFIG_NAME).exists():
+            problem = "is not copied: loaders would take the folder for an adapter's"
+            self.notes.append(f"{ADAPTER_CONFIG_NAME} {problem}")
         if odd := odd_config_values(self.config):
             problem = "values that are not of the kind that belongs there and are not used"
             self.notes.append(f"{CONFIG_NAME} has {problem}: {', '.join(odd)}")
@@ -1011,6 +1089,21 @@ class Checkpoint:
         return self.files[info.file].read(info, offset, nbytes, memory)
 
 
+def snapshots_in(folder: Path) -> list[Path]:
+    """List the models' folders in a folder of the hub's cache, the one that `main` means first; none in any other."""
+    if (folder / CONFIG_NAME).exists() or not folder.is_dir():
+        return []
+    model = folder.parent if folder.name == "snapshots" else folder
+    models = [model, *sorted(folder.glob("models--*"))]
+    snapshots = []
+    for cached in models:
+        main = cached / "refs" / "main"
+        revision = main.read_text().strip() if main.is_file() else ""
+        found = [path for path in (cached / "snapshots").glob("*") if path.is_dir()]
+        snapshots += sorted(found, key=lambda path: (path.name != revision, path.name))
+    return snapshots
+
+
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Name the files of the weights, safetensors rather than pickles, and read their index, if there is one."""
     names = sorted(
@@ -1031,11 +1124,16 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
         return sorted(set(weight_map.values())), weight_map
     found = safetensors or [name for name in pickles if name.endswith(".bin")] or pickles
     problem = "" if found else "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
+    inside = []
+    for pattern in () if found else ("*/*.safetensors", "*/pytorch_model*.bin"):
+        inside += [path.parent for path in folder.glob(pattern)]
     others = [name for name in names if name.endswith((".ckpt", ".bin")) and not found]
-    if (folder / "adapter_config.json").exists() and not found:
+    if (folder / ADAPTER_CONFIG_NAME).exists() and not found:
         problem += ": it holds a LoRA adapter, merge that into its base model first"
     elif others:
         problem += f": if {others[0]!r} is the model's state dict, name it model.pth"
+    elif inside and not found:
+        problem += f", but some in {sorted(inside)[0]}: give that folder if it is the model"
     sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found}
     whole = r"-of-\d+\.|^(pytorch_)?model\.|\.pth?$"  # in names of a whole model or rank, or of its numbered parts
     if len(sets) > 1 and re.search(whole, "\n".join(found), re.MULTILINE):
@@ -1278,7 +1376,12 @@ def config_booleans(config: dict, *keys: str) -> list[bool]:
 
 def architectures_of(config: dict) -> list[str]:
     """List the classes that config.json names for the whole model, and not those for a part of it."""
-    return config_strings({"architectures": config.get("architectures")}, "architectures")
+    return config_strings(only(config, "architectures"), "architectures")
+
+
+def only(config: dict, key: str) -> dict:
+    """Leave of config.json the one entry that is for the whole model, and not those of its parts."""
+    return {key: config.get(key)}
 
 
 def odd_config_values(config: dict) -> list[str]:
@@ -2421,7 +2524,128 @@ def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     raise QuantizeError(f"{reason}: change --exclude or --int8 so that both are stored alike")
 
 
-LOAD_STEP = "transformers.AutoModelForCausalLM.from_pretrained('{name}', dtype='auto')"
+@dataclass(frozen=True)
+class Loader:
+    """Say which class of transformers loads models whose architecture, a class, has a name that ends so."""
+
+    name: str
+    architectures: str  # a pattern
+    model_types: str = ""  # of these types alone, separated by blanks; of all where there are none
+
+
+CONDITIONAL = "ForConditionalGeneration"
+# The first row that fits. (transformers 5.24.0, models/auto/modeling_auto.py)
+LOADERS = (
+    Loader(
+        "AutoModelForSpeechSeq2Seq",
+        CONDITIONAL,
+        "canary cohere_asr dia moonshine moonshine_streaming pop2piano speech_to_text whisper",
+    ),
+    Loader("AutoModelForSpeechSeq2Seq", "ForSpeechToText"),
+    Loader("AutoModelForSpeechSeq2Seq", "EncoderDecoderModel", "speech-encoder-decoder"),
+    Loader(
+        "AutoModelForTextToWaveform",
+        CONDITIONAL,
+        "csm gradium_phonon_tts higgs_audio_v2 musicgen musicgen_melody pocket_tts vibevoice",
+    ),
+    Loader("AutoModelForTextToSpectrogram", "ForTextToSpeech", "speecht5"),
+    Loader("AutoModelForTextToWaveform", "ForTextToSpeech"),
+    Loader("AutoModelForSeq2SeqLM", CONDITIONAL, "audioflamingo3 musicflamingo"),
+    Loader("AutoModelForSeq2SeqLM", "MTModel|EncoderDecoderModel", "encoder-decoder marian"),
+    Loader("AutoModelForSeq2SeqLM", "ForTextToText"),
+    Loader("AutoModelForImageTextToText", CONDITIONAL, "pi0 t5gemma2 udop"),
+    Loader("AutoModelForImageTextToText", "ForCausalLM", "mistral4"),
+    Loader("AutoModelForImageTextToText", "ForVisionText2Text|ForProteinText2Text"),
+    Loader("AutoModelForImageTextToText", "ForBlockDiffusion"),
+    Loader("AutoModelForImageTextToText", "", "nemotron_h_omni vision-encoder-decoder"),
+    Loader("AutoModel", CONDITIONAL, "clvp"),
+    Loader("AutoModelForMaskedLM", "LMHeadModel", "flaubert"),
+    Loader("AutoModelForCausalLM", "LMHeadModel|ModelWithLMHead"),
+    Loader("AutoModelForCausalLM", "Decoder", "bert-generation"),
+    Loader("AutoModelForTextEncoding", "EncoderModel", "mt5 t5 t5gemma umt5"),
+    Loader("AutoModelForTextEncoding", "TextModel", "emu3 llama4 mllama"),
+    Loader(
+        "AutoModelForMaskGeneration",
+        "EdgeTamModel|Sam2Model|Sam3TrackerModel",
+        "edgetam_video sam2_video sam3_video",
+    ),
+    Loader("AutoModelForPreTraining", "ForRetrieval"),
+    Loader("AutoModelForTableQuestionAnswering", "ForQuestionAnswering", "tapas"),
+    Loader("AutoModelForVisualQuestionAnswering", "ForQuestionAnswering", "blip vilt"),
+    Loader("AutoModelForDocumentQuestionAnswering", "ForQuestionAnswering", "layoutlm"),
+    Loader("AutoModelForQuestionAnswering", "ForQuestionAnsweringSimple"),
+    Loader(
+        "AutoModelForAudioClassification",
+        "ForSequenceClassification",
+        "data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm",
+    ),
+    Loader("AutoModelForAudioXVector", "ForXVector"),
+    Loader(
+        "AutoModelForImageClassification",
+        "ForImageClassification(WithTeacher|Learned|Fourier|ConvProcessing)",
+    ),
+    Loader("AutoModelForZeroShotImageClassification", "ForImageTextRetrieval", "blip-2"),
+    Loader(
+        "AutoModelForZeroShotObjectDetection",
+        "ForObjectDetection",
+        "grounding-dino mm-grounding-dino omdet-turbo owlv2 owlvit",
+    ),
+    Loader("AutoModelForUniversalSegmentation", "ForSegmentation", "detr"),
+    Loader("AutoModelForImageToImage", "ForImageSuperResolution"),
+    Loader("AutoModelForTimeSeriesPrediction", "ModelForPrediction"),
+    Loader("AutoBackbone", "Backbone"),
+)
+SAME_NAMES = (  # X of the classes AutoModelForX that load a model Y whose architecture is YForX
+    "AudioClassification AudioFrameClassification CTC CausalLM Decision DepthEstimation ImageClassification"
+    " ImageMatting InstanceSegmentation KeypointDetection KeypointMatching MaskedImageModeling MaskedLM"
+    " MultipleChoice NextSentencePrediction NormalEstimation ObjectDetection PointmapEstimation PoseEstimation"
+    " PreTraining QuestionAnswering RNNT SemanticSegmentation SequenceClassification TDT TableRecognition"
+    " TextRecognition TokenClassification UniversalSegmentation VideoClassification"
+)
+LOAD_STEP = "transformers.{loader}.from_pretrained({path}, dtype='auto')"
+
+
+def loading_class(config: dict) -> str:
+    """Name the class of transformers that loads the whole model that config.json describes, head included."""
+    architecture = next(iter(architectures_of(config)), "")
+    if theirs := classes_of_its_own_code(config, architecture):
+        return theirs[0]
+    types = config_strings(only(config, "model_type"), "model_type")
+    parts = [key for key, value in config.items() if isinstance(value, dict)]
+    towers = [key for key in parts if re.search(r"_config$", key)]
+    sees = any(re.search(r"vis(ion|ual)|image|^vq_", key) for key in towers)
+    pairs = config_booleans(only(config, "is_encoder_decoder"), "is_encoder_decoder")
+    if not architecture:
+        architecture = CONDITIONAL if towers or any(pairs) else "ForCausalLM"
+    for row in LOADERS:
+        meant = not row.model_types or {*types} & {*row.model_types.split()}
+        if meant and re.search(f"({row.architectures})$", architecture):
+            return row.name
+    for name in SAME_NAMES.split():
+        if architecture.endswith(f"For{name}"):
+            return f"AutoModelFor{name}"
+    if not architecture.endswith(CONDITIONAL):
+        return "AutoModel"
+    if sees:
+        return "AutoModelForImageTextToText"
+    return "AutoModelForMultimodalLM" if towers else "AutoModelForSeq2SeqLM"
+
+
+def classes_of_its_own_code(config: dict, architecture: str) -> list[str]:
+    """List the classes under which config.json registers code beside it (`auto_map`) for its architecture."""
+    auto_map = config.get("auto_map")
+    if not isinstance(auto_map, dict):
+        return []
+    names = []
+    for name, target in auto_map.items():
+        own = isinstance(target, str) and target.rpartition(".")[2] == architecture
+        if own and re.fullmatch(r"AutoModel\w*", name):
+            names.append(name)
+    return sorted(
+        names, key=lambda name: (name != "AutoModelForCausalLM", name == "AutoModel", name)
+    )
+
+
 USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
 NO_ENGINE = f"no engine loads int4, which is for readers of your own; {USE_COMPRESSED_TENSORS}"
 INT4 = Format(
@@ -2494,6 +2718,10 @@ class Importance(WeightsFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
+        if not self.infos:
+            raise QuantizeError(
+                f"{path}: names no layer: collect it from this model, as in README.md"
+            )
         factors = [name for name in self.infos if name.endswith(".factor")]
         if alone := [name for name in factors if name.removesuffix(".factor") not in self.infos]:
             raise QuantizeError(
@@ -2557,7 +2785,7 @@ class Importance(WeightsFile):
             if some
             else ""
         )
-        rest = f"{len(named) - len(ranks):,} are named but without data, {len(weights) - len(named):,} are not named"
+        rest = f"{len(named) - len(ranks):,} named without data, {len(weights) - len(named):,} not named"
         return f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {rest}"
 
     def has_factor(self, info: TensorInfo) -> bool:
@@ -2646,7 +2874,7 @@ CONFIG_KEYS = {  # all that are read there, by the kind of value that belongs un
         *EXPERT_COUNTS,
     ),
     as_string: ("model_type", "architectures", "dtype", "torch_dtype"),
-    as_boolean: ("tie_word_embeddings",),
+    as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
 }
 # Layers that engines hold as one, and so in one precision. (vLLM 0.29.0: packed_modules_mapping of its models)
 FUSED_LAYERS = (
@@ -2777,6 +3005,7 @@ class Plan:
     warnings: Collection[str] = ()
     statistics: Importance | None = None
     stacks: int = 0  # of experts, that are read as one weight an expert
+    loader: str = ""  # the class of transformers that loads the whole model
 
 
 def plan_conversion(
@@ -3041,7 +3270,7 @@ def refuse_useless_options(
     """Refuse a pattern for nothing, or --int8 for what is kept; to quantize nothing; to name two tensors alike."""
     names, count = (
         [info.name for info in [*(t.source for t in tensors), *experts]],
-        f"the {len(tensors):,} tensors",
+        f"the {count_of(len(tensors), 'tensor')}",
     )
     for option, pattern in [
         *(("--exclude", p) for p in options.exclude),
@@ -3067,9 +3296,7 @@ def refuse_useless_options(
     if not any(tensor.packing for tensor in tensors):
         example = f"{tensors[0].source.name!r} ({tensors[0].kept_because})"
         remedy = "lower --group_size or drop --exclude if that keeps them"
-        raise QuantizeError(
-            f"no weight would be quantized: {count} are all kept, e.g. {example}: {remedy}"
-        )
+        raise QuantizeError(f"no weight would be quantized of {count}, e.g. {example}: {remedy}")
     makers: dict[str, TensorInfo] = {}
     for info, name in (
         (tensor.source, output.name) for tensor in tensors for output in tensor.outputs
@@ -3118,18 +3345,16 @@ def refuse_unloadable(
         ),
         (
             conv1d,
-            "are GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
+            "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
         ),
-        (ragged, f"have columns that are no multiple of --group_size {size}: {divides}"),
+        (ragged, f"with columns that are no multiple of --group_size {size}: {divides}"),
         (
             lines,
-            f"have rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors",
+            f"with rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors",
         ),
     ):
         if isinstance(refused, list) and refused:
-            problem = (
-                f"{len(refused):,} weights {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
-            )
+            problem = f"{count_of(len(refused), 'weight')} {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
         if refused:
             raise QuantizeError(problem)
     wholes = {}  # what engines hold as one: what becomes of its first part
@@ -3265,7 +3490,7 @@ def notes_on_tensors(
         named = f"stacks of experts are read as one weight an expert, named as by most models ({separated[0].name!r})"
         yield f"{named}; whether this model's loaders know them so was not tried"
     if conv1d:
-        yield f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs"
+        yield f"{count_of(len(conv1d), 'weight')} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
     if stacks := [
         t.source
         for t in tensors
@@ -3323,7 +3548,8 @@ def plan_files(
     other_files = copied | written | {INDEX_NAME: f"{as_json(index)}\n".encode()}
     hashes[INDEX_NAME] = hashlib.sha256(other_files[INDEX_NAME]).hexdigest()
     made = tensors, total_size, shards, placements, other_files, hashes, left_out
-    return Plan(options, facts, fingerprint, *made, **more)
+    loader = loading_class(checkpoint.config)
+    return Plan(options, facts, fingerprint, *made, loader=loader, **more)
 
 
 def dtypes_of_packed(tensors: list[TensorPlan]) -> dict:
@@ -3346,25 +3572,23 @@ def plan_other_files(checkpoint: Checkpoint, written: set) -> tuple[dict[str, Pa
         reasons = (
             (path.is_dir(), "folder"),
             (path.name.startswith("."), "hidden"),
-            (re.search(OTHER_WEIGHTS, path.name), "other weights"),
             (TRAINER_PATTERN.search(path.name), "training state"),
+            (re.search(OTHER_WEIGHTS, path.name), "other weights"),
+            (path.name == ADAPTER_CONFIG_NAME, "of an adapter"),
             (path.exists() and not path.is_file(), "not a regular file"),
             (UNFINISHED_PATTERN.fullmatch(path.name), "of another conversion"),
             (path.name in QUANTIZATION_FILES, "of the quantization"),
         )
         if reason := next((reason for found, reason in reasons if found), None):
             left_out.append(f"{path.name}{'/' * path.is_dir()} ({reason})")
-        elif os.access(path, os.R_OK):
+        elif denied := why_unreadable(path):
+            raise QuantizeError(f"{path}: {denied}, or remove it: it would be copied")
+        elif path.exists():
+            refuse_pointer(path)
             copied[path.name] = path
         else:
-            problem = (
-                "Permission denied"
-                if path.exists()
-                else f"a link to {os.readlink(path)}, which is missing"
-            )
-            raise QuantizeError(
-                f"{path}: {problem}: make it readable or remove it, it would be copied"
-            )
+            problem = f"a link to {os.readlink(path)}, which is missing"
+            raise QuantizeError(f"{path}: {problem}: mend or remove it, it would be copied")
     others = (
         {*checkpoint.folder.iterdir()} - {*checkpoint.files} if folder != checkpoint.folder else ()
     )
@@ -3537,24 +3761,26 @@ def are_dtypes(value: object) -> bool:
 
 def what_differs(was: dict, now: dict) -> str:
     """Say which of its facts are not as they were for another run: options, names and sizes of sources."""
+    sizes, others = (
+        {(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now)
+    )
+    others = sorted({name for name, _ in sizes ^ others})
     changed = []
+    if others:
+        changed.append(f"the input was another, {quote_names(others)} had other names or sizes")
     for name, value in now["options"].items():
         before = was["options"].get(name)
         if name == "importance" and before and value and before != value:
             changed.append("--importance was another file")
+        elif name == "group_size" and others:
+            continue  # which follows from the input's columns where it is not given
         elif before != value:
             said = (
                 f" --{name} ".join(v) if v and isinstance(v, list) else v or "not given"
                 for v in (before, value)
             )
             changed.append("--{} was {}, is {}".format(name, *said).replace(" True", " given"))
-    sizes, others = (
-        {(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now)
-    )
-    others = sorted({name for name, _ in sizes ^ others})
-    return ", ".join(changed) or (
-        f"{quote_names(others)} had other names or sizes" if others else ""
-    )
+    return ", ".join(changed)
 
 
 # ---- Memory: what the machine, the container and this process use ---------------------------------------------------
@@ -3600,19 +3826,24 @@ class MemoryGuard:
         info = self._process.memory_info()
         return info.rss - getattr(info, "shared", 0)
 
+    def shortage(self, needed: int = 0) -> str:
+        """Say that less than `min_free` is available, or would be once `needed` bytes are taken; nothing if not so."""
+        available = self.read().available - needed
+        if available >= self.min_free:
+            return ""
+        free, least = format_bytes(max(available, 0)), format_bytes(self.min_free)
+        advice = "stop other programs or containers, raise the container's --memory, or lower --min_free_gb"
+        left = " left at the peak" if needed else " available"
+        return f"{free} of memory{left}, --min_free_gb asks for {least}: {advice}"
+
     def check(self) -> None:
         """Raise if less than `min_free` is available. Cheap: it looks at most 10 times a second, for 0.5 ms."""
         with self._lock:
             if time.monotonic() < self._next_look:
                 return
             self._next_look = time.monotonic() + 0.1
-        available = self.read().available
-        if available < self.min_free:
-            free, least = format_bytes(available), format_bytes(self.min_free)
-            advice = "stop other programs or containers, raise the container's --memory, or lower --min_free_gb"
-            raise QuantizeError(
-                f"stopped: {free} of memory available, --min_free_gb asks for {least}: {advice}", 3
-            )
+        if shortage := self.shortage():
+            raise QuantizeError(f"stopped: {shortage}", 3)
 
 
 def read_cgroups(system: Path, controller: str, v2: str, v1: str) -> Iterator[list[str]]:
@@ -3841,6 +4072,24 @@ class OutputFolder:
         needed = sum(size for name, size in sizes.items() if name not in self.finished)
         free = shutil.disk_usage(self.existing).free
         return needed, free + sum(path.stat().st_blocks * 512 for path in self.remove)
+
+    def why_unwritable(self) -> str:
+        """Say why nothing can be written here; nothing if it can."""
+        if not self.existing.is_dir():
+            return f"{self.existing} is a file"
+        if os.access(self.existing, os.W_OK | os.X_OK):
+            return ""
+        if os.statvfs(self.existing).f_flag & os.ST_RDONLY:
+            return f"{self.existing} {READ_ONLY}"
+        return f"Permission denied: {self.existing} is not writable, choose another or change its owner"
+
+    def lack_of_room(self) -> str:
+        """Say that the disk is too small for what is to be written; nothing if it is not."""
+        needed, free = self.room()
+        if needed <= free:
+            return ""
+        problem = f"{format_bytes(needed)} to write, but the disk of {self.folder} has {format_bytes(free)} free"
+        return f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
 
     def prepare(self) -> None:
         """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished. The
@@ -4606,10 +4855,11 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     steps = [("Try", LOAD_STEP)] if plan.options.restore else [*plan.options.form.next_steps, last]
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
+    name = folder.resolve().name
     for label, text in steps:
-        say_paragraph(
-            f"  {label}:", text.replace("{name}", shlex.quote(folder.resolve().name)), command=True
-        )
+        text = text.replace("{loader}", plan.loader).replace("{path}", repr(name))
+        text = text.replace("{name}", shlex.quote(name))
+        say_paragraph(f"  {label}:", text, command=True)
 
 
 # ---- Verification: the output as its readers see it, against the source ---------------------------------------------
@@ -4925,13 +5175,17 @@ def print_and_convert(
     """Print the plan and write the output folder; tells whether there was something to do."""
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
-        if not args.dry_run and not os.access(output.existing, os.W_OK | os.X_OK):
-            problem = f"Permission denied: {output.existing} is not writable, choose another or change its owner"
-            raise QuantizeError(f"output folder {output.folder}: {problem}")
+        denied = output.why_unwritable()
+        if denied and not args.dry_run:
+            raise QuantizeError(f"output folder {output.folder}: {denied}")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
+        complete = output.nothing_to_write and not output.compare
         if args.dry_run:
+            short = progress.guard.shortage(buffer_bytes(plan, args.threads))
+            for problem in (denied, *(() if complete else (output.lack_of_room(), short))):
+                say_paragraph("WARNING:", problem and f"the run itself would stop: {problem}")
             say("Dry run: nothing was written.")
-        elif output.nothing_to_write and not output.compare:
+        elif complete:
             there = shorten(str(args.output_dir), terminal_width() - 25)
             told = (
                 "" if args.restore else "It was not compared with the source; --verify does that."
@@ -4947,12 +5201,8 @@ def convert(
     checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int
 ) -> None:
     """Write the planned output folder, or compare what is there."""
-    needed, free = output.room()
-    if needed > free:
-        problem = f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free"
-        raise QuantizeError(
-            f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
-        )
+    if problem := output.lack_of_room():
+        raise QuantizeError(problem)
     progress.guard.check()
     compared, task = output.nothing_to_write, "restoring" if plan.options.restore else "quantizing"
     shards = [
@@ -4976,10 +5226,11 @@ def convert(
         output.write_other_files()
     except QuantizeError as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:
+            count = sum(shard.finished for shard in shards)
             finished = (
-                f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')}"
+                f"{count:,} of {count_of(len(shards), 'shard')} {'is' if count == 1 else 'are'}"
             )
-            stop.args = (f"{stop}; {finished} are finished and kept, the same command continues",)
+            stop.args = (f"{stop}; {finished} finished and kept, the same command continues",)
         raise
     finally:
         clear_line()
@@ -5064,10 +5315,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, QuantizeError):
             message = str(error)
         elif isinstance(error, OSError):
-            message = f"{error.filename}: " if error.filename else ""
-            message += error.strerror or str(error)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                message += ": make room, then the same command continues"
+            message = describe_os_error(error)
         with contextlib.suppress(OSError):
             message = printable(
                 message[:2000]
