@@ -369,7 +369,10 @@ COMPILER_TIMEOUT_S = 10  # it takes 0.2
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
 
-READ_ONLY = "is on a read-only mount: choose another folder, or mount it writable (docker run -v without :ro)"
+READ_ONLY = (
+    "is on a read-only mount: choose another folder, or mount it writable"
+    " (docker run -v without :ro)"
+)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what such a file begins with
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -497,7 +500,8 @@ def describe_os_error(error: OSError) -> str:
 
 
 def why_unreadable(path: Path) -> str:
-    """Say what keeps this process from reading a file or folder, and the `chmod` that mends it; nothing if it may."""
+    """Say what keeps this process from reading a file or folder, and the `chmod` that mends it;
+    nothing if it may."""
     real = Path(os.path.realpath(path))  # of a link, as in the hub's cache
     for folder in (*reversed(path.absolute().parents), *reversed(real.parents)):
         if not os.path.exists(folder):
@@ -522,7 +526,8 @@ def why_unreadable(path: Path) -> str:
 
 
 def describe_denial(what: str, path: Path, remedy: str) -> str:
-    """Say to whom a file or folder belongs that this process may not read, who this process is, and what helps."""
+    """Say to whom a file or folder belongs that this process may not read, who this process is, and
+    what helps."""
     found = path.stat()
     owner = f"{what} belongs to {user_name(found.st_uid)}, mode {found.st_mode & 0o7777:04o}"
     reader = f"this process is {user_name(os.geteuid())}"
@@ -683,7 +688,8 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that only tells Git LFS which one belongs there, as a clone without it leaves them."""
+    """Refuse a file that only tells Git LFS which one belongs there, as a clone without it leaves
+    them."""
     with open(path, "rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
@@ -1029,7 +1035,8 @@ class Checkpoint:
             )
         if unlisted := [name for name in self.tensors if weight_map and name not in weight_map]:
             self.notes.append(
-                f"{count_of(len(unlisted), 'tensor')} in shards but not in the index: {quote_names(unlisted)}"
+                f"{count_of(len(unlisted), 'tensor')} in shards but not in the index:"
+                f" {quote_names(unlisted)}"
             )
         self.has_config = (config_folder / CONFIG_NAME).exists()
         self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
@@ -1090,7 +1097,8 @@ class Checkpoint:
 
 
 def snapshots_in(folder: Path) -> list[Path]:
-    """List the models' folders in a folder of the hub's cache, the one that `main` means first; none in any other."""
+    """List the models' folders in a folder of the hub's cache, the one that `main` means first;
+    none in any other."""
     if (folder / CONFIG_NAME).exists() or not folder.is_dir():
         return []
     model = folder.parent if folder.name == "snapshots" else folder
@@ -1328,7 +1336,8 @@ MAX_COUNT = 10_000  # of layers or experts
 
 
 def as_integer(value: object) -> int | None:
-    """Return a whole number of JSON, 12 or 12.0, or the one that a string of digits stands for; None of all else."""
+    """Return a whole number of JSON, 12 or 12.0, or the one that a string of digits stands for;
+    None of all else."""
     digits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value.strip())
     whole = isinstance(value, float) and value.is_integer()
     if digits or whole:
@@ -1351,7 +1360,8 @@ def as_boolean(value: object) -> bool | None:
 
 
 def config_integers(config: dict, *keys: str) -> list[int]:
-    """List the whole numbers that config.json has under these keys; `odd_config_values` names what is none."""
+    """List the whole numbers that config.json has under these keys; `odd_config_values` names what
+    is none."""
     found = map(as_integer, config_values(config, *keys))
     return [number for number in found if number is not None]
 
@@ -1375,17 +1385,20 @@ def config_booleans(config: dict, *keys: str) -> list[bool]:
 
 
 def architectures_of(config: dict) -> list[str]:
-    """List the classes that config.json names for the whole model, and not those for a part of it."""
+    """List the classes that config.json names for the whole model, and not those for a part of
+    it."""
     return config_strings(only(config, "architectures"), "architectures")
 
 
 def only(config: dict, key: str) -> dict:
-    """Leave of config.json the one entry that is for the whole model, and not those of its parts."""
+    """Leave of config.json the one entry that is for the whole model, and not those of its
+    parts."""
     return {key: config.get(key)}
 
 
 def odd_config_values(config: dict) -> list[str]:
-    """Name what config.json has under the keys that are read here and that is not of the kind that belongs there."""
+    """Name what config.json has under the keys that are read here and that is not of the kind that
+    belongs there."""
     odd = []
     for convert, keys in CONFIG_KEYS.items():
         for key in keys:
@@ -1397,8 +1410,8 @@ def odd_config_values(config: dict) -> list[str]:
 
 
 def find_quantization(folder: Path, config: dict) -> list[str]:
-    """Take what says how a model is quantized out of its config.json; names it, and the files beside it that say so,
-    each with its method. An entry of null says nothing."""
+    """Take what says how a model is quantized out of its config.json; names it, and the files
+    beside it that say so, each with its method. An entry of null says nothing."""
     found = [
         f"{place} ({quantization_method(value)}) of {CONFIG_NAME}"
         for place, value in pop_quantization(config).items()
@@ -1416,7 +1429,8 @@ def find_quantization(folder: Path, config: dict) -> list[str]:
 
 
 def pop_quantization(value: dict | list, place: str = "") -> dict[str, object]:
-    """Remove the entries about quantization from a JSON value, at any depth; returns them by their places."""
+    """Remove the entries about quantization from a JSON value, at any depth; returns them by their
+    places."""
     found = {}
     if isinstance(value, dict):
         for key in QUANTIZATION_KEYS:
@@ -2526,7 +2540,8 @@ def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Loader:
-    """Say which class of transformers loads models whose architecture, a class, has a name that ends so."""
+    """Say which class of transformers loads models whose architecture, a class, has a name that
+    ends so."""
 
     name: str
     architectures: str  # a pattern
@@ -2577,7 +2592,8 @@ LOADERS = (
     Loader(
         "AutoModelForAudioClassification",
         "ForSequenceClassification",
-        "data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm",
+        "data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-bert"
+        " wav2vec2-conformer wavlm",
     ),
     Loader("AutoModelForAudioXVector", "ForXVector"),
     Loader(
@@ -2596,17 +2612,19 @@ LOADERS = (
     Loader("AutoBackbone", "Backbone"),
 )
 SAME_NAMES = (  # X of the classes AutoModelForX that load a model Y whose architecture is YForX
-    "AudioClassification AudioFrameClassification CTC CausalLM Decision DepthEstimation ImageClassification"
-    " ImageMatting InstanceSegmentation KeypointDetection KeypointMatching MaskedImageModeling MaskedLM"
-    " MultipleChoice NextSentencePrediction NormalEstimation ObjectDetection PointmapEstimation PoseEstimation"
-    " PreTraining QuestionAnswering RNNT SemanticSegmentation SequenceClassification TDT TableRecognition"
-    " TextRecognition TokenClassification UniversalSegmentation VideoClassification"
+    "AudioClassification AudioFrameClassification CTC CausalLM Decision DepthEstimation"
+    " ImageClassification ImageMatting InstanceSegmentation KeypointDetection KeypointMatching"
+    " MaskedImageModeling MaskedLM MultipleChoice NextSentencePrediction NormalEstimation"
+    " ObjectDetection PointmapEstimation PoseEstimation PreTraining QuestionAnswering RNNT"
+    " SemanticSegmentation SequenceClassification TDT TableRecognition TextRecognition"
+    " TokenClassification UniversalSegmentation VideoClassification"
 )
 LOAD_STEP = "transformers.{loader}.from_pretrained({path}, dtype='auto')"
 
 
 def loading_class(config: dict) -> str:
-    """Name the class of transformers that loads the whole model that config.json describes, head included."""
+    """Name the class of transformers that loads the whole model that config.json describes, head
+    included."""
     architecture = next(iter(architectures_of(config)), "")
     if theirs := classes_of_its_own_code(config, architecture):
         return theirs[0]
@@ -2632,7 +2650,8 @@ def loading_class(config: dict) -> str:
 
 
 def classes_of_its_own_code(config: dict, architecture: str) -> list[str]:
-    """List the classes under which config.json registers code beside it (`auto_map`) for its architecture."""
+    """List the classes under which config.json registers code beside it (`auto_map`) for its
+    architecture."""
     auto_map = config.get("auto_map")
     if not isinstance(auto_map, dict):
         return []
@@ -2785,7 +2804,8 @@ class Importance(WeightsFile):
             if some
             else ""
         )
-        rest = f"{len(named) - len(ranks):,} named without data, {len(weights) - len(named):,} not named"
+        rest = f"{len(named) - len(ranks):,} named without data"
+        rest += f", {len(weights) - len(named):,} not named"
         return f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {rest}"
 
     def has_factor(self, info: TensorInfo) -> bool:
@@ -2922,14 +2942,16 @@ UNFIT = (
         " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
     ),
 )
-# What a checkpoint that is said to be quantized has beside or instead of plain weights: bitsandbytes, GPTQ and AWQ,
-# compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto and torchao.
+# What a checkpoint that is said to be quantized has beside or instead of plain weights: those of
+# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto
+# and torchao.
 PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32"}
 PACKED_DTYPES |= {name for name in DTYPE_BITS if name.startswith(("F4", "F6_", "F8_"))}
 PACKED_PART = (
-    r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale|zeros?|zero_points?"
-    r"|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax|quant_map|quant_state.*|weight_format"
-    r"|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask|weight[.:_]_?(q?data|scale))$"
+    r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale"
+    r"|zeros?|zero_points?|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax"
+    r"|quant_map|quant_state.*|weight_format|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask"
+    r"|weight[.:_]_?(q?data|scale))$"
 )
 # Files beside the weights that are not the model's. All others at the folder's top level are copied.
 OTHER_WEIGHTS = (
@@ -3068,7 +3090,8 @@ def plan_conversion(
 
 
 def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> Plan:
-    """Decide what weights are decoded to: each to the dtype that it had in the source, by `dtypes_of_packed`."""
+    """Decide what weights are decoded to: each to the dtype that it had in the source, by
+    `dtypes_of_packed`."""
     if not (checkpoint.folder / INDEX_NAME).exists():
         raise QuantizeError(
             f"{checkpoint.folder} is unfinished: give the command that began it again"
@@ -3172,8 +3195,9 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
 
 
 def may_be_packed(info: TensorInfo) -> bool:
-    """Tell whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a companion of one:
-    whatever is of small integers or float8, but for masks, or has the name of scales and alike."""
+    """Tell whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a
+    companion of one: whatever is of small integers or float8, but for masks, or has the name of
+    scales and alike."""
     mask = re.search(r"bias$|mask", info.name)
     matrix = info.dtype in PACKED_DTYPES and len(info.shape) >= 2 and not mask
     return matrix or bool(re.search(PACKED_PART, info.name))
@@ -3350,11 +3374,13 @@ def refuse_unloadable(
         (ragged, f"with columns that are no multiple of --group_size {size}: {divides}"),
         (
             lines,
-            f"with rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors",
+            f"with rows that are no multiple of {form.row_multiple}: --exclude them, or use"
+            " compressed-tensors",
         ),
     ):
         if isinstance(refused, list) and refused:
-            problem = f"{count_of(len(refused), 'weight')} {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
+            problem = f"{count_of(len(refused), 'weight')} {problem}"
+            problem += f"; e.g. {refused[0].name!r} {refused[0].shape}"
         if refused:
             raise QuantizeError(problem)
     wholes = {}  # what engines hold as one: what becomes of its first part
@@ -3490,7 +3516,8 @@ def notes_on_tensors(
         named = f"stacks of experts are read as one weight an expert, named as by most models ({separated[0].name!r})"
         yield f"{named}; whether this model's loaders know them so was not tried"
     if conv1d:
-        yield f"{count_of(len(conv1d), 'weight')} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
+        weights = count_of(len(conv1d), "weight")
+        yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
     if stacks := [
         t.source
         for t in tensors
@@ -3553,7 +3580,8 @@ def plan_files(
 
 
 def dtypes_of_packed(tensors: list[TensorPlan]) -> dict:
-    """Say which dtypes the weights that are packed have in the source: that of most, and the names of the others."""
+    """Say which dtypes the weights that are packed have in the source: that of most, and the names
+    of the others."""
     names: dict[str, list[str]] = {}
     for tensor in tensors:
         if tensor.packing:
@@ -3644,8 +3672,8 @@ def plan_shards(
 
 
 def read_facts(folder: Path) -> dict:
-    """Read how a folder was made, `Plan.facts`, which each of its shards says. Raises if no shard does, if another
-    version made one of them, or if they are not of one run."""
+    """Read how a folder was made, `Plan.facts`, which each of its shards says. Raises if no shard
+    does, if another version made one of them, or if they are not of one run."""
     facts: dict = {}
     shard_of_run: dict[str | None, str] = {}  # by fingerprint
     for path in sorted(folder.glob("model-*.safetensors")):
@@ -3660,7 +3688,8 @@ def read_facts(folder: Path) -> dict:
         shard_of_run.setdefault(metadata.get(METADATA_KEY), path.name)
     if not facts:
         raise QuantizeError(
-            f"{folder}: no shard in it says how it was made: only this program's own folders can be read"
+            f"{folder}: no shard in it says how it was made: only this program's own folders can"
+            " be read"
         )
     if len(shard_of_run) > 1:
         shards = quote_names(shard_of_run.values())
@@ -3677,7 +3706,8 @@ class FactsError(Exception):
 
 
 def parse_facts(text: str) -> dict:
-    """Read the facts that a shard states, the version first: what the others mean depends on it. Raises FactsError."""
+    """Read the facts that a shard states, the version first: what the others mean depends on it.
+    Raises FactsError."""
     damaged = FactsError(
         "what it says of how it was made is damaged", "copy the folder again, or convert again"
     )
@@ -3690,7 +3720,8 @@ def parse_facts(text: str) -> dict:
         raise damaged
     if version != FORMAT_VERSION:
         raise FactsError(
-            f"made by another version of this program (format {version}, this one writes {FORMAT_VERSION})",
+            f"made by another version of this program (format {version}, this one writes"
+            f" {FORMAT_VERSION})",
             "use that version, or convert again",
         )
     if facts.keys() != {"version", "options", "sources", "dtypes"}:
@@ -3760,7 +3791,8 @@ def are_dtypes(value: object) -> bool:
 
 
 def what_differs(was: dict, now: dict) -> str:
-    """Say which of its facts are not as they were for another run: options, names and sizes of sources."""
+    """Say which of its facts are not as they were for another run: options, names and sizes of
+    sources."""
     sizes, others = (
         {(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now)
     )
@@ -3827,12 +3859,14 @@ class MemoryGuard:
         return info.rss - getattr(info, "shared", 0)
 
     def shortage(self, needed: int = 0) -> str:
-        """Say that less than `min_free` is available, or would be once `needed` bytes are taken; nothing if not so."""
+        """Say that less than `min_free` is available, or would be once `needed` bytes are taken;
+        nothing if not so."""
         available = self.read().available - needed
         if available >= self.min_free:
             return ""
         free, least = format_bytes(max(available, 0)), format_bytes(self.min_free)
-        advice = "stop other programs or containers, raise the container's --memory, or lower --min_free_gb"
+        advice = "stop other programs or containers, raise the container's --memory"
+        advice += ", or lower --min_free_gb"
         left = " left at the peak" if needed else " available"
         return f"{free} of memory{left}, --min_free_gb asks for {least}: {advice}"
 
@@ -4081,14 +4115,16 @@ class OutputFolder:
             return ""
         if os.statvfs(self.existing).f_flag & os.ST_RDONLY:
             return f"{self.existing} {READ_ONLY}"
-        return f"Permission denied: {self.existing} is not writable, choose another or change its owner"
+        problem = f"Permission denied: {self.existing} is not writable"
+        return f"{problem}, choose another or change its owner"
 
     def lack_of_room(self) -> str:
         """Say that the disk is too small for what is to be written; nothing if it is not."""
         needed, free = self.room()
         if needed <= free:
             return ""
-        problem = f"{format_bytes(needed)} to write, but the disk of {self.folder} has {format_bytes(free)} free"
+        problem = f"{format_bytes(needed)} to write, but the disk of {self.folder} has"
+        problem += f" {format_bytes(free)} free"
         return f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
 
     def prepare(self) -> None:
@@ -4157,7 +4193,8 @@ def read_metadata(shard: Path) -> dict[str, str]:
 
 
 def files_of_run(metadata: dict[str, str]) -> dict[str, str]:
-    """Read which other files a shard's run wrote: their SHA-256, by name. None if it is not said, or damaged."""
+    """Read which other files a shard's run wrote: their SHA-256, by name. None if it is not said,
+    or damaged."""
     try:
         hashes = json.loads(metadata.get(FILES_KEY, "{}"))
     except (ValueError, RecursionError):
@@ -4510,7 +4547,8 @@ class Conversion:
             problem = f"decodes to weights beyond {output.dtype}, which the source has"
             pattern = shlex.quote(pattern_of([replace(tensor.source, name=output.name)]))
             raise QuantizeError(
-                f"tensor {output.name!r} {problem}: convert again with --exclude {pattern}, which keeps it"
+                f"tensor {output.name!r} {problem}: convert again with --exclude {pattern}, which"
+                " keeps it"
             )
         return {"dense": dense}
 

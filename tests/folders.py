@@ -79,7 +79,8 @@ def read_header(shard: Path) -> tuple[dict, int]:
 
 
 def edit_metadata(folder: Path, change: Callable[[dict], object], name: str = "*") -> None:
-    """Change the metadata in the header of a folder's shards, or of those of this name, and nothing else."""
+    """Change the metadata in the header of a folder's shards, or of those of this name, and nothing
+    else."""
     for shard in folder.glob(f"{name}.safetensors"):
         header, start = read_header(shard)
         change(header["__metadata__"])

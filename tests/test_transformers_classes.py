@@ -34,7 +34,8 @@ for auto, mapping in re.findall(
 
 
 def saved_config(model_type: str, architecture: str) -> dict:
-    """What a model's config.json holds; of what cannot be made without arguments, the type alone."""
+    """What a model's config.json holds; of what cannot be made without arguments, the type
+    alone."""
     try:
         config = json.loads(CONFIG_MAPPING[model_type]().to_json_string())
     except Exception:  # huggingface_hub has its own for some
