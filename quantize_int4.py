@@ -72,6 +72,7 @@ import math
 import mmap
 import os
 import pickle
+import pwd
 import re
 import resource
 import shlex
@@ -315,7 +316,7 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 # ---- Facts and constants --------------------------------------------------------------------------------------------
 
 GB = 10**9  # sizes are decimal throughout, as in disk sizes and the hub's shard sizes
-FORMAT_VERSION = 7  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
+FORMAT_VERSION = 8  # raise it whenever the bytes of the output change: leftovers of an older version are then foreign
 
 CODE_MIN, CODE_MAX = -8, 7  # 4-bit two's complement
 CODES_PER_WORD = 8  # 4-bit codes in an int32
@@ -373,9 +374,21 @@ COMPILER_TIMEOUT_S = 10  # it takes 0.2
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
 
+READ_ONLY = (
+    "is on a read-only mount: choose another folder, or mount it writable"
+    " (docker run -v without :ro)"
+)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what such a file begins with
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+ADAPTER_CONFIG_NAME = (
+    "adapter_config.json"  # with which peft and transformers load a folder as an adapter
+)
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
+# What says how a model is quantized: keys of config.json, at any depth, and files beside it.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_FILES = ("hf_quant_config.json", "quant_config.json", QUANTIZE_CONFIG_NAME)
+MAX_JSON_DEPTH = 100  # of objects and lists in one another; no model's config has ten
 METADATA_KEY = "quantize_int4"  # in a shard's __metadata__: the fingerprint of sources and options
 FACTS_KEY = (
     "quantize_int4_facts"  # there too: the sources' sizes and times, and the options, as JSON
@@ -476,6 +489,62 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in words what the system refused, of which file, and what helps."""
+    place = f"{error.filename}: " if error.filename else ""
+    problem = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{place}{problem}: make room, then the same command continues"
+    if error.errno == errno.EROFS:
+        return f"{place}{READ_ONLY}"
+    if isinstance(error, PermissionError) and isinstance(error.filename, str):
+        return place + (why_unreadable(Path(error.filename)) or problem)
+    return place + problem
+
+
+def why_unreadable(path: Path) -> str:
+    """Say what keeps this process from reading a file or folder, and the `chmod` that mends it;
+    nothing if it may."""
+    real = Path(os.path.realpath(path))  # of a link, as in the hub's cache
+    for folder in (*reversed(path.absolute().parents), *reversed(real.parents)):
+        if not os.path.exists(folder):
+            return ""
+        if not os.access(folder, os.X_OK):
+            remedy = f"chmod a+x {shlex.quote(str(folder))}"
+            return describe_denial(f"folder {folder}", folder, remedy)
+    if not real.exists():
+        return ""
+    if path.is_dir():
+        if os.access(path, os.R_OK | os.X_OK):
+            return ""
+        return describe_denial("it", path, f"chmod a+rx {shlex.quote(str(path))}")
+    if os.access(path, os.R_OK):
+        return ""
+    alike = [other for other in path.parent.glob(f"*{path.suffix}") if other.is_file()]
+    closed = [other for other in alike if not os.access(other, os.R_OK)]
+    files = shlex.quote(str(path))
+    if path.suffix and len(closed) > 1:
+        files = f"{shlex.quote(str(path.parent))}/*{path.suffix}"
+    return describe_denial("it", path, f"chmod a+r {files}")
+
+
+def describe_denial(what: str, path: Path, remedy: str) -> str:
+    """Say to whom a file or folder belongs that this process may not read, who this process is, and
+    what helps."""
+    found = path.stat()
+    owner = f"{what} belongs to {user_name(found.st_uid)}, mode {found.st_mode & 0o7777:04o}"
+    reader = f"this process is {user_name(os.geteuid())}"
+    return f"Permission denied: {owner}, and {reader}: as its owner or root, {remedy}"
+
+
+def user_name(uid: int) -> str:
+    """Name a user, who in a container need not have a name."""
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
+    except KeyError:
+        return f"user {uid}"
 
 
 def quote_names(names: Iterable[str]) -> str:
@@ -623,15 +692,41 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that only tells Git LFS which one belongs there, as a clone without it leaves
+    them."""
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        remedy = f"run git lfs pull in {path.parent}, or download the file again"
+        raise QuantizeError(f"{path}: is a Git LFS pointer and not the file itself: {remedy}")
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise QuantizeError(f"{path}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise QuantizeError(
+            f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep"
+        ) from None
     if not isinstance(value, dict):
         raise QuantizeError(f"{path}: must hold a JSON object")
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [part for whole in level for part in parts_of(whole)]
+    if level:
+        raise QuantizeError(f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep")
     return value
+
+
+def parts_of(value: dict | list) -> list[dict | list]:
+    """List the objects and lists that a JSON value holds directly."""
+    parts = value.values() if isinstance(value, dict) else value
+    return [part for part in parts if isinstance(part, dict | list)]
 
 
 class WeightsFile:
@@ -644,6 +739,7 @@ class WeightsFile:
             raise QuantizeError(
                 f"file {path} is {'not a regular one' if path.exists() else 'missing'}"
             )
+        refuse_pointer(path)
         self.path = path
         self.state = path.stat().st_size, path.stat().st_mtime_ns  # before anything is read
         self._not_dropped = 0  # bytes of scattered reads since the last drop
@@ -842,9 +938,7 @@ def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
             f"{path}: {nested[0]!r} is a dict inside the state dict: save model.state_dict() alone"
         )
     if others := [str(name) for name in content if str(name) not in tensors]:
-        notes.append(
-            f"{path.name}: {len(others):,} entries are no tensors and are left out: {quote_names(others)}"
-        )
+        notes.append(f"{path.name}: left out, since they are no tensors: {quote_names(others)}")
     return tensors
 
 
@@ -900,6 +994,12 @@ class Checkpoint:
     def __init__(self, folder: Path, config_folder: Path | None = None):
         """Open a folder's weights, and config.json there or in another folder."""
         for path in filter(None, (folder, config_folder)):
+            if denied := why_unreadable(path):
+                raise QuantizeError(f"folder {path}: {denied}")
+            if inside := snapshots_in(path):
+                more = f" (of {len(inside)} snapshots there)" if len(inside) > 1 else ""
+                problem = "is of the hub's cache: give the model's folder inside it"
+                raise QuantizeError(f"folder {path} {problem}, {inside[0]}{more}")
             if not path.is_dir():
                 problem = "is a file, give its folder" if path.exists() else "no such folder"
                 if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
@@ -940,10 +1040,18 @@ class Checkpoint:
             )
         if unlisted := [name for name in self.tensors if weight_map and name not in weight_map]:
             self.notes.append(
-                f"{len(unlisted):,} tensors are in shards but not in the index: {quote_names(unlisted)}"
+                f"{count_of(len(unlisted), 'tensor')} in shards but not in the index:"
+                f" {quote_names(unlisted)}"
             )
         self.has_config = (config_folder / CONFIG_NAME).exists()
         self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
+        self.quantization = find_quantization(config_folder, self.config)
+        if (config_folder / ADAPTER_CONFIG_NAME).exists():
+            problem = "is not copied: loaders would take the folder for an adapter's"
+            self.notes.append(f"{ADAPTER_CONFIG_NAME} {problem}")
+        if odd := odd_config_values(self.config):
+            problem = "values that are not of the kind that belongs there and are not used"
+            self.notes.append(f"{CONFIG_NAME} has {problem}: {', '.join(odd)}")
         if not self.has_config:
             self.notes.append(
                 f"no {CONFIG_NAME} in {config_folder}, without which no loader knows it: --config_dir"
@@ -993,6 +1101,22 @@ class Checkpoint:
         return self.files[info.file].read(info, offset, nbytes, memory)
 
 
+def snapshots_in(folder: Path) -> list[Path]:
+    """List the models' folders in a folder of the hub's cache, the one that `main` means first;
+    none in any other."""
+    if (folder / CONFIG_NAME).exists() or not folder.is_dir():
+        return []
+    model = folder.parent if folder.name == "snapshots" else folder
+    models = [model, *sorted(folder.glob("models--*"))]
+    snapshots = []
+    for cached in models:
+        main = cached / "refs" / "main"
+        revision = main.read_text().strip() if main.is_file() else ""
+        found = [path for path in (cached / "snapshots").glob("*") if path.is_dir()]
+        snapshots += sorted(found, key=lambda path: (path.name != revision, path.name))
+    return snapshots
+
+
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Name the files of the weights, safetensors rather than pickles, and read their index, if there is one."""
     names = sorted(
@@ -1013,11 +1137,16 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
         return sorted(set(weight_map.values())), weight_map
     found = safetensors or [name for name in pickles if name.endswith(".bin")] or pickles
     problem = "" if found else "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
+    inside = []
+    for pattern in () if found else ("*/*.safetensors", "*/pytorch_model*.bin"):
+        inside += [path.parent for path in folder.glob(pattern)]
     others = [name for name in names if name.endswith((".ckpt", ".bin")) and not found]
-    if (folder / "adapter_config.json").exists() and not found:
+    if (folder / ADAPTER_CONFIG_NAME).exists() and not found:
         problem += ": it holds a LoRA adapter, merge that into its base model first"
     elif others:
         problem += f": if {others[0]!r} is the model's state dict, name it model.pth"
+    elif inside and not found:
+        problem += f", but some in {sorted(inside)[0]}: give that folder if it is the model"
     sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found}
     whole = r"-of-\d+\.|^(pytorch_)?model\.|\.pth?$"  # in names of a whole model or rank, or of its numbered parts
     if len(sets) > 1 and re.search(whole, "\n".join(found), re.MULTILINE):
@@ -1207,18 +1336,150 @@ def config_values(config: dict, *keys: str) -> list:
     return values
 
 
+MAX_INTEGER = 1 << 24  # the largest that is believed, of words for example
+MAX_COUNT = 10_000  # of layers or experts
+
+
+def as_integer(value: object) -> int | None:
+    """Return a whole number of JSON, 12 or 12.0, or the one that a string of digits stands for;
+    None of all else."""
+    digits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value.strip())
+    whole = isinstance(value, float) and value.is_integer()
+    if digits or whole:
+        value = int(value)
+    return value if type(value) is int and 0 <= value <= MAX_INTEGER else None
+
+
+def as_count(value: object) -> int | None:
+    """Return a number of layers or experts; None of all else."""
+    number = as_integer(value)
+    return number if number is not None and number <= MAX_COUNT else None
+
+
+def as_string(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def as_boolean(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def config_integers(config: dict, *keys: str) -> list[int]:
+    """List the whole numbers that config.json has under these keys; `odd_config_values` names what
+    is none."""
+    found = map(as_integer, config_values(config, *keys))
+    return [number for number in found if number is not None]
+
+
+def config_counts(config: dict, *keys: str) -> list[int]:
+    """List the numbers of layers or experts that config.json has under these keys."""
+    found = map(as_count, config_values(config, *keys))
+    return [number for number in found if number is not None]
+
+
+def config_strings(config: dict, *keys: str) -> list[str]:
+    """List the strings that config.json has under these keys."""
+    found = map(as_string, config_values(config, *keys))
+    return [text for text in found if text is not None]
+
+
+def config_booleans(config: dict, *keys: str) -> list[bool]:
+    """List what config.json says as true or false under these keys."""
+    found = map(as_boolean, config_values(config, *keys))
+    return [value for value in found if value is not None]
+
+
+def architectures_of(config: dict) -> list[str]:
+    """List the classes that config.json names for the whole model, and not those for a part of
+    it."""
+    return config_strings(only(config, "architectures"), "architectures")
+
+
+def only(config: dict, key: str) -> dict:
+    """Leave of config.json the one entry that is for the whole model, and not those of its
+    parts."""
+    return {key: config.get(key)}
+
+
+def odd_config_values(config: dict) -> list[str]:
+    """Name what config.json has under the keys that are read here and that is not of the kind that
+    belongs there."""
+    odd = []
+    for convert, keys in CONFIG_KEYS.items():
+        for key in keys:
+            values = config_values(config, key)
+            found = [value for value in values if convert(value) is None]
+            if found:
+                odd.append(f"{key} {shorten(json.dumps(found[0]), 40)}")
+    return odd
+
+
+def find_quantization(folder: Path, config: dict) -> list[str]:
+    """Take what says how a model is quantized out of its config.json; names it, and the files
+    beside it that say so, each with its method. An entry of null says nothing."""
+    found = [
+        f"{place} ({quantization_method(value)}) of {CONFIG_NAME}"
+        for place, value in pop_quantization(config).items()
+        if value is not None
+    ]
+    for name in QUANTIZATION_FILES:
+        path = folder / name
+        if path.exists():
+            try:
+                method = quantization_method(read_json(path))
+            except QuantizeError:
+                method = "not readable"
+            found.append(f"{name} ({method})")
+    return found
+
+
+def pop_quantization(value: dict | list, place: str = "") -> dict[str, object]:
+    """Remove the entries about quantization from a JSON value, at any depth; returns them by their
+    places."""
+    found = {}
+    if isinstance(value, dict):
+        for key in QUANTIZATION_KEYS:
+            if key in value:
+                found[place + key] = value.pop(key)
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        if isinstance(part, dict | list):
+            found |= pop_quantization(part, f"{place}{key}.")
+    return found
+
+
+def quantization_method(entry: object) -> str:
+    """Name the method that an entry or a file about quantization is of, as far as it says so."""
+    if isinstance(entry, str):
+        return shorten(entry, 40)
+    if not isinstance(entry, dict):
+        return "no method"
+    for key in ("quant_method", "quant_algo"):
+        if isinstance(entry.get(key), str):
+            return shorten(entry[key], 40)
+    if entry.get("load_in_4bit") or entry.get("load_in_8bit"):
+        return "bitsandbytes"
+    if "config_groups" in entry:
+        return "compressed-tensors"
+    nested = entry.get("quantization")  # ModelOpt's
+    if isinstance(nested, dict):
+        return quantization_method(nested)
+    bits = as_integer(entry.get("bits"))
+    return "no method" if bits is None else f"{bits} bits"
+
+
 def model_dtype(config: dict) -> str | None:
     """Return the 16-bit dtype that engines compute in, by its safetensors name; None if config.json names no such."""
     known = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
     names = (
-        str(value).removeprefix("torch.") for value in config_values(config, "dtype", "torch_dtype")
+        value.removeprefix("torch.") for value in config_strings(config, "dtype", "torch_dtype")
     )
     return next((known[name] for name in names if name in known), None)
 
 
 def oddity_with(field: str, config: dict) -> Oddity:
     """Find the first row that has something in a field and is about a type that config.json names, or an empty one."""
-    types = set(map(str, config_values(config, "model_type")))
+    types = set(config_strings(config, "model_type"))
     return next(
         (row for row in ODDITIES if getattr(row, field) and types & {*row.model_types.split()}),
         Oddity(""),
@@ -1237,10 +1498,10 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
         {},
         {},
     )  # layers: stacks by where the experts are, then by role
-    oddity, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
+    oddity, counts = oddity_with("projections", config), config_counts(config, *EXPERT_COUNTS)
     odd = oddity_with("problem_of_engines", config)
     types = (
-        name for name in config_values(config, "model_type") if name in odd.model_types.split()
+        name for name in config_strings(config, "model_type") if name in odd.model_types.split()
     )
     in_engines = odd.problem_of_engines.format(next(types, "")) if for_engines else ""
     for name, info in checkpoint.tensors.items():
@@ -1306,8 +1567,8 @@ def layout_of_stacks(
     if any(shape != (columns, rows) for shape in shapes.values()):
         return "of shapes that do not go together", False
     hidden, widths = (
-        config_values(config, "hidden_size", "moe_latent_size"),
-        config_values(config, *EXPERT_WIDTHS),
+        config_integers(config, "hidden_size", "moe_latent_size"),
+        config_integers(config, *EXPERT_WIDTHS),
     )
     straight, turned = (
         (rows in hidden and columns in widths),
@@ -1372,9 +1633,10 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         for i in weights
         if kinds.get(i.name) == "embeddings" and not re.search(NO_WORDS, i.name)
     ]
-    words = config_values(config, "vocab_size", "padded_vocab_size") + [rows for rows, _ in tables]
+    words = config_integers(config, "vocab_size", "padded_vocab_size")
+    words += [rows for rows, _ in tables]
     widths = {
-        *config_values(config, "hidden_size", "d_model", "n_embd"),
+        *config_integers(config, "hidden_size", "d_model", "n_embd"),
         *(columns for _, columns in tables),
     }
     for info in (info for info in weights if info.name not in kinds):
@@ -2289,7 +2551,133 @@ def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
     raise QuantizeError(f"{reason}: change --exclude or --int8 so that both are stored alike")
 
 
-LOAD_STEP = "transformers.AutoModelForCausalLM.from_pretrained('{name}', dtype='auto')"
+@dataclass(frozen=True)
+class Loader:
+    """Say which class of transformers loads models whose architecture, a class, has a name that
+    ends so."""
+
+    name: str
+    architectures: str  # a pattern
+    model_types: str = ""  # of these types alone, separated by blanks; of all where there are none
+
+
+CONDITIONAL = "ForConditionalGeneration"
+# The first row that fits. (transformers 5.24.0, models/auto/modeling_auto.py)
+LOADERS = (
+    Loader(
+        "AutoModelForSpeechSeq2Seq",
+        CONDITIONAL,
+        "canary cohere_asr dia moonshine moonshine_streaming pop2piano speech_to_text whisper",
+    ),
+    Loader("AutoModelForSpeechSeq2Seq", "ForSpeechToText"),
+    Loader("AutoModelForSpeechSeq2Seq", "EncoderDecoderModel", "speech-encoder-decoder"),
+    Loader(
+        "AutoModelForTextToWaveform",
+        CONDITIONAL,
+        "csm gradium_phonon_tts higgs_audio_v2 musicgen musicgen_melody pocket_tts vibevoice",
+    ),
+    Loader("AutoModelForTextToSpectrogram", "ForTextToSpeech", "speecht5"),
+    Loader("AutoModelForTextToWaveform", "ForTextToSpeech"),
+    Loader("AutoModelForSeq2SeqLM", CONDITIONAL, "audioflamingo3 musicflamingo"),
+    Loader("AutoModelForSeq2SeqLM", "MTModel|EncoderDecoderModel", "encoder-decoder marian"),
+    Loader("AutoModelForSeq2SeqLM", "ForTextToText"),
+    Loader("AutoModelForImageTextToText", CONDITIONAL, "pi0 t5gemma2 udop"),
+    Loader("AutoModelForImageTextToText", "ForCausalLM", "mistral4"),
+    Loader("AutoModelForImageTextToText", "ForVisionText2Text|ForProteinText2Text"),
+    Loader("AutoModelForImageTextToText", "ForBlockDiffusion"),
+    Loader("AutoModelForImageTextToText", "", "nemotron_h_omni vision-encoder-decoder"),
+    Loader("AutoModel", CONDITIONAL, "clvp"),
+    Loader("AutoModelForMaskedLM", "LMHeadModel", "flaubert"),
+    Loader("AutoModelForCausalLM", "LMHeadModel|ModelWithLMHead"),
+    Loader("AutoModelForCausalLM", "Decoder", "bert-generation"),
+    Loader("AutoModelForTextEncoding", "EncoderModel", "mt5 t5 t5gemma umt5"),
+    Loader("AutoModelForTextEncoding", "TextModel", "emu3 llama4 mllama"),
+    Loader(
+        "AutoModelForMaskGeneration",
+        "EdgeTamModel|Sam2Model|Sam3TrackerModel",
+        "edgetam_video sam2_video sam3_video",
+    ),
+    Loader("AutoModelForPreTraining", "ForRetrieval"),
+    Loader("AutoModelForTableQuestionAnswering", "ForQuestionAnswering", "tapas"),
+    Loader("AutoModelForVisualQuestionAnswering", "ForQuestionAnswering", "blip vilt"),
+    Loader("AutoModelForDocumentQuestionAnswering", "ForQuestionAnswering", "layoutlm"),
+    Loader("AutoModelForQuestionAnswering", "ForQuestionAnsweringSimple"),
+    Loader(
+        "AutoModelForAudioClassification",
+        "ForSequenceClassification",
+        "data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-bert"
+        " wav2vec2-conformer wavlm",
+    ),
+    Loader("AutoModelForAudioXVector", "ForXVector"),
+    Loader(
+        "AutoModelForImageClassification",
+        "ForImageClassification(WithTeacher|Learned|Fourier|ConvProcessing)",
+    ),
+    Loader("AutoModelForZeroShotImageClassification", "ForImageTextRetrieval", "blip-2"),
+    Loader(
+        "AutoModelForZeroShotObjectDetection",
+        "ForObjectDetection",
+        "grounding-dino mm-grounding-dino omdet-turbo owlv2 owlvit",
+    ),
+    Loader("AutoModelForUniversalSegmentation", "ForSegmentation", "detr"),
+    Loader("AutoModelForImageToImage", "ForImageSuperResolution"),
+    Loader("AutoModelForTimeSeriesPrediction", "ModelForPrediction"),
+    Loader("AutoBackbone", "Backbone"),
+)
+SAME_NAMES = (  # X of the classes AutoModelForX that load a model Y whose architecture is YForX
+    "AudioClassification AudioFrameClassification CTC CausalLM Decision DepthEstimation"
+    " ImageClassification ImageMatting InstanceSegmentation KeypointDetection KeypointMatching"
+    " MaskedImageModeling MaskedLM MultipleChoice NextSentencePrediction NormalEstimation"
+    " ObjectDetection PointmapEstimation PoseEstimation PreTraining QuestionAnswering RNNT"
+    " SemanticSegmentation SequenceClassification TDT TableRecognition TextRecognition"
+    " TokenClassification UniversalSegmentation VideoClassification"
+)
+LOAD_STEP = "transformers.{loader}.from_pretrained({path}, dtype='auto')"
+
+
+def loading_class(config: dict) -> str:
+    """Name the class of transformers that loads the whole model that config.json describes, head
+    included."""
+    architecture = next(iter(architectures_of(config)), "")
+    if theirs := classes_of_its_own_code(config, architecture):
+        return theirs[0]
+    types = config_strings(only(config, "model_type"), "model_type")
+    parts = [key for key, value in config.items() if isinstance(value, dict)]
+    towers = [key for key in parts if re.search(r"_config$", key)]
+    sees = any(re.search(r"vis(ion|ual)|image|^vq_", key) for key in towers)
+    pairs = config_booleans(only(config, "is_encoder_decoder"), "is_encoder_decoder")
+    if not architecture:
+        architecture = CONDITIONAL if towers or any(pairs) else "ForCausalLM"
+    for row in LOADERS:
+        meant = not row.model_types or {*types} & {*row.model_types.split()}
+        if meant and re.search(f"({row.architectures})$", architecture):
+            return row.name
+    for name in SAME_NAMES.split():
+        if architecture.endswith(f"For{name}"):
+            return f"AutoModelFor{name}"
+    if not architecture.endswith(CONDITIONAL):
+        return "AutoModel"
+    if sees:
+        return "AutoModelForImageTextToText"
+    return "AutoModelForMultimodalLM" if towers else "AutoModelForSeq2SeqLM"
+
+
+def classes_of_its_own_code(config: dict, architecture: str) -> list[str]:
+    """List the classes under which config.json registers code beside it (`auto_map`) for its
+    architecture."""
+    auto_map = config.get("auto_map")
+    if not isinstance(auto_map, dict):
+        return []
+    names = []
+    for name, target in auto_map.items():
+        own = isinstance(target, str) and target.rpartition(".")[2] == architecture
+        if own and re.fullmatch(r"AutoModel\w*", name):
+            names.append(name)
+    return sorted(
+        names, key=lambda name: (name != "AutoModelForCausalLM", name == "AutoModel", name)
+    )
+
+
 USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
 NO_ENGINE = f"no engine loads int4, which is for readers of your own; {USE_COMPRESSED_TENSORS}"
 INT4 = Format(
@@ -2362,6 +2750,10 @@ class Importance(WeightsFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
+        if not self.infos:
+            raise QuantizeError(
+                f"{path}: names no layer: collect it from this model, as in README.md"
+            )
         factors = [name for name in self.infos if name.endswith(".factor")]
         if alone := [name for name in factors if name.removesuffix(".factor") not in self.infos]:
             raise QuantizeError(
@@ -2425,7 +2817,8 @@ class Importance(WeightsFile):
             if some
             else ""
         )
-        rest = f"{len(named) - len(ranks):,} are named but without data, {len(weights) - len(named):,} are not named"
+        rest = f"{len(named) - len(ranks):,} named without data"
+        rest += f", {len(weights) - len(named):,} not named"
         return f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {rest}"
 
     def has_factor(self, info: TensorInfo) -> bool:
@@ -2495,6 +2888,27 @@ LAYER_COUNTS = (
     "n_layers",
     "num_layers",
 )  # in config.json
+CONFIG_KEYS = {  # all that are read there, by the kind of value that belongs under each
+    as_integer: (
+        "vocab_size",
+        "padded_vocab_size",
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "moe_latent_size",
+        *EXPERT_WIDTHS,
+    ),
+    as_count: (
+        "encoder_layers",
+        "num_encoder_layers",
+        "decoder_layers",
+        "num_decoder_layers",
+        *LAYER_COUNTS,
+        *EXPERT_COUNTS,
+    ),
+    as_string: ("model_type", "architectures", "dtype", "torch_dtype"),
+    as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
+}
 # Layers that engines hold as one, and so in one precision. (vLLM 0.29.0: packed_modules_mapping of its models)
 FUSED_LAYERS = (
     "q_proj,k_proj,v_proj gate_proj,up_proj w1,w3 q_a_proj,kv_a_proj_with_mqa in_proj_qkv,in_proj_z in_proj_b,in_proj_a"
@@ -2511,6 +2925,7 @@ ADAPTER = "is an unmerged adapter's: merge it into its base model first (peft: m
 UNFIT = (
     (  # formats in use on the hub
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)"
+        r"|SCB|weight_zero_point|weight_global_scale|(gate_up|gate|up|down)_proj_(blocks|scales)"
         r"|\w*quantizer\._\w+)$|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
         QUANTIZED,
     ),
@@ -2539,6 +2954,17 @@ UNFIT = (
         "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
         " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
     ),
+)
+# What a checkpoint that is said to be quantized has beside or instead of plain weights: those of
+# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto
+# and torchao.
+PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32"}
+PACKED_DTYPES |= {name for name in DTYPE_BITS if name.startswith(("F4", "F6_", "F8_"))}
+PACKED_PART = (
+    r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale"
+    r"|zeros?|zero_points?|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax"
+    r"|quant_map|quant_state.*|weight_format|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask"
+    r"|weight[.:_]_?(q?data|scale))$"
 )
 # Files beside the weights that are not the model's. All others at the folder's top level are copied.
 OTHER_WEIGHTS = (
@@ -2614,6 +3040,7 @@ class Plan:
     warnings: Collection[str] = ()
     statistics: Importance | None = None
     stacks: int = 0  # of experts, that are read as one weight an expert
+    loader: str = ""  # the class of transformers that loads the whole model
 
 
 def plan_conversion(
@@ -2655,6 +3082,9 @@ def plan_conversion(
         list(what_is_missing(sources, kinds, config, form.for_engines)),
         list(checkpoint.notes),
     )
+    if checkpoint.quantization:
+        stale = " and ".join(checkpoint.quantization)
+        notes.append(f"left out as stale, since no tensor is packed: {stale}")
     if statistics:
         statistics.match(packed, sources, oddity_with("projections", config))
         notes.append(
@@ -2672,27 +3102,29 @@ def plan_conversion(
     return plan_files(checkpoint, tensors, options, **more)
 
 
-def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
-    """Decide what weights are decoded to: the dtype that config.json names, or else that of most kept tensors."""
+def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> Plan:
+    """Decide what weights are decoded to: each to the dtype that it had in the source, by
+    `dtypes_of_packed`."""
     if not (checkpoint.folder / INDEX_NAME).exists():
         raise QuantizeError(
             f"{checkpoint.folder} is unfinished: give the command that began it again"
         )
     form, infos = options.form, checkpoint.tensors
-    padded = (
-        {}
-        if form.for_engines
-        else read_json(checkpoint.folder / QUANTIZE_CONFIG_NAME).get("padded_weights", {})
-    )
+    padded = {} if form.for_engines else read_padded_weights(checkpoint.folder)
     modules = [
         name.removesuffix(form.suffixes[0]) for name in infos if name.endswith(form.suffixes[0])
     ]
     parts = {module + suffix for module in modules for suffix in form.suffixes}
     kept = [info for name, info in infos.items() if name not in parts]
-    common = Counter(info.dtype for info in kept if info.dtype in FLOAT_DTYPES).most_common(1)
-    dtype = model_dtype(checkpoint.config) or (common[0][0] if common else "F32")
+    other_dtypes = {name: dtype for dtype, names in dtypes["others"].items() for name in names}
     tensors = []
     for module in modules:
+        dtype = other_dtypes.get(f"{module}.weight", dtypes["most"])
+        for part in (module + suffix for suffix in form.suffixes):
+            if part not in infos:
+                raise QuantizeError(
+                    f"{checkpoint.folder}: tensor {part!r} is missing: copy it again"
+                )
         stored = [infos[module + suffix] for suffix in form.suffixes[:2]]
         if form.transposed:  # to be read as (rows, columns)
             stored = [
@@ -2708,7 +3140,13 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
                 "<2q", checkpoint.read(infos[module + form.suffixes[2]], 0, 16)
             )
         packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
-        shape = tuple(padded.get(f"{module}.weight", (rows, columns)))
+        shape = padded.get(f"{module}.weight", (rows, columns))
+        if shape[0] != rows or packing.columns_of(shape[1]) != columns:
+            path = checkpoint.folder / QUANTIZE_CONFIG_NAME
+            problem = f"{shape[0]:,} by {shape[1]:,} are not what {module!r} has"
+            raise QuantizeError(
+                f"{path}: {problem}, {rows:,} by {columns:,}: copy the folder again"
+            )
         tensors.append(
             TensorPlan(
                 words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales
@@ -2722,24 +3160,31 @@ def plan_restoration(checkpoint: Checkpoint, options: Options) -> Plan:
     return plan_files(checkpoint, tensors, options, notes=checkpoint.notes)
 
 
+def read_padded_weights(folder: Path) -> dict[str, tuple[int, int]]:
+    """Read the true shapes of the weights that `int4` padded, by name."""
+    path = folder / QUANTIZE_CONFIG_NAME
+    listed = read_json(path).get("padded_weights")
+    if not isinstance(listed, dict):
+        raise QuantizeError(f"{path}: its padded_weights are missing: copy it again")
+    shapes = {}
+    for name, shape in listed.items():
+        if not isinstance(shape, list) or [type(size) for size in shape] != [int, int]:
+            raise QuantizeError(f"{path}: {name!r} has no rows and columns: copy it again")
+        shapes[name] = tuple(shape)
+    return shapes
+
+
 def refuse_unfit(checkpoint: Checkpoint) -> None:
     """Refuse what is quantized already, whose error would quietly multiply, and what is no merged model."""
-    folder, infos = checkpoint.config_folder, checkpoint.tensors
-    marks = [
-        folder / name
-        for name in ("hf_quant_config.json", QUANTIZE_CONFIG_NAME)
-        if (folder / name).exists()
-    ]
-    if marks or config_values(checkpoint.config, "quantization_config"):
-        raise QuantizeError(
-            f"{marks[0] if marks else f'quantization_config in {folder / CONFIG_NAME}'} {QUANTIZED}"
-        )
+    infos, claims = checkpoint.tensors, " and ".join(checkpoint.quantization)
     inside, refused = (
         {},
         [],
     )  # by weight (out, in), the matrices that lie inside its module; what is found
     for name, info in infos.items():
         described = f"{name}\n{info.dtype} {len(info.shape)}-D{' empty' * (info.nbytes == 0)}"
+        if claims and may_be_packed(info):
+            refused.append((info, f"beside {claims} {QUANTIZED}"))
         refused += [
             (info, text) for pattern, text in UNFIT if re.search(pattern, described, re.MULTILINE)
         ]
@@ -2760,6 +3205,15 @@ def refuse_unfit(checkpoint: Checkpoint) -> None:
         raise QuantizeError(
             f"tensor {info.name_in_file!r} {info.dtype} {info.shape} ({info.file.name}) {problem}"
         )
+
+
+def may_be_packed(info: TensorInfo) -> bool:
+    """Tell whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a
+    companion of one: whatever is of small integers or float8, but for masks, or has the name of
+    scales and alike."""
+    mask = re.search(r"bias$|mask", info.name)
+    matrix = info.dtype in PACKED_DTYPES and len(info.shape) >= 2 and not mask
+    return matrix or bool(re.search(PACKED_PART, info.name))
 
 
 def named_by(patterns: list[str], info: TensorInfo) -> str | None:
@@ -2853,7 +3307,7 @@ def refuse_useless_options(
     """Refuse a pattern for nothing, or --int8 for what is kept; to quantize nothing; to name two tensors alike."""
     names, count = (
         [info.name for info in [*(t.source for t in tensors), *experts]],
-        f"the {len(tensors):,} tensors",
+        f"the {count_of(len(tensors), 'tensor')}",
     )
     for option, pattern in [
         *(("--exclude", p) for p in options.exclude),
@@ -2879,9 +3333,7 @@ def refuse_useless_options(
     if not any(tensor.packing for tensor in tensors):
         example = f"{tensors[0].source.name!r} ({tensors[0].kept_because})"
         remedy = "lower --group_size or drop --exclude if that keeps them"
-        raise QuantizeError(
-            f"no weight would be quantized: {count} are all kept, e.g. {example}: {remedy}"
-        )
+        raise QuantizeError(f"no weight would be quantized of {count}, e.g. {example}: {remedy}")
     makers: dict[str, TensorInfo] = {}
     for info, name in (
         (tensor.source, output.name) for tensor in tensors for output in tensor.outputs
@@ -2930,18 +3382,18 @@ def refuse_unloadable(
         ),
         (
             conv1d,
-            "are GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
+            "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
         ),
-        (ragged, f"have columns that are no multiple of --group_size {size}: {divides}"),
+        (ragged, f"with columns that are no multiple of --group_size {size}: {divides}"),
         (
             lines,
-            f"have rows that are no multiple of {form.row_multiple}: --exclude them, or use compressed-tensors",
+            f"with rows that are no multiple of {form.row_multiple}: --exclude them, or use"
+            " compressed-tensors",
         ),
     ):
         if isinstance(refused, list) and refused:
-            problem = (
-                f"{len(refused):,} weights {problem}; e.g. {refused[0].name!r} {refused[0].shape}"
-            )
+            problem = f"{count_of(len(refused), 'weight')} {problem}"
+            problem += f"; e.g. {refused[0].name!r} {refused[0].shape}"
         if refused:
             raise QuantizeError(problem)
     wholes = {}  # what engines hold as one: what becomes of its first part
@@ -3000,9 +3452,8 @@ def what_is_missing(
     largest = max(names or layers, key=lambda name: len(layers[name]), default="layers")
     for container in {largest, largest.replace("decoder", "encoder")} & {largest, *layers}:
         part = re.search("decoder|encoder|$", container)[0]  # or neither
-        counts = config_values(config, f"{part}_layers", f"num_{part}_layers") or config_values(
-            config, *LAYER_COUNTS
-        )
+        named = [f"{part}_layers", f"num_{part}_layers"] if part else []
+        counts = config_counts(config, *named) or config_counts(config, *LAYER_COUNTS)
         if missing := [
             f"{container}.{n}"
             for n in range(min(counts, default=0))
@@ -3010,7 +3461,7 @@ def what_is_missing(
         ]:
             lost = f"LAYERS ARE MISSING: {len(missing):,} of {min(counts):,} by {CONFIG_NAME} are not in the checkpoint"
             yield f"{lost}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
-    gaps, experts = [], min(config_values(config, *EXPERT_COUNTS), default=0)
+    gaps, experts = [], min(config_counts(config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in blocks.items():
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         if container.endswith("experts"):
@@ -3036,9 +3487,9 @@ def what_is_missing(
     )
     pattern, ties = (
         r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$",
-        config_values(config, "tie_word_embeddings"),
+        config_booleans(config, "tie_word_embeddings"),
     )
-    generates = any(re.search(pattern, str(name)) for name in config.get("architectures") or ())
+    generates = any(re.search(pattern, name) for name in architectures_of(config))
     missing = (
         [("head", "tie_word_embeddings false")]
         if ties and not any(ties) and "head" not in kinds.values()
@@ -3046,7 +3497,7 @@ def what_is_missing(
     )
     missing += (
         [("embedding", "a vocab_size")]
-        if config_values(config, "vocab_size") and not embeds
+        if config_integers(config, "vocab_size") and not embeds
         else []
     )
     for part, due in missing if generates else ():
@@ -3078,7 +3529,8 @@ def notes_on_tensors(
         named = f"stacks of experts are read as one weight an expert, named as by most models ({separated[0].name!r})"
         yield f"{named}; whether this model's loaders know them so was not tried"
     if conv1d:
-        yield f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs"
+        weights = count_of(len(conv1d), "weight")
+        yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
     if stacks := [
         t.source
         for t in tensors
@@ -3106,16 +3558,19 @@ def plan_files(
     """Plan the files: what is copied, written or left out, the shards, and the fingerprint of what decides them."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
-    if options.restore:
-        config.pop("quantization_config", None)
     if checkpoint.has_config:
         described[CONFIG_NAME] = config
     as_json = functools.partial(json.dumps, indent=2, ensure_ascii=False)
-    written = {name: f"{as_json(value)}\n".encode() for name, value in described.items()}
-    copied, left_out = plan_other_files(checkpoint, {INDEX_NAME, *written}, options.restore)
+    # Half of a surrogate pair, which Python reads and no encoding has, is escaped again.
+    written = {
+        name: f"{as_json(value)}\n".encode(errors="backslashreplace")
+        for name, value in described.items()
+    }
+    copied, left_out = plan_other_files(checkpoint, {INDEX_NAME, *written})
     hashes = {name: hash_file(path) for name, path in copied.items()}
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
     facts = {"version": FORMAT_VERSION, "options": vars(options), "sources": checkpoint.sources}
+    facts["dtypes"] = {} if options.restore else dtypes_of_packed(tensors)
     # The times of the weights' files decide nothing: they call for a comparison.
     timeless = facts | {"sources": {name: size for name, (size, _) in facts["sources"].items()}}
     shapes = [(tensor.source.name, tensor.source.dtype, tensor.source.shape) for tensor in tensors]
@@ -3133,12 +3588,23 @@ def plan_files(
     other_files = copied | written | {INDEX_NAME: f"{as_json(index)}\n".encode()}
     hashes[INDEX_NAME] = hashlib.sha256(other_files[INDEX_NAME]).hexdigest()
     made = tensors, total_size, shards, placements, other_files, hashes, left_out
-    return Plan(options, facts, fingerprint, *made, **more)
+    loader = loading_class(checkpoint.config)
+    return Plan(options, facts, fingerprint, *made, loader=loader, **more)
 
 
-def plan_other_files(
-    checkpoint: Checkpoint, written: set, restore: bool
-) -> tuple[dict[str, Path], list[str]]:
+def dtypes_of_packed(tensors: list[TensorPlan]) -> dict:
+    """Say which dtypes the weights that are packed have in the source: that of most, and the names
+    of the others."""
+    names: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.packing:
+            names.setdefault(tensor.source.dtype, []).append(tensor.source.name)
+    most = max(names, key=lambda dtype: len(names[dtype]))
+    del names[most]
+    return {"most": most, "others": names}
+
+
+def plan_other_files(checkpoint: Checkpoint, written: set) -> tuple[dict[str, Path], list[str]]:
     """List the files beside the weights that are copied, by name, and why others are not."""
     copied, left_out, folder = {}, [], checkpoint.config_folder
     for path in sorted(
@@ -3147,25 +3613,23 @@ def plan_other_files(
         reasons = (
             (path.is_dir(), "folder"),
             (path.name.startswith("."), "hidden"),
-            (re.search(OTHER_WEIGHTS, path.name), "other weights"),
             (TRAINER_PATTERN.search(path.name), "training state"),
+            (re.search(OTHER_WEIGHTS, path.name), "other weights"),
+            (path.name == ADAPTER_CONFIG_NAME, "of an adapter"),
             (path.exists() and not path.is_file(), "not a regular file"),
             (UNFINISHED_PATTERN.fullmatch(path.name), "of another conversion"),
-            (restore and path.name == QUANTIZE_CONFIG_NAME, "of the quantization"),
+            (path.name in QUANTIZATION_FILES, "of the quantization"),
         )
         if reason := next((reason for found, reason in reasons if found), None):
             left_out.append(f"{path.name}{'/' * path.is_dir()} ({reason})")
-        elif os.access(path, os.R_OK):
+        elif denied := why_unreadable(path):
+            raise QuantizeError(f"{path}: {denied}, or remove it: it would be copied")
+        elif path.exists():
+            refuse_pointer(path)
             copied[path.name] = path
         else:
-            problem = (
-                "Permission denied"
-                if path.exists()
-                else f"a link to {os.readlink(path)}, which is missing"
-            )
-            raise QuantizeError(
-                f"{path}: {problem}: make it readable or remove it, it would be copied"
-            )
+            problem = f"a link to {os.readlink(path)}, which is missing"
+            raise QuantizeError(f"{path}: {problem}: mend or remove it, it would be copied")
     others = (
         {*checkpoint.folder.iterdir()} - {*checkpoint.files} if folder != checkpoint.folder else ()
     )
@@ -3221,37 +3685,147 @@ def plan_shards(
 
 
 def read_facts(folder: Path) -> dict:
-    """Read how a finished folder was made, `Plan.facts`, which each of its shards says."""
+    """Read how a folder was made, `Plan.facts`, which each of its shards says. Raises if no shard
+    does, if another version made one of them, or if they are not of one run."""
+    facts: dict = {}
+    shard_of_run: dict[str | None, str] = {}  # by fingerprint
     for path in sorted(folder.glob("model-*.safetensors")):
-        if facts := read_metadata(path).get(FACTS_KEY):
-            return json.loads(facts)
-    raise QuantizeError(
-        f"{folder}: no shard in it says how it was made: only this program's own folders can be read"
+        metadata = read_metadata(path)
+        if FACTS_KEY not in metadata:
+            continue
+        try:
+            found = parse_facts(metadata[FACTS_KEY])
+        except FactsError as error:
+            raise QuantizeError(f"{path}: {error}: {error.remedy}") from None
+        facts = facts or found
+        shard_of_run.setdefault(metadata.get(METADATA_KEY), path.name)
+    if not facts:
+        raise QuantizeError(
+            f"{folder}: no shard in it says how it was made: only this program's own folders can"
+            " be read"
+        )
+    if len(shard_of_run) > 1:
+        shards = quote_names(shard_of_run.values())
+        raise QuantizeError(f"{folder}: {shards} are of different runs: convert again")
+    return facts
+
+
+class FactsError(Exception):
+    """Say why the facts that a shard states cannot be used, and what helps a finished folder."""
+
+    def __init__(self, problem: str, remedy: str):
+        super().__init__(problem)
+        self.remedy = remedy
+
+
+def parse_facts(text: str) -> dict:
+    """Read the facts that a shard states, the version first: what the others mean depends on it.
+    Raises FactsError."""
+    damaged = FactsError(
+        "what it says of how it was made is damaged", "copy the folder again, or convert again"
+    )
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        raise damaged from None
+    version = facts.get("version") if isinstance(facts, dict) else None
+    if type(version) is not int:
+        raise damaged
+    if version != FORMAT_VERSION:
+        raise FactsError(
+            f"made by another version of this program (format {version}, this one writes"
+            f" {FORMAT_VERSION})",
+            "use that version, or convert again",
+        )
+    if facts.keys() != {"version", "options", "sources", "dtypes"}:
+        raise damaged
+    if not are_options(facts["options"]) or not are_sources(facts["sources"]):
+        raise damaged
+    if not facts["options"]["restore"] and not are_dtypes(facts["dtypes"]):
+        raise damaged
+    return facts
+
+
+def are_options(value: object) -> bool:
+    """Tell whether a value read from JSON holds the fields of `Options`, each of its kind."""
+    if not isinstance(value, dict) or value.keys() != Options.__annotations__.keys():
+        return False
+    size, shard_size = value["group_size"], value["shard_size_gb"]
+    return (
+        value["format"] in list(FORMATS)
+        and type(size) is int
+        and size > 0
+        and size % CODES_PER_WORD == 0
+        and are_patterns(value["exclude"])
+        and are_patterns(value["int8"])
+        and type(value["quantize_embeddings"]) is bool
+        and type(value["restore"]) is bool
+        and value["scale"] in ["absmax", "mse"]
+        and isinstance(value["importance"], str | None)
+        and type(shard_size) in (int, float)
+        and 0 < shard_size <= 1e9
     )
 
 
+def are_patterns(value: object) -> bool:
+    """Tell whether a value read from JSON is a list of regular expressions."""
+    if not isinstance(value, list):
+        return False
+    try:
+        for pattern in value:
+            re.compile(pattern)
+    except (TypeError, re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def are_sources(value: object) -> bool:
+    """Tell whether a value read from JSON gives files' sizes and times by their names."""
+    if not isinstance(value, dict):
+        return False
+    for state in value.values():
+        if not isinstance(state, list) or [type(number) for number in state] != [int, int]:
+            return False
+    return True
+
+
+def are_dtypes(value: object) -> bool:
+    """Tell whether a value read from JSON is of `dtypes_of_packed`."""
+    if not isinstance(value, dict) or value.keys() != {"most", "others"}:
+        return False
+    if not isinstance(value["others"], dict) or value["most"] not in list(FLOAT_DTYPES):
+        return False
+    for dtype, names in value["others"].items():
+        if dtype not in FLOAT_DTYPES or not isinstance(names, list):
+            return False
+        if not all(isinstance(name, str) for name in names):
+            return False
+    return True
+
+
 def what_differs(was: dict, now: dict) -> str:
-    """Say which of its facts are not as they were for another run: version, options, names and sizes of sources."""
-    if was.get("version") != now["version"]:
-        return "it was made by another version of this program"
+    """Say which of its facts are not as they were for another run: options, names and sizes of
+    sources."""
+    sizes, others = (
+        {(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now)
+    )
+    others = sorted({name for name, _ in sizes ^ others})
     changed = []
+    if others:
+        changed.append(f"the input was another, {quote_names(others)} had other names or sizes")
     for name, value in now["options"].items():
         before = was["options"].get(name)
         if name == "importance" and before and value and before != value:
             changed.append("--importance was another file")
+        elif name == "group_size" and others:
+            continue  # which follows from the input's columns where it is not given
         elif before != value:
             said = (
                 f" --{name} ".join(v) if v and isinstance(v, list) else v or "not given"
                 for v in (before, value)
             )
             changed.append("--{} was {}, is {}".format(name, *said).replace(" True", " given"))
-    sizes, others = (
-        {(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now)
-    )
-    others = sorted({name for name, _ in sizes ^ others})
-    return ", ".join(changed) or (
-        f"{quote_names(others)} had other names or sizes" if others else ""
-    )
+    return ", ".join(changed)
 
 
 # ---- Memory: what the machine, the container and this process use ---------------------------------------------------
@@ -3297,19 +3871,26 @@ class MemoryGuard:
         info = self._process.memory_info()
         return info.rss - getattr(info, "shared", 0)
 
+    def shortage(self, needed: int = 0) -> str:
+        """Say that less than `min_free` is available, or would be once `needed` bytes are taken;
+        nothing if not so."""
+        available = self.read().available - needed
+        if available >= self.min_free:
+            return ""
+        free, least = format_bytes(max(available, 0)), format_bytes(self.min_free)
+        advice = "stop other programs or containers, raise the container's --memory"
+        advice += ", or lower --min_free_gb"
+        left = " left at the peak" if needed else " available"
+        return f"{free} of memory{left}, --min_free_gb asks for {least}: {advice}"
+
     def check(self) -> None:
         """Raise if less than `min_free` is available. Cheap: it looks at most 10 times a second, for 0.5 ms."""
         with self._lock:
             if time.monotonic() < self._next_look:
                 return
             self._next_look = time.monotonic() + 0.1
-        available = self.read().available
-        if available < self.min_free:
-            free, least = format_bytes(available), format_bytes(self.min_free)
-            advice = "stop other programs or containers, raise the container's --memory, or lower --min_free_gb"
-            raise QuantizeError(
-                f"stopped: {free} of memory available, --min_free_gb asks for {least}: {advice}", 3
-            )
+        if shortage := self.shortage():
+            raise QuantizeError(f"stopped: {shortage}", 3)
 
 
 def read_cgroups(system: Path, controller: str, v2: str, v1: str) -> Iterator[list[str]]:
@@ -3475,9 +4056,7 @@ class OutputFolder:
             for path in marks
             if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in marks[path]
         }
-        own_files = {
-            item for path in shards for item in json.loads(marks[path].get(FILES_KEY, "{}")).items()
-        }
+        own_files = {item for path in shards for item in files_of_run(marks[path]).items()}
         known, facts = {*self.plan.hashes, *dict(own_files)}, json.dumps(self.plan.facts)
         finished, compare, remove, stale, foreign = set(), set(), [], [], []
         for path in entries:
@@ -3517,15 +4096,16 @@ class OutputFolder:
         if self.overwrite:
             return set(), set(), [*remove, *stale, *(self.folder / name for name in finished)]
         if stale:
-            theirs = [
-                json.loads(marks[path][FACTS_KEY])
-                for path in stale
-                if FACTS_KEY in marks.get(path, {})
-            ]
-            files = f"tensors, {CONFIG_NAME} or another file that is copied changed"
-            differs = (
-                what_differs(theirs[0], self.plan.facts) if theirs else "its options are not known"
-            ) or files
+            theirs = [marks[path][FACTS_KEY] for path in stale if FACTS_KEY in marks.get(path, {})]
+            differs = "its options are not known"
+            if theirs:
+                try:
+                    differs = what_differs(parse_facts(theirs[0]), self.plan.facts)
+                    differs = (
+                        differs or f"tensors, {CONFIG_NAME} or another file that is copied changed"
+                    )
+                except FactsError as error:
+                    differs = str(error)
             problem = f"{quote_names(p.name for p in stale)} of another run: {differs}"
             advice = "--overwrite starts afresh, or choose another folder"
             raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
@@ -3539,6 +4119,26 @@ class OutputFolder:
         needed = sum(size for name, size in sizes.items() if name not in self.finished)
         free = shutil.disk_usage(self.existing).free
         return needed, free + sum(path.stat().st_blocks * 512 for path in self.remove)
+
+    def why_unwritable(self) -> str:
+        """Say why nothing can be written here; nothing if it can."""
+        if not self.existing.is_dir():
+            return f"{self.existing} is a file"
+        if os.access(self.existing, os.W_OK | os.X_OK):
+            return ""
+        if os.statvfs(self.existing).f_flag & os.ST_RDONLY:
+            return f"{self.existing} {READ_ONLY}"
+        problem = f"Permission denied: {self.existing} is not writable"
+        return f"{problem}, choose another or change its owner"
+
+    def lack_of_room(self) -> str:
+        """Say that the disk is too small for what is to be written; nothing if it is not."""
+        needed, free = self.room()
+        if needed <= free:
+            return ""
+        problem = f"{format_bytes(needed)} to write, but the disk of {self.folder} has"
+        problem += f" {format_bytes(free)} free"
+        return f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
 
     def prepare(self) -> None:
         """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished. The
@@ -3600,7 +4200,21 @@ def read_metadata(shard: Path) -> dict[str, str]:
         metadata = read_header(shard)[0].get("__metadata__") if shard.is_file() else None
     except (OSError, ValueError, RecursionError):
         return {}
-    return metadata if isinstance(metadata, dict) else {}
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def files_of_run(metadata: dict[str, str]) -> dict[str, str]:
+    """Read which other files a shard's run wrote: their SHA-256, by name. None if it is not said,
+    or damaged."""
+    try:
+        hashes = json.loads(metadata.get(FILES_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(hashes, dict):
+        return {}
+    return {name: digest for name, digest in hashes.items() if isinstance(digest, str)}
 
 
 def hash_file(path: Path) -> str:
@@ -3942,11 +4556,11 @@ class Conversion:
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         weights = dequantize(words, scales, tensor.packing, self.plan.options.form.with_offset)
         if not torch.isfinite(dense.copy_(weights[:, : output.shape[1]])).all():
-            problem = (
-                f"{output.name!r} has weights beyond {output.dtype}, in which it is to be restored"
-            )
+            problem = f"decodes to weights beyond {output.dtype}, which the source has"
+            pattern = shlex.quote(pattern_of([replace(tensor.source, name=output.name)]))
             raise QuantizeError(
-                f"tensor {problem}: set a wider dtype in {self.checkpoint.config_folder / CONFIG_NAME}"
+                f"tensor {output.name!r} {problem}: convert again with --exclude {pattern}, which"
+                " keeps it"
             )
         return {"dense": dense}
 
@@ -4291,10 +4905,11 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     steps = [("Try", LOAD_STEP)] if plan.options.restore else [*plan.options.form.next_steps, last]
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
+    name = folder.resolve().name
     for label, text in steps:
-        say_paragraph(
-            f"  {label}:", text.replace("{name}", shlex.quote(folder.resolve().name)), command=True
-        )
+        text = text.replace("{loader}", plan.loader).replace("{path}", repr(name))
+        text = text.replace("{name}", shlex.quote(name))
+        say_paragraph(f"  {label}:", text, command=True)
 
 
 # ---- Verification: the output as its readers see it, against the source ---------------------------------------------
@@ -4380,7 +4995,7 @@ class Verification(Conversion):
             shard.compare = False
             return False
         planned, shard.shift = json.loads(shard.plan.header[8:]), start - len(shard.plan.header)
-        self._hashes |= json.loads(read_metadata(shard.path).get(FILES_KEY, "{}"))
+        self._hashes |= files_of_run(read_metadata(shard.path))
         for header in (found, planned):
             header.pop("__metadata__", None)
         differing = found.keys() ^ planned.keys() or {
@@ -4622,10 +5237,17 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
             f"{FEEDBACK if statistics.largest_factor else WEIGHED} {hash_file(args.importance)}"
         )
     if args.restore:
-        made = read_facts(args.input_dir)["options"] | {"importance": None, "restore": True}
-        return plan_restoration(checkpoint, Options(**made | {"shard_size_gb": shard_size_gb}))
+        facts = read_facts(args.input_dir)
+        made = facts["options"]
+        if made["restore"]:
+            raise QuantizeError(f"{args.input_dir} is restored already: nothing in it is packed")
+        made |= {"importance": None, "restore": True, "shard_size_gb": shard_size_gb}
+        return plan_restoration(checkpoint, Options(**made), facts["dtypes"])
     if finished:
         made = read_facts(args.output_dir)
+        if made["options"]["restore"]:
+            problem = "holds a restored checkpoint, and --verify is for what it was restored from"
+            raise QuantizeError(f"{args.output_dir} {problem}")
         given = made["options"] | {name: value for name, value in asked.items() if value}
         now = {"version": FORMAT_VERSION, "options": given, "sources": checkpoint.sources}
         if differs := what_differs(made, now):
@@ -4644,13 +5266,17 @@ def print_and_convert(
     """Print the plan and write the output folder; tells whether there was something to do."""
     with contextlib.closing(OutputFolder(args.output_dir, plan, args.overwrite)) as output:
         progress.mark("Headers read")
-        if not args.dry_run and not os.access(output.existing, os.W_OK | os.X_OK):
-            problem = f"Permission denied: {output.existing} is not writable, choose another or change its owner"
-            raise QuantizeError(f"output folder {output.folder}: {problem}")
+        denied = output.why_unwritable()
+        if denied and not args.dry_run:
+            raise QuantizeError(f"output folder {output.folder}: {denied}")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
+        complete = output.nothing_to_write and not output.compare
         if args.dry_run:
+            short = progress.guard.shortage(buffer_bytes(plan, args.threads))
+            for problem in (denied, *(() if complete else (output.lack_of_room(), short))):
+                say_paragraph("WARNING:", problem and f"the run itself would stop: {problem}")
             say("Dry run: nothing was written.")
-        elif output.nothing_to_write and not output.compare:
+        elif complete:
             there = shorten(str(args.output_dir), terminal_width() - 25)
             told = (
                 "" if args.restore else "It was not compared with the source; --verify does that."
@@ -4666,12 +5292,8 @@ def convert(
     checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int
 ) -> None:
     """Write the planned output folder, or compare what is there."""
-    needed, free = output.room()
-    if needed > free:
-        problem = f"{format_bytes(needed)} to write, but the disk of {output.folder} has {format_bytes(free)} free"
-        raise QuantizeError(
-            f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
-        )
+    if problem := output.lack_of_room():
+        raise QuantizeError(problem)
     progress.guard.check()
     compared, task = output.nothing_to_write, "restoring" if plan.options.restore else "quantizing"
     shards = [
@@ -4695,10 +5317,11 @@ def convert(
         output.write_other_files()
     except QuantizeError as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:
+            count = sum(shard.finished for shard in shards)
             finished = (
-                f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')}"
+                f"{count:,} of {count_of(len(shards), 'shard')} {'is' if count == 1 else 'are'}"
             )
-            stop.args = (f"{stop}; {finished} are finished and kept, the same command continues",)
+            stop.args = (f"{stop}; {finished} finished and kept, the same command continues",)
         raise
     finally:
         clear_line()
@@ -4783,10 +5406,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, QuantizeError):
             message = str(error)
         elif isinstance(error, OSError):
-            message = f"{error.filename}: " if error.filename else ""
-            message += error.strerror or str(error)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                message += ": make room, then the same command continues"
+            message = describe_os_error(error)
         with contextlib.suppress(OSError):
             message = printable(
                 message[:2000]

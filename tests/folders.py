@@ -78,6 +78,27 @@ def read_header(shard: Path) -> tuple[dict, int]:
         return json.loads(file.read(size)), 8 + size
 
 
+def edit_metadata(folder: Path, change: Callable[[dict], object], name: str = "*") -> None:
+    """Change the metadata in the header of a folder's shards, or of those of this name, and nothing
+    else."""
+    for shard in folder.glob(f"{name}.safetensors"):
+        header, start = read_header(shard)
+        change(header["__metadata__"])
+        text, tensors = json.dumps(header).encode(), shard.read_bytes()[start:]
+        shard.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+
+
+def edit_facts(folder: Path, change: Callable[[dict], object], name: str = "*") -> None:
+    """Change what a folder's shards say of how they were made."""
+
+    def change_facts(metadata: dict) -> None:
+        facts = json.loads(metadata["quantize_int4_facts"])
+        change(facts)
+        metadata["quantize_int4_facts"] = json.dumps(facts)
+
+    edit_metadata(folder, change_facts, name)
+
+
 def overwrite_weights(shard: Path, name: str, data: bytes) -> None:
     """Overwrite a tensor's first bytes in place."""
     header, start = read_header(shard)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -27,6 +28,54 @@ def test_a_model_of_the_hub_is_answered_with_the_command_that_gets_it(tmp_path):
         result,
         "hf download nvidia/Some-Model-4B --local-dir Some-Model-4B, then give Some-Model-4B",
     )
+
+
+def hub_cache(root, model, *revisions, main=""):
+    """Lay out a model as the hub's cache does: `revisions` of links to one file of weights."""
+    cached = root / "models--a--b"
+    shutil.copytree(model, cached / "blobs")
+    for revision in revisions:
+        (cached / "snapshots" / revision).mkdir(parents=True)
+        for path in (cached / "blobs").iterdir():
+            (cached / "snapshots" / revision / path.name).symlink_to(path)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(main or revisions[0])
+    return cached
+
+
+def test_a_root_of_the_hubs_cache_is_answered_with_the_snapshot_inside(model, tmp_path):
+    cached = hub_cache(tmp_path / "hub", model, "aaa", "bbb", "ccc", main="bbb")
+    snapshot = cached / "snapshots" / "bbb"
+    for folder in (cached, cached / "snapshots", cached.parent):
+        refuse(folder, tmp_path / "out", f"inside it, {snapshot} (of 3 snapshots there)")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(model / "model.safetensors", tmp_path / "weights")
+    config_dir = ["--config_dir", cached]
+    refuse(tmp_path / "weights", tmp_path / "out", f"inside it, {snapshot}", options=config_dir)
+    quantize(snapshot, tmp_path / "out")
+
+
+def test_weights_in_a_folder_inside_are_pointed_out(model, tmp_path):
+    shutil.move(model, tmp_path / "outer" / "model")
+    refuse(tmp_path / "outer", tmp_path / "out", f"but some in {tmp_path / 'outer' / 'model'}")
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 63160000000\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.model", "model.safetensors.index.json"]
+)
+def test_a_git_lfs_pointer_is_answered_with_the_command_that_gets_the_file(model, tmp_path, name):
+    (model / name).write_text(LFS_POINTER)
+    command = f"{model / name}: is a Git LFS pointer and not the file itself: run git lfs pull in"
+    refuse(model, tmp_path / "out", command)
+
+
+def test_a_pickle_that_is_a_git_lfs_pointer_is_answered_so_too(tmp_path):
+    folder = save_pickle(tmp_path / "in", {})
+    (folder / "pytorch_model.bin").write_text(LFS_POINTER)
+    refuse(folder, tmp_path / "out", "pytorch_model.bin: is a Git LFS pointer")
 
 
 def test_a_file_as_input_folder_is_refused(model, tmp_path):
@@ -78,9 +127,54 @@ def test_an_unreadable_file_beside_the_weights_is_refused_before_the_run(open_fo
     assert_refused(
         run_cli(open_folder / "in", open_folder / "out", **AS_NOBODY),
         "tokenizer.json",
-        "make it readable",
+        "chmod a+r",
     )
     assert not (open_folder / "out").exists()
+
+
+DENIED = {  # what is closed to others, and the chmod that mends it
+    "one shard": (["model-00002-of-00002.safetensors"], "a+r {}/model-00002-of-00002.safetensors"),
+    "all shards": (
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        "a+r {}/*.safetensors",
+    ),
+    "config.json": (["config.json"], "a+r {}/config.json"),
+    "a copied file": (["chat_template.jinja"], "a+r {}/chat_template.jinja"),
+    "the folder": ([""], "a+rx {}"),
+}
+
+
+@pytest.mark.parametrize("case", DENIED)
+def test_what_another_user_may_not_read_is_answered_with_the_chmod_that_mends_it(open_folder, case):
+    names, remedy = DENIED[case]
+    source = open_folder / "in"
+    for name in names:
+        os.chmod(source / name, 0o600)
+    (open_folder / "out").mkdir()
+    os.chmod(open_folder / "out", 0o777)
+    result = run_cli(source, open_folder / "out", **AS_NOBODY)
+    remedy = "chmod " + remedy.format(source)
+    assert_refused(
+        result, "Permission denied", "belongs to", "mode 0600", "this process is", remedy
+    )
+    command = re.search(r"chmod [^,\n]+", result.stderr)[0]
+    subprocess.run(command.split(":")[0], shell=True, check=True)
+    assert run_cli(source, open_folder / "out", **AS_NOBODY).returncode == 0
+
+
+def test_a_closed_folder_above_is_named_with_the_chmod_that_mends_it(open_folder):
+    os.chmod(open_folder, 0o700)
+    result = run_cli(open_folder / "in", "/nowhere/out", **AS_NOBODY)
+    assert_refused(result, f"folder {open_folder} belongs to", f"chmod a+x {open_folder}")
+
+
+def test_statistics_that_another_user_may_not_read_are_answered_so_too(open_folder):
+    path = open_folder / "statistics.safetensors"
+    save_file({"x": torch.ones(1)}, path)
+    os.chmod(path, 0o600)
+    options = ["--scale", "mse", "--importance", path]
+    result = run_cli(open_folder / "in", open_folder / "out", *options, **AS_NOBODY)
+    assert_refused(result, "statistics.safetensors: Permission denied", f"chmod a+r {path}")
 
 
 @pytest.mark.parametrize(
@@ -239,11 +333,6 @@ def test_consolidated_weights_alone_are_the_model(tmp_path):
 # --- what is quantized already ----------------------------------------------------------------------------------------
 
 
-def test_a_config_with_a_quantization_config_is_refused(model, tmp_path):
-    (model / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
-    refuse(model, tmp_path / "out", "config.json", "already quantized")
-
-
 @pytest.mark.parametrize(
     "tensors",
     [
@@ -260,17 +349,17 @@ def test_a_checkpoint_of_quantized_tensors_is_refused(tmp_path, tensors):
 
 def test_our_own_output_as_input_is_refused(model, tmp_path):
     quantize(model, tmp_path / "out")
-    refuse(tmp_path / "out", tmp_path / "again", "already quantized")
+    refuse(tmp_path / "out", tmp_path / "again", "tensor 'm.qweight'", "already quantized")
 
 
-def test_a_quantized_config_dir_is_refused(tmp_path):
+def test_the_config_of_a_quantized_model_serves_for_plain_weights(tmp_path):
     folder = save_pickle(tmp_path / "in", {"m.weight": random(24, 256)})
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text(
         '{"quantization_config": {"quant_method": "awq"}}'
     )
-    result = run_cli(folder, tmp_path / "out", "--config_dir", tmp_path / "config")
-    assert_refused(result, "already quantized")
+    options = ["--config_dir", tmp_path / "config"]
+    assert "quantization_config (awq)" in quantize(folder, tmp_path / "out", *options).stdout
 
 
 # --- config files elsewhere -------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def test_a_single_file_larger_than_the_machines_memory_is_read(tmp_path):
 
 
 def test_a_file_that_is_no_safetensors_is_refused(model, tmp_path):
-    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 3)
+    (model / "model.safetensors").write_text("<html>not found</html>" * 3)
     refuse(model, tmp_path / "out", "not a whole safetensors file")
 
 

@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoints import random, save_model
 from conftest import SCRIPT, command, plain, quantize, run_cli, run_in_terminal, wait_until
 from folders import read_tensors
+
+import quantize_int4 as q
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -59,7 +62,8 @@ def test_a_signal_stops_the_run_cleanly(large, tmp_path, signum, exit_code):
     count = len(list((tmp_path / "out").iterdir()))
     assert (
         errors
-        == f"error: stopped by {signum.name}; {count} of 5 shards are finished and kept, the same command continues\n"
+        == f"error: stopped by {signum.name}; {count} of 5 shards {'is' if count == 1 else 'are'} finished and kept,"
+        " the same command continues\n"
     )
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert all(
@@ -70,6 +74,26 @@ def test_a_signal_stops_the_run_cleanly(large, tmp_path, signum, exit_code):
     assert len(read_tensors(tmp_path / "out")) == 48
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_one_finished_shard_is_kept_and_two_are(tmp_path, monkeypatch, count):
+    source = save_model(tmp_path / "in", {f"m.{i}.weight": random(8, 128) for i in range(3)})
+
+    class Stopped(q.Conversion):
+        def run(self, threads, progress):
+            super().run(threads, progress)
+            for shard in self.shards[count:]:
+                shard.finished = False
+            raise q.QuantizeError("stopped by SIGINT", 130)
+
+    monkeypatch.setattr(q, "Conversion", Stopped)
+    args = q.parse_args([str(source), str(tmp_path / "out"), "--min_free_gb", "0"])
+    args.shard_size_gb = 0.000002
+    with pytest.raises(q.QuantizeError) as stop:
+        q.run(args)
+    verb = "is" if count == 1 else "are"
+    assert f"; {count} of 3 shards {verb} finished and kept, the same" in str(stop.value)
+
+
 def test_ctrl_c_leaves_no_torn_line_and_says_what_is_kept(large, tmp_path):
     arguments = command(
         large, tmp_path / "out", "--scale", "mse", "--shard_size_gb", 0.05, "--threads", 1
@@ -78,7 +102,7 @@ def test_ctrl_c_leaves_no_torn_line_and_says_what_is_kept(large, tmp_path):
     assert code == 130
     last = text.rstrip("\n").rpartition("\r\033[K")[2]  # what is on the screen's last line
     assert re.fullmatch(
-        r"error: stopped by SIGINT; \d+ of \d+ shards are finished and kept, the same command continues",
+        r"error: stopped by SIGINT; \d+ of \d+ shards (is|are) finished and kept, the same command continues",
         plain(last),
     )
 

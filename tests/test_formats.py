@@ -245,7 +245,7 @@ def test_columns_that_no_size_divides_are_refused_with_exclude(tmp_path):
     refuse(
         folder,
         tmp_path / "out",
-        "1 weights",
+        "1 weight with columns",
         "none of 128, 64, 32 divides all: --exclude them",
         options=["--format", "compressed-tensors"],
     )
@@ -299,15 +299,12 @@ def test_conv1d_is_refused_for_engines(tmp_path, form, config):
     result = run_cli(
         save_model(tmp_path / "in", GPT2, **config), tmp_path / "out", "--format", form
     )
-    assert_refused(result, "2 weights are GPT-2's Conv1D", "'h.0.attn.c_attn.weight'")
+    assert_refused(result, "2 weights of GPT-2's Conv1D", "'h.0.attn.c_attn.weight'")
 
 
 def test_int4_says_along_which_axis_the_groups_of_conv1d_run(tmp_path):
     plan = quantize(save_model(tmp_path / "in", GPT2, model_type="gpt2"), tmp_path / "out").stdout
-    assert (
-        "2 weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs"
-        in plan
-    )
+    assert "2 weights of GPT-2's Conv1D, as (in, out): groups run along the outputs" in plan
 
 
 def test_a_c_attn_that_lies_as_out_in_is_no_conv1d(tmp_path):

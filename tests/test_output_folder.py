@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,14 +11,17 @@ import shutil
 import signal
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_model, write_sparse_checkpoint
+from checkpoints import random, save_model, write_sparse_checkpoint
 from conftest import AS_NOBODY, assert_refused, command, quantize, refuse, run_cli, wait_until
 from folders import folder_bytes, read_header, read_json, read_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+import quantize_int4 as q
 
 # --- what may be there before -----------------------------------------------------------------------------------------
 
@@ -43,6 +47,53 @@ def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_fo
     assert result.stdout == ""  # before the plan
     assert "unfinished" not in result.stderr
     assert not list((open_folder / "out").iterdir())
+
+
+def read_only_mounts():
+    """List folders on mounts that the system has mounted read-only, where there are some."""
+    lines = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    return [
+        Path(line[1]) for line in lines if "ro" in line[3].split(",") and Path(line[1]).is_dir()
+    ]
+
+
+@pytest.mark.skipif(not read_only_mounts(), reason="needs a folder that is mounted read-only")
+def test_a_read_only_mount_is_named_as_one(model):
+    mount = read_only_mounts()[0]
+    words = "is on a read-only mount: choose another folder, or mount it writable"
+    assert_refused(run_cli(model, mount / "out"), f"output folder {mount / 'out'}", words)
+    plan = quantize(model, mount / "out", "--dry_run").stdout
+    assert f"WARNING:   the run itself would stop: {mount} {words}" in plan
+
+
+def test_a_write_that_a_read_only_mount_refuses_is_explained():
+    error = OSError(errno.EROFS, "Read-only file system", "/somewhere/out")
+    assert q.describe_os_error(error).startswith("/somewhere/out: is on a read-only mount: ")
+
+
+def test_a_dry_run_says_when_the_run_itself_would_stop(open_folder):
+    (open_folder / "out").mkdir(mode=0o555)
+    source, output = open_folder / "in", open_folder / "out"
+    plan = quantize(source, output, "--dry_run", "--min_free_gb", 10**6, **AS_NOBODY).stdout
+    stops = [line for line in plan.splitlines() if "the run itself would stop" in line]
+    assert len(stops) == 2
+    assert "Permission denied" in stops[0]
+    assert "of memory left at the peak, --min_free_gb asks for 1,000 TB" in stops[1]
+    assert "Dry run: nothing was written." in plan
+
+
+def test_a_dry_run_says_when_the_disk_is_too_small(tmp_path):
+    tensors = {"m.weight": (torch.float32, (8, 128)), "m.bias": (torch.float32, (10**12,))}
+    write_sparse_checkpoint(tmp_path / "in", tensors, shards=1)
+    plan = quantize(tmp_path / "in", tmp_path / "out", "--dry_run").stdout
+    assert "the run itself would stop: 4.00 TB to write, but the disk of" in plan
+
+
+def test_a_dry_run_of_what_can_be_done_warns_of_nothing(model, tmp_path):
+    assert "would stop" not in quantize(model, tmp_path / "out", "--dry_run").stdout
+    quantize(model, tmp_path / "out")
+    options = ["--dry_run", "--min_free_gb", 10**6]
+    assert "would stop" not in quantize(model, tmp_path / "out", *options).stdout  # it is complete
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
@@ -119,6 +170,22 @@ def test_a_finished_run_with_other_options_needs_overwrite(model, tmp_path):
     quantize(model, tmp_path / "out", "--group_size", 64, "--overwrite")
     quantize(model, tmp_path / "expected", "--group_size", 64)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "expected")
+
+
+def test_another_model_into_a_finished_folder_is_told_by_its_input_and_not_by_what_follows(
+    tmp_path,
+):
+    options = ["--format", "compressed-tensors"]
+    entries = {"model_type": "llama"}
+    first = save_model(tmp_path / "first", {"m.0.up_proj.weight": random(8, 256)}, **entries)
+    second = save_model(tmp_path / "second", {"m.0.up_proj.weight": random(8, 192)}, **entries)
+    quantize(first, tmp_path / "out", *options)
+    result = run_cli(second, tmp_path / "out", *options)
+    assert_refused(result, "the input was another, 'model.safetensors' had other names or sizes")
+    assert "group_size" not in result.stderr
+    result = run_cli(second, tmp_path / "out", *options, "--scale", "absmax")
+    assert_refused(result, "the input was another", "--scale was mse, is absmax")
+    quantize(second, tmp_path / "out", *options, "--overwrite")
 
 
 def test_what_was_asked_otherwise_is_said_as_it_is_given(tiny, tmp_path):
@@ -270,6 +337,22 @@ def test_every_tensor_is_aligned_to_its_element_size(tmp_path):
 
 
 # --- other files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth"])
+def test_training_state_is_called_so(model, tmp_path, name):
+    (model / name).write_text("x")
+    assert f"{name} (training state)" in quantize(model, tmp_path / "out").stdout
+
+
+def test_the_config_of_an_adapter_is_not_copied_which_a_note_says(model, tmp_path):
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    printed = quantize(model, tmp_path / "out", "--verify").stdout
+    assert (
+        "Note:      adapter_config.json is not copied: loaders would take the folder for" in printed
+    )
+    assert "adapter_config.json (of an adapter)" in printed
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

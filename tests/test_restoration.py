@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
-from checkpoints import PROJECTION, random, save_model
-from conftest import assert_refused, quantize, run_cli
-from folders import folder_bytes, read_config, read_dequantized, read_tensors
+from checkpoints import BESIDE, PROJECTION, gated, random, save_model
+from conftest import FORMATS, assert_refused, quantize, run_cli
+from folders import (
+    edit_json,
+    edit_shard,
+    folder_bytes,
+    read_config,
+    read_dequantized,
+    read_header,
+    read_tensors,
+)
 from reference import reference_quantize
 from safetensors.torch import save_file
 
@@ -67,37 +76,62 @@ def test_every_weight_is_what_readers_decode(tiny, tmp_path, layout, constants):
 
 @pytest.mark.parametrize("columns", [128, 100])
 def test_int4_weights_are_their_codes_times_their_scales_without_the_padding(tmp_path, columns):
-    name, weight = next(iter(PROJECTION)), random(64, columns)
+    name, weight = next(iter(PROJECTION)), random(64, columns).float()
     quantize(
-        save_model(tmp_path / "in", {name: weight}, torch_dtype="float32"),
+        save_model(tmp_path / "in", {name: weight}),
         tmp_path / "out",
         "--group_size",
         64,
     )
     restore(tmp_path / "out", tmp_path / "back")
+    assert read_tensors(tmp_path / "back")[name].dtype == torch.float32
     padded = torch.nn.functional.pad(weight, (0, -columns % 64))
     codes, scales = reference_quantize(padded, 64, torch.float16)
     decoded = torch.tensor(codes) * torch.tensor(scales).repeat_interleave(64, 1)
-    assert torch.equal(read_tensors(tmp_path / "back")[name].float(), decoded[:, :columns])
+    assert torch.equal(read_tensors(tmp_path / "back")[name], decoded[:, :columns])
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    [
-        ({"dtype": "float16"}, torch.float16),
-        ({"torch_dtype": "float32"}, torch.float32),
-        ({}, torch.float32),
-    ],
-    ids=str,
-)
-def test_weights_are_restored_in_the_models_dtype(tmp_path, config, dtype):
+MIXED_DTYPES = {
+    "model.layers.0.mlp.up_proj.weight": torch.bfloat16,
+    "model.layers.1.mlp.up_proj.weight": torch.bfloat16,
+    "model.layers.2.mlp.up_proj.weight": torch.float16,
+    "model.layers.3.mlp.up_proj.weight": torch.float32,
+    "model.layers.4.mlp.up_proj.weight": torch.float64,
+    "model.norm.weight": torch.float32,
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("config", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}], ids=str)
+def test_every_weight_is_restored_in_the_dtype_that_it_had_whatever_the_config_names(
+    tmp_path, config, form
+):
     tensors = {
-        name: weight.float()
-        for name, weight in (PROJECTION | {"model.norm.weight": random(64)}).items()
+        name: random(*([64, 256] if "proj" in name else [64])).to(dtype)
+        for name, dtype in MIXED_DTYPES.items()
     }
-    quantize(save_model(tmp_path / "in", tensors, **config), tmp_path / "out")
+    quantize(save_model(tmp_path / "in", tensors, **config), tmp_path / "out", "--format", form)
     restore(tmp_path / "out", tmp_path / "back")
-    assert read_tensors(tmp_path / "back")[next(iter(PROJECTION))].dtype == dtype
+    restored = read_tensors(tmp_path / "back")
+    assert {name: tensor.dtype for name, tensor in restored.items()} == MIXED_DTYPES
+    for name, tensor in tensors.items():
+        error = (restored[name].double() - tensor.double()).norm() / tensor.double().norm()
+        assert error < 0.2, name
+
+
+def test_the_weights_of_a_stack_of_experts_are_restored_in_its_dtype(tmp_path):
+    stacks = {name: stack.half() for name, stack in gated()[0].items()}
+    quantize(save_model(tmp_path / "in", stacks | BESIDE), tmp_path / "out")
+    restore(tmp_path / "out", tmp_path / "back")
+    for name, tensor in read_tensors(tmp_path / "back").items():
+        assert tensor.dtype == (torch.float16 if ".experts." in name else torch.bfloat16), name
+
+
+def test_the_facts_name_only_the_weights_whose_dtype_is_not_that_of_most(tiny, tmp_path):
+    quantize(tiny, tmp_path / "out")
+    metadata = read_header(tmp_path / "out" / "model-00001.safetensors")[0]["__metadata__"]
+    facts = json.loads(metadata["quantize_int4_facts"])
+    assert facts["dtypes"] == {"most": "BF16", "others": {}}
 
 
 def test_a_restored_checkpoint_can_be_quantized_again(tiny, tmp_path):
@@ -157,13 +191,45 @@ def test_a_folder_that_another_program_packed_or_that_is_unfinished_is_refused(
     assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), problem)
 
 
-def test_a_weight_beyond_the_dtype_of_the_config_is_refused_and_the_advice_helps(tmp_path):
+@pytest.mark.parametrize(
+    "padded",
+    [None, [], {"m.weight": 5}, {"m.weight": [8]}, {"m.weight": [8, 100]}, {"m.weight": [9, 200]}],
+    ids=str,
+)
+def test_a_damaged_list_of_padded_weights_is_refused(tmp_path, padded):
+    quantize(save_model(tmp_path / "in", {"m.weight": random(8, 200)}), tmp_path / "out")
+    path = tmp_path / "out" / "quantize_config.json"
+    edit_json(path, lambda content: content.update(padded_weights=padded))
+    assert_refused(run_cli(tmp_path / "out", tmp_path / "back", "--restore"), str(path), "again")
+
+
+@pytest.mark.parametrize("layout", ["int4", "compressed-tensors", "gptq"])
+def test_a_folder_that_lacks_a_part_of_a_weight_is_refused(tiny, tmp_path, layout):
+    quantize(tiny, tmp_path / "out", *LAYOUTS[layout])
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    lost = next(
+        name
+        for name in read_header(shard)[0]
+        if name.endswith("scale" if layout[0] == "c" else "scales")
+    )
+    edit_shard(shard, lambda tensors: tensors.pop(lost))
+    edit_json(
+        tmp_path / "out" / "model.safetensors.index.json",
+        lambda index: index["weight_map"].pop(lost),
+    )
+    result = run_cli(tmp_path / "out", tmp_path / "back", "--restore")
+    assert_refused(result, f"tensor {lost!r} is missing")
+
+
+def test_a_weight_that_decodes_beyond_its_sources_dtype_is_refused_and_the_advice_helps(tmp_path):
     name = "m.0.up_proj.weight"
-    source = save_model(tmp_path / "in", {name: random(8, 256) * 1e5}, dtype="float16")
+    weights = torch.full((8, 256), 65504.0).half()
+    tensors = {name: weights, "m.0.down_proj.weight": random(8, 256).half()}
+    source = save_model(tmp_path / "in", tensors)
     quantize(source, tmp_path / "out")
     refused = run_cli(tmp_path / "out", tmp_path / "back", "--restore")
-    assert_refused(refused, name, "beyond F16", "set a wider dtype in")
-    config = read_config(tmp_path / "out") | {"dtype": "bfloat16"}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    restore(tmp_path / "out", tmp_path / "back")
-    assert read_tensors(tmp_path / "back")[name].isfinite().all()
+    assert_refused(refused, name, "beyond F16", "convert again with --exclude")
+    pattern = shlex.split(refused.stderr.partition("--exclude ")[2].rpartition(", which")[0])
+    quantize(source, tmp_path / "again", "--exclude", *pattern)
+    restore(tmp_path / "again", tmp_path / "back")
+    assert torch.equal(read_tensors(tmp_path / "back")[name], weights)

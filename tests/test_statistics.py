@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from arithmetic import EXTREME_WEIGHTS, compiled_kernel, quantize_groups, quantize_or_refuse
-from checkpoints import BESIDE, MOE, SEPARATE, E, H, gated, random, save_model
-from conftest import FORMATS, assert_refused, quantize, run_cli
+from checkpoints import BESIDE, MOE, PROJECTION, SEPARATE, E, H, gated, random, save_model
+from conftest import FORMATS, assert_refused, quantize, refuse, run_cli
 from folders import assert_same_tensors, changed_tensors, edit_shard, folder_bytes, read_tensors
 from reference import pack_rows
 from safetensors.torch import save_file
@@ -41,9 +41,7 @@ def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(
     result = quantize(
         three_layers, tmp_path / "out", *importance_file(tmp_path, vectors), "--verify"
     )
-    assert (
-        "importance weighs 1 weight; 1 are named but without data, 1 are not named" in result.stdout
-    )
+    assert "importance weighs 1 weight; 1 named without data, 1 not named" in result.stdout
     quantize(three_layers, tmp_path / "plain", "--scale", "mse")
     assert changed_tensors(tmp_path / "out", tmp_path / "plain") == {
         "layers.0.up.qweight",
@@ -106,7 +104,7 @@ def test_names_that_differ_in_their_wrappers_match(tmp_path, theirs, ours):
             tmp_path, {wrapper + name: vector for name, vector in LAYERS.items()}
         )
         assert (
-            "importance weighs 2 weights; 0 are named"
+            "importance weighs 2 weights; 0 named"
             in quantize(source, tmp_path / folder, *options).stdout
         )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
@@ -177,8 +175,7 @@ def test_a_stack_of_vectors_weighs_the_experts_of_a_layer_each_by_its_own(tmp_pa
         options = importance_file(tmp_path, given)
         result = quantize(source, tmp_path / folder, "--group_size", 64, *options)
         assert (
-            f"importance weighs {3 * E} weights; 0 are named but without data, 2 are not named"
-            in result.stdout
+            f"importance weighs {3 * E} weights; 0 named without data, 2 not named" in result.stdout
         )
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
@@ -312,7 +309,7 @@ def test_a_layer_without_data_is_neither_weighed_nor_fed_back(tmp_path):
     tensors |= {"layers.1.up": torch.zeros(COLUMNS), "layers.1.up.factor": torch.zeros(COLUMNS, 8)}
     result = quantize(model, tmp_path / "out", *importance_file(tmp_path, tensors), "--verify")
     assert (
-        "weighs 1 weight, 1 of them with error feedback of rank 8; 1 are named but without data"
+        "weighs 1 weight, 1 of them with error feedback of rank 8; 1 named without data"
         in result.stdout
     )
     quantize(model, tmp_path / "plain", "--scale", "mse")
@@ -641,3 +638,10 @@ def test_output_errors_are_printed_by_kind_where_statistics_are_given(model, fin
     assert len(cells) == 5
     assert 0 < cells[4] < cells[0]
     assert "of their outputs" not in quantize(model, folder, "--verify").stdout
+
+
+def test_statistics_without_names_are_refused(tmp_path):
+    source = save_model(tmp_path / "in", PROJECTION)
+    save_file({}, tmp_path / "statistics.safetensors")
+    options = ["--scale", "mse", "--importance", tmp_path / "statistics.safetensors"]
+    refuse(source, tmp_path / "out", "names no layer: collect it from this model", options=options)

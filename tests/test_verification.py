@@ -10,9 +10,9 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import save_model
+from checkpoints import WEIGHT, random, save_model
 from conftest import FORMATS, assert_refused, quantize, run_cli
-from folders import edit_json, edit_shard, overwrite_weights, read_header
+from folders import edit_facts, edit_json, edit_metadata, edit_shard, overwrite_weights, read_header
 from reference import pack_rows
 from safetensors.torch import load_file, save_file
 
@@ -347,11 +347,78 @@ def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
     assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "found 1 problem")
 
 
-def test_a_folder_of_another_version_is_refused(tiny, tmp_path):
-    quantize(tiny, tmp_path / "out", constants={"FORMAT_VERSION": 1})
-    assert_refused(
-        run_cli(tiny, tmp_path / "out", "--verify"), "made by another version of this program"
-    )
+FACTS_AT_FAULT = {
+    "an older version": (lambda facts: facts.update(version=6), "(format 6, this one writes 8)"),
+    "a newer version": (lambda facts: facts.update(version=99), "(format 99, this one writes 8)"),
+    "of which nothing is known": (
+        lambda facts: (facts.clear(), facts.update(version=7)),
+        "format 7",
+    ),
+    "no version": (lambda facts: facts.pop("version"), "damaged"),
+    "a version that is no number": (lambda facts: facts.update(version=[8]), "damaged"),
+    "an option more": (lambda facts: facts["options"].update(colour="red"), "damaged"),
+    "an option less": (lambda facts: facts["options"].pop("scale"), "damaged"),
+    "no options": (lambda facts: facts.update(options=None), "damaged"),
+    "no such format": (lambda facts: facts["options"].update(format="int3"), "damaged"),
+    "a format that is none": (lambda facts: facts["options"].update(format=["int4"]), "damaged"),
+    "a group of 12": (lambda facts: facts["options"].update(group_size=12), "damaged"),
+    "a group of true": (lambda facts: facts["options"].update(group_size=True), "damaged"),
+    "a broken pattern": (lambda facts: facts["options"].update(exclude=["("]), "damaged"),
+    "a pattern that is none": (lambda facts: facts["options"].update(int8=[5]), "damaged"),
+    "sources without times": (lambda facts: facts["sources"].update(x=5), "damaged"),
+    "no dtypes": (lambda facts: facts.pop("dtypes"), "damaged"),
+    "an unknown dtype": (lambda facts: facts["dtypes"].update(most="F4"), "damaged"),
+    "dtypes without names": (lambda facts: facts["dtypes"].update(others={"F32": [5]}), "damaged"),
+    "a field more": (lambda facts: facts.update(colour="red"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", FACTS_AT_FAULT)
+def test_a_folder_of_another_version_or_with_damaged_facts_is_refused_with_what_to_do(
+    tmp_path, case
+):
+    source = save_model(tmp_path / "in", WEIGHT)
+    quantize(source, tmp_path / "out")
+    change, problem = FACTS_AT_FAULT[case]
+    edit_facts(tmp_path / "out", change)
+    remedy = "copy the folder again" if problem == "damaged" else "use that version"
+    for runs in (
+        [source, tmp_path / "out", "--verify"],
+        [tmp_path / "out", tmp_path / "back", "--restore"],
+    ):
+        assert_refused(run_cli(*runs), "model-00001.safetensors", problem, remedy, "convert again")
+    assert_refused(run_cli(source, tmp_path / "out", "--group_size", 64), problem, "--overwrite")
+    quantize(source, tmp_path / "out", "--group_size", 64, "--overwrite")
+
+
+def test_shards_of_two_runs_are_not_taken_for_one_folder(tmp_path):
+    source = save_model(tmp_path / "in", {f"m.{i}.weight": random(8, 128) for i in range(2)})
+    quantize(source, tmp_path / "out", "--shard_size_gb", 0.000002)
+    quantize(source, tmp_path / "other", "--shard_size_gb", 0.000002, "--scale", "mse")
+    shutil.copy(tmp_path / "other" / "model-00002.safetensors", tmp_path / "out")
+    for runs in (
+        [source, tmp_path / "out", "--verify"],
+        [tmp_path / "out", tmp_path / "back", "--restore"],
+    ):
+        assert_refused(run_cli(*runs), "'model-00001.safetensors', 'model-00002", "different runs")
+
+
+def test_a_restored_folder_is_neither_verified_nor_restored_again(tmp_path):
+    source = save_model(tmp_path / "in", WEIGHT)
+    quantize(source, tmp_path / "out")
+    quantize(tmp_path / "out", tmp_path / "back", "--restore")
+    assert_refused(run_cli(source, tmp_path / "back", "--verify"), "holds a restored checkpoint")
+    again = run_cli(tmp_path / "back", tmp_path / "again", "--restore")
+    assert_refused(again, "is restored already")
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "{", '{"config.json": 5}'])
+def test_damaged_names_of_other_files_are_no_unexpected_error(tmp_path, text):
+    source = save_model(tmp_path / "in", WEIGHT)
+    quantize(source, tmp_path / "out")
+    edit_metadata(tmp_path / "out", lambda metadata: metadata.update(quantize_int4_files=text))
+    assert "unexpected" not in run_cli(source, tmp_path / "out", "--verify").stderr
+    assert "unexpected" not in run_cli(source, tmp_path / "out").stderr
 
 
 def test_a_source_of_other_files_ends_the_verification_before_it_begins(tiny, tmp_path):
