@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,17 @@ AS_NOBODY = {"user": 65534 if os.geteuid() == 0 else None}  # permissions do not
 def wide(monkeypatch) -> None:
     """What is printed is not wrapped, but where a test is about that."""
     monkeypatch.setenv("COLUMNS", WIDE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ignored_signals_that_no_run_inherits() -> None:
+    """A job in the background ignores SIGINT, one under nohup SIGHUP, and so would every program that it starts.
+
+    A handler that does nothing keeps the tests as deaf as they were, but the runs that they start have the default.
+    """
+    for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

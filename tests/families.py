@@ -382,6 +382,8 @@ class Family:
         False  # with transformers, which else asks its layers for weights that are packed
     )
     refused: str = ""  # what the refusal names, without the exclude of the experts
+    # Whether transformers holds the routers in float32, and so saves them, whatever the model's dtype: from 5.24.
+    float32_routers: bool = False
 
 
 QKV = r"layers\.1\.self_attn\.[qkv]_proj"
@@ -419,6 +421,7 @@ FAMILIES = {
             "experts in 8 bits": r"\.experts\.",
         },
         ("pretrained", "state_dict", "pth"),
+        float32_routers=True,
     ),
     "qwen3_moe": Family(
         qwen3_moe,
@@ -440,9 +443,15 @@ FAMILIES = {
         {"attention": r"layers\.1\.self_attn\.", "shared": r"shared_experts"},
         {"shared experts in 8 bits": "shared_experts"},
         ("pretrained", "state_dict"),
+        float32_routers=True,
     ),
     "glm4_moe": Family(
-        glm4_moe, "Glm4MoeForCausalLM", {"attention": QKV}, {}, ("pretrained", "state_dict")
+        glm4_moe,
+        "Glm4MoeForCausalLM",
+        {"attention": QKV},
+        {},
+        ("pretrained", "state_dict"),
+        float32_routers=True,
     ),
     "granite": Family(
         granite_moe_hybrid,
@@ -517,6 +526,10 @@ def build(name):
     model = getattr(transformers, family.model_class)._from_config(
         family.config(), dtype=torch.bfloat16
     )
+    if family.float32_routers:
+        for key, parameter in model.named_parameters():
+            if key.endswith(".gate.weight"):
+                parameter.data = parameter.data.float()
     for tensor in {
         id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]
     }.values():

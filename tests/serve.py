@@ -22,6 +22,10 @@ only and gets a bounded number of requests, each for 32 greedy tokens. A place a
 one that transformers computes in float32, with the twin's weights, after the same tokens. The last column tells whether
 that means anything: it asks the model as it was before it was quantized.
 
+On x86-64 without AVX512_BF16, vLLM's 4-bit kernel drops the lower half of a float32 where others round it to bfloat16
+(vLLM 0.32.0, csrc/cpu/cpu_types_x86.hpp): of its weights and of its results. The twin's weights are then cut off alike,
+and a line above the table says so.
+
 Fails if a log does not name the kernel for 4-bit weights, or if fewer places agree than for the dense twin in the same
 server, less 2 % of the places. Takes ten minutes on 2 cores.
 """
@@ -32,6 +36,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -49,6 +54,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from folders import dequantize_compressed_tensors, edit_tensors, read_tensors
 from quality import load_smollm2, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -275,6 +281,31 @@ def ask(url: str, subject: Subject) -> tuple[list[list[int]], str]:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
+def truncates_bfloat16() -> bool:
+    """Whether vLLM's kernels cut off instead of rounding; it chooses its library by the same question."""
+    return platform.machine() == "x86_64" and not torch.cpu._is_avx512_bf16_supported()
+
+
+def truncate_weights(folder: Path, twin: Path) -> None:
+    """Cut the quantized layers' weights off to bfloat16 in the twin of a compressed-tensors folder."""
+    quantized = read_tensors(folder)
+
+    def replace(dense: dict[str, torch.Tensor]) -> None:
+        for name, packed in quantized.items():
+            layer, _, part = name.rpartition(".")
+            if part != "weight_packed":
+                continue
+            # Exact in float32: a code has 4 bits, a scale 8.
+            scales = quantized[f"{layer}.weight_scale"].float()
+            weight = dequantize_compressed_tensors(
+                packed, scales, quantized[f"{layer}.weight_shape"]
+            )
+            bits = weight.view(torch.int32) & -0x10000
+            dense[f"{layer}.weight"] = bits.view(torch.float32).to(torch.bfloat16)
+
+    edit_tensors(twin, replace)
+
+
 @torch.no_grad()
 def count_agreeing(folder: Path, subject: Subject, answers: list[list[int]]) -> int:
     """Places where the model in the folder, in float32, would continue with the same token."""
@@ -293,6 +324,8 @@ def make_folders(subject: Subject, output_format: str, group_size: int) -> tuple
     options = ["--format", output_format, "--group_size", group_size]
     if refusal := quantize(subject.folder, folder, *options) or quantize(folder, twin, "--restore"):
         sys.exit(refusal)
+    if DTYPES[output_format] == "bfloat16" and truncates_bfloat16():
+        truncate_weights(folder, twin)
     return folder, twin
 
 
@@ -358,6 +391,10 @@ def main() -> None:
         logs = args.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
         subjects = [MODELS[name](Path(scratch) / name) for name in args.model]
+        if truncates_bfloat16():
+            print(
+                "no AVX512_BF16: weights in bfloat16 are cut off in the twin, as vLLM's kernel does"
+            )
         print(f"{'':<48}{'places that agree':>20}")
         print(
             f"{'model':<12}{'format':<20}{'dtype':<10}{'places':>6}{'4 bits':>8}{'twin':>6}{'before':>8}"

@@ -40,6 +40,15 @@ def test_missing_packages_are_named_each_with_the_command_that_installs_them():
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_tests_of_signals_pass_in_a_job_that_ignores_them(tmp_path):
+    """As `pytest &` in a script, or under nohup; of these tests the fastest stands for all."""
+    test = f"{__file__}::{test_an_interrupt_during_the_imports_shows_no_traceback.__name__}"
+    pytest_command = [sys.executable, "-m", "pytest", "-n", "0", "--basetemp", tmp_path / "t", test]
+    ignoring = ["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh", *pytest_command]
+    result = subprocess.run(ignoring, cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
 def test_an_interrupt_during_the_imports_shows_no_traceback():
     with subprocess.Popen(
         [sys.executable, SCRIPT, "in", "out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

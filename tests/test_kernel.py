@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 
@@ -265,11 +266,13 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     tmp_path, monkeypatch, script, reason
 ):
     compiled_kernel()
-    compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
+    compiler, temporary = tmp_path / "a-compiler", tmp_path / "temporary"
     compiler.write_text(f"#!/bin/sh\nexec {script}\n")
     compiler.chmod(0o755)
     temporary.mkdir()
-    monkeypatch.setenv("CC", str(compiler))
+    # Found by its name, since the folder's may have a space and CC is split there.
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CC", compiler.name)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2 if script == "sleep 30" else 60)
     with pytest.raises(q.QuantizeError, match=reason):

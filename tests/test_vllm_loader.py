@@ -162,7 +162,8 @@ def vllm_process(tmp_path_factory):
             world_size=1,
             rank=0,
             local_rank=0,
-            distributed_init_method=rendezvous.as_uri(),
+            # Not as_uri, which would escape a space: torch takes the path as it is.
+            distributed_init_method=f"file://{rendezvous}",
             backend="gloo",
         )
         initialize_model_parallel()
