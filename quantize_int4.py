@@ -362,6 +362,7 @@ SYNC_BYTES = (
 )  # of input, after which what came of it is synced and both leave the page cache
 MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
+SYNC_AND_WAIT = 7  # of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
 COMPILER_TIMEOUT_S = 10  # it takes 0.2
@@ -434,6 +435,8 @@ TRAINER_PATTERN = re.compile(  # files of a trainer's
 # ---- Errors: one line each, with what to do -------------------------------------------------------------------------
 
 SIGNALS_RECEIVED: list[int] = []  # see `stop_on_signals`
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+signals_are_deferred = False  # see `deferring_signals`
 
 
 class QuantizeError(Exception):
@@ -444,24 +447,57 @@ class QuantizeError(Exception):
         self.exit_code = exit_code
 
 
-def stop_on_signals() -> None:
-    """Let a signal stop the run at its next `check_signals`, and a second one end the process on the spot."""
+class Stopped(BaseException):
+    """Report a signal, as `QuantizeError` reports an error, but past all that catches errors on the way."""
 
-    def handler(
-        signum: int, _frame: object
-    ) -> None:  # what it raised could surface half-way into starting a thread
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let a signal stop the run by raising `Stopped` wherever the main thread is, or at the next `check_signals` while
+    signals are deferred. A second one ends the process on the spot."""
+
+    def handler(signum: int, _frame: object) -> None:
         if SIGNALS_RECEIVED:
             os._exit(128 + signum)
         SIGNALS_RECEIVED.append(signum)
+        if not signals_are_deferred:
+            check_signals()
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+    # nohup ignores SIGHUP, and a shell SIGINT for what it starts in the background.
+    heeded = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    try:
+        for signum in heeded:
             signal.signal(signum, handler)
+        yield
+    finally:
+        # From here on there is nothing that a signal could leave half done.
+        for signum in heeded:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Let a signal wait for the next `check_signals`, or the end of this: for what must not be left half-way, as the
+    start of a thread or a temporary file, and is short or calls `check_signals` itself."""
+    global signals_are_deferred
+    before = signals_are_deferred
+    signals_are_deferred = True
+    try:
+        yield
+    finally:
+        signals_are_deferred = before
+    if not signals_are_deferred:
+        check_signals()
 
 
 def check_signals() -> None:
+    """Raise if a signal has come. Any thread may call this; all that takes longer than a blink calls it at times."""
     for signum in SIGNALS_RECEIVED:
-        raise QuantizeError(f"stopped by {signal.Signals(signum).name}", 128 + signum)
+        raise Stopped(signum)
 
 
 @contextlib.contextmanager
@@ -765,7 +801,8 @@ class WeightsFile:
         position = info.offset + offset
         # As fast from the page cache as a map, and where the file is truncated or fails, an error and not a SIGBUS.
         with naming(self.path):
-            while buffer and (count := os.preadv(self.fd, [buffer], position)):
+            while buffer and (count := os.preadv(self.fd, [buffer[:COPY_BYTES]], position)):
+                check_signals()
                 buffer, position = buffer[count:], position + count
         if buffer:
             self.check_unchanged(whole=False)
@@ -1602,6 +1639,7 @@ def feedback_of(
     for column in (
         () if kernel else range(len(factor) - 1, -1, -1)
     ):  # each of them updates the inverse
+        check_signals()
         direction = factor[column].to(torch.float64)
         turned = sum_in_lanes(inverse * direction)
         divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
@@ -1631,6 +1669,7 @@ def round_with_feedback(
             torch.where(found == 0, 1, found).to(torch.float32),
         )
         most = divisors.abs() * MAX_CHANGE
+        check_signals()  # a tile may take half a minute
         for column, v, u in zip(columns, factor, spread):
             change = sum_in_lanes(carried * u).clamp_(-most, most)
             codes = ((column + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
@@ -2018,6 +2057,33 @@ def rounds_as_torch(kernel: Kernel, search: bool) -> bool:
     return True
 
 
+def run_compiler(command: list[str], folder: str) -> None:
+    """Give the kernel's source to a compiler, with this folder for its own files, and wait for it no longer than
+    COMPILER_TIMEOUT_S or until a signal comes. Raises as subprocess.run."""
+    deadline = time.monotonic() + COMPILER_TIMEOUT_S
+    text, pipes = (
+        KERNEL_SOURCE.encode(),
+        dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+    )
+    environment = os.environ | {"TMPDIR": folder}
+    # In a session of its own, to end it together with the processes that it starts.
+    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as run:
+        try:
+            while run.returncode is None:
+                check_signals()
+                try:
+                    _, errors = run.communicate(text, timeout=0.05)
+                except subprocess.TimeoutExpired:
+                    text = None  # `communicate` goes on with what it was given first
+                    if time.monotonic() > deadline:
+                        raise
+        finally:
+            if run.returncode is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command, stderr=errors)
+
+
 @functools.cache
 def compile_kernel(search: bool) -> Kernel:
     """Compile the kernel, with what --scale mse needs or without, by the compiler that CC names, or cc."""
@@ -2025,19 +2091,15 @@ def compile_kernel(search: bool) -> Kernel:
     if not shutil.which(compiler[0]):
         raise QuantizeError(f"there is no C compiler {compiler[0]!r}")
     try:
-        with tempfile.TemporaryDirectory(
-            prefix="quantize_int4.", ignore_cleanup_errors=True
-        ) as folder:
+        with (
+            deferring_signals(),
+            tempfile.TemporaryDirectory(
+                prefix="quantize_int4.", ignore_cleanup_errors=True
+            ) as folder,
+        ):
             library = f"{folder}/kernel.so"  # once loaded, the file is not needed
             command = [*compiler, *KERNEL_FLAGS, f"-DSEARCH={int(search)}", "-o", library, "-"]
-            how = {
-                "input": KERNEL_SOURCE.encode(),
-                "capture_output": True,
-                "timeout": COMPILER_TIMEOUT_S,
-            }
-            subprocess.run(
-                command, **how, check=True, env=os.environ | {"TMPDIR": folder}
-            )  # for its own files
+            run_compiler(command, folder)
             kernel = ctypes.CDLL(library)
             kernel.quantize.argtypes = [ctypes.c_void_p]
             kernel.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
@@ -3354,8 +3416,20 @@ def usable_cores(system: Path = Path("/")) -> int:
 def write_at(fd: int, buffer: memoryview, offset: int) -> None:
     """Write all of `buffer` at `offset`."""
     while len(buffer):
-        count = os.pwrite(fd, buffer, offset)
+        check_signals()
+        count = os.pwrite(fd, buffer[:COPY_BYTES], offset)
         buffer, offset = buffer[count:], offset + count
+
+
+def sync_file(fd: int) -> None:
+    """Make what was written to a file survive a power cut."""
+    # fsync alone may take minutes on a slow disk, and no signal ends it. (sync_file_range(2))
+    with contextlib.suppress(AttributeError):  # no Linux
+        sync_range = ctypes.CDLL(None).sync_file_range
+        for start in range(0, os.fstat(fd).st_size, COPY_BYTES):
+            check_signals()
+            sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(COPY_BYTES), SYNC_AND_WAIT)
+    os.fsync(fd)
 
 
 def sync_folder(folder: Path) -> None:
@@ -3374,13 +3448,20 @@ class ShardFile:
     """A shard that is there, or is being written: tensors in any order, under a temporary name until all are in."""
 
     def __init__(
-        self, folder: Path, plan: ShardPlan, fingerprint: str, finished: bool, compare: bool
+        self,
+        folder: Path,
+        plan: ShardPlan,
+        fingerprint: str,
+        finished: bool,
+        compare: bool,
+        before_writing: Callable[[], None] = lambda: None,
     ):
         self.final = folder / plan.name
         self.path = self.final if finished else unfinished_path(self.final, fingerprint)
         self.plan = plan
         self.finished = finished
         self.compare = compare  # what is there with what would be written
+        self._before_writing = before_writing
         self.shift = 0  # bytes by which its header is longer than planned, for what it says of sources and files
         self.jobs_left = 0
         self._fd: int | None = None
@@ -3393,6 +3474,7 @@ class ShardFile:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 self._cached = cached_ranges(self._fd)
             elif self._fd is None:
+                self._before_writing()
                 self._fd = os.open(
                     self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
                 )
@@ -3412,7 +3494,7 @@ class ShardFile:
         """Bring what was written so far to the disk, and let the page cache forget it."""
         if self._fd is not None:
             with naming(self.path):
-                os.fsync(self._fd)
+                sync_file(self._fd)
             drop_pages(self._fd, self._cached)
 
     def finish(self) -> None:
@@ -3447,6 +3529,9 @@ class OutputFolder:
             *(s.name for s in plan.shards),
         }
         self.existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        self.is_as_it_was = True
+        self._has_made_way = False
+        self._lock = threading.Lock()
         self._lock_fd: int | None = None
 
     def _survey(self) -> tuple[set[str], set[str], list[Path]]:
@@ -3528,8 +3613,7 @@ class OutputFolder:
         return needed, free + sum(path.stat().st_blocks * 512 for path in self.remove)
 
     def prepare(self) -> None:
-        """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished. The
-        lock is the folder's own and dies with the process."""
+        """Create and lock the folder, and look at it again. The lock is the folder's own and dies with the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_fd = os.open(self.folder, os.O_RDONLY)
         try:
@@ -3544,18 +3628,30 @@ class OutputFolder:
             raise QuantizeError(
                 f"output folder {self.folder} changed since it was looked at: start again"
             )
-        if self.nothing_to_write:
-            return
-        # Shards last: they tell which of the other files are this program's.
-        leftovers = sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))
-        for path in [self.folder / INDEX_NAME, *leftovers]:
-            path.unlink(missing_ok=True)
-        self.finished.discard(INDEX_NAME)
-        sync_folder(self.folder)
+
+    def make_way(self) -> None:
+        """Remove leftovers, the index first: without it a folder is unfinished. Whoever is about to write calls this,
+        so that a run which ends before that leaves the folder as it was."""
+        with self._lock:
+            if self._has_made_way:
+                return
+            check_signals()
+            self.is_as_it_was = False
+            # Shards last: they tell which of the other files are this program's.
+            leftovers = sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))
+            for path in [self.folder / INDEX_NAME, *leftovers]:
+                check_signals()
+                path.unlink(missing_ok=True)
+            self.finished.discard(INDEX_NAME)
+            sync_folder(self.folder)
+            self._has_made_way = True
 
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name; the index once all is on
         disk."""
+        if self.nothing_to_write:
+            return
+        self.make_way()
         for name, content in self.plan.other_files.items():
             if name in self.finished:
                 continue
@@ -3722,6 +3818,7 @@ class Conversion:
         try:
             # Syncing a shard takes as long as the disk does, so it has a thread of its own.
             with (
+                deferring_signals(),
                 executor(DISK_READERS) as self._readers,
                 executor(1) as self._syncer,
                 executor(threads) as workers,
@@ -3745,6 +3842,7 @@ class Conversion:
                 finally:
                     self._stop.set()
                     self._syncer.shutdown(wait=False, cancel_futures=True)
+                    self._readers.shutdown(wait=False, cancel_futures=True)
             for file in self.checkpoint.files.values():
                 file.check_unchanged()
                 file.drop_read()
@@ -3886,6 +3984,7 @@ class Conversion:
             rounding = replace(rounding, importance=rounding.importance[first : first + in_row])
         step = max(1, TILE_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
+            check_signals()
             weights = block[row : row + step]
             if padded_columns > job.columns:
                 padded = workspace.tensor("padded", weights.dtype, len(weights), padded_columns)
@@ -4424,6 +4523,7 @@ class Verification(Conversion):
         squares, problem = torch.zeros(2, 2, dtype=torch.float64), ""
         step = max(1, VERIFY_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
+            check_signals()
             weights = block[row : row + step].to(torch.float32)
             codes = words[row : row + step].contiguous().view(torch.uint8)
             if packing.bits == 4:  # a byte holds the low nibble first
@@ -4628,6 +4728,7 @@ def convert(
             plan.fingerprint,
             shard.name in output.finished,
             shard.name in output.compare,
+            output.make_way,
         )
         for shard in plan.shards
     ]
@@ -4635,17 +4736,38 @@ def convert(
     say()
     output.prepare()
     progress.restart()
+    with deferring_signals():
+        write_output(plan, conversion, output, threads, progress)
+    progress.mark("Compared" if compared else "Written")
+    if compared:
+        seconds = format_seconds(time.monotonic() - progress.started)
+        say(f"Compared in {seconds}: what is there is what the source files give.", colour=GREEN)
+    else:
+        print_summary(plan, conversion, progress)
+
+
+def write_output(
+    plan: Plan, conversion: Conversion, output: OutputFolder, threads: int, progress: Progress
+) -> None:
+    """Write or compare all files; an error says what of them is kept, and nothing half-written stays."""
+    shards = conversion.shards
     try:
         conversion.run(threads, progress)
         if plan.statistics:
             plan.statistics.check_unchanged()
         output.write_other_files()
-    except QuantizeError as stop:
+    except (QuantizeError, Stopped) as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:
             finished = (
                 f"{sum(shard.finished for shard in shards):,} of {count_of(len(shards), 'shard')}"
             )
-            stop.args = (f"{stop}; {finished} are finished and kept, the same command continues",)
+            command = (
+                "the same command without --overwrite" if output.overwrite else "the same command"
+            )
+            told = f"{finished} are finished and kept, {command} continues"
+            if output.overwrite and output.is_as_it_was:
+                told = f"nothing was written, and {output.folder} is as it was"
+            stop.args = (f"{stop}; {told}",)
         raise
     finally:
         clear_line()
@@ -4654,12 +4776,6 @@ def convert(
         ):  # of a run that stopped here
             with contextlib.suppress(OSError):  # the error that stopped it is the one to report
                 path.unlink()
-    progress.mark("Compared" if compared else "Written")
-    if compared:
-        seconds = format_seconds(time.monotonic() - progress.started)
-        say(f"Compared in {seconds}: what is there is what the source files give.", colour=GREEN)
-    else:
-        print_summary(plan, conversion, progress)
 
 
 def verify(
@@ -4697,7 +4813,6 @@ def kernel_for(plan: Plan) -> Kernel | None:
     try:
         return compile_kernel(plan.options.scale == "mse")
     except QuantizeError as reason:
-        check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"
         say_paragraph(
             "Note:",
@@ -4718,16 +4833,16 @@ def main(argv: list[str] | None = None) -> int:
             errors="backslashreplace"
         )  # names of files and tensors need not be in its encoding
     clear_line()  # "loading torch"
-    stop_on_signals()
     gc.freeze()  # what the imports made; searching it for garbage takes 55 ms, during which no worker gets on
     try:
-        run(args)
+        with stop_on_signals():
+            run(args)
         return 0
-    except Exception as error:
+    except (Exception, Stopped) as error:
         if args.debug:
             traceback.print_exc()
         message = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        if isinstance(error, QuantizeError):
+        if isinstance(error, (QuantizeError, Stopped)):
             message = str(error)
         elif isinstance(error, OSError):
             message = f"{error.filename}: " if error.filename else ""
