@@ -2299,15 +2299,28 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
         re.sub, r".*\.|\d+$", ""
     )  # in which a pattern's number stands for any
     alike = functools.cache(lambda end: [rival for rival in rivals if last_part(rival) == end])
+
+    # By how many of their last parts, and by these: a search among all, for each module, would take minutes.
+    @functools.cache
+    def rivals_by_tail(length: int) -> dict[str, list[str]]:
+        by_tail = {}
+        for rival in rivals:
+            by_tail.setdefault(".".join(rival.split(".")[-length:]), []).append(rival)
+        return by_tail
+
+    def with_tail(tail: str) -> list[str]:
+        return rivals_by_tail(tail.count(".") + 1).get(tail, [])
+
     patterns = {}  # in order, each once
     for module, end in dict.fromkeys(modules):
-        patterns[
-            pattern_of_module(module, end, alike(last_part(module)) if end == "$" else rivals)
-        ] = None
+        others = alike(last_part(module)) if end == "$" else rivals
+        patterns[pattern_of_module(module, end, others, with_tail)] = None
     return list(patterns)
 
 
-def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
+def pattern_of_module(
+    module: str, end: str, packed: Collection[str], with_tail: Callable[[str], list[str]]
+) -> str:
     """Find the shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
     `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
     parts = module.split(".")
@@ -2321,7 +2334,13 @@ def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
             for names in (any_layer, this_layer)
         ]
 
-    rivals = list(filter(re.compile(tails(container)[1]).match, packed))
+    if end == "$":
+        rivals = with_tail(".".join(parts[container:]))
+    else:
+        rivals = list(filter(re.compile(tails(container)[1]).match, packed))
+    if not rivals:
+        of_any_layer, of_this_layer = tails(container)
+        return of_this_layer if any(map(re.compile(of_any_layer).match, packed)) else of_any_layer
     others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {
         *parts,
         "model",
