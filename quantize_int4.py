@@ -55,6 +55,7 @@ disk continues with the same command. Exit codes: 0 done, 1 refused or failed,
 from __future__ import annotations
 
 import argparse
+import bisect
 import concurrent.futures
 import contextlib
 import ctypes
@@ -360,6 +361,9 @@ MAX_WAITING_SHARDS = (
 SYNC_BYTES = (
     1 << 27
 )  # of input, after which what came of it is synced and both leave the page cache
+ASK_BYTES = (
+    1 << 18
+)  # of a file, for each of which one page is asked for where mincore does not tell
 MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
 SYNC_AND_WAIT = 7  # of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER
@@ -517,6 +521,7 @@ def quote_names(names: Iterable[str]) -> str:
 
 # ---- Page cache: a guest leaves it as it was. Where CPU and GPU share memory, the GPU's programs count it as used ----
 
+LIBC = ctypes.PyDLL(None, use_errno=True)  # whose calls keep the interpreter lock: to be timed
 Ranges = list[tuple[int, int]]  # of bytes: start and end of each, in order
 
 
@@ -548,23 +553,103 @@ def cached_ranges(fd: int) -> Ranges:
     return [(0, size)]
 
 
+def mincore_tells(fd: int) -> bool:
+    """Tell whether mincore knows what of a file is in the page cache: since Linux 5.2, of a file that one neither owns
+    nor may write, it says that all is."""
+    effective = os.access in os.supports_effective_ids
+    may_write = os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=effective)
+    return os.fstat(fd).st_uid == os.geteuid() or may_write
+
+
+def within(ranges: Ranges, start: int, end: int) -> Ranges:
+    """Pick the ranges that overlap a part of a file."""
+    first = bisect.bisect_right(ranges, start, key=lambda each: each[1])
+    last = bisect.bisect_left(ranges, end, key=lambda each: each[0])
+    return ranges[first:last]
+
+
 def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
     """Let the page cache forget part of a file but for what others have there. Written pages must be synced before."""
-    for first, last in [*others, (end, end)]:
+    for first, last in [*within(others, start, end), (end, end)]:
         if start < min(first, end) and (
-            first == end or first - start >= 1 << 20
+            first >= end or first - start >= 1 << 16
         ):  # fewer are not worth a call
             os.posix_fadvise(fd, start, min(first, end) - start, os.POSIX_FADV_DONTNEED)
         start = max(start, last)
+
+
+def asked_ranges(fd: int) -> Ranges | None:
+    """Find which parts of a file are in the page cache, to ASK_BYTES, by reads that do not wait; None where there are
+    no such reads. (preadv2(2), RWF_NOWAIT)"""
+    ranges, size = [], os.fstat(fd).st_size
+    # A read of a page that is not there makes the kernel fetch it; with this, and for one byte, that page alone.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    for position in range(0, size, ASK_BYTES):
+        check_signals()
+        found = is_resident(fd, position)
+        if found is None:
+            return None
+        if found:
+            if not ranges or ranges[-1][1] != position:
+                ranges.append((position, position))
+            ranges[-1] = ranges[-1][0], min(position + ASK_BYTES, size)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+    drop_pages(fd, ranges)  # what was fetched; what is on its way yet will go with what is read
+    return ranges
+
+
+def is_resident(fd: int, position: int) -> bool | None:
+    """Tell by a read that does not wait whether the page at `position` is there; None where there are no such reads."""
+    byte = ctypes.create_string_buffer(1)
+    vector = (ctypes.c_size_t * 2)(ctypes.addressof(byte), 1)
+    times = []
+    try:
+        for _ in range(2):
+            started = time.perf_counter_ns()
+            count = LIBC.preadv2(fd, vector, 1, ctypes.c_int64(position), os.RWF_NOWAIT)
+            times.append(time.perf_counter_ns() - started)
+            if count < 1:
+                return False if not count or ctypes.get_errno() == errno.EAGAIN else None
+    except AttributeError:  # an old C library, or no Linux
+        return None
+    # A disk may fetch the page before the read returns, which then takes far longer than it takes again.
+    return times[0] < 8 * times[1]
+
+
+class PageCache:
+    """What others have of a file in the page cache, and so a run leaves there."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+        self._is_known = True
+
+    @functools.cached_property
+    def others(self) -> Ranges:
+        """What was there before this run read tensors: asked before the first, since it takes 10 ms a gigabyte, and ten
+        times as long where mincore does not tell. Where nobody does, all that there is stays."""
+        ranges = cached_ranges(self.fd) if mincore_tells(self.fd) else asked_ranges(self.fd)
+        if ranges is not None:
+            return ranges
+        self._is_known = False
+        return [(0, os.fstat(self.fd).st_size)]
+
+    def holds(self, start: int, end: int) -> bool:
+        """Tell whether some of a part is known to have been there."""
+        return bool(within(self.others, start, end)) and self._is_known
+
+    def drop(self, start: int = 0, end: int = 1 << 62) -> None:
+        """Let the page cache forget a part but for what others have there."""
+        drop_pages(self.fd, self.others, start, end)
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is read once, and leave the page cache as it was."""
     with open(path, "rb") as file:
-        others = cached_ranges(file.fileno())
+        pages = PageCache(file.fileno())
+        _ = pages.others  # asked before it is read
         yield file
-        drop_pages(file.fileno(), others)
+        pages.drop()
 
 
 # ---- Checkpoint: what is in the input folder, and its bytes ---------------------------------------------------------
@@ -689,6 +774,7 @@ class WeightsFile:
             else read_tensor_infos(path)
         )
         self.fd, self._direct_fd = os.open(path, os.O_RDONLY), None
+        self.pages = PageCache(self.fd)
         with contextlib.suppress(OSError):  # a file system without
             self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
 
@@ -729,11 +815,6 @@ class WeightsFile:
             infos[name] = TensorInfo(name, dtype, shape, tensor.nbytes, self.path, offset)
         return infos
 
-    @functools.cached_property
-    def cached(self) -> Ranges:
-        """What was cached before this run read tensors: asked before the first, since it takes 10 ms a gigabyte."""
-        return cached_ranges(self.fd)
-
     def check_unchanged(self, whole: bool = True) -> None:
         """Raise if the file was written to or replaced since it was opened, or its end is missing."""
         found = {
@@ -746,7 +827,7 @@ class WeightsFile:
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         """Tell whether some of a tensor's bytes were in the page cache before this run."""
         start = (info.offset or 0) + offset
-        return any(first < start + nbytes and start < last for first, last in self.cached)
+        return self.pages.holds(start, start + nbytes)
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -763,16 +844,14 @@ class WeightsFile:
             in_one_piece and self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
         )
         if may_go_around and start % 8 == 0 and not cached:
-            # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
-            skip = start % DIRECT_BLOCK
-            blocks = memory[: -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK]
             with contextlib.suppress(OSError):  # some file systems open it so, and read it not
-                if os.preadv(self._direct_fd, [blocks], start - skip) >= skip + nbytes:
+                if self._read_around(start, nbytes, memory):
+                    skip = start % DIRECT_BLOCK
                     return memory[skip : skip + nbytes]
         (self._read_transposed if info.stride else self._read_line)(info, offset, buffer)
         self._not_dropped += 0 if in_one_piece else nbytes
         if in_one_piece:
-            drop_pages(self.fd, self.cached, start, start + nbytes)
+            self.pages.drop(start, start + nbytes)
         elif (
             self._not_dropped >= SYNC_BYTES
         ):  # and not at once, since other rows lie in the same pages
@@ -782,8 +861,24 @@ class WeightsFile:
 
     def drop_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
-        if "cached" in vars(self):  # else nothing was read
-            drop_pages(self.fd, self.cached)
+        if "others" in vars(self.pages):  # else nothing was read
+            self.pages.drop()
+
+    def _read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
+        """Read bytes of the file around the page cache: whole blocks, from the start of `memory` on. Tells whether all
+        could be read."""
+        # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
+        skip = start % DIRECT_BLOCK
+        end = -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK
+        done = 0
+        while done < skip + nbytes:
+            check_signals()
+            some = memory[done : min(done + COPY_BYTES, end)]
+            count = os.preadv(self._direct_fd, [some], start - skip + done)
+            done += count
+            if count < len(some):  # the end of the file, which only the last block may pass
+                break
+        return done >= skip + nbytes
 
     def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on, as the tensor's bytes lie, or by rows of one that is not in one piece."""
@@ -3445,9 +3540,9 @@ def sync_file(fd: int) -> None:
     # fsync alone may take minutes on a slow disk, and no signal ends it. (sync_file_range(2))
     with contextlib.suppress(AttributeError):  # no Linux
         sync_range = ctypes.CDLL(None).sync_file_range
-        for start in range(0, os.fstat(fd).st_size, COPY_BYTES):
+        for start in range(0, os.fstat(fd).st_size, 2 * COPY_BYTES):
             check_signals()
-            sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(COPY_BYTES), SYNC_AND_WAIT)
+            sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(2 * COPY_BYTES), SYNC_AND_WAIT)
     os.fsync(fd)
 
 
@@ -3484,14 +3579,15 @@ class ShardFile:
         self.shift = 0  # bytes by which its header is longer than planned, for what it says of sources and files
         self.jobs_left = 0
         self._fd: int | None = None
-        self._cached: Ranges = []
+        self._pages: PageCache | None = None
         self._lock = threading.Lock()
 
     def _open(self) -> int:
         with self._lock:
             if self._fd is None and self.finished:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                self._cached = cached_ranges(self._fd)
+                self._pages = PageCache(self._fd)
+                _ = self._pages.others  # asked before it is read
             elif self._fd is None:
                 self._before_writing()
                 self._fd = os.open(
@@ -3506,15 +3602,23 @@ class ShardFile:
             write_at(self._open(), buffer, offset)
 
     def read(self, nbytes: int, offset: int) -> bytes:
+        """Read bytes of a shard that is there, as many as are asked for but at its end."""
+        data, position = b"", offset + self.shift
         with naming(self.path):
-            return os.pread(self._open(), nbytes, offset + self.shift)
+            fd = self._open()
+            while len(data) < nbytes and (some := os.pread(fd, nbytes - len(data), position)):
+                data, position = data + some, position + len(some)
+        return data
 
     def sync(self) -> None:
         """Bring what was written so far to the disk, and let the page cache forget it."""
         if self._fd is not None:
             with naming(self.path):
                 sync_file(self._fd)
-            drop_pages(self._fd, self._cached)
+            if self._pages:
+                self._pages.drop()
+            else:
+                drop_pages(self._fd, [])
 
     def finish(self) -> None:
         """Sync the file, whose bytes are all in, and give it its final name."""
