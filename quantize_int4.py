@@ -3602,12 +3602,15 @@ class ShardFile:
             write_at(self._open(), buffer, offset)
 
     def read(self, nbytes: int, offset: int) -> bytes:
-        """Read bytes of a shard that is there, as many as are asked for but at its end."""
+        """Read bytes of a shard that is there."""
         data, position = b"", offset + self.shift
         with naming(self.path):
             fd = self._open()
             while len(data) < nbytes and (some := os.pread(fd, nbytes - len(data), position)):
                 data, position = data + some, position + len(some)
+        if len(data) < nbytes:
+            problem = "was cut off while it was read"
+            raise QuantizeError(f"{self.path} {problem}: find out by what, then convert again")
         return data
 
     def sync(self) -> None:
@@ -3782,16 +3785,26 @@ class OutputFolder:
                 sync_folder(self.folder)
             check_signals()
             temporary = unfinished_path(self.folder / name, self.plan.fingerprint)
+            digest = hashlib.sha256()
             with (
                 reading(content) if isinstance(content, Path) else io.BytesIO(content) as source,
                 open(temporary, "wb", buffering=0) as target,
             ):
                 while data := source.read(COPY_BYTES):
+                    digest.update(data)
                     with naming(temporary):
                         write_at(target.fileno(), memoryview(data), source.tell() - len(data))
                 with naming(temporary):
                     os.fsync(target.fileno())
                 drop_pages(target.fileno(), [])
+            if digest.hexdigest() != self.plan.hashes[name]:
+                now = "starts afresh with it as it is now"
+                advice = (
+                    f"put it back as it was and the same command continues, or --overwrite {now}"
+                )
+                if self.overwrite:
+                    advice = f"the same command {now}"
+                raise QuantizeError(f"{content} changed since the plan was made: {advice}")
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
 
