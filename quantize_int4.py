@@ -55,6 +55,7 @@ disk continues with the same command. Exit codes: 0 done, 1 refused or failed,
 from __future__ import annotations
 
 import argparse
+import bisect
 import concurrent.futures
 import contextlib
 import ctypes
@@ -365,8 +366,12 @@ MAX_WAITING_SHARDS = (
 SYNC_BYTES = (
     1 << 27
 )  # of input, after which what came of it is synced and both leave the page cache
+ASK_BYTES = (
+    1 << 18
+)  # of a file, for each of which one page is asked for where mincore does not tell
 MINCORE_BYTES = 1 << 30  # of a file that is asked about at a time
 HUGE_PAGE = 1 << 21  # bytes, where pages have 4 kB
+SYNC_AND_WAIT = 7  # of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER
 COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of another file
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
 # Scales beyond which --verify counts a weight as clipped. Rounding and error feedback reach 2.5.
@@ -453,6 +458,8 @@ TRAINER_PATTERN = re.compile(  # files of a trainer's
 # ---- Errors: one line each, with what to do -------------------------------------------------------------------------
 
 SIGNALS_RECEIVED: list[int] = []  # see `stop_on_signals`
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+signals_are_deferred = False  # see `deferring_signals`
 
 
 class QuantizeError(Exception):
@@ -463,24 +470,57 @@ class QuantizeError(Exception):
         self.exit_code = exit_code
 
 
-def stop_on_signals() -> None:
-    """Let a signal stop the run at its next `check_signals`, and a second one end the process on the spot."""
+class Stopped(BaseException):
+    """Report a signal, as `QuantizeError` reports an error, but past all that catches errors on the way."""
 
-    def handler(
-        signum: int, _frame: object
-    ) -> None:  # what it raised could surface half-way into starting a thread
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let a signal stop the run by raising `Stopped` wherever the main thread is, or at the next `check_signals` while
+    signals are deferred. A second one ends the process on the spot."""
+
+    def handler(signum: int, _frame: object) -> None:
         if SIGNALS_RECEIVED:
             os._exit(128 + signum)
         SIGNALS_RECEIVED.append(signum)
+        if not signals_are_deferred:
+            check_signals()
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+    # nohup ignores SIGHUP, and a shell SIGINT for what it starts in the background.
+    heeded = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    try:
+        for signum in heeded:
             signal.signal(signum, handler)
+        yield
+    finally:
+        # From here on there is nothing that a signal could leave half done.
+        for signum in heeded:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Let a signal wait for the next `check_signals`, or the end of this: for what must not be left half-way, as the
+    start of a thread or a temporary file, and is short or calls `check_signals` itself."""
+    global signals_are_deferred
+    before = signals_are_deferred
+    signals_are_deferred = True
+    try:
+        yield
+    finally:
+        signals_are_deferred = before
+    if not signals_are_deferred:
+        check_signals()
 
 
 def check_signals() -> None:
+    """Raise if a signal has come. Any thread may call this; all that takes longer than a blink calls it at times."""
     for signum in SIGNALS_RECEIVED:
-        raise QuantizeError(f"stopped by {signal.Signals(signum).name}", 128 + signum)
+        raise Stopped(signum)
 
 
 @contextlib.contextmanager
@@ -556,6 +596,7 @@ def quote_names(names: Iterable[str]) -> str:
 
 # ---- Page cache: a guest leaves it as it was. Where CPU and GPU share memory, the GPU's programs count it as used ----
 
+LIBC = ctypes.PyDLL(None, use_errno=True)  # whose calls keep the interpreter lock: to be timed
 Ranges = list[tuple[int, int]]  # of bytes: start and end of each, in order
 
 
@@ -587,23 +628,103 @@ def cached_ranges(fd: int) -> Ranges:
     return [(0, size)]
 
 
+def mincore_tells(fd: int) -> bool:
+    """Tell whether mincore knows what of a file is in the page cache: since Linux 5.2, of a file that one neither owns
+    nor may write, it says that all is."""
+    effective = os.access in os.supports_effective_ids
+    may_write = os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=effective)
+    return os.fstat(fd).st_uid == os.geteuid() or may_write
+
+
+def within(ranges: Ranges, start: int, end: int) -> Ranges:
+    """Pick the ranges that overlap a part of a file."""
+    first = bisect.bisect_right(ranges, start, key=lambda each: each[1])
+    last = bisect.bisect_left(ranges, end, key=lambda each: each[0])
+    return ranges[first:last]
+
+
 def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
     """Let the page cache forget part of a file but for what others have there. Written pages must be synced before."""
-    for first, last in [*others, (end, end)]:
+    for first, last in [*within(others, start, end), (end, end)]:
         if start < min(first, end) and (
-            first == end or first - start >= 1 << 20
+            first >= end or first - start >= 1 << 16
         ):  # fewer are not worth a call
             os.posix_fadvise(fd, start, min(first, end) - start, os.POSIX_FADV_DONTNEED)
         start = max(start, last)
+
+
+def asked_ranges(fd: int) -> Ranges | None:
+    """Find which parts of a file are in the page cache, to ASK_BYTES, by reads that do not wait; None where there are
+    no such reads. (preadv2(2), RWF_NOWAIT)"""
+    ranges, size = [], os.fstat(fd).st_size
+    # A read of a page that is not there makes the kernel fetch it; with this, and for one byte, that page alone.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    for position in range(0, size, ASK_BYTES):
+        check_signals()
+        found = is_resident(fd, position)
+        if found is None:
+            return None
+        if found:
+            if not ranges or ranges[-1][1] != position:
+                ranges.append((position, position))
+            ranges[-1] = ranges[-1][0], min(position + ASK_BYTES, size)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+    drop_pages(fd, ranges)  # what was fetched; what is on its way yet will go with what is read
+    return ranges
+
+
+def is_resident(fd: int, position: int) -> bool | None:
+    """Tell by a read that does not wait whether the page at `position` is there; None where there are no such reads."""
+    byte = ctypes.create_string_buffer(1)
+    vector = (ctypes.c_size_t * 2)(ctypes.addressof(byte), 1)
+    times = []
+    try:
+        for _ in range(2):
+            started = time.perf_counter_ns()
+            count = LIBC.preadv2(fd, vector, 1, ctypes.c_int64(position), os.RWF_NOWAIT)
+            times.append(time.perf_counter_ns() - started)
+            if count < 1:
+                return False if not count or ctypes.get_errno() == errno.EAGAIN else None
+    except AttributeError:  # an old C library, or no Linux
+        return None
+    # A disk may fetch the page before the read returns, which then takes far longer than it takes again.
+    return times[0] < 8 * times[1]
+
+
+class PageCache:
+    """What others have of a file in the page cache, and so a run leaves there."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+        self._is_known = True
+
+    @functools.cached_property
+    def others(self) -> Ranges:
+        """What was there before this run read tensors: asked before the first, since it takes 10 ms a gigabyte, and ten
+        times as long where mincore does not tell. Where nobody does, all that there is stays."""
+        ranges = cached_ranges(self.fd) if mincore_tells(self.fd) else asked_ranges(self.fd)
+        if ranges is not None:
+            return ranges
+        self._is_known = False
+        return [(0, os.fstat(self.fd).st_size)]
+
+    def holds(self, start: int, end: int) -> bool:
+        """Tell whether some of a part is known to have been there."""
+        return bool(within(self.others, start, end)) and self._is_known
+
+    def drop(self, start: int = 0, end: int = 1 << 62) -> None:
+        """Let the page cache forget a part but for what others have there."""
+        drop_pages(self.fd, self.others, start, end)
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is read once, and leave the page cache as it was."""
     with open(path, "rb") as file:
-        others = cached_ranges(file.fileno())
+        pages = PageCache(file.fileno())
+        _ = pages.others  # asked before it is read
         yield file
-        drop_pages(file.fileno(), others)
+        pages.drop()
 
 
 # ---- Checkpoint: what is in the input folder, and its bytes ---------------------------------------------------------
@@ -755,6 +876,7 @@ class WeightsFile:
             else read_tensor_infos(path)
         )
         self.fd, self._direct_fd = os.open(path, os.O_RDONLY), None
+        self.pages = PageCache(self.fd)
         with contextlib.suppress(OSError):  # a file system without
             self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
 
@@ -795,11 +917,6 @@ class WeightsFile:
             infos[name] = TensorInfo(name, dtype, shape, tensor.nbytes, self.path, offset)
         return infos
 
-    @functools.cached_property
-    def cached(self) -> Ranges:
-        """What was cached before this run read tensors: asked before the first, since it takes 10 ms a gigabyte."""
-        return cached_ranges(self.fd)
-
     def check_unchanged(self, whole: bool = True) -> None:
         """Raise if the file was written to or replaced since it was opened, or its end is missing."""
         found = {
@@ -812,7 +929,7 @@ class WeightsFile:
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         """Tell whether some of a tensor's bytes were in the page cache before this run."""
         start = (info.offset or 0) + offset
-        return any(first < start + nbytes and start < last for first, last in self.cached)
+        return self.pages.holds(start, start + nbytes)
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -829,16 +946,14 @@ class WeightsFile:
             in_one_piece and self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
         )
         if may_go_around and start % 8 == 0 and not cached:
-            # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
-            skip = start % DIRECT_BLOCK
-            blocks = memory[: -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK]
             with contextlib.suppress(OSError):  # some file systems open it so, and read it not
-                if os.preadv(self._direct_fd, [blocks], start - skip) >= skip + nbytes:
+                if self._read_around(start, nbytes, memory):
+                    skip = start % DIRECT_BLOCK
                     return memory[skip : skip + nbytes]
         (self._read_transposed if info.stride else self._read_line)(info, offset, buffer)
         self._not_dropped += 0 if in_one_piece else nbytes
         if in_one_piece:
-            drop_pages(self.fd, self.cached, start, start + nbytes)
+            self.pages.drop(start, start + nbytes)
         elif (
             self._not_dropped >= SYNC_BYTES
         ):  # and not at once, since other rows lie in the same pages
@@ -848,8 +963,24 @@ class WeightsFile:
 
     def drop_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
-        if "cached" in vars(self):  # else nothing was read
-            drop_pages(self.fd, self.cached)
+        if "others" in vars(self.pages):  # else nothing was read
+            self.pages.drop()
+
+    def _read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
+        """Read bytes of the file around the page cache: whole blocks, from the start of `memory` on. Tells whether all
+        could be read."""
+        # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
+        skip = start % DIRECT_BLOCK
+        end = -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK
+        done = 0
+        while done < skip + nbytes:
+            check_signals()
+            some = memory[done : min(done + COPY_BYTES, end)]
+            count = os.preadv(self._direct_fd, [some], start - skip + done)
+            done += count
+            if count < len(some):  # the end of the file, which only the last block may pass
+                break
+        return done >= skip + nbytes
 
     def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on, as the tensor's bytes lie, or by rows of one that is not in one piece."""
@@ -867,7 +998,8 @@ class WeightsFile:
         position = info.offset + offset
         # As fast from the page cache as a map, and where the file is truncated or fails, an error and not a SIGBUS.
         with naming(self.path):
-            while buffer and (count := os.preadv(self.fd, [buffer], position)):
+            while buffer and (count := os.preadv(self.fd, [buffer[:COPY_BYTES]], position)):
+                check_signals()
                 buffer, position = buffer[count:], position + count
         if buffer:
             self.check_unchanged(whole=False)
@@ -1878,6 +2010,7 @@ def feedback_of(
     for column in (
         () if kernel else range(len(factor) - 1, -1, -1)
     ):  # each of them updates the inverse
+        check_signals()
         direction = factor[column].to(torch.float64)
         turned = sum_in_lanes(inverse * direction)
         divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
@@ -1907,6 +2040,7 @@ def round_with_feedback(
             torch.where(found == 0, 1, found).to(torch.float32),
         )
         most = divisors.abs() * MAX_CHANGE
+        check_signals()  # a tile may take half a minute
         for column, v, u in zip(columns, factor, spread):
             change = sum_in_lanes(carried * u).clamp_(-most, most)
             codes = ((column + change) / divisors).round_().clamp_(CODE_MIN, CODE_MAX)
@@ -2294,6 +2428,33 @@ def rounds_as_torch(kernel: Kernel, search: bool) -> bool:
     return True
 
 
+def run_compiler(command: list[str], folder: str) -> None:
+    """Give the kernel's source to a compiler, with this folder for its own files, and wait for it no longer than
+    COMPILER_TIMEOUT_S or until a signal comes. Raises as subprocess.run."""
+    deadline = time.monotonic() + COMPILER_TIMEOUT_S
+    text, pipes = (
+        KERNEL_SOURCE.encode(),
+        dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+    )
+    environment = os.environ | {"TMPDIR": folder}
+    # In a session of its own, to end it together with the processes that it starts.
+    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as run:
+        try:
+            while run.returncode is None:
+                check_signals()
+                try:
+                    _, errors = run.communicate(text, timeout=0.05)
+                except subprocess.TimeoutExpired:
+                    text = None  # `communicate` goes on with what it was given first
+                    if time.monotonic() > deadline:
+                        raise
+        finally:
+            if run.returncode is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command, stderr=errors)
+
+
 @functools.cache
 def compile_kernel(search: bool) -> Kernel:
     """Compile the kernel, with what --scale mse needs or without, by the compiler that CC names, or cc."""
@@ -2301,19 +2462,15 @@ def compile_kernel(search: bool) -> Kernel:
     if not shutil.which(compiler[0]):
         raise QuantizeError(f"there is no C compiler {compiler[0]!r}")
     try:
-        with tempfile.TemporaryDirectory(
-            prefix="quantize_int4.", ignore_cleanup_errors=True
-        ) as folder:
+        with (
+            deferring_signals(),
+            tempfile.TemporaryDirectory(
+                prefix="quantize_int4.", ignore_cleanup_errors=True
+            ) as folder,
+        ):
             library = f"{folder}/kernel.so"  # once loaded, the file is not needed
             command = [*compiler, *KERNEL_FLAGS, f"-DSEARCH={int(search)}", "-o", library, "-"]
-            how = {
-                "input": KERNEL_SOURCE.encode(),
-                "capture_output": True,
-                "timeout": COMPILER_TIMEOUT_S,
-            }
-            subprocess.run(
-                command, **how, check=True, env=os.environ | {"TMPDIR": folder}
-            )  # for its own files
+            run_compiler(command, folder)
             kernel = ctypes.CDLL(library)
             kernel.quantize.argtypes = [ctypes.c_void_p]
             kernel.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
@@ -2513,15 +2670,28 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
         re.sub, r".*\.|\d+$", ""
     )  # in which a pattern's number stands for any
     alike = functools.cache(lambda end: [rival for rival in rivals if last_part(rival) == end])
+
+    # By how many of their last parts, and by these: a search among all, for each module, would take minutes.
+    @functools.cache
+    def rivals_by_tail(length: int) -> dict[str, list[str]]:
+        by_tail = {}
+        for rival in rivals:
+            by_tail.setdefault(".".join(rival.split(".")[-length:]), []).append(rival)
+        return by_tail
+
+    def with_tail(tail: str) -> list[str]:
+        return rivals_by_tail(tail.count(".") + 1).get(tail, [])
+
     patterns = {}  # in order, each once
     for module, end in dict.fromkeys(modules):
-        patterns[
-            pattern_of_module(module, end, alike(last_part(module)) if end == "$" else rivals)
-        ] = None
+        others = alike(last_part(module)) if end == "$" else rivals
+        patterns[pattern_of_module(module, end, others, with_tail)] = None
     return list(patterns)
 
 
-def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
+def pattern_of_module(
+    module: str, end: str, packed: Collection[str], with_tail: Callable[[str], list[str]]
+) -> str:
     """Find the shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
     `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
     parts = module.split(".")
@@ -2535,7 +2705,13 @@ def pattern_of_module(module: str, end: str, packed: Collection[str]) -> str:
             for names in (any_layer, this_layer)
         ]
 
-    rivals = list(filter(re.compile(tails(container)[1]).match, packed))
+    if end == "$":
+        rivals = with_tail(".".join(parts[container:]))
+    else:
+        rivals = list(filter(re.compile(tails(container)[1]).match, packed))
+    if not rivals:
+        of_any_layer, of_this_layer = tails(container)
+        return of_this_layer if any(map(re.compile(of_any_layer).match, packed)) else of_any_layer
     others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {
         *parts,
         "model",
@@ -3949,8 +4125,20 @@ def usable_cores(system: Path = Path("/")) -> int:
 def write_at(fd: int, buffer: memoryview, offset: int) -> None:
     """Write all of `buffer` at `offset`."""
     while len(buffer):
-        count = os.pwrite(fd, buffer, offset)
+        check_signals()
+        count = os.pwrite(fd, buffer[:COPY_BYTES], offset)
         buffer, offset = buffer[count:], offset + count
+
+
+def sync_file(fd: int) -> None:
+    """Make what was written to a file survive a power cut."""
+    # fsync alone may take minutes on a slow disk, and no signal ends it. (sync_file_range(2))
+    with contextlib.suppress(AttributeError):  # no Linux
+        sync_range = ctypes.CDLL(None).sync_file_range
+        for start in range(0, os.fstat(fd).st_size, 2 * COPY_BYTES):
+            check_signals()
+            sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(2 * COPY_BYTES), SYNC_AND_WAIT)
+    os.fsync(fd)
 
 
 def sync_folder(folder: Path) -> None:
@@ -3969,25 +4157,34 @@ class ShardFile:
     """A shard that is there, or is being written: tensors in any order, under a temporary name until all are in."""
 
     def __init__(
-        self, folder: Path, plan: ShardPlan, fingerprint: str, finished: bool, compare: bool
+        self,
+        folder: Path,
+        plan: ShardPlan,
+        fingerprint: str,
+        finished: bool,
+        compare: bool,
+        before_writing: Callable[[], None] = lambda: None,
     ):
         self.final = folder / plan.name
         self.path = self.final if finished else unfinished_path(self.final, fingerprint)
         self.plan = plan
         self.finished = finished
         self.compare = compare  # what is there with what would be written
+        self._before_writing = before_writing
         self.shift = 0  # bytes by which its header is longer than planned, for what it says of sources and files
         self.jobs_left = 0
         self._fd: int | None = None
-        self._cached: Ranges = []
+        self._pages: PageCache | None = None
         self._lock = threading.Lock()
 
     def _open(self) -> int:
         with self._lock:
             if self._fd is None and self.finished:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                self._cached = cached_ranges(self._fd)
+                self._pages = PageCache(self._fd)
+                _ = self._pages.others  # asked before it is read
             elif self._fd is None:
+                self._before_writing()
                 self._fd = os.open(
                     self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
                 )
@@ -4000,15 +4197,26 @@ class ShardFile:
             write_at(self._open(), buffer, offset)
 
     def read(self, nbytes: int, offset: int) -> bytes:
+        """Read bytes of a shard that is there."""
+        data, position = b"", offset + self.shift
         with naming(self.path):
-            return os.pread(self._open(), nbytes, offset + self.shift)
+            fd = self._open()
+            while len(data) < nbytes and (some := os.pread(fd, nbytes - len(data), position)):
+                data, position = data + some, position + len(some)
+        if len(data) < nbytes:
+            problem = "was cut off while it was read"
+            raise QuantizeError(f"{self.path} {problem}: find out by what, then convert again")
+        return data
 
     def sync(self) -> None:
         """Bring what was written so far to the disk, and let the page cache forget it."""
         if self._fd is not None:
             with naming(self.path):
-                os.fsync(self._fd)
-            drop_pages(self._fd, self._cached)
+                sync_file(self._fd)
+            if self._pages:
+                self._pages.drop()
+            else:
+                drop_pages(self._fd, [])
 
     def finish(self) -> None:
         """Sync the file, whose bytes are all in, and give it its final name."""
@@ -4042,6 +4250,9 @@ class OutputFolder:
             *(s.name for s in plan.shards),
         }
         self.existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        self.is_as_it_was = True
+        self._has_made_way = False
+        self._lock = threading.Lock()
         self._lock_fd: int | None = None
 
     def _survey(self) -> tuple[set[str], set[str], list[Path]]:
@@ -4142,8 +4353,7 @@ class OutputFolder:
         return f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
 
     def prepare(self) -> None:
-        """Create and lock the folder, and remove leftovers, the index first: without it a folder is unfinished. The
-        lock is the folder's own and dies with the process."""
+        """Create and lock the folder, and look at it again. The lock is the folder's own and dies with the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_fd = os.open(self.folder, os.O_RDONLY)
         try:
@@ -4158,18 +4368,30 @@ class OutputFolder:
             raise QuantizeError(
                 f"output folder {self.folder} changed since it was looked at: start again"
             )
-        if self.nothing_to_write:
-            return
-        # Shards last: they tell which of the other files are this program's.
-        leftovers = sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))
-        for path in [self.folder / INDEX_NAME, *leftovers]:
-            path.unlink(missing_ok=True)
-        self.finished.discard(INDEX_NAME)
-        sync_folder(self.folder)
+
+    def make_way(self) -> None:
+        """Remove leftovers, the index first: without it a folder is unfinished. Whoever is about to write calls this,
+        so that a run which ends before that leaves the folder as it was."""
+        with self._lock:
+            if self._has_made_way:
+                return
+            check_signals()
+            self.is_as_it_was = False
+            # Shards last: they tell which of the other files are this program's.
+            leftovers = sorted(self.remove, key=lambda path: path.name.endswith(".safetensors"))
+            for path in [self.folder / INDEX_NAME, *leftovers]:
+                check_signals()
+                path.unlink(missing_ok=True)
+            self.finished.discard(INDEX_NAME)
+            sync_folder(self.folder)
+            self._has_made_way = True
 
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name; the index once all is on
         disk."""
+        if self.nothing_to_write:
+            return
+        self.make_way()
         for name, content in self.plan.other_files.items():
             if name in self.finished:
                 continue
@@ -4177,16 +4399,26 @@ class OutputFolder:
                 sync_folder(self.folder)
             check_signals()
             temporary = unfinished_path(self.folder / name, self.plan.fingerprint)
+            digest = hashlib.sha256()
             with (
                 reading(content) if isinstance(content, Path) else io.BytesIO(content) as source,
                 open(temporary, "wb", buffering=0) as target,
             ):
                 while data := source.read(COPY_BYTES):
+                    digest.update(data)
                     with naming(temporary):
                         write_at(target.fileno(), memoryview(data), source.tell() - len(data))
                 with naming(temporary):
                     os.fsync(target.fileno())
                 drop_pages(target.fileno(), [])
+            if digest.hexdigest() != self.plan.hashes[name]:
+                now = "starts afresh with it as it is now"
+                advice = (
+                    f"put it back as it was and the same command continues, or --overwrite {now}"
+                )
+                if self.overwrite:
+                    advice = f"the same command {now}"
+                raise QuantizeError(f"{content} changed since the plan was made: {advice}")
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
 
@@ -4350,6 +4582,7 @@ class Conversion:
         try:
             # Syncing a shard takes as long as the disk does, so it has a thread of its own.
             with (
+                deferring_signals(),
                 executor(DISK_READERS) as self._readers,
                 executor(1) as self._syncer,
                 executor(threads) as workers,
@@ -4373,6 +4606,7 @@ class Conversion:
                 finally:
                     self._stop.set()
                     self._syncer.shutdown(wait=False, cancel_futures=True)
+                    self._readers.shutdown(wait=False, cancel_futures=True)
             for file in self.checkpoint.files.values():
                 file.check_unchanged()
                 file.drop_read()
@@ -4514,6 +4748,7 @@ class Conversion:
             rounding = replace(rounding, importance=rounding.importance[first : first + in_row])
         step = max(1, TILE_WEIGHTS // job.columns)
         for row in range(0, job.rows, step):
+            check_signals()
             weights = block[row : row + step]
             if padded_columns > job.columns:
                 padded = workspace.tensor("padded", weights.dtype, len(weights), padded_columns)
@@ -5070,6 +5305,7 @@ class Verification(Conversion):
         step = max(1, VERIFY_WEIGHTS // job.columns)
 
         for row in range(0, job.rows, step):
+            check_signals()
             weights = block[row : row + step].to(torch.float32)
             codes = words[row : row + step].contiguous().view(torch.uint8)
             if packing.bits == 4:
@@ -5304,6 +5540,7 @@ def convert(
             plan.fingerprint,
             shard.name in output.finished,
             shard.name in output.compare,
+            output.make_way,
         )
         for shard in plan.shards
     ]
@@ -5311,18 +5548,39 @@ def convert(
     say()
     output.prepare()
     progress.restart()
+    with deferring_signals():
+        write_output(plan, conversion, output, threads, progress)
+    progress.mark("Compared" if compared else "Written")
+    if compared:
+        seconds = format_seconds(time.monotonic() - progress.started)
+        say(f"Compared in {seconds}: what is there is what the source files give.", colour=GREEN)
+    else:
+        print_summary(plan, conversion, progress)
+
+
+def write_output(
+    plan: Plan, conversion: Conversion, output: OutputFolder, threads: int, progress: Progress
+) -> None:
+    """Write or compare all files; an error says what of them is kept, and nothing half-written stays."""
+    shards = conversion.shards
     try:
         conversion.run(threads, progress)
         if plan.statistics:
             plan.statistics.check_unchanged()
         output.write_other_files()
-    except QuantizeError as stop:
+    except (QuantizeError, Stopped) as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:
             count = sum(shard.finished for shard in shards)
             finished = (
                 f"{count:,} of {count_of(len(shards), 'shard')} {'is' if count == 1 else 'are'}"
             )
-            stop.args = (f"{stop}; {finished} finished and kept, the same command continues",)
+            command = "the same command"
+            if output.overwrite:
+                command = "the same command without --overwrite"
+            told = f"{finished} finished and kept, {command} continues"
+            if output.overwrite and output.is_as_it_was:
+                told = f"nothing was written, and {output.folder} is as it was"
+            stop.args = (f"{stop}; {told}",)
         raise
     finally:
         clear_line()
@@ -5331,12 +5589,6 @@ def convert(
         ):  # of a run that stopped here
             with contextlib.suppress(OSError):  # the error that stopped it is the one to report
                 path.unlink()
-    progress.mark("Compared" if compared else "Written")
-    if compared:
-        seconds = format_seconds(time.monotonic() - progress.started)
-        say(f"Compared in {seconds}: what is there is what the source files give.", colour=GREEN)
-    else:
-        print_summary(plan, conversion, progress)
 
 
 def verify(
@@ -5374,7 +5626,6 @@ def kernel_for(plan: Plan) -> Kernel | None:
     try:
         return compile_kernel(plan.options.scale == "mse")
     except QuantizeError as reason:
-        check_signals()  # Ctrl-C reaches the compiler, too
         times = "thirty times" if FEEDBACK in plan.options.rule else "twice"
         say_paragraph(
             "Note:",
@@ -5395,16 +5646,16 @@ def main(argv: list[str] | None = None) -> int:
             errors="backslashreplace"
         )  # names of files and tensors need not be in its encoding
     clear_line()  # "loading torch"
-    stop_on_signals()
     gc.freeze()  # what the imports made; searching it for garbage takes 55 ms, during which no worker gets on
     try:
-        run(args)
+        with stop_on_signals():
+            run(args)
         return 0
-    except Exception as error:
+    except (Exception, Stopped) as error:
         if args.debug:
             traceback.print_exc()
         message = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        if isinstance(error, QuantizeError):
+        if isinstance(error, (QuantizeError, Stopped)):
             message = str(error)
         elif isinstance(error, OSError):
             message = describe_os_error(error)

@@ -45,6 +45,10 @@ class Run:
             self._process.start()
         self.pid = self._process.pid
 
+    def has_printed(self) -> bool:
+        """Tell whether there is something on its standard output yet."""
+        return os.fstat(self._streams[0].fileno()).st_size > 0
+
     def wait(self, timeout: float = 120) -> subprocess.CompletedProcess:
         """Its exit code (negative: killed by that signal) and what it printed."""
         self._process.join(timeout)

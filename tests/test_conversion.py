@@ -429,6 +429,25 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(model, tmp_path, cha
         assert again.returncode == 0 or change == "overwritten"
 
 
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["plain", "overwrite"])
+def test_a_file_that_changes_before_it_is_copied_is_an_error(model, expected, tmp_path, overwrite):
+    source, folder = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(model, source)
+    run = start(source, folder, *overwrite)
+    wait_until(lambda: list(folder.glob("model-*")))
+    (source / "tokenizer.json").write_text("{}" * 100_001)
+    advice = "the same command starts afresh" if overwrite else "put it back as it was"
+    assert_refused(run.wait(), f"{source / 'tokenizer.json'} changed since the plan", advice)
+    assert not (folder / "tokenizer.json").exists()
+    assert not (folder / "model.safetensors.index.json").exists()
+    if not overwrite:
+        shutil.copy(model / "tokenizer.json", source)
+    result = quantize(source, folder, *SHARDS, *overwrite)
+    if not overwrite:
+        assert "Resuming:" in result.stdout
+        assert folder_bytes(folder) == expected
+
+
 def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path):
     source, folder = tmp_path / "in", tmp_path / "out"
     source.mkdir()

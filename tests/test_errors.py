@@ -12,9 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import random, save_model
-from conftest import SCRIPT, command, plain, quantize, run_cli, run_in_terminal, wait_until
-from folders import read_tensors
+import torch
+from checkpoints import WEIGHT, random, save_model, write_sparse_checkpoint
+from conftest import (
+    SCRIPT,
+    assert_refused,
+    command,
+    plain,
+    quantize,
+    refuse,
+    run_cli,
+    run_in_terminal,
+    start_cli,
+    wait_until,
+)
+from folders import folder_bytes, read_tensors
+from launcher import Run
 
 import quantize_int4 as q
 
@@ -58,6 +71,109 @@ def test_an_interrupt_during_the_imports_shows_no_traceback():
         run.send_signal(signal.SIGINT)
         assert run.stderr.read() == b""
     assert run.returncode == -signal.SIGINT
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """So many tensors that planning takes a second or more."""
+    folder = tmp_path_factory.mktemp("many")
+    shapes = {f"m.{i}.weight": (torch.bfloat16, (64, 128)) for i in range(6000)}
+    write_sparse_checkpoint(folder, shapes, shards=2)
+    return folder
+
+
+def has_opened(run: Run, path: Path) -> bool:
+    """Tell whether a run holds a file open."""
+    folder = Path(f"/proc/{run.pid}/fd")
+    return any(Path(os.path.realpath(entry)) == path.resolve() for entry in folder.iterdir())
+
+
+def finished_folder(folder: Path) -> tuple[Path, dict[str, bytes]]:
+    """A finished folder of another model, and its bytes."""
+    quantize(save_model(folder / "other", WEIGHT), folder / "out")
+    return folder / "out", folder_bytes(folder / "out")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("options", [["--dry_run"], ["--dry_run", "--list"], ["--overwrite"]])
+def test_a_signal_stops_planning_at_once(many, tmp_path, options, signum):
+    folder, before = finished_folder(tmp_path)
+    run = start_cli(many, folder, *options)
+    wait_until(lambda: has_opened(run, many / "model-00002-of-00002.safetensors"))
+    os.kill(run.pid, signum)
+    result = run.wait()
+    assert_refused(result, exit_code=128 + signum)
+    assert result.stderr == f"error: stopped by {signum.name}\n"
+    assert result.stdout == ""  # no plan
+    assert folder_bytes(folder) == before
+
+
+def test_a_signal_at_any_moment_before_the_first_write_leaves_a_finished_folder_as_it_was(
+    many, tmp_path
+):
+    folder, before = finished_folder(tmp_path)
+    stopped = 0
+    while True:
+        run = start_cli(many, folder, "--overwrite")
+        wait_until(lambda run=run: has_opened(run, many / "model-00001-of-00002.safetensors"))
+        time.sleep(stopped * 0.05)
+        os.kill(run.pid, signal.SIGSTOP)
+        has_planned = run.has_printed()
+        os.kill(run.pid, signal.SIGINT)
+        os.kill(run.pid, signal.SIGCONT)
+        result = run.wait()
+        if has_planned:
+            break
+        assert_refused(result, "stopped by SIGINT", exit_code=130)
+        assert folder_bytes(folder) == before
+        stopped += 1
+    assert stopped
+
+
+def test_an_error_before_the_first_write_leaves_a_finished_folder_as_it_was(tmp_path):
+    folder, _ = finished_folder(tmp_path)
+    weights = {"m.weight": torch.full((4, 128), torch.nan).bfloat16()}
+    source = save_model(tmp_path / "in", weights)
+    refuse(source, folder, "nan is not finite", options=["--overwrite"])
+
+
+def test_a_stopped_run_with_overwrite_continues_without_it(large, tmp_path):
+    shard_size = ["--shard_size_gb", 0.05]
+    folder, _ = finished_folder(tmp_path)
+    run = start_cli(large, folder, "--overwrite", *shard_size)
+    wait_until(lambda: list(folder.glob("*.unfinished")) and list(folder.glob("model-00001.*rs")))
+    os.kill(run.pid, signal.SIGINT)
+    assert_refused(run.wait(), "the same command without --overwrite continues", exit_code=130)
+    assert "Resuming:" in quantize(large, folder, *shard_size).stdout
+
+
+def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(model, tmp_path):
+    compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
+    compiler.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > {tmp_path}/pid\nwait\n")
+    compiler.chmod(0o755)
+    temporary.mkdir()
+    environment = os.environ | {"CC": str(compiler), "TMPDIR": str(temporary)}
+    arguments = command(model, tmp_path / "out")
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        assert list(temporary.iterdir())
+        run.send_signal(signal.SIGTERM)
+        assert run.stderr.read() == "error: stopped by SIGTERM\n"
+    assert run.returncode == 143
+    assert not list(temporary.iterdir())
+    sleeper = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    wait_until(lambda: not sleeper.exists() or ") Z " in sleeper.read_text())
+
+
+def test_error_feedback_with_torch_which_takes_minutes_heeds_signals(monkeypatch):
+    factor = torch.ones(64, 8)
+    feedback = q.feedback_of(torch.full((64,), 9.0), factor, None)
+    rounding = q.Rounding(importance=torch.ones(2, 32), feedback=feedback)
+    monkeypatch.setattr(q, "SIGNALS_RECEIVED", [signal.SIGINT])
+    with pytest.raises(q.Stopped, match="stopped by SIGINT"):
+        q.quantize_groups(torch.ones(4, 32), torch.float16, q.Workspace(), rounding)
+    with pytest.raises(q.Stopped, match="stopped by SIGINT"):
+        q.feedback_of(torch.full((64,), 9.0), factor, None)
 
 
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections import Counter
@@ -248,7 +249,7 @@ def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wro
 def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_path, monkeypatch):
     kernel = CountingKernel()
     monkeypatch.setattr(q, "compile_kernel", lambda search: kernel)
-    monkeypatch.setattr(q, "stop_on_signals", lambda: None)  # they are pytest's here
+    monkeypatch.setattr(q, "stop_on_signals", contextlib.nullcontext)  # they are pytest's here
     folder = save_model(tmp_path / "in", {"m.weight": random(72, 256)})
     arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
     assert q.main([*arguments, str(tmp_path / "out")]) == 0

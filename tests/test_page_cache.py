@@ -6,15 +6,18 @@ import contextlib
 import itertools
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import write_checkpoint, write_sparse_checkpoint
-from conftest import SCRIPT, command, quantize
+from conftest import AS_NOBODY, SCRIPT, command, quantize
 from folders import assert_same_tensors
 from safetensors.torch import save_file
 
@@ -141,6 +144,52 @@ def test_even_at_its_fullest_a_run_adds_little_to_the_cache(tmp_path):
     )  # of 1.2 GB in and 0.3 out, which is synced and dropped while it is written
 
 
+@pytest.fixture
+def foreign(checkpoint) -> Iterator[Path]:
+    """A folder where anyone may write, with that checkpoint, which another user may read and not write. Of such a file
+    mincore tells nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        shutil.copytree(checkpoint, Path(folder) / "in")
+        forget(*(Path(folder) / "in").iterdir())
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_stays_cached_of_a_checkpoint_of_another_user(foreign, tmp_path, direct):
+    constants = {} if direct else {"O_DIRECT": 0}
+    quantize(foreign / "in", foreign / "out", constants=constants, **AS_NOBODY)
+    assert cached_bytes(*(foreign / "in").iterdir()) < HEADERS
+    assert cached_bytes(*(foreign / "out").iterdir()) < HEADERS
+    quantize(foreign / "in", tmp_path / "other")
+    assert_same_tensors(foreign / "out", tmp_path / "other")
+
+
+def test_nor_of_a_folder_of_another_user_that_is_verified_or_restored(foreign):
+    quantize(foreign / "in", foreign / "out")
+    forget(*(foreign / "in").iterdir(), *(foreign / "out").iterdir())
+    quantize(foreign / "in", foreign / "out", "--verify", **AS_NOBODY)
+    quantize(foreign / "out", foreign / "back", "--restore", **AS_NOBODY)
+    for folder in foreign.iterdir():
+        assert cached_bytes(*folder.iterdir()) < HEADERS, folder
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_others_had_of_another_users_files_in_the_cache_stays_there(foreign, direct):
+    first, second = sorted((foreign / "in").glob("*.safetensors"))
+    first.read_bytes()
+    with open(second, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 4 * MB, 9 * MB)
+    before = cached_bytes(first), cached_bytes(second)
+    assert before[0] >= first.stat().st_size
+    assert 4 * MB <= before[1] < 6 * MB
+    constants = {} if direct else {"O_DIRECT": 0}
+    quantize(foreign / "in", foreign / "out", constants=constants, **AS_NOBODY)
+    for path, was in zip((first, second), before):
+        assert abs(cached_bytes(path) - was) < HEADERS
+
+
 def test_the_summary_says_what_the_cache_holds_more_than_before(checkpoint, tmp_path):
     assert "the page cache holds " in quantize(checkpoint, tmp_path / "out").stdout
 
@@ -234,3 +283,17 @@ def test_what_the_first_read_brings_into_the_cache_is_not_taken_for_anothers(che
     )  # the header's reading reaches the first
     file.read(last, 0, 16)
     assert not file.is_cached(last, 0, 16)
+
+
+def test_asking_and_dropping_take_no_longer_with_more_ranges_in_the_cache(tmp_path):
+    ranges = [(start, start + 4096) for start in range(0, 1 << 31, 8192)]
+    around = [(1 << 30, (1 << 30) + 4096), ((1 << 30) + 8192, (1 << 30) + 12288)]
+    assert q.within(ranges, 1 << 30, (1 << 30) + 8193) == around
+    assert q.within(ranges, (1 << 30) + 4096, (1 << 30) + 8192) == []
+    (tmp_path / "file").touch()
+    with open(tmp_path / "file", "rb") as file:
+        started = time.process_time()
+        for start in range(0, 1 << 23, 1 << 13):
+            q.within(ranges, start, start + (1 << 13))
+            q.drop_pages(file.fileno(), ranges, start, start + (1 << 13))
+        assert time.process_time() - started < 5  # a thousand times; all ranges take a minute

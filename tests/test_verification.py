@@ -478,3 +478,18 @@ def test_weights_whose_squares_overflow_are_verified(tmp_path):
     source = save_model(tmp_path / "in", {"m.0.up_proj.weight": torch.randn(8, 128) * 1e20})
     quantize(source, tmp_path / "out", "--format", "compressed-tensors")
     assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
+
+
+# --- what the system does ---------------------------------------------------------------------------------------------
+
+
+def test_a_system_that_reads_less_at_a_time_is_asked_again(tmp_path, monkeypatch):
+    (tmp_path / "model-00001.safetensors").write_bytes(bytes(range(100)))
+    plan = q.ShardPlan("model-00001.safetensors", b"", 100)
+    shard = q.ShardFile(tmp_path, plan, "", finished=True, compare=True)
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, nbytes, start: read(fd, min(nbytes, 7), start))
+    assert shard.read(90, 5) == bytes(range(5, 95))
+    with pytest.raises(q.QuantizeError, match="model-00001.safetensors was cut off while it was"):
+        shard.read(90, 20)
+    shard.close()
