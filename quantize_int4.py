@@ -1120,6 +1120,11 @@ class Oddity:
     )
     remedy: str = ""  # if it is another than to exclude the stacks
 
+    @property
+    def tells_experts(self) -> bool:
+        """Whether this row says how loaders know the experts of its types."""
+        return bool(self.projections or self.problem or self.problem_of_engines)
+
     def projections_of(self, role: str) -> tuple[str, ...]:
         """Name the weights of a stack, in their order."""
         gate, up, down = self.projections or GATED
@@ -1140,11 +1145,13 @@ class Oddity:
 GATED, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 SPARSE_BLOCK = (r"\.mlp\.", ".block_sparse_moe.")
 ODDITIES = (
-    # Names of experts: transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way.
+    # Names of experts: transformers 5.24.0, conversion_mapping.py, which is for loading and so runs the other way. Each
+    # type there has a row (tests/test_model_types.py): stacks of a type without one are refused for engines.
     Oddity(
-        "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 flex_olmo glm4_moe glm4_moe_lite glm4v_moe"
-        " glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
-        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open",
+        "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 dots3_note_text flex_olmo glm4_moe"
+        " glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
+        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text qwen4_exp qwen4_exp_text"
+        " sarvam_mla solar_open unlimited_ocr_text",
         GATED,
     ),
     Oddity("nemotron_h", ("", "up_proj", "down_proj"), whole_in_vllm=False),
@@ -1158,28 +1165,30 @@ ODDITIES = (
         ((r"\.mlp\.router\.weight$", ".mlp.gate.weight"), SPARSE_BLOCK),
         whole_in_vllm=False,
     ),
-    # transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
+    # transformers 5.24.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
     Oddity(
-        "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text",
+        "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text inkling2_loop"
+        " inkling2_loop_text",
         problem="with gate and up rows that alternate",
     ),
-    # Stacks are what the hub has, too, and transformers 5.23.0 reads no other form.
+    # Stacks are what the hub has, too, and transformers 5.24.0 reads no other form.
     Oddity(
-        "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
-        " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe mistral4"
-        " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya",
+        "aria aria_text dbrx deepseek_ocr2_text diffusion_gemma diffusion_gemma_text ernie4_5_vl_moe_text gemma4"
+        " gemma4_text glm4v_moe_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 hy_v4_vl"
+        " hy_v4_vl_text jetmoe lara_mini minimax_m3_vl_text mistral4 muse_spark muse_spark_text qwen3_vl_moe"
+        " qwen3_vl_moe_text step3p5 step3p7 zaya",
         problem_of_engines="as loaders know {} alone: transformers would leave separate experts random",
     ),
-    # Here `save_pretrained` (transformers 5.23.0) gives other names to much more than experts.
+    # Here `save_pretrained` (transformers 5.24.0) gives other names to much more than experts.
     Oddity(
-        "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 exaone_moe flint glm5_next hy_v3 kimi_k25 kimi_linear"
-        " kolibri1 laguna mimo_v2_flash minimax_m3_vl mistral_large4",
+        "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 dots3_note dots3_note_vision_encoder ernie4_5_vl_moe"
+        " exaone_moe flint glm5_next glm5_next_text hy_v3 kimi_k25 kimi_linear kolibri1 laguna mimo_v2_flash"
+        " minimax_m3_vl mistral_large4 mistral_large4_text sarvam_moe unlimited_ocr",
         problem_of_engines="named as in model.state_dict(), where {} has other names than loaders know",
         remedy="save it with model.save_pretrained()",
     ),
-    Oddity(
-        "gpt2 openai-gpt imagegpt decision_transformer", conv1d=True
-    ),  # transformers 5.23.0: users of pytorch_utils
+    # transformers 5.24.0: what uses Conv1D of pytorch_utils
+    Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
 )
 
 
@@ -1212,12 +1221,24 @@ def model_dtype(config: dict) -> str | None:
 
 
 def oddity_with(field: str, config: dict) -> Oddity:
-    """Find the first row that has something in a field and is about a type that config.json names, or an empty one."""
-    types = set(map(str, config_values(config, "model_type")))
-    return next(
-        (row for row in ODDITIES if getattr(row, field) and types & {*row.model_types.split()}),
-        Oddity(""),
-    )
+    """Find a row that has something in a field and is about a type that config.json names, or an empty one: first
+    about the whole model's type, then about that of its language model."""
+    for model_type in map(str, config_values(config, "model_type")):
+        for row in ODDITIES:
+            if getattr(row, field) and model_type in row.model_types.split():
+                return row
+    return Oddity("")
+
+
+def separate_experts_in_engines(config: dict) -> str:
+    """Say why engines would not find what stacks of experts become, if so or if that is not known."""
+    types = list(map(str, config_values(config, "model_type")))
+    row = oddity_with("tells_experts", config)
+    if not row.tells_experts:
+        model = f"model_type {types[0]!r}" if types else f"no model_type in {CONFIG_NAME}"
+        return f"and with {model} it is not known how loaders name separate experts"
+    its_type = next(name for name in types if name in row.model_types.split())
+    return row.problem_of_engines.format(its_type)
 
 
 # A tensor that holds all routed experts of a layer; the 2-D weights it is read as, expert by expert, or none if its
@@ -1233,11 +1254,7 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
         {},
     )  # layers: stacks by where the experts are, then by role
     oddity, counts = oddity_with("projections", config), config_values(config, *EXPERT_COUNTS)
-    odd = oddity_with("problem_of_engines", config)
-    types = (
-        name for name in config_values(config, "model_type") if name in odd.model_types.split()
-    )
-    in_engines = odd.problem_of_engines.format(next(types, "")) if for_engines else ""
+    in_engines = separate_experts_in_engines(config) if for_engines else ""
     for name, info in checkpoint.tensors.items():
         if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", name):
             continue
@@ -2770,12 +2787,13 @@ def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> 
     Refuses a stack that cannot be read so: most of the model would stay as it is, and engines would miss experts."""
     if refused := [stack.info for stack in stacks.values() if stack.problem]:
         info, pattern = refused[0], shlex.quote(pattern_of(refused))
-        remedy = (
-            oddity_with("remedy", checkpoint.config).remedy if stacks[info.name].weights else ""
-        )
-        remedy = (
-            remedy or f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
-        )
+        row = oddity_with("tells_experts", checkpoint.config)
+        kept = f"--exclude {pattern} keeps such tensors as they are"
+        remedy = f"it cannot be quantized; {kept}"
+        if stacks[info.name].weights and row.remedy:
+            remedy = row.remedy
+        elif stacks[info.name].weights and not row.tells_experts:
+            remedy = f"save it with model.save_pretrained(), whose names they know; or {kept}"
         problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
         raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
     oddity = oddity_with("projections", checkpoint.config) if stacks else Oddity("")
@@ -3056,14 +3074,6 @@ def notes_on_tensors(
         pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
         kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
         yield f"{kinds} in 4 bits, too, costs quality and saves little: --exclude {pattern} keeps them"
-    separated = [
-        t.source
-        for t in tensors
-        if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name
-    ]
-    if form.for_engines and separated and not oddity_with("projections", config).projections:
-        named = f"stacks of experts are read as one weight an expert, named as by most models ({separated[0].name!r})"
-        yield f"{named}; whether this model's loaders know them so was not tried"
     if conv1d:
         yield f"{len(conv1d):,} weights are GPT-2's Conv1D and lie as (in, out): their groups run along the outputs"
     if stacks := [
