@@ -1069,7 +1069,8 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
 
 # Names of weights, by the convention of the architectures on the hub; `find_kinds` finds others by shape and place.
 EMBEDDING_NAME = (
-    r"(^|\.)(\w*embed(?!_out)\w*(\.\d+)?|wte|wpe|\w+_bias)\.weight$|^(\w+\.)?shared\.weight$"
+    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|wte|wpe|\w+_bias|\w*pos_emb|\w+_token|query_\d+\w*)\.weight$"
+    r"|^(\w+\.)?shared\.weight$"
 )
 HEAD_NAME = r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
 ROUTER_NAME = r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$"
@@ -1681,6 +1682,7 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         {},
         {},
     )  # experts: their number, by the module around them
+    counts = config_values(config, *EXPERT_COUNTS)
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     for info in weights:
         numbered_with_bias = (
@@ -1688,9 +1690,9 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         )  # linear layers in a row
         if re.search(EMBEDDING_NAME, info.name) and not numbered_with_bias:
             kinds[info.name] = "embeddings"
-        elif (
-            re.search(ROUTER_NAME, info.name) and info.shape[0] < info.shape[1]
-        ):  # else a gate for each column
+        elif re.search(ROUTER_NAME, info.name) and (
+            info.shape[0] < info.shape[1] or info.shape[1] in counts
+        ):  # else a gate for each column; ERNIE's with images lie as (in, out)
             kinds[info.name] = "routers"
         elif re.search(HEAD_NAME, info.name):
             kinds[info.name] = "head"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -124,6 +125,29 @@ def test_the_table_has_all_weights_that_are_split_or_joined_while_loading(folder
             patterns = [row.computed for _, row in rows if row.computed]
             said = split or any(re.search(pattern, name) for pattern in patterns)
             assert said, f"{built.model_type}: {name} goes through {operations}"
+
+
+OPTIONS = quantize_int4.Options("compressed-tensors", 32, [], False, [], "mse", None, False, 4.0)
+REFUSED = {  # their layers are Conv1D, or their experts' rows alternate, so that no such run begins
+    "decision_transformer",
+    "inkling_mm_model",
+}
+
+
+@pytest.mark.parametrize("folder", meta_models.folders_with_conversions())
+def test_what_is_packed_is_a_linear_layer_in_memory_or_an_expert(folder):
+    for built in meta_models.build_models(folder):
+        if built.model_type in REFUSED:
+            continue
+        infos = [replace(info, nbytes=1) for info in as_tensors(built.in_file).values()]
+        kinds = quantize_int4.find_kinds(infos, built.config)
+        for tensor in quantize_int4.plan_tensors(infos, kinds, OPTIONS, built.config):
+            name = tensor.source.name
+            if not tensor.packing or quantize_int4.EXPERT_PATTERN.match(name):
+                continue
+            for target in built.load(name)[0]:
+                layer = target.removesuffix(".weight")
+                assert layer in built.linear, f"{built.model_type}: {name} becomes {target}"
 
 
 # --- tiny models that are really loaded -------------------------------------------------------------------------------
