@@ -441,6 +441,9 @@ LAYER_PATTERN = re.compile(
 TOWER_WORDS = re.compile(
     r"vis(ion|ual)|image|audio|speech|tower|proj|merger|connector|adapter|sampler|pool|dense|linear|(^|\.)(mlp|fc)"
 )
+TOWER_NAMES = r"vis(ion|ual)|vit|image|audio|speech|sound|tower|encoder"
+# What config.json calls the config of a language model inside another model.
+LANGUAGE_KEY = re.compile(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$")
 EXPERT_PATTERN = re.compile(r"((?:.*\.)?experts)\.(\d+)\.\w+\.weight$")
 STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
     r"(?P<place>(?:.*\.)?)(?:experts\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?"
@@ -1333,7 +1336,8 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
 
 # Names of weights, by the convention of the architectures on the hub; `find_kinds` finds others by shape and place.
 EMBEDDING_NAME = (
-    r"(^|\.)(\w*embed(?!_out)\w*(\.\d+)?|wte|wpe|\w+_bias)\.weight$|^(\w+\.)?shared\.weight$"
+    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|wte|wpe|\w+_bias|\w*pos_emb|\w+_token|query_\d+\w*)\.weight$"
+    r"|^(\w+\.)?shared\.weight$"
 )
 HEAD_NAME = r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
 ROUTER_NAME = r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$"
@@ -1386,6 +1390,18 @@ class Oddity:
         ""  # the same, where an engine is to load what comes of it; {}: the model's type
     )
     remedy: str = ""  # if it is another than to exclude the stacks
+    # What transformers calls tensors once it has loaded them: a pattern of their names in files and its replacement, in
+    # turn; several where it splits one, with a | between; nothing where other names than the pattern's decide.
+    in_memory: tuple[tuple[str, str], ...] = ()
+    computed: str = ""  # pattern of weights that it also joins or permutes as it loads them
+    halved: str = (
+        ""  # pattern of names that tell files with half of the layers that config.json counts
+    )
+
+    @property
+    def tells_experts(self) -> bool:
+        """Whether this row says how loaders know the experts of its types."""
+        return bool(self.projections or self.problem or self.problem_of_engines)
 
     def projections_of(self, role: str) -> tuple[str, ...]:
         """Name the weights of a stack, in their order."""
@@ -1406,12 +1422,298 @@ class Oddity:
 
 GATED, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 SPARSE_BLOCK = (r"\.mlp\.", ".block_sparse_moe.")
-ODDITIES = (
-    # Names of experts: transformers 5.23.0, conversion_mapping.py, which is for loading and so runs the other way.
+TO_Q_K_V = (
+    (r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.self_attn\.to_out\.", ".self_attn.o_proj."),
+)
+FORGET_GATE = (r"self_attn\.f_([ab])_proj\.", r"self_attn.forget_gate.f_\1_proj.")
+MLP1 = (
+    (r"^mlp1\.1\.", "multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "multi_modal_projector.linear_2."),
+)
+# What transformers 5.24.0 renames as it loads a model (conversion_mapping.py), as far as it has layers of its own under
+# these names and not the wrappers around them alone. (tests/test_model_types.py compares the two, type by type.)
+RENAMED_WHEN_LOADED = (
     Oddity(
-        "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 flex_olmo glm4_moe glm4_moe_lite glm4v_moe"
-        " glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
-        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text solar_open",
+        "axk2",
+        in_memory=(
+            ("W_down", "mlp.fc1"),
+            ("W_up", "mlp.fc2"),
+            (r"self_attn\.q_b_proj\.", "self_attn.q_gate_proj."),
+        ),
+    ),
+    Oddity(
+        "bailing_hybrid sarvam_moe",
+        in_memory=(
+            (r"\.attention\.", ".self_attn."),
+            (r"\.query_key_value\.", ".q_proj.|.k_proj.|.v_proj."),
+            (r"self_attn\.f_proj\.", "self_attn.forget_gate.f_proj."),
+            (r"\.self_attn\.dense\.", ".self_attn.o_proj."),
+        ),
+    ),
+    Oddity("cosmos3_omni", in_memory=TO_Q_K_V),
+    Oddity(
+        "cosmos3_edge",
+        in_memory=(
+            *TO_Q_K_V,
+            (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+            (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+        ),
+    ),
+    Oddity(
+        "deepseek_v4",
+        in_memory=(
+            (r"\.attn\.", ".self_attn."),
+            (r"\.ffn\.", ".mlp."),
+            (r"\.indexer\.compressor\.", ".compressor.indexer."),
+            (r"\.indexer\.weights_proj\.", ".compressor.indexer.scorer.weights_proj."),
+            (r"\.indexer\.wq_b\.", ".compressor.indexer.q_b_proj."),
+            (r"\.w(q_a|q_b|kv)\.", r".\1_proj."),
+            (r"\.wgate\.", ".gate_proj."),
+            (r"\.wo_([ab])\.", r".o_\1_proj."),
+            (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
+            (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
+            (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
+        ),
+    ),
+    Oddity(
+        "dory",
+        in_memory=((r"\.mixer\.", ""), (r"\.self_attn\.g_proj\.", ".self_attn.gate_proj.")),
+        halved=r"\.(self_attn|mlp)\.",  # an attention block and an MLP are one layer, and two in config.json
+    ),
+    Oddity(
+        "dots3_note dots3_note_audio_encoder dots3_note_vision_encoder",
+        in_memory=(
+            (r"audio_adapter\.|dots_encoder\.", ""),
+            (r"(blocks\.\d+\.mlp)\.fc1\.", r"\1.gate_proj."),
+            (r"(blocks\.\d+\.mlp)\.fc2\.", r"\1.down_proj."),
+            (r"(blocks\.\d+\.mlp)\.fc3\.", r"\1.up_proj."),
+        ),
+    ),
+    Oddity(
+        "exaone",
+        in_memory=(
+            (r"^transformer\.h\.", "model.layers."),
+            (r"\.attn\.attention\.", ".self_attn."),
+            (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+            (r"\.mlp\.c_fc_0\.", ".mlp.gate_proj."),
+            (r"\.mlp\.c_fc_1\.", ".mlp.up_proj."),
+            (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+        ),
+    ),
+    Oddity(
+        "ernie4_5_vl_moe",
+        in_memory=(
+            (r"(spatial|temporal)_linear\.0\.", r"\1_linear.fc1."),
+            (r"(spatial|temporal)_linear\.2\.", r"\1_linear.fc2."),
+        ),
+    ),
+    Oddity("glm5_next glm5_next_text", in_memory=(FORGET_GATE,)),
+    Oddity(
+        "gte",
+        in_memory=(
+            (r"encoder\.layer\.", "layers."),
+            (r"attention\.o_proj", "self_attn.o_proj"),
+            (r"attention\.qkv_proj", "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"),
+            (r"mlp\.up_gate_proj", "mlp.up_proj|mlp.gate_proj"),
+        ),
+    ),
+    Oddity(
+        "hrm_text",
+        in_memory=(
+            (r"mlp\.gate_up_proj\.", "mlp.gate_proj.|mlp.up_proj."),
+            (
+                r"\.attn\.gqkv_proj\.",
+                ".self_attn.gate_proj.|.self_attn.q_proj.|.self_attn.k_proj.|.self_attn.v_proj.",
+            ),
+            (r"\.attn\.o_proj\.", ".self_attn.o_proj."),
+        ),
+    ),
+    Oddity("hy_v3", in_memory=((r"mlp\.shared_mlp\.", "mlp.shared_experts."),)),
+    Oddity(
+        "hy_v4 hy_v4_vl hy_v4_vl_text hunyuan_vl",
+        in_memory=(
+            (r"\.linear_gate\.", ".gate_proj."),
+            (r"mlp\.dense_h_to_4h", "mlp.fc1"),
+            (r"mlp\.dense_4h_to_h", "mlp.fc2"),
+            (r"perceive\.", "patch_merger."),
+        ),
+    ),
+    Oddity("hyperclovax_vision_v2", in_memory=((r"\.vision_projector\.", ".projector."),)),
+    Oddity(
+        "inkling_mm_model inkling2 inkling2_text inkling2_loop inkling2_loop_text",
+        in_memory=(
+            (r"\.(attn\.\w+_\w+|controllers\.\w+)\.\w*weight$|sconv\.weight_proj$", ""),
+            (r"visual\..*linear_\d|\.mlp\.c_(fc|proj)\.|\.proj_(in|out)\.", ""),
+            (r"mlp\.w13_dn\.", "mlp.gate_proj.|mlp.up_proj."),
+            (r"mlp\.w2_md\.", "mlp.down_proj."),
+            (r"\.unembed\.", ".lm_head."),
+        ),
+    ),
+    Oddity("jev", in_memory=(("^weight$", "proj.weight"),)),
+    Oddity(
+        "nomic_bert",
+        in_memory=(("fc11", "up_proj"), ("fc12", "gate_proj"), ("fc2", "down_proj")),
+    ),
+    Oddity(
+        "jina_embeddings_v3 nomic_bert",
+        in_memory=(
+            (r"encoder\.layers", "layers"),
+            (r"(attn|mixer)\.out_proj", "self_attn.o_proj"),
+            (r"(attn|mixer)\.Wqkv", "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"),
+        ),
+    ),
+    Oddity(
+        "kimi_k25",
+        in_memory=(
+            (r"\.mlp\.fc1\.", ".mlp.fc2."),
+            (r"\.mlp\.fc0\.", ".mlp.fc1."),
+            (r"blocks\.(\d+)\.wo\.", r"blocks.\1.attn.proj."),
+            (r"\.wqkv\.", ".attn.q_proj.|.attn.k_proj.|.attn.v_proj."),
+            (r"mm_projector\.proj\.0", "mm_projector.in_proj"),
+            (r"mm_projector\.proj\.2", "mm_projector.out_proj"),
+            (r"vision_tower\.encoder\.", "vision_tower."),
+            ("blocks", "layers"),
+        ),
+    ),
+    Oddity(
+        "kimi_linear",
+        in_memory=(FORGET_GATE, (r"\.block_sparse_moe\.", ".mlp.")),
+    ),
+    Oddity("laguna", in_memory=((r"mlp\.shared_expert\.", "mlp.shared_experts."),)),
+    Oddity(
+        "lara_mini",
+        in_memory=((r"\.in_proj\.", ".in_proj_qkv.|.in_proj_z.|.in_proj_b.|.in_proj_a."),),
+    ),
+    Oddity("lfm3 lfm3_vl", in_memory=((r"\.self_attn\.gate_proj\.", ".self_attn.g_proj."),)),
+    Oddity("lfm3_vl_vision", in_memory=(("patchifier", "patch_embed"),)),
+    Oddity(
+        "minimax_m3_vl",
+        in_memory=(
+            (r"\.block_sparse_moe\.(gate|shared_experts)\.", r".mlp.\1."),
+            (r"\.self_attn\.index_([qk])_proj\.", r".self_attn.indexer.\1_proj."),
+            (r"\.(gate|up)_proj\.weight", ".gate_up_proj.weight"),
+            (r"^patch_merge_mlp\.linear_(\d)\.", r"multi_modal_projector.merge_linear_\1."),
+        ),
+        computed=r"\.(gate|up)_proj\.weight$",
+    ),
+    Oddity(
+        "mistral_large4 mistral_large4_text",
+        in_memory=(
+            (r"\.wv\.", ".v_proj."),
+            (r"\.wo\.", ".o_proj."),
+            (r"\.wkv_a_with_mqa\.", ".kv_a_proj_with_mqa."),
+            (r"\.wkv_b\.", ".kv_b_proj."),
+            (r"\.wq\.", ".q_proj."),
+            (r"attention\.wk\.", "attention.k_proj."),
+            (r"\.(feed_forward|shared_experts)\.w1\.", r".\1.gate_proj."),
+            (r"\.(feed_forward|shared_experts)\.w2\.", r".\1.down_proj."),
+            (r"\.(feed_forward|shared_experts)\.w3\.", r".\1.up_proj."),
+            (r"(^|\.)layers\.(\d+)\.shared_experts\.", r"\1layers.\2.mlp.shared_experts."),
+            (r"^(?!.*vision)(.*\.)feed_forward\.", r"\1mlp."),
+            (r"^(?!.*vision)(.*\.)attention\.", r"\1self_attn."),
+            (r"\.w_in\.", ".linear_1."),
+            (r"\.w_out\.", ".linear_2."),
+        ),
+        computed=r"^vision_encoder\..*\.w[qk]\.",
+    ),
+    Oddity(
+        "molmo2 molmo2_text",
+        in_memory=(
+            (r"self_attn\.att_proj", "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"),
+            (r"self_attn\.attn_out", "self_attn.o_proj"),
+            (r"mlp\.ff_proj", "mlp.up_proj|mlp.gate_proj"),
+            (r"mlp\.ff_out", "mlp.down_proj"),
+            (r"\.transformer\.(res)?blocks\.", ".layers."),
+            (r"\.attention\.w([qkvo])", r".self_attn.\1_proj"),
+            (r"\.feed_forward\.w1", ".mlp.fc1"),
+            (r"\.feed_forward\.w2", ".mlp.fc2"),
+            (r"image_pooling_2d\.w([qkvo])", r"image_pooling_2d.\1_proj"),
+            (r"image_projector\.w1", "image_projector.gate_proj"),
+            (r"image_projector\.w2", "image_projector.down_proj"),
+            (r"image_projector\.w3", "image_projector.up_proj"),
+        ),
+    ),
+    Oddity(
+        "nemo_speechlm",
+        in_memory=(
+            (r"^perception\.proj\.", "multi_modal_projector."),
+            (r"^(perception|ctc_timestamp)\.", ""),
+        ),
+        computed=r"\.attn\.w_qkv\.",
+    ),
+    Oddity("nemotron_h_omni NemotronH_Omni_Reasoning_V3", in_memory=MLP1),
+    Oddity(
+        "phimoe",
+        in_memory=((r"\.block_sparse_moe\.gate\.weight", ".mlp.router.weight"),),
+    ),
+    Oddity(
+        "qianfan_ocr",
+        in_memory=(
+            *MLP1,
+            (r"(layers\.\d+)\.attn\.proj\.", r"\1.attention.projection_layer."),
+            (r"attn\.qkv\.", "attention.q_proj.|attention.k_proj.|attention.v_proj."),
+        ),
+    ),
+    Oddity(
+        "radio",
+        in_memory=(
+            (r"\.patch_generator\.video_embedder\.", ".embeddings.video_patch_projection."),
+            (r"\.patch_generator\.embedder\.", ".embeddings.patch_projection."),
+            (r"radio_model\.model\.blocks", "encoder.layer"),
+            (r"attn\.proj", "attention.o_proj"),
+            (r"attn\.qkv", "attention.q_proj|attention.k_proj|attention.v_proj"),
+        ),
+    ),
+    Oddity(
+        "step3p7 step3p5_vision",
+        in_memory=(
+            (r"\.share_expert\.", ".mlp.shared_experts."),
+            (r"vit_large_projector", "multi_modal_projector"),
+            (r"transformer\.resblocks\.", "layers."),
+            (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+            (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+            (r"\.attn\.", ".self_attn."),
+            (r"attn\.in_proj_weight", "attn.q_proj.weight|attn.k_proj.weight|attn.v_proj.weight"),
+        ),
+    ),
+    Oddity("timesfm2_5", in_memory=(("ff0", "fc1"), ("ff1", "fc2"))),
+    Oddity("ultrabert", in_memory=((r"^cls\.", "head.decoder."),)),
+    Oddity("ultravbert", in_memory=((r"^head\.decoder\.", "lm_head."),)),
+    Oddity(
+        "deepseek_ocr2 unlimited_ocr unlimited_ocr_sam_vision_model unlimited_ocr_vision"
+        " unlimited_ocr_vision_encoder",
+        in_memory=(
+            (r"(^|\.)blocks\.", r"\1layers."),
+            (r"(^|\.)transformer\.", r"\1encoder."),
+            (r"qkv_proj\.weight", "q_proj.weight|k_proj.weight|v_proj.weight"),
+            (r"projector\.layers\.", "multi_modal_projector."),
+        ),
+    ),
+    # Encoders of images and sound, in whose files layers have altogether other names
+    Oddity(
+        "cohere_asr",
+        in_memory=((r"log_softmax\.mlp\.layer0", "proj_out"), (r"encoder|decoder", "")),
+    ),
+    Oddity("gradium_phonon_tts", in_memory=((r"^flow_lm\.", ""),), computed=r"in_proj\."),
+    Oddity("tipsv2_dpt", in_memory=((r"_head\.", ""),)),
+    Oddity(
+        "altclip audio-spectrogram-transformer beit conditional_detr d_fine deformable_detr deit depth_pro"
+        " detr dinov2 dinov2_with_registers ijepa lw_detr lw_detr_vit maskformer pixio"
+        " pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4 rf_detr rf_detr_dinov2 rt_detr rt_detr_v2 sapiens2"
+        " segformer swin tipsv2 tipsv2_text_model tipsv2_vision_model vit vit_mae vit_msn vivit",
+        in_memory=((r"\.\d+\.", ""),),
+        computed=r"in_proj\.|qkv\.|weights_in\.|\.w12\.",
+    ),
+)
+ODDITIES = (
+    # Names of experts: transformers 5.24.0, conversion_mapping.py, which is for loading and so runs the other way. Each
+    # type there has a row (tests/test_model_types.py): stacks of a type without one are refused for engines.
+    Oddity(
+        "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 dots3_note_text flex_olmo glm4_moe"
+        " glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
+        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text qwen4_exp qwen4_exp_text"
+        " sarvam_mla solar_open unlimited_ocr_text",
         GATED,
     ),
     Oddity("nemotron_h", ("", "up_proj", "down_proj"), whole_in_vllm=False),
@@ -1425,28 +1727,31 @@ ODDITIES = (
         ((r"\.mlp\.router\.weight$", ".mlp.gate.weight"), SPARSE_BLOCK),
         whole_in_vllm=False,
     ),
-    # transformers 5.23.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
+    # transformers 5.24.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
     Oddity(
-        "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text",
+        "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text inkling2_loop"
+        " inkling2_loop_text",
         problem="with gate and up rows that alternate",
     ),
-    # Stacks are what the hub has, too, and transformers 5.23.0 reads no other form.
+    # Stacks are what the hub has, too, and transformers 5.24.0 reads no other form.
     Oddity(
-        "aria aria_text dbrx diffusion_gemma diffusion_gemma_text dots3_note dots3_note_text ernie4_5_vl_moe gemma4"
-        " gemma4_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 jetmoe mistral4"
-        " muse_spark muse_spark_text qwen3_vl_moe qwen3_vl_moe_text step3p5 step3p7 zaya",
+        "aria aria_text dbrx deepseek_ocr2_text diffusion_gemma diffusion_gemma_text ernie4_5_vl_moe_text gemma4"
+        " gemma4_text glm4v_moe_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 hy_v4_vl"
+        " hy_v4_vl_text jetmoe lara_mini minimax_m3_vl_text mistral4 muse_spark muse_spark_text qwen3_vl_moe"
+        " qwen3_vl_moe_text step3p5 step3p7 zaya",
         problem_of_engines="as loaders know {} alone: transformers would leave separate experts random",
     ),
-    # Here `save_pretrained` (transformers 5.23.0) gives other names to much more than experts.
+    # Here `save_pretrained` (transformers 5.24.0) gives other names to much more than experts.
     Oddity(
-        "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 exaone_moe flint glm5_next hy_v3 kimi_k25 kimi_linear"
-        " kolibri1 laguna mimo_v2_flash minimax_m3_vl mistral_large4",
+        "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 dots3_note dots3_note_vision_encoder ernie4_5_vl_moe"
+        " exaone_moe flint glm5_next glm5_next_text hy_v3 kimi_k25 kimi_linear kolibri1 laguna mimo_v2_flash"
+        " minimax_m3_vl mistral_large4 mistral_large4_text sarvam_moe unlimited_ocr",
         problem_of_engines="named as in model.state_dict(), where {} has other names than loaders know",
         remedy="save it with model.save_pretrained()",
     ),
-    Oddity(
-        "gpt2 openai-gpt imagegpt decision_transformer", conv1d=True
-    ),  # transformers 5.23.0: users of pytorch_utils
+    *RENAMED_WHEN_LOADED,
+    # transformers 5.24.0: what uses Conv1D of pytorch_utils
+    Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
 )
 
 
@@ -1462,9 +1767,7 @@ def config_values(config: dict, *keys: str) -> list:
         if v is not None
     ]
     for key, nested in config.items():
-        if isinstance(nested, dict) and re.match(
-            r"(text|llm|language|thinker|decoder|generator)\w*config$|text$", key
-        ):
+        if isinstance(nested, dict) and LANGUAGE_KEY.match(key):
             values += config_values(nested, *keys)
     return values
 
@@ -1611,12 +1914,52 @@ def model_dtype(config: dict) -> str | None:
 
 
 def oddity_with(field: str, config: dict) -> Oddity:
-    """Find the first row that has something in a field and is about a type that config.json names, or an empty one."""
-    types = set(config_strings(config, "model_type"))
-    return next(
-        (row for row in ODDITIES if getattr(row, field) and types & {*row.model_types.split()}),
-        Oddity(""),
-    )
+    """Find a row that has something in a field and is about a type that config.json names, or an empty one: first
+    about the whole model's type, then about that of its language model."""
+    for model_type in config_strings(config, "model_type"):
+        for row in ODDITIES:
+            if getattr(row, field) and model_type in row.model_types.split():
+                return row
+    return Oddity("")
+
+
+def rows_when_loaded(config: dict, scope: str = "") -> Iterator[tuple[str, Oddity]]:
+    """Yield the rows about what transformers renames or computes as it loads a model and its parts, each with a pattern
+    of the names that it is about: all, or for a part beside the language model those of towers."""
+    model_type = as_string(config.get("model_type"))
+    for row in ODDITIES:
+        if (row.in_memory or row.computed) and model_type in row.model_types.split():
+            yield scope, row
+    for key, nested in config.items():
+        if isinstance(nested, dict):
+            yield from rows_when_loaded(nested, scope if LANGUAGE_KEY.match(key) else TOWER_NAMES)
+
+
+def names_in_memory(name: str, rows: list[tuple[str, Oddity]]) -> tuple[str, ...] | None:
+    """Name what transformers makes of a file's tensor as it loads it; None if the rows do not tell."""
+    names = [name]
+    for scope, row in rows:
+        rules = row.in_memory if re.search(scope, name) else ()
+        for pattern, replacement in rules:
+            if not any(re.search(pattern, known) for known in names):
+                continue
+            if not replacement:
+                return None
+            parts = replacement.split("|")
+            renamed = [re.sub(pattern, part, known, count=1) for known in names for part in parts]
+            names = list(dict.fromkeys(renamed))
+    return tuple(names)
+
+
+def separate_experts_in_engines(config: dict) -> str:
+    """Say why engines would not find what stacks of experts become, if so or if that is not known."""
+    types = config_strings(config, "model_type")
+    row = oddity_with("tells_experts", config)
+    if not row.tells_experts:
+        model = f"model_type {types[0]!r}" if types else f"no model_type in {CONFIG_NAME}"
+        return f"and with {model} it is not known how loaders name separate experts"
+    its_type = next(name for name in types if name in row.model_types.split())
+    return row.problem_of_engines.format(its_type)
 
 
 # A tensor that holds all routed experts of a layer; the 2-D weights it is read as, expert by expert, or none if its
@@ -1632,11 +1975,7 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
         {},
     )  # layers: stacks by where the experts are, then by role
     oddity, counts = oddity_with("projections", config), config_counts(config, *EXPERT_COUNTS)
-    odd = oddity_with("problem_of_engines", config)
-    types = (
-        name for name in config_strings(config, "model_type") if name in odd.model_types.split()
-    )
-    in_engines = odd.problem_of_engines.format(next(types, "")) if for_engines else ""
+    in_engines = separate_experts_in_engines(config) if for_engines else ""
     for name, info in checkpoint.tensors.items():
         if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", name):
             continue
@@ -1742,6 +2081,7 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         {},
         {},
     )  # experts: their number, by the module around them
+    counts = config_values(config, *EXPERT_COUNTS)
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     for info in weights:
         numbered_with_bias = (
@@ -1749,9 +2089,9 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         )  # linear layers in a row
         if re.search(EMBEDDING_NAME, info.name) and not numbered_with_bias:
             kinds[info.name] = "embeddings"
-        elif (
-            re.search(ROUTER_NAME, info.name) and info.shape[0] < info.shape[1]
-        ):  # else a gate for each column
+        elif re.search(ROUTER_NAME, info.name) and (
+            info.shape[0] < info.shape[1] or info.shape[1] in counts
+        ):  # else a gate for each column; ERNIE's with images lie as (in, out)
             kinds[info.name] = "routers"
         elif re.search(HEAD_NAME, info.name):
             kinds[info.name] = "head"
@@ -2530,7 +2870,7 @@ class Format:
     )
     note: str = ""  # for the plan, as the next two
     note_on_experts: str = ""  # where some are quantized
-    note_on_kept_experts: str = ""
+    reads_kept_experts: bool = False  # whether transformers is told of experts that are kept
     next_steps: tuple[tuple[str, str], ...] = ()  # what to do with a finished folder {name}
 
     def outputs(
@@ -2652,7 +2992,8 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
     modules: list[
         tuple[str, str]
     ] = []  # that engines look up, and how the pattern for each has to end
-    for info in (tensor.source for tensor in tensors if tensor.packing == packing):
+    for tensor in (tensor for tensor in tensors if tensor.packing == packing):
+        info = tensor.source
         module = info.name.removesuffix(".weight")
         if module == "lm_head" or len(info.shape) < 2:  # engines know it anyway
             continue
@@ -2661,10 +3002,16 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
             modules.append((experts[1], r"(\..*)?$"))
         elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(info.name)):
             modules += [(f"{stack['place']}experts", r"(\..*)?$"), (module, "$")]
-        elif len(info.shape) == 2 and module != info.name:
-            modules.append((module, "$"))
+        elif len(info.shape) == 2:
+            # What has another name in memory is looked up by that there, and by the file's in vLLM.
+            names = dict.fromkeys([info.name, *(tensor.in_memory or ())])
+            layers = [name for name in names if name.endswith(".weight")]
+            modules += [(name.removesuffix(".weight"), "$") for name in layers]
     rivals = [
-        t.source.name.removesuffix(".weight") for t in tensors if t.packing not in (None, packing)
+        name.removesuffix(".weight")
+        for t in tensors
+        if t.packing not in (None, packing)
+        for name in dict.fromkeys([t.source.name, *(t.in_memory or ())])
     ]
     last_part = functools.partial(
         re.sub, r".*\.|\d+$", ""
@@ -2880,8 +3227,7 @@ COMPRESSED_TENSORS = Format(
     scale_dtype=None,
     with_offset=True,
     no_int8="",
-    note_on_kept_experts="experts are kept: transformers (5.23) leaves kept experts of a compressed-tensors folder"
-    " random, with no more than a warning; vLLM reads them",
+    reads_kept_experts=True,
     next_steps=(("Serve", "vllm serve {name} --max-model-len 8192"), ("Load", LOAD_STEP)),
 )
 GPTQ = Format(
@@ -3189,6 +3535,7 @@ class TensorPlan:
     ]  # words, scales and constants, or the tensor itself; or the weight restored
     scales: TensorInfo | None = None  # of words that are restored, which are the source
     kind: str = ""  # of a layer, for the tables
+    in_memory: tuple[str, ...] | None = ()  # what transformers makes of the source; None: not known
 
     @property
     def bytes_read(self) -> int:
@@ -3218,6 +3565,7 @@ class Plan:
     statistics: Importance | None = None
     stacks: int = 0  # of experts, that are read as one weight an expert
     loader: str = ""  # the class of transformers that loads the whole model
+    fails_in_transformers: str = ""  # why it would not load all of the folder
 
 
 def plan_conversion(
@@ -3275,6 +3623,7 @@ def plan_conversion(
         "notes": notes,
         "warnings": warnings,
         "stacks": len(separated),
+        "fails_in_transformers": reason_transformers_fails(tensors, form, config),
     }
     return plan_files(checkpoint, tensors, options, **more)
 
@@ -3414,12 +3763,13 @@ def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> 
     Refuses a stack that cannot be read so: most of the model would stay as it is, and engines would miss experts."""
     if refused := [stack.info for stack in stacks.values() if stack.problem]:
         info, pattern = refused[0], shlex.quote(pattern_of(refused))
-        remedy = (
-            oddity_with("remedy", checkpoint.config).remedy if stacks[info.name].weights else ""
-        )
-        remedy = (
-            remedy or f"it cannot be quantized; --exclude {pattern} keeps such tensors as they are"
-        )
+        row = oddity_with("tells_experts", checkpoint.config)
+        kept = f"--exclude {pattern} keeps such tensors as they are"
+        remedy = f"it cannot be quantized; {kept}"
+        if stacks[info.name].weights and row.remedy:
+            remedy = row.remedy
+        elif stacks[info.name].weights and not row.tells_experts:
+            remedy = f"save it with model.save_pretrained(), whose names they know; or {kept}"
         problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
         raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
     oddity = oddity_with("projections", checkpoint.config) if stacks else Oddity("")
@@ -3451,6 +3801,7 @@ def plan_tensors(
     # Groups of 128 where these fit. Engines hold routed experts as one, so they must fit all of them.
     ragged = {info.name for info, eight in zip(sources, eights) if eight and info.shape[1] % 128}
     ragged_experts, computed_in = any(map(EXPERT_PATTERN.match, ragged)), model_dtype(config)
+    rows = list(dict.fromkeys(rows_when_loaded(config)))
     for info, reason, eight in zip(sources, reasons, eights):
         packing, outputs = None, (OutputTensor(info.name, info.dtype, info.shape),)
         if not reason:
@@ -3459,7 +3810,9 @@ def plan_tensors(
                 8 if eight else 4, 128 if eight and not misfit else options.group_size
             )
             outputs = options.form.outputs(info, packing, computed_in)
-        yield TensorPlan(info, reason, packing, outputs, kind=kinds.get(info.name, ""))
+        in_memory = names_in_memory(info.name, rows) if len(info.shape) == 2 else ()
+        kind = kinds.get(info.name, "")
+        yield TensorPlan(info, reason, packing, outputs, kind=kind, in_memory=in_memory)
 
 
 def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str | None:
@@ -3540,6 +3893,12 @@ def refuse_unloadable(
         else "none of 128, 64, 32 divides all: --exclude them"
     )
     ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
+    widths = {t.packing.bits for t in tensors if t.packing}
+    renamed = [
+        t.source
+        for t in tensors
+        if t.in_memory is None and (not t.packing or t.packing.bits > min(widths))
+    ]
     lines, config = (
         [w for w in weights if w.shape[0] % form.row_multiple],
         checkpoint.config_folder / CONFIG_NAME,
@@ -3560,6 +3919,12 @@ def refuse_unloadable(
         (
             conv1d,
             "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
+        ),
+        (
+            renamed,
+            f"{'kept' if len(widths) == 1 else 'kept or in 8 bits'} while transformers (5.24) calls"
+            f" them otherwise than the file does, so that no entry of {CONFIG_NAME} would tell it:"
+            " drop the option that means them, or use --format int4",
         ),
         (ragged, f"with columns that are no multiple of --group_size {size}: {divides}"),
         (
@@ -3631,12 +3996,14 @@ def what_is_missing(
         part = re.search("decoder|encoder|$", container)[0]  # or neither
         named = [f"{part}_layers", f"num_{part}_layers"] if part else []
         counts = config_counts(config, *named) or config_counts(config, *LAYER_COUNTS)
+        count = min(counts, default=0)
+        halved = oddity_with("halved", config).halved
+        if halved and any(re.search(halved, info.name) for info in tensors):
+            count //= 2
         if missing := [
-            f"{container}.{n}"
-            for n in range(min(counts, default=0))
-            if n not in layers.get(container, ())
+            f"{container}.{n}" for n in range(count) if n not in layers.get(container, ())
         ]:
-            lost = f"LAYERS ARE MISSING: {len(missing):,} of {min(counts):,} by {CONFIG_NAME} are not in the checkpoint"
+            lost = f"LAYERS ARE MISSING: {len(missing):,} of {count:,} by {CONFIG_NAME} are not in the checkpoint"
             yield f"{lost}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
     gaps, experts = [], min(config_counts(config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in blocks.items():
@@ -3697,14 +4064,6 @@ def notes_on_tensors(
         pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
         kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
         yield f"{kinds} in 4 bits, too, costs quality and saves little: --exclude {pattern} keeps them"
-    separated = [
-        t.source
-        for t in tensors
-        if STACK_PATTERN.match(t.source.stored) and t.source.stored != t.source.name
-    ]
-    if form.for_engines and separated and not oddity_with("projections", config).projections:
-        named = f"stacks of experts are read as one weight an expert, named as by most models ({separated[0].name!r})"
-        yield f"{named}; whether this model's loaders know them so was not tried"
     if conv1d:
         weights = count_of(len(conv1d), "weight")
         yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
@@ -3725,8 +4084,52 @@ def notes_on_tensors(
     ]
     if any(experts):
         yield form.note_on_experts
-    if not all(experts) and not oddity_with("linear_experts", config).linear_experts:
-        yield form.note_on_kept_experts
+    if reason := reason_transformers_fails(tensors, form, config):
+        yield f"transformers (5.24) {reason}"
+
+
+def reason_transformers_fails(tensors: list[TensorPlan], form: Format, config: dict) -> str:
+    """Say why transformers would not load the folder, or not all of it, if so."""
+    if not form.for_engines:
+        return ""
+    rows = list(rows_when_loaded(config))
+    computed = [
+        tensor.source
+        for tensor in tensors
+        if tensor.packing
+        and (
+            len(tensor.in_memory or ()) > 1
+            or any(
+                row.computed
+                and re.search(scope, tensor.source.name)
+                and re.search(row.computed, tensor.source.name)
+                for scope, row in rows
+            )
+        )
+    ]
+    if computed:
+        pattern = shlex.quote(pattern_of(computed))
+        stops = f"stops at this folder: it splits or joins {computed[0].name!r} and alike as it loads them"
+        return f"{stops}, which packed weights do not survive; vLLM may read them; --exclude {pattern} keeps them"
+    kept = [
+        tensor.source
+        for tensor in tensors
+        if not tensor.packing
+        and EXPERT_PATTERN.match(tensor.source.name)
+        and len(tensor.source.shape) == 2
+    ]
+    row = oddity_with("tells_experts", config)
+    if not kept or not form.reads_kept_experts or row.linear_experts:
+        return ""
+    if not row.tells_experts:
+        return "may stop at experts that are kept, or leave them random, if it holds this model's as stacks"
+    if row.projections and not row.projections[0]:
+        return "leaves experts that are kept random, with no more than a warning; vLLM reads them"
+    if row.problem_of_engines and not row.remedy:
+        return (
+            "reads this model's experts only as stacks, and leaves these random; vLLM may read them"
+        )
+    return "stops at experts that are kept beside packed layers (RuntimeError); vLLM reads them"
 
 
 def plan_files(
@@ -5143,6 +5546,10 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     name = folder.resolve().name
     for label, text in steps:
+        if label == "Load" and plan.fails_in_transformers:
+            reason = f"not with transformers (5.24), which {plan.fails_in_transformers}"
+            say_paragraph(f"  {label}:", reason)
+            continue
         text = text.replace("{loader}", plan.loader).replace("{path}", repr(name))
         text = text.replace("{name}", shlex.quote(name))
         say_paragraph(f"  {label}:", text, command=True)

@@ -60,9 +60,12 @@ FAMILIES = {
     ),
     "nemotron_h": (ungated, {"model_type": "nemotron_h", **SIZES}),
     "nemotron_h without sizes": (ungated, {"model_type": "nemotron_h"}),
-    "not gated, sizes in text_config": (ungated, {"model_type": "some", "text_config": SIZES}),
+    "not gated, sizes in text_config": (
+        ungated,
+        {"model_type": "some", "text_config": {"model_type": "nemotron_h", **SIZES}},
+    ),
     "transposed": (turned(gated), {"model_type": "llama4_text"}),
-    "transposed, not gated": (turned(ungated), {"model_type": "some", **SIZES}),
+    "transposed, not gated": (turned(ungated), {"model_type": "nemotron_h", **SIZES}),
     "not gated, of a latent size": (
         ungated,
         {
@@ -265,7 +268,7 @@ def test_excluded_stacks_that_vllm_does_not_know_are_kept_one_weight_an_expert(t
     plan = quantize(source, tmp_path / "out", *options, "--verify").stdout
     output = read_tensors(tmp_path / "out")
     assert all(torch.equal(output[name], weight) for name, weight in separate.items())
-    assert "transformers (5.23) leaves kept experts" in plan
+    assert "transformers (5.24) leaves experts that are kept random" in plan
 
 
 GATED, UNGATED = gated()[0], ungated()[0]
@@ -370,6 +373,44 @@ def test_stacks_that_loaders_know_only_as_stacks_are_refused_for_engines_unless_
     assert not is_kept(tmp_path / "out", "model.layers.0.self_attn.o_proj")
     quantize(source, tmp_path / "int4", "--group_size", 64)
     assert sum(name.endswith(".qweight") for name in read_tensors(tmp_path / "int4")) == 3 * E + 2
+
+
+UNKNOWN = {
+    "type": ({"model_type": "some"}, "model_type 'some'"),
+    "no type": ({"num_experts": E}, "no model_type in config.json"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_stacks_of_a_type_whose_loaders_are_not_known_are_refused_for_engines_with_what_helps(
+    tmp_path, case
+):
+    config, said = UNKNOWN[case]
+    stacks, separate = gated()
+    source = save_model(tmp_path / "in", BESIDE | stacks, **config)
+    options = ["--format", "compressed-tensors", "--group_size", 64]
+    result = run_cli(source, tmp_path / "out", *options)
+    assert_refused(result, f"'{min(stacks)}'", said, "model.save_pretrained()")
+    quantize(source, tmp_path / "out", *options, *advice_of(result))
+    saved = save_model(tmp_path / "saved", BESIDE | separate, **config)
+    quantize(saved, tmp_path / "separate", *options)
+    quantize(source, tmp_path / "int4", "--group_size", 64)
+    assert sum(name.endswith(".qweight") for name in read_tensors(tmp_path / "int4")) == 3 * E + 2
+
+
+def test_the_whole_models_type_says_more_of_experts_than_that_of_its_language_model(tmp_path):
+    """Of MiniMax-M3-VL a language model alone has stacks in its files, and the whole model has none."""
+    stacks, _ = gated("model.language_model.layers.0.mlp.experts")
+    nested = {"text_config": {"model_type": "minimax_m3_vl_text"}}
+    options = ["--format", "compressed-tensors", "--group_size", 64]
+    source = save_model(tmp_path / "in", BESIDE | stacks, model_type="minimax_m3_vl", **nested)
+    assert_refused(
+        run_cli(source, tmp_path / "out", *options), "save it with model.save_pretrained"
+    )
+    alone = save_model(tmp_path / "alone", BESIDE | stacks, model_type="minimax_m3_vl_text")
+    assert_refused(
+        run_cli(alone, tmp_path / "out", *options), "minimax_m3_vl_text alone", "--exclude"
+    )
 
 
 def test_a_state_dict_whose_other_names_loaders_do_not_know_is_refused_for_engines(tmp_path):

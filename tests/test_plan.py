@@ -310,6 +310,17 @@ def test_layers_are_counted_whatever_the_config_calls_them(tmp_path, key):
     assert "'h.2'" in warnings_of(tmp_path, stacked_layers("h", 2), **{key: 3})[0]
 
 
+def test_of_a_model_that_counts_two_blocks_a_layer_half_as_many_layers_are_due(tmp_path):
+    def plan_of(name, *numbers):
+        config = {"model_type": "dory", "num_hidden_layers": 8}
+        return quantize(
+            save_model(tmp_path / name, layers(*numbers), **config), tmp_path / "out", "--dry_run"
+        ).stdout
+
+    assert "LAYERS ARE MISSING" not in plan_of("whole", 0, 1, 2, 3)
+    assert "LAYERS ARE MISSING: 1 of 4" in plan_of("lost", 0, 1, 3)
+
+
 def test_nothing_is_said_of_an_encoder_that_a_decoder_does_without(tmp_path):
     assert not warnings_of(tmp_path, stacked_layers("model.decoder.layers", 2), num_hidden_layers=2)
 

@@ -1,0 +1,254 @@
+"""The table of unusual types of models against transformers' own mapping, type by type, on models without weights.
+
+A new version of transformers that has a type which the table lacks, or names something otherwise, fails here by name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import meta_models
+import pytest
+import torch
+import transformers
+from conftest import assert_refused, quantize, run_cli
+from families import ATTENTION, COMMON, LINEAR_ATTENTION, TOKENS, UNTIED
+from folders import write_dense_twin
+from meta_models import as_tensors
+
+import quantize_int4
+
+
+def stacks_of(built):
+    """What the command takes for stacks of experts in a state dict, in a format for engines."""
+    checkpoint = SimpleNamespace(config=built.config, tensors=as_tensors(built.in_memory))
+    return checkpoint, quantize_int4.find_expert_stacks(checkpoint, for_engines=True)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", meta_models.folders_with_experts())
+def test_the_table_has_each_type_with_stacks_of_experts_and_names_them_as_its_loader_does(folder):
+    for built in meta_models.build_models(folder):
+        checkpoint, stacks = stacks_of(built)
+        if not stacks:
+            continue
+        row = quantize_int4.oddity_with("tells_experts", built.config)
+        assert row.tells_experts, f"{built.model_type} is in no row of ODDITIES"
+        refused = any(stack.problem for stack in stacks.values())
+        if refused or row.linear_experts:  # the latter are no stacks in a quantized model
+            continue
+        for part in quantize_int4.separate_experts(checkpoint, stacks):
+            targets, operations = built.load(part.name)
+            assert targets == [part.name_in_file], f"{built.model_type}: {part.name} is lost"
+            merged = "MergeModulelist" in operations
+            assert merged == (part.name_in_file in stacks), f"{built.model_type}: {part.name}"
+
+
+@pytest.mark.parametrize("folder", meta_models.folders_with_experts())
+def test_what_the_table_says_is_known_as_a_stack_alone_is_saved_so(folder):
+    for built in meta_models.build_models(folder):
+        row = quantize_int4.oddity_with("tells_experts", built.config)
+        if not row.problem_of_engines or row.remedy:
+            continue
+        separate = [name for name in built.in_file if re.search(r"\.experts\.\d+\.", name)]
+        assert not separate, f"{built.model_type} has separate experts in its files: {separate[:1]}"
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_each_type_whose_layers_are_conv1d():
+    found = set()
+    for folder in sorted(path.name for path in meta_models.FOLDERS.iterdir()):
+        if re.search(r"pytorch_utils import .*\bConv1D\b", meta_models.sources_of(folder)):
+            found |= set(meta_models.types_of(folder))
+    found -= {"clvp_encoder"}  # whose layers are linear ones
+    assert len(found) >= 6
+    for model_type in found:
+        row = quantize_int4.oddity_with("conv1d", {"model_type": model_type})
+        assert row.conv1d, f"{model_type} is in no row of ODDITIES with conv1d"
+
+
+def rows_of(built):
+    """The table's rows about what is renamed in this model as it is loaded."""
+    return list(dict.fromkeys(quantize_int4.rows_when_loaded(built.config)))
+
+
+def linear_weights(built):
+    """The 2-D tensors of a model's files, and of its state dict, that become linear layers: one of each kind, with the
+    names of the layers' weights and by which operations they come about."""
+    seen = set()
+    for name, shape in [*built.in_file.items(), *built.in_memory.items()]:
+        kind = re.sub(r"\d+", "0", name)
+        if len(shape) != 2 or kind in seen:
+            continue
+        seen.add(kind)
+        targets, operations = built.load(name)
+        linear = all(target.removesuffix(".weight") in built.linear for target in targets)
+        if linear and "MergeModulelist" not in operations:
+            yield name, targets, operations
+
+
+@pytest.mark.parametrize("folder", meta_models.folders_with_conversions())
+def test_the_table_has_all_names_of_layers_in_memory_or_says_that_it_has_not(folder):
+    for built in meta_models.build_models(folder):
+        rows = rows_of(built)
+        for name, targets, _ in linear_weights(built):
+            known = quantize_int4.names_in_memory(name, rows)
+            if known is None:
+                continue  # refused where it is kept
+            layers = [n.removesuffix(".weight") for n in (name, *known) if n.endswith(".weight")]
+            patterns = [quantize_int4.pattern_of_module(layer, "$", []) for layer in layers]
+            patterns.append("lm_head$")  # which is always an entry
+            for target in targets:
+                layer = target.removesuffix(".weight")
+                found = any(re.match(pattern, layer) for pattern in patterns)
+                assert found, f"{built.model_type}: {name} becomes {target}"
+
+
+@pytest.mark.parametrize("folder", meta_models.folders_with_conversions())
+def test_the_table_has_all_weights_that_are_split_or_joined_while_loading(folder):
+    for built in meta_models.build_models(folder):
+        rows = rows_of(built)
+        for name, _, operations in linear_weights(built):
+            head = "Inkling2UnpadVocab" in operations  # which is kept
+            if not operations or not name.endswith(".weight") or head:
+                continue
+            split = len(quantize_int4.names_in_memory(name, rows) or ()) > 1
+            patterns = [row.computed for _, row in rows if row.computed]
+            said = split or any(re.search(pattern, name) for pattern in patterns)
+            assert said, f"{built.model_type}: {name} goes through {operations}"
+
+
+OPTIONS = quantize_int4.Options("compressed-tensors", 32, [], False, [], "mse", None, False, 4.0)
+REFUSED = {  # their layers are Conv1D, or their experts' rows alternate, so that no such run begins
+    "decision_transformer",
+    "inkling_mm_model",
+}
+
+
+@pytest.mark.parametrize("folder", meta_models.folders_with_conversions())
+def test_what_is_packed_is_a_linear_layer_in_memory_or_an_expert(folder):
+    for built in meta_models.build_models(folder):
+        if built.model_type in REFUSED:
+            continue
+        infos = [replace(info, nbytes=1) for info in as_tensors(built.in_file).values()]
+        kinds = quantize_int4.find_kinds(infos, built.config)
+        for tensor in quantize_int4.plan_tensors(infos, kinds, OPTIONS, built.config):
+            name = tensor.source.name
+            if not tensor.packing or quantize_int4.EXPERT_PATTERN.match(name):
+                continue
+            for target in built.load(name)[0]:
+                layer = target.removesuffix(".weight")
+                assert layer in built.linear, f"{built.model_type}: {name} becomes {target}"
+
+
+# --- tiny models that are really loaded -------------------------------------------------------------------------------
+
+SIZES = {**COMMON, **ATTENTION, **UNTIED, "num_hidden_layers": 2, "intermediate_size": 256}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+TINY = {
+    "exaone": {key: value for key, value in SIZES.items() if key != "head_dim"},
+    "lara_mini": SIZES | MOE | LINEAR_ATTENTION | MIXED,
+    "mixtral": SIZES | MIXTRAL,
+    "phimoe": SIZES | MIXTRAL,
+    "qwen3_moe": SIZES | MOE,
+    "sarvam_moe": SIZES | MOE | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+}
+CLOSED = ["--format", "compressed-tensors", "--group_size", 64]
+
+
+@torch.no_grad()
+def save(name, folder):
+    """Save a tiny model, random in every parameter, with `save_pretrained`."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **TINY[name])
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for tensor in model.parameters():
+        tensor += 0.05 * torch.randn(tensor.shape)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder):
+    """Load a folder with transformers; what a loader does not find it makes up, and only reports."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, report = load(folder, output_loading_info=True)
+    return model.eval(), {what: keys for what, keys in report.items() if keys}
+
+
+def assert_loads_as_its_twin(folder):
+    """Whether transformers makes of a folder the model of its dense twin, and makes nothing up."""
+    write_dense_twin(folder, folder.with_name("twin"))
+    model, report = load(folder)
+    twin, twin_report = load(folder.with_name("twin"))
+    assert not report and not twin_report
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=TOKENS).logits, twin(input_ids=TOKENS).logits)
+    held, expected = model.state_dict(), twin.state_dict()
+    for key, tensor in expected.items():
+        assert torch.equal(held[key], tensor), key
+
+
+KEPT = {
+    "exaone": r"h\.1\.attn\.attention\.[qkv]_proj|h\.0\.mlp\.c_fc",
+    "lara_mini": r"linear_attn\.in_proj|\.experts\.",
+    "phimoe": r"layers\.1\.self_attn\.[qkv]_proj",
+    "sarvam_moe": r"query_key_value|layers\.0\.attention\.dense",
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_layers_that_transformers_renames_or_splits_while_loading_are_loaded(tmp_path, name):
+    save(name, tmp_path / "source")
+    result = quantize(tmp_path / "source", tmp_path / "out", *CLOSED, "--exclude", KEPT[name])
+    assert_loads_as_its_twin(tmp_path / "out")
+    assert "AutoModelForCausalLM" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("lara_mini", ["--exclude", r"\.experts\."]), ("sarvam_moe", [])]
+)
+def test_packed_weights_that_transformers_splits_while_loading_are_told_instead_of_how_to_load(
+    tmp_path, name, options
+):
+    save(name, tmp_path / "source")
+    result = quantize(tmp_path / "source", tmp_path / "out", *CLOSED, *options)
+    assert (
+        "Note:      transformers (5.24) stops at this folder: it splits or joins" in result.stdout
+    )
+    assert "Load:    not with transformers (5.24), which stops" in result.stdout
+    assert "AutoModelForCausalLM" not in result.stdout
+    with pytest.raises(Exception, match=r"conversion|shape|size"):
+        load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_transformers_stops_at_gated_experts_that_are_kept_and_the_plan_says_so(tmp_path, name):
+    save(name, tmp_path / "source")
+    result = quantize(tmp_path / "source", tmp_path / "out", *CLOSED, "--exclude", "experts")
+    assert "transformers (5.24) stops at experts that are kept" in result.stdout
+    assert "Load:    not with transformers" in result.stdout
+    with pytest.raises(RuntimeError):
+        load(tmp_path / "out")
+
+
+def test_layers_whose_names_in_memory_are_not_known_are_packed_or_refused(tmp_path):
+    config = transformers.ViTConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=2)
+    config.num_attention_heads = 4
+    model = transformers.ViTModel._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    quantize(tmp_path / "source", out, *CLOSED)
+    other = run_cli(tmp_path / "source", tmp_path / "b", *CLOSED, "--exclude", "attention.query")
+    assert_refused(other, "2 weights are kept", "attention.query.weight'", "--format int4")
+    quantize(tmp_path / "source", tmp_path / "int4", "--exclude", "attention.query")
