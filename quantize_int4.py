@@ -2081,7 +2081,7 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
         {},
         {},
     )  # experts: their number, by the module around them
-    counts = config_values(config, *EXPERT_COUNTS)
+    counts = config_counts(config, *EXPERT_COUNTS)
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     for info in weights:
         numbered_with_bias = (
