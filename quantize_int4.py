@@ -444,6 +444,33 @@ TOWER_WORDS = re.compile(
 TOWER_NAMES = r"vis(ion|ual)|vit|image|audio|speech|sound|tower|encoder"
 # What config.json calls the config of a language model inside another model.
 LANGUAGE_KEY = re.compile(r"(text|llm|language|thinker|decoder|generator)\w*config$|text$")
+# Names of norms, and of those before a layer's attention or mixer: a model with these has one after its last layer.
+NORM_NAME = r"norm|(^|\.)ln"
+FIRST_NORM = re.compile(
+    r"(input_layernorm|pre_attention_layernorm|attention_norm|attn_norm|operator_norm|norm|ln_?1|norm_?1|ln_attn"
+    r"|layer\.0\.layer_norm|pre_mixer_layernorm)\.weight$"
+)
+# By design: of ModernBERT's first layer, before which the embeddings' norm comes, and of Inkling's last one for images.
+LAYER_WITHOUT_NORM = r"layers\.0\.attn_norm\.weight$|encoder_layers\.\d+\.layer_norm\.weight$"
+MTP_NAMES = r"(^|\.)(mtp|nextn)"  # layers that predict further tokens
+MTP_COUNTS = re.compile(
+    r"num_nextn_predict_layers$|num_mtp_\w*$|mtp_\w*(num|layers|modules|depth)\w*$"
+)
+# Names that are those of a trainer's own format, beside models that never have them; and what exports them.
+TRAINERS_NAMES = (
+    (
+        r"self_attention\.linear_(qkv|proj)\.|decoder\.layers\.\d+\.mlp\.linear_fc\d\.|decoder\.final_layernorm\.",
+        "Megatron-Core's",
+        "export it with Megatron-Bridge (AutoBridge.export_ckpt) or with what trained it",
+        "",
+    ),
+    (
+        r"(^|\.)tok_embeddings\.|\.attention\.(wqkv|w[qkvo])\.|\.feed_forward\.w[123]\.",
+        "Meta's",
+        "convert it with its model's script in transformers' repository, as convert_llama_weights_to_hf.py",
+        "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi3",
+    ),
+)
 EXPERT_PATTERN = re.compile(r"((?:.*\.)?experts)\.(\d+)\.\w+\.weight$")
 STACK_PATTERN = re.compile(  # of routed experts, or of Granite's
     r"(?P<place>(?:.*\.)?)(?:experts\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.weight)?"
@@ -3610,6 +3637,8 @@ def plan_conversion(
     if checkpoint.quantization:
         stale = " and ".join(checkpoint.quantization)
         notes.append(f"left out as stale, since no tensor is packed: {stale}")
+    if form.for_engines:
+        warnings += what_is_of_a_trainer(tensors, config)
     if statistics:
         statistics.match(packed, sources, oddity_with("projections", config))
         notes.append(
@@ -4009,10 +4038,9 @@ def what_is_missing(
     for (container, module), numbers in blocks.items():
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         if container.endswith("experts"):
+            due = 0 if re.search(TOWER_NAMES, container) else experts
             gaps += [
-                f"{container}.{n}"
-                for n in range(max(*numbers, experts - 1) + 1)
-                if n not in numbers
+                f"{container}.{n}" for n in range(max(*numbers, due - 1) + 1) if n not in numbers
             ]
         lacking = [n for n, found in numbers.items() if found < usual]
         if len(numbers) > 2 and len(lacking) <= max(
@@ -4023,17 +4051,17 @@ def what_is_missing(
                 for n in lacking
                 for name in sorted(usual - numbers[n])
             ]
+    pattern = r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$"
+    generates = any(re.search(pattern, name) for name in architectures_of(config))
+    post_norm = "openai-gpt" in config_strings(config, "model_type")
+    yield from what_vectors_are_missing(tensors, largest, generates and not post_norm)
     if gaps:
         problem = f"WEIGHTS ARE MISSING: {len(gaps):,} that the others of their kind have are not in the checkpoint"
         yield f"{problem}: {quote_names(gaps)}. {made_up}"
     embeds = any(
         kind == "embeddings" and not re.search(NO_WORDS, name) for name, kind in kinds.items()
     )
-    pattern, ties = (
-        r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$",
-        config_booleans(config, "tie_word_embeddings"),
-    )
-    generates = any(re.search(pattern, name) for name in architectures_of(config))
+    ties = config_booleans(config, "tie_word_embeddings")
     missing = (
         [("head", "tie_word_embeddings false")]
         if ties and not any(ties) and "head" not in kinds.values()
@@ -4051,6 +4079,83 @@ def what_is_missing(
                 f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
             )
         yield f"THE {part.upper()} IS MISSING: {problem}"
+
+
+def what_vectors_are_missing(
+    tensors: list[TensorInfo], container: str, generates: bool
+) -> Iterator[str]:
+    """Warn of a norm or bias that one layer lacks and all others of its kind have, and of a final norm that is not
+    there though the layers of `container` generate text; in their places loaders put ones and zeros."""
+    layers: dict[str, dict[int, set[str]]] = {}  # by container: number -> names in that layer
+    vectors = set()
+    for info in tensors:
+        match = LAYER_PATTERN.match(info.name)
+        if not match:
+            continue
+        name = info.name[match.end() :]
+        place = f"{match[1]}.{match[2]}".lstrip(".")
+        layers.setdefault(place, {}).setdefault(int(match[3]), set()).add(name)
+        if len(info.shape) == 1 and name.endswith((".weight", ".bias")):
+            vectors.add(name)
+    gaps = []
+    for place, numbers in layers.items():
+        kinds = Counter(map(frozenset, numbers.values()))
+        for number, names in numbers.items():
+            few = kinds[frozenset(names)] <= max(1, len(numbers) // 20)
+            fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
+            if few and len(fuller) == 1 and not place.endswith("experts"):
+                lost = [f"{place}.{number}.{name}" for name in sorted(fuller[0] - names)]
+                gaps += [name for name in lost if not re.search(LAYER_WITHOUT_NORM, name)]
+    made_up = "Loaders put ones or zeros in their place"
+    if gaps:
+        problem = (
+            f"NORMS OR BIASES ARE MISSING: {len(gaps):,} that the other layers of their kind have"
+        )
+        yield f"{problem} are not in the checkpoint: {quote_names(gaps)}. {made_up}"
+    own = [info.name for info in tensors if not re.search(rf"\.\d+\.|{MTP_NAMES}", info.name)]
+    after = [name for name in own if re.search(NORM_NAME, name) and not TOWER_WORDS.search(name)]
+    inside = set().union(*layers.get(container, {}).values())
+    before = any(map(FIRST_NORM.match, inside)) and not TOWER_WORDS.search(container)
+    if generates and before and not after:
+        problem = f"THE FINAL NORM IS MISSING: the layers of {container!r} have norms, but none comes after them"
+        yield f"{problem}. {made_up}"
+
+
+def what_is_of_a_trainer(tensors: list[TensorPlan], config: dict) -> Iterator[str]:
+    """Warn of names of a trainer's own format, which no loader of the model that config.json names knows."""
+    types = set(config_strings(config, "model_type"))
+    for pattern, whose, remedy, model_types in TRAINERS_NAMES:
+        names = [t.source.name for t in tensors if re.search(pattern, t.source.name)]
+        if names and types and (not model_types or types & {*model_types.split()}):
+            problem = (
+                f"NAMES OF A TRAINER: {len(names):,} tensors are named as in {whose} own format"
+            )
+            model = (
+                f"no loader of model_type {config_strings(config, 'model_type')[0]!r} knows them"
+            )
+            yield f"{problem}, e.g. {names[0]!r}: {model}, and would make up its own: {remedy}"
+
+
+def note_on_mtp(tensors: list[TensorPlan], config: dict) -> str:
+    """Say that the layers which predict further tokens are not there, if config.json promises some."""
+    promised = [
+        key
+        for part in (config, *filter(lambda nested: isinstance(nested, dict), config.values()))
+        for key, value in part.items()
+        if MTP_COUNTS.match(key) and type(value) is int and value > 0
+    ]
+    counts = config_counts(config, *LAYER_COUNTS)
+    for name in (tensor.source.name for tensor in tensors):
+        match = LAYER_PATTERN.match(name)
+        beyond = match and counts and int(match[3]) >= min(counts)
+        if re.search(MTP_NAMES, name) or (beyond and not re.search(TOWER_NAMES, name)):
+            return ""
+    if not promised:
+        return ""
+    return (
+        f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the checkpoint has none:"
+        " speculative decoding with them will not work (transformers' save_pretrained leaves them out)"
+    )
 
 
 def notes_on_tensors(
@@ -4074,6 +4179,7 @@ def notes_on_tensors(
     ]:
         size = format_bytes(sum(info.nbytes for info in stacks))
         yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
+    yield note_on_mtp(tensors, config)
     if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
         wrong = "transformers (5.23) with run_compressed=False or dequantize=True decodes all layers as if they had one"
         yield f"two widths: {wrong}; load the folder without these, or --restore it to dense weights"

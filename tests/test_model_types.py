@@ -30,12 +30,20 @@ def stacks_of(built):
     return checkpoint, quantize_int4.find_expert_stacks(checkpoint, for_engines=True)
 
 
+FOLDERS = sorted({*meta_models.folders_with_experts(), *meta_models.folders_with_conversions()})
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def models(request):
+    """The models of one of transformers' folders, of all that have experts or are converted as they are loaded."""
+    return meta_models.build_models(request.param)
+
+
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", meta_models.folders_with_experts())
-def test_the_table_has_each_type_with_stacks_of_experts_and_names_them_as_its_loader_does(folder):
-    for built in meta_models.build_models(folder):
+def test_the_table_has_each_type_with_stacks_of_experts_and_names_them_as_its_loader_does(models):
+    for built in models:
         checkpoint, stacks = stacks_of(built)
         if not stacks:
             continue
@@ -51,9 +59,8 @@ def test_the_table_has_each_type_with_stacks_of_experts_and_names_them_as_its_lo
             assert merged == (part.name_in_file in stacks), f"{built.model_type}: {part.name}"
 
 
-@pytest.mark.parametrize("folder", meta_models.folders_with_experts())
-def test_what_the_table_says_is_known_as_a_stack_alone_is_saved_so(folder):
-    for built in meta_models.build_models(folder):
+def test_what_the_table_says_is_known_as_a_stack_alone_is_saved_so(models):
+    for built in models:
         row = quantize_int4.oddity_with("tells_experts", built.config)
         if not row.problem_of_engines or row.remedy:
             continue
@@ -96,9 +103,8 @@ def linear_weights(built):
             yield name, targets, operations
 
 
-@pytest.mark.parametrize("folder", meta_models.folders_with_conversions())
-def test_the_table_has_all_names_of_layers_in_memory_or_says_that_it_has_not(folder):
-    for built in meta_models.build_models(folder):
+def test_the_table_has_all_names_of_layers_in_memory_or_says_that_it_has_not(models):
+    for built in models:
         rows = rows_of(built)
         for name, targets, _ in linear_weights(built):
             known = quantize_int4.names_in_memory(name, rows)
@@ -113,9 +119,8 @@ def test_the_table_has_all_names_of_layers_in_memory_or_says_that_it_has_not(fol
                 assert found, f"{built.model_type}: {name} becomes {target}"
 
 
-@pytest.mark.parametrize("folder", meta_models.folders_with_conversions())
-def test_the_table_has_all_weights_that_are_split_or_joined_while_loading(folder):
-    for built in meta_models.build_models(folder):
+def test_the_table_has_all_weights_that_are_split_or_joined_while_loading(models):
+    for built in models:
         rows = rows_of(built)
         for name, _, operations in linear_weights(built):
             head = "Inkling2UnpadVocab" in operations  # which is kept
@@ -134,9 +139,8 @@ REFUSED = {  # their layers are Conv1D, or their experts' rows alternate, so tha
 }
 
 
-@pytest.mark.parametrize("folder", meta_models.folders_with_conversions())
-def test_what_is_packed_is_a_linear_layer_in_memory_or_an_expert(folder):
-    for built in meta_models.build_models(folder):
+def test_what_is_packed_is_a_linear_layer_in_memory_or_an_expert(models):
+    for built in models:
         if built.model_type in REFUSED:
             continue
         infos = [replace(info, nbytes=1) for info in as_tensors(built.in_file).values()]
@@ -148,6 +152,17 @@ def test_what_is_packed_is_a_linear_layer_in_memory_or_an_expert(folder):
             for target in built.load(name)[0]:
                 layer = target.removesuffix(".weight")
                 assert layer in built.linear, f"{built.model_type}: {name} becomes {target}"
+
+
+def test_no_norm_and_no_bias_of_a_whole_model_is_called_missing(models):
+    for built in models:
+        config = built.config | {"architectures": [type(built.model).__name__]}
+        for shapes in (built.in_file, built.in_memory):
+            infos = list(as_tensors(shapes).values())
+            kinds = quantize_int4.find_kinds(infos, config)
+            warnings = quantize_int4.what_is_missing(infos, kinds, config, for_engines=False)
+            for warning in warnings:
+                assert "NORM" not in warning, f"{built.model_type}: {warning}"
 
 
 # --- tiny models that are really loaded -------------------------------------------------------------------------------

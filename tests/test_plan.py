@@ -375,6 +375,145 @@ def test_nothing_is_said_of_layers_of_several_kinds(tmp_path, count):
 UNTIED = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
 
 
+def pre_norm_model(count=3, bias=True):
+    """A model of as many layers, each with two norms and a bias, and with a norm after the last."""
+    tensors = {"model.embed_tokens.weight": random(512, 128), "lm_head.weight": random(512, 128)}
+    tensors["model.norm.weight"] = random(128)
+    for number in range(count):
+        layer = f"model.layers.{number}"
+        tensors[f"{layer}.self_attn.k_proj.weight"] = random(64, 128)
+        tensors[f"{layer}.input_layernorm.weight"] = random(128)
+        tensors[f"{layer}.post_attention_layernorm.weight"] = random(128)
+        if bias:
+            tensors[f"{layer}.self_attn.k_proj.bias"] = random(64)
+    return tensors
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize("count", [2, 3, 30])
+@pytest.mark.parametrize("lost", ["input_layernorm.weight", "self_attn.k_proj.bias"])
+def test_a_norm_or_bias_that_one_layer_lacks_is_warned_of(tmp_path, count, lost):
+    tensors = pre_norm_model(count)
+    name = f"model.layers.{count - 1}.{lost}"
+    del tensors[name]
+    (warning,) = warnings_of(tmp_path, tensors, **LLAMA)
+    assert "NORMS OR BIASES ARE MISSING: 1 that" in warning
+    assert repr(name) in warning
+
+
+def test_a_missing_final_norm_is_warned_of(tmp_path):
+    tensors = pre_norm_model()
+    del tensors["model.norm.weight"]
+    tensors["vision_tower.post_layernorm.weight"] = random(128)
+    (warning,) = warnings_of(tmp_path, tensors, **LLAMA)
+    assert "THE FINAL NORM IS MISSING: the layers of 'model.layers' have norms" in warning
+
+
+def several_kinds():
+    """Three of six layers have a norm of queries and a bias that the others have not."""
+    tensors = pre_norm_model(6, bias=False)
+    for number in (0, 2, 4):
+        tensors[f"model.layers.{number}.self_attn.q_norm.weight"] = random(64)
+        tensors[f"model.layers.{number}.self_attn.k_proj.bias"] = random(64)
+    return tensors
+
+
+def without(tensors, pattern):
+    return {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
+
+
+WHOLE = {
+    "whole": (pre_norm_model(), LLAMA),
+    "several kinds of layers": (several_kinds(), LLAMA),
+    "no biases": (pre_norm_model(bias=False), LLAMA),
+    "norms without weights": (without(pre_norm_model(), "norm"), LLAMA),
+    "an encoder": (without(pre_norm_model(), r"model\.norm"), {"architectures": ["SomeModel"]}),
+    "norms after": (
+        {
+            name.replace("input_layernorm", "ffn_layernorm"): tensor
+            for name, tensor in pre_norm_model().items()
+            if name != "model.norm.weight"
+        },
+        LLAMA,
+    ),
+    "ModernBERT": (
+        {
+            name.replace("input_layernorm", "attn_norm"): tensor
+            for name, tensor in pre_norm_model().items()
+            if name != "model.layers.0.input_layernorm.weight"
+        },
+        {"architectures": ["ModernBertForMaskedLM"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_nothing_is_said_of_norms_and_biases_that_a_model_does_without(tmp_path, case):
+    tensors, config = WHOLE[case]
+    assert not warnings_of(tmp_path, tensors, **config)
+
+
+PROMISES = ["num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("key", PROMISES)
+def test_layers_of_further_tokens_that_are_promised_and_not_there_are_noted(tmp_path, key, nested):
+    def notes(name, tensors, count):
+        config = {"num_hidden_layers": 2, key: count}
+        config = {"text_config": config} if nested else config
+        source = save_model(tmp_path / name, tensors, **config)
+        return quantize(source, tmp_path / "out", "--dry_run").stdout
+
+    said = f"promises layers that predict further tokens ({key})"
+    assert said in notes("none", layers(0, 1), 1)
+    assert said not in notes("not promised", layers(0, 1), 0)
+    assert said not in notes("by number", layers(0, 1, 2), 1)
+    mtp = {"mtp.layers.0.self_attn.q_proj.weight": random(64, 128)}
+    assert said not in notes("by name", layers(0, 1) | mtp, 1)
+
+
+MEGATRON = {
+    "decoder.layers.0.self_attention.linear_qkv.weight": random(384, 128),
+    "decoder.layers.0.mlp.linear_fc1.weight": random(512, 128),
+    "decoder.final_layernorm.weight": random(128),
+}
+META = {
+    "tok_embeddings.weight": random(512, 128),
+    "layers.0.attention.wo.weight": random(128, 128),
+    "layers.0.feed_forward.w1.weight": random(256, 128),
+}
+TRAINERS = {"Megatron-Core": (MEGATRON, "Megatron-Bridge"), "Meta": (META, "convert_llama_weights")}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_names_of_a_trainers_own_format_are_warned_of_for_engines(tmp_path, trainer):
+    tensors, remedy = TRAINERS[trainer]
+    source = save_model(tmp_path / "in", tensors, model_type="llama")
+    options = ["--format", "compressed-tensors", "--dry_run"]
+    plan = quantize(source, tmp_path / "out", *options).stdout
+    (warning,) = [line for line in plan.splitlines() if line.startswith("WARNING:")]
+    assert f"3 tensors are named as in {trainer}'s own format" in warning
+    assert "no loader of model_type 'llama' knows them" in warning
+    assert remedy in warning
+    assert "NAMES OF A TRAINER" not in quantize(source, tmp_path / "out", "--dry_run").stdout
+
+
+OWN_NAMES = {
+    "internlm2": META,
+    "qwen3_vl": {"model.visual.blocks.0.mlp.linear_fc1.weight": random(256, 128)},
+}
+
+
+@pytest.mark.parametrize("model_type", OWN_NAMES)
+def test_nothing_is_said_of_such_names_where_the_model_has_them(tmp_path, model_type):
+    source = save_model(tmp_path / "in", OWN_NAMES[model_type], model_type=model_type)
+    options = ["--format", "compressed-tensors", "--dry_run"]
+    assert "NAMES OF A TRAINER" not in quantize(source, tmp_path / "out", *options).stdout
+
+
 def test_a_missing_head_is_refused_for_engines_and_warned_of_in_int4(tmp_path):
     source = save_model(tmp_path / "in", layers(0), **UNTIED)
     result = run_cli(source, tmp_path / "out", "--format", "compressed-tensors")
