@@ -2923,7 +2923,7 @@ class Format:
 def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
     """Describe all that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it.
 
-    config.json has no quant_method, so that transformers (5.23) and vLLM (0.29) stop. At one that they do not know
+    config.json has no quant_method, so that transformers (5.24) and vLLM (0.29) stop. At one that they do not know
     transformers would only warn, and fill the weights with random numbers."""
     packed, form = (
         [tensor.source for tensor in tensors if tensor.packing],
@@ -4181,7 +4181,7 @@ def notes_on_tensors(
         yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
     yield note_on_mtp(tensors, config)
     if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
-        wrong = "transformers (5.23) with run_compressed=False or dequantize=True decodes all layers as if they had one"
+        wrong = "transformers (5.24) with run_compressed=False or dequantize=True decodes all layers as if they had one"
         yield f"two widths: {wrong}; load the folder without these, or --restore it to dense weights"
     experts = [
         t.packing
