@@ -1026,9 +1026,11 @@ class WeightsFile:
         `memory`, which begins a page and has READ_MARGIN bytes more than are asked for."""
         memory = memoryview(bytearray(nbytes)) if memory is None else memory
         with self._opened():
-            return self._read(info, offset, nbytes, memory)
+            return self._read_bytes(info, offset, nbytes, memory)
 
-    def _read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview) -> memoryview:
+    def _read_bytes(
+        self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview
+    ) -> memoryview:
         buffer, start = memory[:nbytes], (info.offset or 0) + offset
         in_one_piece, cached = (
             info.offset is not None and not info.stride,
