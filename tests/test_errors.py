@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arithmetic import quantize_groups
 from checkpoints import WEIGHT, random, save_model, write_sparse_checkpoint
 from conftest import (
     SCRIPT,
@@ -147,19 +148,32 @@ def test_a_stopped_run_with_overwrite_continues_without_it(large, tmp_path):
     assert "Resuming:" in quantize(large, folder, *shard_size).stdout
 
 
-def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(model, tmp_path):
+@pytest.mark.parametrize("planned", [False, True], ids=["while torch is loaded", "later"])
+def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(
+    model, tmp_path, planned
+):
     compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
     compiler.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > {tmp_path}/pid\nwait\n")
     compiler.chmod(0o755)
     temporary.mkdir()
     environment = os.environ | {"CC": str(compiler), "TMPDIR": str(temporary)}
-    arguments = command(model, tmp_path / "out")
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as run:
+    printed = tmp_path / "printed"
+    with (
+        open(printed, "w") as stdout,
+        subprocess.Popen(
+            command(model, tmp_path / "out"),
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        ) as run,
+    ):
         wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
         assert list(temporary.iterdir())
+        wait_until(lambda: printed.stat().st_size or not planned)
         run.send_signal(signal.SIGTERM)
-        assert run.stderr.read() == "error: stopped by SIGTERM\n"
-    assert run.returncode == 143
+        assert run.stderr.read() == ("error: stopped by SIGTERM\n" if planned else "")
+    assert run.returncode == (143 if planned else -signal.SIGTERM)
     assert not list(temporary.iterdir())
     sleeper = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
     wait_until(lambda: not sleeper.exists() or ") Z " in sleeper.read_text())
@@ -168,10 +182,9 @@ def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(mode
 def test_error_feedback_with_torch_which_takes_minutes_heeds_signals(monkeypatch):
     factor = torch.ones(64, 8)
     feedback = q.feedback_of(torch.full((64,), 9.0), factor, None)
-    rounding = q.Rounding(importance=torch.ones(2, 32), feedback=feedback)
     monkeypatch.setattr(q, "SIGNALS_RECEIVED", [signal.SIGINT])
     with pytest.raises(q.Stopped, match="stopped by SIGINT"):
-        q.quantize_groups(torch.ones(4, 32), torch.float16, q.Workspace(), rounding)
+        quantize_groups(torch.ones(4, 32), importance=torch.ones(2, 32), feedback=feedback)
     with pytest.raises(q.Stopped, match="stopped by SIGINT"):
         q.feedback_of(torch.full((64,), 9.0), factor, None)
 

@@ -7,7 +7,13 @@ import re
 
 import pytest
 import torch
-from arithmetic import EXTREME_WEIGHTS, compiled_kernel, quantize_groups, quantize_or_refuse
+from arithmetic import (
+    EXTREME_WEIGHTS,
+    Kernels,
+    compiled_kernel,
+    quantize_groups,
+    quantize_or_refuse,
+)
 from checkpoints import BESIDE, MOE, PROJECTION, SEPARATE, E, H, gated, random, save_model
 from conftest import FORMATS, assert_refused, quantize, refuse, run_cli
 from folders import assert_same_tensors, changed_tensors, edit_shard, folder_bytes, read_tensors
@@ -375,9 +381,9 @@ def dense_gptq(weights, scales, moments, codes):
 def test_every_code_is_that_of_dense_gptq_but_for_ties(kernel, rank):
     weights = (seeded(ROWS, COLUMNS) * 0.02).bfloat16()
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
-    kernel = compiled_kernel() if kernel else None
-    feedback = q.feedback_of(mean_squares, factor.clone(), kernel)
-    how = {"importance": mean_squares.view(-1, GROUP_SIZE), "feedback": feedback, "kernel": kernel}
+    feedback = q.feedback_of(mean_squares, factor.clone(), compiled_kernel() if kernel else None)
+    how = {"importance": mean_squares.view(-1, GROUP_SIZE), "feedback": feedback}
+    how["kernel"] = Kernels() if kernel else None
     words, scales = quantize_groups(weights.view(-1, GROUP_SIZE), **how)
     codes = q.unpack_int4(words).view(ROWS, COLUMNS).double()
     scales = scales.double().view(ROWS, -1).repeat_interleave(GROUP_SIZE, 1)
@@ -467,6 +473,37 @@ def test_the_kernel_and_torch_write_the_same_bytes_however_a_weight_is_cut(
     assert folder_bytes(tmp_path / "kernel") == folder_bytes(tmp_path / "torch")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
+def test_the_kernel_and_torch_find_the_same_in_verification(tmp_path, form, damaged):
+    weights = {
+        f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).bfloat16(),
+        "other.weight": (seeded(ROWS, 200) ** 5).float(),
+    }
+    model = save_model(tmp_path / "in", weights)
+    tensors = tensors_of(NAME, correlated_inputs(COLUMNS), 20)
+    size = 96 if form == "int4" else 32
+    options = importance_file(tmp_path, tensors, "--format", form, "--group_size", size)
+    options = options if form == "int4" else [*options, "--exclude", "other"]
+    quantize(model, tmp_path / "out", *options)
+    if damaged:
+        shard = tmp_path / "out" / "model-00001.safetensors"
+        data = bytearray(shard.read_bytes())
+        data[-1000:-900] = bytes(100)
+        shard.write_bytes(data)
+    found = [
+        run_cli(model, tmp_path / "out", *options, "--verify", environment=environment)
+        for environment in ({}, {"CC": "false"})
+    ]
+    lines = [result.stdout.splitlines() for result in found]
+    assert "verifying with torch" in found[1].stdout
+    assert ("WRONG" in found[0].stdout) == damaged
+    starts = ("  other", "  worst", "  clipped", "  kept", "WRONG", "  attention", "  mlp")
+    results = [[line for line in part if line.startswith(starts)] for part in lines]
+    assert results[0] == results[1]
+    assert len(results[0]) >= 2
+
+
 @pytest.mark.parametrize("group_size", [8, 32, 128, 264])
 @pytest.mark.parametrize("kind", EXTREME_WEIGHTS)
 def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
@@ -480,7 +517,7 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = [
             quantize_or_refuse(weights.view(-1, group_size), scale_dtype, kernel=kernel, **how)
-            for kernel in (compiled_kernel(), None)
+            for kernel in (Kernels(), None)
         ]
         assert all(map(torch.equal, *results)), scale_dtype
 
