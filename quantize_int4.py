@@ -761,33 +761,70 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 @dataclass(frozen=True)
+class InFile:
+    """Bytes that lie in one piece of the file, row after row, from `offset` on."""
+
+    offset: int
+
+    def skip(self, nbytes: int) -> InFile:
+        return InFile(self.offset + nbytes)
+
+
+@dataclass(frozen=True)
+class InMap:
+    """Bytes that only the map of a pickle gives row after row: those of `tensor`, from byte `start` on."""
+
+    tensor: str
+    start: int = 0
+
+    def skip(self, nbytes: int) -> InMap:
+        return InMap(self.tensor, self.start + nbytes)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Bytes that lie column after column: the first from `columns` on, each `stride` bytes after the one before."""
+
+    columns: InFile | InMap
+    stride: int
+
+
+@dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its file's header describes it; its `nbytes` bytes, row-major, start at `offset` in `file`, but for
-    tensors of a pickle that are not in one piece."""
+    """A tensor as its file's header describes it, or a matrix that is a part of one."""
 
     name: str
-    dtype: str  # the safetensors name, such as "BF16"
+
+    # The name of the dtype in safetensors, such as "BF16".
+    dtype: str
+
     shape: tuple[int, ...]
     nbytes: int
     file: Path
-    offset: int | None
-    stored: str = (
-        ""  # the tensor of the file that this one is, or is a part of, where that has another name
-    )
-    start: int = 0  # bytes into that tensor
-    stride: int = 0  # not 0: it lies transposed, its columns as many bytes apart
+    location: InFile | InMap | Transposed
 
-    @property
-    def name_in_file(self) -> str:
-        return self.stored or self.name
+    # The tensor of the file that this one is, under whatever name, or is cut from.
+    name_in_file: str
 
-    def part(self, name: str, shape: tuple[int, int], start: int, stride: int = 0) -> TensorInfo:
+    def part(self, name: str, shape: tuple[int, int], start: int) -> TensorInfo:
         """Describe a matrix that begins `start` bytes into this tensor."""
         nbytes = math.prod(shape) * DTYPE_BITS[self.dtype] // 8
-        offset = None if self.offset is None else self.offset + start
-        return TensorInfo(
-            name, self.dtype, shape, nbytes, self.file, offset, self.name_in_file, start, stride
-        )
+        location = self.location.skip(start)
+        return replace(self, name=name, shape=shape, nbytes=nbytes, location=location)
+
+    def transposed_part(
+        self, name: str, shape: tuple[int, int], start: int, stride: int
+    ) -> TensorInfo:
+        """Describe a matrix that begins `start` bytes into this tensor, and of which the columns lie there as rows,
+        `stride` bytes apart."""
+        part = self.part(name, shape, start)
+        return replace(part, location=Transposed(part.location, stride))
+
+    def transposed(self) -> TensorInfo:
+        """Describe this matrix with rows and columns exchanged."""
+        rows, columns = self.shape
+        stride = columns * DTYPE_BITS[self.dtype] // 8
+        return self.transposed_part(self.name, (columns, rows), 0, stride)
 
 
 def read_header(path: Path) -> tuple[dict, int]:
@@ -830,9 +867,11 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
                 name.encode()
             except (KeyError, TypeError, ValueError):
                 raise ValueError(f"tensor {name!r} has no valid dtype, shape and offsets") from None
-            infos[name] = TensorInfo(name, dtype, tuple(shape), last - first, path, start + first)
-        for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
-            if info.offset != start:
+            infos[name] = TensorInfo(
+                name, dtype, tuple(shape), last - first, path, InFile(start + first), name
+            )
+        for info in sorted(infos.values(), key=lambda info: (info.location.offset, info.nbytes)):
+            if info.location.offset != start:
                 raise ValueError(f"gap or overlap before tensor {info.name!r}")
             start += info.nbytes
         if start != path.stat().st_size:
@@ -944,7 +983,8 @@ class WeightsFile:
                 else None
             )
             dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-            infos[name] = TensorInfo(name, dtype, shape, tensor.nbytes, self.path, offset)
+            location = InMap(name) if offset is None else InFile(offset)
+            infos[name] = TensorInfo(name, dtype, shape, tensor.nbytes, self.path, location, name)
         return infos
 
     def check_unchanged(self, whole: bool = True) -> None:
@@ -958,7 +998,11 @@ class WeightsFile:
 
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         """Tell whether some of a tensor's bytes were in the page cache before this run."""
-        start = (info.offset or 0) + offset
+        location = info.location
+        if isinstance(location, Transposed):
+            location = location.columns
+        # Of a tensor in the map, which may lie anywhere, some other part of the file stands for it.
+        start = location.offset + offset if isinstance(location, InFile) else offset
         return self.pages.holds(start, start + nbytes)
 
     def read(
@@ -966,29 +1010,34 @@ class WeightsFile:
     ) -> memoryview:
         """Read a tensor's bytes, row-major, from `offset` on, and leave the page cache as it was. Returns a part of
         `memory`, which begins a page and has READ_MARGIN bytes more than are asked for."""
-        memory = memoryview(bytearray(nbytes)) if memory is None else memory
-        buffer, start = memory[:nbytes], (info.offset or 0) + offset
-        in_one_piece, cached = (
-            info.offset is not None and not info.stride,
-            self.is_cached(info, offset, nbytes),
-        )
-        may_go_around = (
-            in_one_piece and self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
-        )
+        if memory is None:
+            memory = memoryview(bytearray(nbytes))
+        cached = self.is_cached(info, offset, nbytes)
+        if isinstance(info.location, InFile):
+            return self._read_piece(info.location.offset + offset, nbytes, memory, cached)
+        buffer = memory[:nbytes]
+        if isinstance(info.location, Transposed):
+            self._read_transposed(info, offset, buffer)
+        else:
+            self._read_line(info.location, offset, buffer)
+        self._not_dropped += nbytes
+        # Not at once, since other rows lie in the same pages.
+        if self._not_dropped >= SYNC_BYTES:
+            self.drop_read()
+            self._not_dropped = 0
+        return buffer
+
+    def _read_piece(self, start: int, nbytes: int, memory: memoryview, cached: bool) -> memoryview:
+        """Read bytes of the file, around the page cache if they are not in it."""
+        may_go_around = self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
         if may_go_around and start % 8 == 0 and not cached:
             with contextlib.suppress(OSError):  # some file systems open it so, and read it not
                 if self._read_around(start, nbytes, memory):
                     skip = start % DIRECT_BLOCK
                     return memory[skip : skip + nbytes]
-        (self._read_transposed if info.stride else self._read_line)(info, offset, buffer)
-        self._not_dropped += 0 if in_one_piece else nbytes
-        if in_one_piece:
-            self.pages.drop(start, start + nbytes)
-        elif (
-            self._not_dropped >= SYNC_BYTES
-        ):  # and not at once, since other rows lie in the same pages
-            self.drop_read()
-            self._not_dropped = 0
+        buffer = memory[:nbytes]
+        self._read_line(InFile(start), 0, buffer)
+        self.pages.drop(start, start + nbytes)
         return buffer
 
     def drop_read(self) -> None:
@@ -1012,20 +1061,23 @@ class WeightsFile:
                 break
         return done >= skip + nbytes
 
-    def _read_line(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+    def _read_line(self, location: InFile | InMap, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` on, as the tensor's bytes lie, or by rows of one that is not in one piece."""
-        if info.offset is None:
+        if isinstance(location, InMap):
             self.check_unchanged()  # reading the map beyond the file's end would be a SIGBUS
-            tensor, offset = torch.atleast_1d(self._tensors[info.name_in_file]), offset + info.start
+            tensor, offset = (
+                torch.atleast_1d(self._tensors[location.tensor]),
+                offset + location.start,
+            )
             row_bytes = tensor.nbytes // len(tensor)
             first, skip = divmod(offset, row_bytes)
             rows = tensor[first : -(-(offset + len(buffer)) // row_bytes)]
-            if info.name_in_file in self._factors:
-                rows = (rows.to(torch.float32) * self._factors[info.name_in_file]).to(tensor.dtype)
+            if location.tensor in self._factors:
+                rows = (rows.to(torch.float32) * self._factors[location.tensor]).to(tensor.dtype)
             source = rows.contiguous().view(-1).view(torch.uint8)[skip : skip + len(buffer)]
             torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
             return
-        position = info.offset + offset
+        position = location.offset + offset
         # As fast from the page cache as a map, and where the file is truncated or fails, an error and not a SIGBUS.
         with naming(self.path):
             while buffer and (count := os.preadv(self.fd, [buffer[:COPY_BYTES]], position)):
@@ -1046,7 +1098,8 @@ class WeightsFile:
         lines = memoryview(bytearray(columns * width))
         for column in range(columns):
             line = lines[column * width : (column + 1) * width]
-            self._read_line(info, column * info.stride + first * dtype.itemsize, line)
+            start = column * info.location.stride + first * dtype.itemsize
+            self._read_line(info.location.columns, start, line)
         source = (
             torch.frombuffer(lines, dtype=dtype)
             .view(columns, -1)
@@ -1247,8 +1300,7 @@ class Checkpoint:
         if twins := [name for name in names if counts[names[name]] > 1]:
             raise QuantizeError(TWO_COPIES.format(quote_names(twins)))
         self.tensors = {
-            short: replace(self.tensors[name], name=short, stored=name)
-            for name, short in names.items()
+            short: replace(self.tensors[name], name=short) for name, short in names.items()
         }
         wrappers = ", ".join(
             f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items()
@@ -2095,7 +2147,11 @@ def expert_weights(
         start = expert * out_features * in_features + number * shape[0] * (
             1 if turned else in_features
         )
-        yield stack.part(f"{module}.{expert}.{name}.weight", shape, start * itemsize, stride)
+        part = f"{module}.{expert}.{name}.weight"
+        if turned:
+            yield stack.transposed_part(part, shape, start * itemsize, stride)
+        else:
+            yield stack.part(part, shape, start * itemsize)
 
 
 def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[str, str]:
@@ -3682,10 +3738,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> 
                 )
         stored = [infos[module + suffix] for suffix in form.suffixes[:2]]
         if form.transposed:  # to be read as (rows, columns)
-            stored = [
-                i.part(i.name, i.shape[::-1], 0, i.shape[1] * DTYPE_BITS[i.dtype] // 8)
-                for i in stored
-            ]
+            stored = [info.transposed() for info in stored]
         words, scales = stored
         rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
         if (
@@ -3806,10 +3859,7 @@ def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> 
         stacks[name].weights if name in stacks else [info]
         for name, info in checkpoint.tensors.items()
     )
-    return [
-        replace(i, name=oddity.renamed(i.name), stored=i.name_in_file)
-        for i in itertools.chain(*parts)
-    ]
+    return [replace(i, name=oddity.renamed(i.name)) for i in itertools.chain(*parts)]
 
 
 def pattern_of(infos: Iterable[TensorInfo]) -> str:
