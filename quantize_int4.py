@@ -1261,7 +1261,7 @@ class Checkpoint:
             )
         self.has_config = (config_folder / CONFIG_NAME).exists()
         self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
-        self.quantization = find_quantization(config_folder, self.config)
+        self.quantization = describe_quantization(pop_quantization(self.config), config_folder)
         if (config_folder / ADAPTER_CONFIG_NAME).exists():
             problem = "is not copied: loaders would take the folder for an adapter's"
             self.notes.append(f"{ADAPTER_CONFIG_NAME} {problem}")
@@ -1411,462 +1411,42 @@ def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
     raise QuantizeError(f"{index} names {missing[0]}, which is missing: {remedy}")
 
 
-# ---- Architectures: stacks of experts, and what a tensor is for -----------------------------------------------------
+# What config.json says.
 
-# Names of weights, by the convention of the architectures on the hub; `find_kinds` finds others by shape and place.
-EMBEDDING_NAME = (
-    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|wte|wpe|\w+_bias|\w*pos_emb|\w+_token|query_\d+\w*)\.weight$"
-    r"|^(\w+\.)?shared\.weight$"
-)
-HEAD_NAME = r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$|^output\.weight$"
-ROUTER_NAME = r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$"
-NO_ROUTER = r"_proj$|^(shared_|self_)|attn|attention|(^|\.)mlp(\.|$)|experts"
-HEAD_WORDS = r"head|output|logits|unembed|classifier|score"
-VOCABULARY_WORDS = r"head|output_layer|logits|embed|vocab|wte"
-NO_WORDS = r"pos|wpe|type|bias"  # in the name of an embedding of something else
-EXTRA_WORDS = 64  # rows that an embedding or head may have beyond vocab_size
-LAYER_KINDS = (  # for the tables; the first that matches
-    ("experts", r"\.experts\.\d+\."),
-    ("shared experts", r"\.shared_experts?\."),
-    ("attention", r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\."),
-    ("Mamba", r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm"),
-    (
-        "MLP",
-        r"mlp|ffn|feed_forward|(gate|up|down)_proj|fc\d|dense_(h_to|4h)|\.(w[123]|wi|wo)(_\d)?\.",
-    ),
-)
-EXPERT_COUNTS = (
-    "n_routed_experts",
-    "num_experts",
-    "num_local_experts",
-    "moe_num_experts",
-)  # in config.json
-EXPERT_WIDTHS = (
-    "moe_intermediate_size",
-    "intermediate_size",
-    "expert_ffn_hidden_size",
-    "ffn_hidden_size",
-)
+# The largest integer that is believed, of words for example.
+MAX_INTEGER = 1 << 24
 
-
-@dataclass(frozen=True)
-class Oddity:
-    """Say what sets models of some types apart from what most checkpoints' names and shapes tell.
-
-    `projections` and `renames` turn names of `model.state_dict()`, which has stacks of experts, into those that
-    `save_pretrained` writes and vLLM 0.29.0 alone knows (its models' `ckpt_*_proj_name`)."""
-
-    model_types: str  # separated by blanks
-    projections: tuple[str, ...] = ()  # of an expert: gate (nothing where it has none), up and down
-    renames: tuple[tuple[str, str], ...] = ()  # what else has another name: pattern, replacement
-    whole_in_vllm: bool = True  # whether vLLM also reads the stacks as they are
-    linear_experts: bool = (
-        False  # each is an nn.Linear in transformers, as soon as anything is quantized
-    )
-    conv1d: bool = False  # the layers' weights lie as (in, out)
-    problem: str = ""  # why stacks of experts are not read as one weight an expert
-    problem_of_engines: str = (
-        ""  # the same, where an engine is to load what comes of it; {}: the model's type
-    )
-    remedy: str = ""  # if it is another than to exclude the stacks
-    # What transformers calls tensors once it has loaded them: a pattern of their names in files and its replacement, in
-    # turn; several where it splits one, with a | between; nothing where other names than the pattern's decide.
-    in_memory: tuple[tuple[str, str], ...] = ()
-    computed: str = ""  # pattern of weights that it also joins or permutes as it loads them
-    halved: str = (
-        ""  # pattern of names that tell files with half of the layers that config.json counts
-    )
-
-    @property
-    def tells_experts(self) -> bool:
-        """Whether this row says how loaders know the experts of its types."""
-        return bool(self.projections or self.problem or self.problem_of_engines)
-
-    def projections_of(self, role: str) -> tuple[str, ...]:
-        """Name the weights of a stack, in their order."""
-        gate, up, down = self.projections or GATED
-        return {
-            "gate_up_proj": (gate, up),
-            "gate_proj": (gate,),
-            "up_proj": (up,),
-            "down_proj": (down,),
-        }[role]
-
-    def renamed(self, name: str) -> str:
-        """Rename a tensor of a state dict as `save_pretrained` does."""
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-
-GATED, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
-SPARSE_BLOCK = (r"\.mlp\.", ".block_sparse_moe.")
-TO_Q_K_V = (
-    (r"\.self_attn\.to_([qkv])\.", r".self_attn.\1_proj."),
-    (r"\.self_attn\.to_out\.", ".self_attn.o_proj."),
-)
-FORGET_GATE = (r"self_attn\.f_([ab])_proj\.", r"self_attn.forget_gate.f_\1_proj.")
-MLP1 = (
-    (r"^mlp1\.1\.", "multi_modal_projector.linear_1."),
-    (r"^mlp1\.3\.", "multi_modal_projector.linear_2."),
-)
-# What transformers 5.24.0 renames as it loads a model (conversion_mapping.py), as far as it has layers of its own under
-# these names and not the wrappers around them alone. (tests/test_model_types.py compares the two, type by type.)
-RENAMED_WHEN_LOADED = (
-    Oddity(
-        "axk2",
-        in_memory=(
-            ("W_down", "mlp.fc1"),
-            ("W_up", "mlp.fc2"),
-            (r"self_attn\.q_b_proj\.", "self_attn.q_gate_proj."),
-        ),
-    ),
-    Oddity(
-        "bailing_hybrid sarvam_moe",
-        in_memory=(
-            (r"\.attention\.", ".self_attn."),
-            (r"\.query_key_value\.", ".q_proj.|.k_proj.|.v_proj."),
-            (r"self_attn\.f_proj\.", "self_attn.forget_gate.f_proj."),
-            (r"\.self_attn\.dense\.", ".self_attn.o_proj."),
-        ),
-    ),
-    Oddity("cosmos3_omni", in_memory=TO_Q_K_V),
-    Oddity(
-        "cosmos3_edge",
-        in_memory=(
-            *TO_Q_K_V,
-            (r"\.mlp\.up_proj\.", ".mlp.fc1."),
-            (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-        ),
-    ),
-    Oddity(
-        "deepseek_v4",
-        in_memory=(
-            (r"\.attn\.", ".self_attn."),
-            (r"\.ffn\.", ".mlp."),
-            (r"\.indexer\.compressor\.", ".compressor.indexer."),
-            (r"\.indexer\.weights_proj\.", ".compressor.indexer.scorer.weights_proj."),
-            (r"\.indexer\.wq_b\.", ".compressor.indexer.q_b_proj."),
-            (r"\.w(q_a|q_b|kv)\.", r".\1_proj."),
-            (r"\.wgate\.", ".gate_proj."),
-            (r"\.wo_([ab])\.", r".o_\1_proj."),
-            (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
-            (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
-            (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
-        ),
-    ),
-    Oddity(
-        "dory",
-        in_memory=((r"\.mixer\.", ""), (r"\.self_attn\.g_proj\.", ".self_attn.gate_proj.")),
-        halved=r"\.(self_attn|mlp)\.",  # an attention block and an MLP are one layer, and two in config.json
-    ),
-    Oddity(
-        "dots3_note dots3_note_audio_encoder dots3_note_vision_encoder",
-        in_memory=(
-            (r"audio_adapter\.|dots_encoder\.", ""),
-            (r"(blocks\.\d+\.mlp)\.fc1\.", r"\1.gate_proj."),
-            (r"(blocks\.\d+\.mlp)\.fc2\.", r"\1.down_proj."),
-            (r"(blocks\.\d+\.mlp)\.fc3\.", r"\1.up_proj."),
-        ),
-    ),
-    Oddity(
-        "exaone",
-        in_memory=(
-            (r"^transformer\.h\.", "model.layers."),
-            (r"\.attn\.attention\.", ".self_attn."),
-            (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
-            (r"\.mlp\.c_fc_0\.", ".mlp.gate_proj."),
-            (r"\.mlp\.c_fc_1\.", ".mlp.up_proj."),
-            (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
-        ),
-    ),
-    Oddity(
-        "ernie4_5_vl_moe",
-        in_memory=(
-            (r"(spatial|temporal)_linear\.0\.", r"\1_linear.fc1."),
-            (r"(spatial|temporal)_linear\.2\.", r"\1_linear.fc2."),
-        ),
-    ),
-    Oddity("glm5_next glm5_next_text", in_memory=(FORGET_GATE,)),
-    Oddity(
-        "gte",
-        in_memory=(
-            (r"encoder\.layer\.", "layers."),
-            (r"attention\.o_proj", "self_attn.o_proj"),
-            (r"attention\.qkv_proj", "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"),
-            (r"mlp\.up_gate_proj", "mlp.up_proj|mlp.gate_proj"),
-        ),
-    ),
-    Oddity(
-        "hrm_text",
-        in_memory=(
-            (r"mlp\.gate_up_proj\.", "mlp.gate_proj.|mlp.up_proj."),
-            (
-                r"\.attn\.gqkv_proj\.",
-                ".self_attn.gate_proj.|.self_attn.q_proj.|.self_attn.k_proj.|.self_attn.v_proj.",
-            ),
-            (r"\.attn\.o_proj\.", ".self_attn.o_proj."),
-        ),
-    ),
-    Oddity("hy_v3", in_memory=((r"mlp\.shared_mlp\.", "mlp.shared_experts."),)),
-    Oddity(
-        "hy_v4 hy_v4_vl hy_v4_vl_text hunyuan_vl",
-        in_memory=(
-            (r"\.linear_gate\.", ".gate_proj."),
-            (r"mlp\.dense_h_to_4h", "mlp.fc1"),
-            (r"mlp\.dense_4h_to_h", "mlp.fc2"),
-            (r"perceive\.", "patch_merger."),
-        ),
-    ),
-    Oddity("hyperclovax_vision_v2", in_memory=((r"\.vision_projector\.", ".projector."),)),
-    Oddity(
-        "inkling_mm_model inkling2 inkling2_text inkling2_loop inkling2_loop_text",
-        in_memory=(
-            (r"\.(attn\.\w+_\w+|controllers\.\w+)\.\w*weight$|sconv\.weight_proj$", ""),
-            (r"visual\..*linear_\d|\.mlp\.c_(fc|proj)\.|\.proj_(in|out)\.", ""),
-            (r"mlp\.w13_dn\.", "mlp.gate_proj.|mlp.up_proj."),
-            (r"mlp\.w2_md\.", "mlp.down_proj."),
-            (r"\.unembed\.", ".lm_head."),
-        ),
-    ),
-    Oddity("jev", in_memory=(("^weight$", "proj.weight"),)),
-    Oddity(
-        "nomic_bert",
-        in_memory=(("fc11", "up_proj"), ("fc12", "gate_proj"), ("fc2", "down_proj")),
-    ),
-    Oddity(
-        "jina_embeddings_v3 nomic_bert",
-        in_memory=(
-            (r"encoder\.layers", "layers"),
-            (r"(attn|mixer)\.out_proj", "self_attn.o_proj"),
-            (r"(attn|mixer)\.Wqkv", "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"),
-        ),
-    ),
-    Oddity(
-        "kimi_k25",
-        in_memory=(
-            (r"\.mlp\.fc1\.", ".mlp.fc2."),
-            (r"\.mlp\.fc0\.", ".mlp.fc1."),
-            (r"blocks\.(\d+)\.wo\.", r"blocks.\1.attn.proj."),
-            (r"\.wqkv\.", ".attn.q_proj.|.attn.k_proj.|.attn.v_proj."),
-            (r"mm_projector\.proj\.0", "mm_projector.in_proj"),
-            (r"mm_projector\.proj\.2", "mm_projector.out_proj"),
-            (r"vision_tower\.encoder\.", "vision_tower."),
-            ("blocks", "layers"),
-        ),
-    ),
-    Oddity(
-        "kimi_linear",
-        in_memory=(FORGET_GATE, (r"\.block_sparse_moe\.", ".mlp.")),
-    ),
-    Oddity("laguna", in_memory=((r"mlp\.shared_expert\.", "mlp.shared_experts."),)),
-    Oddity(
-        "lara_mini",
-        in_memory=((r"\.in_proj\.", ".in_proj_qkv.|.in_proj_z.|.in_proj_b.|.in_proj_a."),),
-    ),
-    Oddity("lfm3 lfm3_vl", in_memory=((r"\.self_attn\.gate_proj\.", ".self_attn.g_proj."),)),
-    Oddity("lfm3_vl_vision", in_memory=(("patchifier", "patch_embed"),)),
-    Oddity(
-        "minimax_m3_vl",
-        in_memory=(
-            (r"\.block_sparse_moe\.(gate|shared_experts)\.", r".mlp.\1."),
-            (r"\.self_attn\.index_([qk])_proj\.", r".self_attn.indexer.\1_proj."),
-            (r"\.(gate|up)_proj\.weight", ".gate_up_proj.weight"),
-            (r"^patch_merge_mlp\.linear_(\d)\.", r"multi_modal_projector.merge_linear_\1."),
-        ),
-        computed=r"\.(gate|up)_proj\.weight$",
-    ),
-    Oddity(
-        "mistral_large4 mistral_large4_text",
-        in_memory=(
-            (r"\.wv\.", ".v_proj."),
-            (r"\.wo\.", ".o_proj."),
-            (r"\.wkv_a_with_mqa\.", ".kv_a_proj_with_mqa."),
-            (r"\.wkv_b\.", ".kv_b_proj."),
-            (r"\.wq\.", ".q_proj."),
-            (r"attention\.wk\.", "attention.k_proj."),
-            (r"\.(feed_forward|shared_experts)\.w1\.", r".\1.gate_proj."),
-            (r"\.(feed_forward|shared_experts)\.w2\.", r".\1.down_proj."),
-            (r"\.(feed_forward|shared_experts)\.w3\.", r".\1.up_proj."),
-            (r"(^|\.)layers\.(\d+)\.shared_experts\.", r"\1layers.\2.mlp.shared_experts."),
-            (r"^(?!.*vision)(.*\.)feed_forward\.", r"\1mlp."),
-            (r"^(?!.*vision)(.*\.)attention\.", r"\1self_attn."),
-            (r"\.w_in\.", ".linear_1."),
-            (r"\.w_out\.", ".linear_2."),
-        ),
-        computed=r"^vision_encoder\..*\.w[qk]\.",
-    ),
-    Oddity(
-        "molmo2 molmo2_text",
-        in_memory=(
-            (r"self_attn\.att_proj", "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj"),
-            (r"self_attn\.attn_out", "self_attn.o_proj"),
-            (r"mlp\.ff_proj", "mlp.up_proj|mlp.gate_proj"),
-            (r"mlp\.ff_out", "mlp.down_proj"),
-            (r"\.transformer\.(res)?blocks\.", ".layers."),
-            (r"\.attention\.w([qkvo])", r".self_attn.\1_proj"),
-            (r"\.feed_forward\.w1", ".mlp.fc1"),
-            (r"\.feed_forward\.w2", ".mlp.fc2"),
-            (r"image_pooling_2d\.w([qkvo])", r"image_pooling_2d.\1_proj"),
-            (r"image_projector\.w1", "image_projector.gate_proj"),
-            (r"image_projector\.w2", "image_projector.down_proj"),
-            (r"image_projector\.w3", "image_projector.up_proj"),
-        ),
-    ),
-    Oddity(
-        "nemo_speechlm",
-        in_memory=(
-            (r"^perception\.proj\.", "multi_modal_projector."),
-            (r"^(perception|ctc_timestamp)\.", ""),
-        ),
-        computed=r"\.attn\.w_qkv\.",
-    ),
-    Oddity("nemotron_h_omni NemotronH_Omni_Reasoning_V3", in_memory=MLP1),
-    Oddity(
-        "phimoe",
-        in_memory=((r"\.block_sparse_moe\.gate\.weight", ".mlp.router.weight"),),
-    ),
-    Oddity(
-        "qianfan_ocr",
-        in_memory=(
-            *MLP1,
-            (r"(layers\.\d+)\.attn\.proj\.", r"\1.attention.projection_layer."),
-            (r"attn\.qkv\.", "attention.q_proj.|attention.k_proj.|attention.v_proj."),
-        ),
-    ),
-    Oddity(
-        "radio",
-        in_memory=(
-            (r"\.patch_generator\.video_embedder\.", ".embeddings.video_patch_projection."),
-            (r"\.patch_generator\.embedder\.", ".embeddings.patch_projection."),
-            (r"radio_model\.model\.blocks", "encoder.layer"),
-            (r"attn\.proj", "attention.o_proj"),
-            (r"attn\.qkv", "attention.q_proj|attention.k_proj|attention.v_proj"),
-        ),
-    ),
-    Oddity(
-        "step3p7 step3p5_vision",
-        in_memory=(
-            (r"\.share_expert\.", ".mlp.shared_experts."),
-            (r"vit_large_projector", "multi_modal_projector"),
-            (r"transformer\.resblocks\.", "layers."),
-            (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-            (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-            (r"\.attn\.", ".self_attn."),
-            (r"attn\.in_proj_weight", "attn.q_proj.weight|attn.k_proj.weight|attn.v_proj.weight"),
-        ),
-    ),
-    Oddity("timesfm2_5", in_memory=(("ff0", "fc1"), ("ff1", "fc2"))),
-    Oddity("ultrabert", in_memory=((r"^cls\.", "head.decoder."),)),
-    Oddity("ultravbert", in_memory=((r"^head\.decoder\.", "lm_head."),)),
-    Oddity(
-        "deepseek_ocr2 unlimited_ocr unlimited_ocr_sam_vision_model unlimited_ocr_vision"
-        " unlimited_ocr_vision_encoder",
-        in_memory=(
-            (r"(^|\.)blocks\.", r"\1layers."),
-            (r"(^|\.)transformer\.", r"\1encoder."),
-            (r"qkv_proj\.weight", "q_proj.weight|k_proj.weight|v_proj.weight"),
-            (r"projector\.layers\.", "multi_modal_projector."),
-        ),
-    ),
-    # Encoders of images and sound, in whose files layers have altogether other names
-    Oddity(
-        "cohere_asr",
-        in_memory=((r"log_softmax\.mlp\.layer0", "proj_out"), (r"encoder|decoder", "")),
-    ),
-    Oddity("gradium_phonon_tts", in_memory=((r"^flow_lm\.", ""),), computed=r"in_proj\."),
-    Oddity("tipsv2_dpt", in_memory=((r"_head\.", ""),)),
-    Oddity(
-        "altclip audio-spectrogram-transformer beit conditional_detr d_fine deformable_detr deit depth_pro"
-        " detr dinov2 dinov2_with_registers ijepa lw_detr lw_detr_vit maskformer pixio"
-        " pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4 rf_detr rf_detr_dinov2 rt_detr rt_detr_v2 sapiens2"
-        " segformer swin tipsv2 tipsv2_text_model tipsv2_vision_model vit vit_mae vit_msn vivit",
-        in_memory=((r"\.\d+\.", ""),),
-        computed=r"in_proj\.|qkv\.|weights_in\.|\.w12\.",
-    ),
-)
-ODDITIES = (
-    # Names of experts: transformers 5.24.0, conversion_mapping.py, which is for loading and so runs the other way. Each
-    # type there has a row (tests/test_model_types.py): stacks of a type without one are refused for engines.
-    Oddity(
-        "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 dots3_note_text flex_olmo glm4_moe"
-        " glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe jamba longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe"
-        " qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text qwen4_exp qwen4_exp_text"
-        " sarvam_mla solar_open unlimited_ocr_text",
-        GATED,
-    ),
-    Oddity("nemotron_h", ("", "up_proj", "down_proj"), whole_in_vllm=False),
-    Oddity("ernie4_5_moe", GATED, ((r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),)),
-    Oddity("llama4 llama4_text", GATED, whole_in_vllm=False, linear_experts=True),  # and transposed
-    Oddity("lfm2_moe", MIXTRAL, whole_in_vllm=False),
-    Oddity("mixtral minimax minimax_m2", MIXTRAL, (SPARSE_BLOCK,), whole_in_vllm=False),
-    Oddity(
-        "phimoe",
-        MIXTRAL,
-        ((r"\.mlp\.router\.weight$", ".mlp.gate.weight"), SPARSE_BLOCK),
-        whole_in_vllm=False,
-    ),
-    # transformers 5.24.0: gpt_oss slices `[..., ::2]`; the others' conversions say Interleave, or their models slice so
-    Oddity(
-        "gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text inkling2_loop"
-        " inkling2_loop_text",
-        problem="with gate and up rows that alternate",
-    ),
-    # Stacks are what the hub has, too, and transformers 5.24.0 reads no other form.
-    Oddity(
-        "aria aria_text dbrx deepseek_ocr2_text diffusion_gemma diffusion_gemma_text ernie4_5_vl_moe_text gemma4"
-        " gemma4_text glm4v_moe_text granitemoe granitemoe_swa granitemoehybrid granitemoeshared hy_v4 hy_v4_vl"
-        " hy_v4_vl_text jetmoe lara_mini minimax_m3_vl_text mistral4 muse_spark muse_spark_text qwen3_vl_moe"
-        " qwen3_vl_moe_text step3p5 step3p7 zaya",
-        problem_of_engines="as loaders know {} alone: transformers would leave separate experts random",
-    ),
-    # Here `save_pretrained` (transformers 5.24.0) gives other names to much more than experts.
-    Oddity(
-        "axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 dots3_note dots3_note_vision_encoder ernie4_5_vl_moe"
-        " exaone_moe flint glm5_next glm5_next_text hy_v3 kimi_k25 kimi_linear kolibri1 laguna mimo_v2_flash"
-        " minimax_m3_vl mistral_large4 mistral_large4_text sarvam_moe unlimited_ocr",
-        problem_of_engines="named as in model.state_dict(), where {} has other names than loaders know",
-        remedy="save it with model.save_pretrained()",
-    ),
-    *RENAMED_WHEN_LOADED,
-    # transformers 5.24.0: what uses Conv1D of pytorch_utils
-    Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
-)
+# The largest count of layers or experts.
+MAX_COUNT = 10_000
 
 
 def config_values(config: dict, *keys: str) -> list:
-    """List what config.json says under any of `keys`, then its language model's config (`text_config` and alike)."""
-    named = (
-        config.get(key) for key in keys
-    )  # lists, as ERNIE's of experts for text and for images, one by one
-    values = [
-        v
-        for value in named
-        for v in (value if isinstance(value, list) else [value])
-        if v is not None
-    ]
+    """List the values of these keys in config.json, then those in its language model's config.
+
+    That is the entry `text_config` or one of a similar name."""
+    values = []
+    for key in keys:
+        value = config.get(key)
+        # ERNIE lists the experts for text and those for images.
+        entries = value if isinstance(value, list) else [value]
+        values += [entry for entry in entries if entry is not None]
     for key, nested in config.items():
         if isinstance(nested, dict) and LANGUAGE_KEY.match(key):
             values += config_values(nested, *keys)
     return values
 
 
-MAX_INTEGER = 1 << 24  # the largest that is believed, of words for example
-MAX_COUNT = 10_000  # of layers or experts
-
-
 def as_integer(value: object) -> int | None:
-    """Return a whole number of JSON, 12 or 12.0, or the one that a string of digits stands for;
-    None of all else."""
-    digits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value.strip())
-    whole = isinstance(value, float) and value.is_integer()
-    if digits or whole:
+    """Return the integer that 12, 12.0 or "12" in JSON stands for; None for anything else."""
+    is_text = isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value.strip())
+    is_whole = isinstance(value, float) and value.is_integer()
+    if is_text or is_whole:
         value = int(value)
     return value if type(value) is int and 0 <= value <= MAX_INTEGER else None
 
 
 def as_count(value: object) -> int | None:
-    """Return a number of layers or experts; None of all else."""
+    """Return a count of layers or experts; None for anything else."""
     number = as_integer(value)
     return number if number is not None and number <= MAX_COUNT else None
 
@@ -1879,64 +1459,90 @@ def as_boolean(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
+def converted_values(config: dict, keys: tuple[str, ...], convert: Callable) -> list:
+    """List the values of these keys that are of the right kind.
+
+    `odd_config_values` names the others."""
+    converted = [convert(value) for value in config_values(config, *keys)]
+    return [value for value in converted if value is not None]
+
+
 def config_integers(config: dict, *keys: str) -> list[int]:
-    """List the whole numbers that config.json has under these keys; `odd_config_values` names what
-    is none."""
-    found = map(as_integer, config_values(config, *keys))
-    return [number for number in found if number is not None]
+    """List the integers that config.json has under these keys."""
+    return converted_values(config, keys, as_integer)
 
 
 def config_counts(config: dict, *keys: str) -> list[int]:
-    """List the numbers of layers or experts that config.json has under these keys."""
-    found = map(as_count, config_values(config, *keys))
-    return [number for number in found if number is not None]
+    """List the counts of layers or experts that config.json has under these keys."""
+    return converted_values(config, keys, as_count)
 
 
 def config_strings(config: dict, *keys: str) -> list[str]:
     """List the strings that config.json has under these keys."""
-    found = map(as_string, config_values(config, *keys))
-    return [text for text in found if text is not None]
+    return converted_values(config, keys, as_string)
 
 
 def config_booleans(config: dict, *keys: str) -> list[bool]:
-    """List what config.json says as true or false under these keys."""
-    found = map(as_boolean, config_values(config, *keys))
-    return [value for value in found if value is not None]
+    """List the booleans that config.json has under these keys."""
+    return converted_values(config, keys, as_boolean)
 
 
 def architectures_of(config: dict) -> list[str]:
-    """List the classes that config.json names for the whole model, and not those for a part of
-    it."""
+    """List the classes that config.json names for the whole model, and not those for its parts."""
     return config_strings(only(config, "architectures"), "architectures")
 
 
 def only(config: dict, key: str) -> dict:
-    """Leave of config.json the one entry that is for the whole model, and not those of its
-    parts."""
+    """Reduce config.json to the one entry for the whole model, without those for its parts."""
     return {key: config.get(key)}
 
 
 def odd_config_values(config: dict) -> list[str]:
-    """Name what config.json has under the keys that are read here and that is not of the kind that
-    belongs there."""
+    """List the keys that are read here and have a value of the wrong kind, each with the value."""
     odd = []
     for convert, keys in CONFIG_KEYS.items():
         for key in keys:
-            values = config_values(config, key)
-            found = [value for value in values if convert(value) is None]
-            if found:
-                odd.append(f"{key} {shorten(json.dumps(found[0]), 40)}")
+            wrong = [value for value in config_values(config, key) if convert(value) is None]
+            if wrong:
+                odd.append(f"{key} {shorten(json.dumps(wrong[0]), 40)}")
     return odd
 
 
-def find_quantization(folder: Path, config: dict) -> list[str]:
-    """Take what says how a model is quantized out of its config.json; names it, and the files
-    beside it that say so, each with its method. An entry of null says nothing."""
-    found = [
-        f"{place} ({quantization_method(value)}) of {CONFIG_NAME}"
-        for place, value in pop_quantization(config).items()
-        if value is not None
-    ]
+def model_dtype(config: dict) -> str | None:
+    """Return the safetensors name of the 16-bit dtype in config.json, in which engines compute.
+
+    Returns None if config.json names none."""
+    dtypes = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
+    for name in config_strings(config, "dtype", "torch_dtype"):
+        name = name.removeprefix("torch.")
+        if name in dtypes:
+            return dtypes[name]
+    return None
+
+
+def pop_quantization(value: dict | list, place: str = "") -> dict[str, object]:
+    """Remove the entries about quantization from a JSON value, and return them by their places."""
+    entries: dict[str, object] = {}
+    if isinstance(value, dict):
+        for key in QUANTIZATION_KEYS:
+            if key in value:
+                entries[place + key] = value.pop(key)
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        if isinstance(part, dict | list):
+            entries |= pop_quantization(part, f"{place}{key}.")
+    return entries
+
+
+def describe_quantization(entries: dict[str, object], folder: Path) -> list[str]:
+    """List what says how the model is quantized, each with its method.
+
+    That is the entries that were in config.json, and files beside it. An entry of null says
+    nothing."""
+    described = []
+    for place, entry in entries.items():
+        if entry is not None:
+            described.append(f"{place} ({quantization_method(entry)}) of {CONFIG_NAME}")
     for name in QUANTIZATION_FILES:
         path = folder / name
         if path.exists():
@@ -1944,27 +1550,12 @@ def find_quantization(folder: Path, config: dict) -> list[str]:
                 method = quantization_method(read_json(path))
             except QuantizeError:
                 method = "not readable"
-            found.append(f"{name} ({method})")
-    return found
-
-
-def pop_quantization(value: dict | list, place: str = "") -> dict[str, object]:
-    """Remove the entries about quantization from a JSON value, at any depth; returns them by their
-    places."""
-    found = {}
-    if isinstance(value, dict):
-        for key in QUANTIZATION_KEYS:
-            if key in value:
-                found[place + key] = value.pop(key)
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in parts:
-        if isinstance(part, dict | list):
-            found |= pop_quantization(part, f"{place}{key}.")
-    return found
+            described.append(f"{name} ({method})")
+    return described
 
 
 def quantization_method(entry: object) -> str:
-    """Name the method that an entry or a file about quantization is of, as far as it says so."""
+    """Name the method in an entry or a file about quantization, as far as it says so."""
     if isinstance(entry, str):
         return shorten(entry, 40)
     if not isinstance(entry, dict):
@@ -1976,243 +1567,878 @@ def quantization_method(entry: object) -> str:
         return "bitsandbytes"
     if "config_groups" in entry:
         return "compressed-tensors"
-    nested = entry.get("quantization")  # ModelOpt's
+
+    # ModelOpt's.
+    nested = entry.get("quantization")
     if isinstance(nested, dict):
         return quantization_method(nested)
     bits = as_integer(entry.get("bits"))
     return "no method" if bits is None else f"{bits} bits"
 
 
-def model_dtype(config: dict) -> str | None:
-    """Return the 16-bit dtype that engines compute in, by its safetensors name; None if config.json names no such."""
-    known = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
-    names = (
-        value.removeprefix("torch.") for value in config_strings(config, "dtype", "torch_dtype")
-    )
-    return next((known[name] for name in names if name in known), None)
+# ---- Architectures: stacks of experts, and what a tensor is for -----------------------------------------------------
+
+# Patterns of weights' names, by the conventions of the hub's architectures. `find_kinds` finds other
+# embeddings, heads and routers by their shape and place.
+EMBEDDING_NAME = (
+    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|wte|wpe|\w+_bias|\w*pos_emb|\w+_token"
+    r"|query_\d+\w*)\.weight$"
+    r"|^(\w+\.)?shared\.weight$"
+)
+HEAD_NAME = (
+    r"(^|\.)(lm_head|embed_out|score|classifier|output_layer|shared_head\.head)\.weight$"
+    r"|^output\.weight$"
+)
+ROUTER_NAME = r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?\.weight$"
+
+# A weight beside experts that has a row for each, and one of these names, is no router.
+NO_ROUTER = r"_proj$|^(shared_|self_)|attn|attention|(^|\.)mlp(\.|$)|experts"
+
+# A weight with a row for each word: of a head, or of either in a layer.
+HEAD_WORDS = r"head|output|logits|unembed|classifier|score"
+VOCABULARY_WORDS = r"head|output_layer|logits|embed|vocab|wte"
+
+# An embedding with one of these in its name is not of words.
+NO_WORDS = r"pos|wpe|type|bias"
+
+# Rows that an embedding or a head may have beyond vocab_size.
+EXTRA_WORDS = 64
+
+# Kinds of other layers, for the tables that are printed. The first pattern that matches counts.
+LAYER_KINDS = {
+    "experts": r"\.experts\.\d+\.",
+    "shared experts": r"\.shared_experts?\.",
+    "attention": r"attn|attention|\.[qkvo]_proj\.|qkv|\.w[qkvo]\.",
+    "Mamba": r"\.(in_proj|out_proj|x_proj|dt_proj)\.|mamba|ssm",
+    "MLP": (
+        r"mlp|ffn|feed_forward|(gate|up|down)_proj|fc\d|dense_(h_to|4h)|\.(w[123]|wi|wo)(_\d)?\."
+    ),
+}
+
+# Keys of config.json.
+EXPERT_COUNTS = (
+    "n_routed_experts",
+    "num_experts",
+    "num_local_experts",
+    "moe_num_experts",
+)
+EXPERT_WIDTHS = (
+    "moe_intermediate_size",
+    "intermediate_size",
+    "expert_ffn_hidden_size",
+    "ffn_hidden_size",
+)
+
+# Names of an expert's projections: gate, up and down.
+GATED = ("gate_proj", "up_proj", "down_proj")
+UNGATED = ("", "up_proj", "down_proj")
+MIXTRAL = ("w1", "w3", "w2")
+
+# Instead of a new name in `Oddity.in_memory`: it depends on more than the name in the file.
+UNKNOWN = ""
 
 
-def oddity_with(field: str, config: dict) -> Oddity:
-    """Find a row that has something in a field and is about a type that config.json names, or an empty one: first
-    about the whole model's type, then about that of its language model."""
+# A row is equal to itself alone, since dicts have no hash.
+@dataclass(frozen=True, eq=False)
+class Oddity:
+    """Exceptions by model type, where names and shapes alone would mislead."""
+
+    # The types that the row is about, as config.json names them, separated by blanks.
+    model_types: str
+
+    # The names of an expert's gate, up and down projection where each expert has weights of its
+    # own, as `save_pretrained` writes them and as vLLM 0.29.0 knows them (its models'
+    # `ckpt_*_proj_name`). The gate is "" where experts have none.
+    projections: tuple[str, ...] = ()
+
+    # What else `save_pretrained` names otherwise than `model.state_dict()`: pattern -> replacement.
+    renames: Mapping[str, str] = field(default_factory=dict)
+
+    # Whether vLLM also reads stacks of experts as they are.
+    whole_in_vllm: bool = True
+
+    # Whether transformers makes each expert an nn.Linear once anything is quantized.
+    linear_experts: bool = False
+
+    # Whether the layers' weights lie as (in, out).
+    conv1d: bool = False
+
+    # Why stacks of experts cannot be read as one weight an expert, in any format.
+    problem: str = ""
+
+    # Why engines would not load the experts that a stack is read as. {} stands for the model type.
+    problem_of_engines: str = ""
+
+    # What helps against either problem, where it is not to exclude the stacks.
+    remedy: str = ""
+
+    # What transformers renames as it loads a model: pattern of names in the files -> replacement.
+    # They apply one after the other. A "|" separates the names that one tensor is split into.
+    in_memory: Mapping[str, str] = field(default_factory=dict)
+
+    # A pattern of the weights that transformers joins or permutes as it loads them.
+    computed: str = ""
+
+    # A pattern of names. A checkpoint that has such has half as many layers as config.json says.
+    halved: str = ""
+
+    @property
+    def tells_experts(self) -> bool:
+        """Whether this row says how loaders know the experts of its types."""
+        return bool(self.projections or self.problem or self.problem_of_engines)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the experts are known to have a gate."""
+        return bool(self.projections and self.projections[0])
+
+    def is_about(self, model_type: str | None) -> bool:
+        """Check whether this is a row about a model type."""
+        return model_type in self.model_types.split()
+
+    def projections_of(self, role: str) -> tuple[str, ...]:
+        """Return the names of the weights that a stack is cut into, in their order."""
+        gate, up, down = self.projections or GATED
+        names = {
+            "gate_up_proj": (gate, up),
+            "gate_proj": (gate,),
+            "up_proj": (up,),
+            "down_proj": (down,),
+        }
+        return names[role]
+
+    def renamed(self, name: str) -> str:
+        """Rename a tensor of a state dict as `save_pretrained` does."""
+        for pattern, replacement in self.renames.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+# Renamings that several rows share.
+SPARSE_BLOCK = {r"\.mlp\.": ".block_sparse_moe."}
+TO_Q_K_V = {
+    r"\.self_attn\.to_([qkv])\.": r".self_attn.\1_proj.",
+    r"\.self_attn\.to_out\.": ".self_attn.o_proj.",
+}
+FORGET_GATE = {r"self_attn\.f_([ab])_proj\.": r"self_attn.forget_gate.f_\1_proj."}
+MLP1 = {
+    r"^mlp1\.1\.": "multi_modal_projector.linear_1.",
+    r"^mlp1\.3\.": "multi_modal_projector.linear_2.",
+}
+
+# What transformers 5.24.0 renames as it loads a model (conversion_mapping.py), where it renames
+# layers themselves and not only what wraps them. tests/test_model_types.py compares the two, type
+# by type.
+RENAMED_WHEN_LOADED = (
+    Oddity(
+        "axk2",
+        in_memory={
+            "W_down": "mlp.fc1",
+            "W_up": "mlp.fc2",
+            r"self_attn\.q_b_proj\.": "self_attn.q_gate_proj.",
+        },
+    ),
+    Oddity(
+        "bailing_hybrid sarvam_moe",
+        in_memory={
+            r"\.attention\.": ".self_attn.",
+            r"\.query_key_value\.": ".q_proj.|.k_proj.|.v_proj.",
+            r"self_attn\.f_proj\.": "self_attn.forget_gate.f_proj.",
+            r"\.self_attn\.dense\.": ".self_attn.o_proj.",
+        },
+    ),
+    Oddity("cosmos3_omni", in_memory=TO_Q_K_V),
+    Oddity(
+        "cosmos3_edge",
+        in_memory={
+            **TO_Q_K_V,
+            r"\.mlp\.up_proj\.": ".mlp.fc1.",
+            r"\.mlp\.down_proj\.": ".mlp.fc2.",
+        },
+    ),
+    Oddity(
+        "deepseek_v4",
+        in_memory={
+            r"\.attn\.": ".self_attn.",
+            r"\.ffn\.": ".mlp.",
+            r"\.indexer\.compressor\.": ".compressor.indexer.",
+            r"\.indexer\.weights_proj\.": ".compressor.indexer.scorer.weights_proj.",
+            r"\.indexer\.wq_b\.": ".compressor.indexer.q_b_proj.",
+            r"\.w(q_a|q_b|kv)\.": r".\1_proj.",
+            r"\.wgate\.": ".gate_proj.",
+            r"\.wo_([ab])\.": r".o_\1_proj.",
+            r"\.shared_experts\.w1\.": ".shared_experts.gate_proj.",
+            r"\.shared_experts\.w2\.": ".shared_experts.down_proj.",
+            r"\.shared_experts\.w3\.": ".shared_experts.up_proj.",
+        },
+    ),
+    # An attention block and an MLP are one layer here, and two in config.json.
+    Oddity(
+        "dory",
+        in_memory={
+            r"\.mixer\.": UNKNOWN,
+            r"\.self_attn\.g_proj\.": ".self_attn.gate_proj.",
+        },
+        halved=r"\.(self_attn|mlp)\.",
+    ),
+    Oddity(
+        "dots3_note dots3_note_audio_encoder dots3_note_vision_encoder",
+        in_memory={
+            r"audio_adapter\.|dots_encoder\.": UNKNOWN,
+            r"(blocks\.\d+\.mlp)\.fc1\.": r"\1.gate_proj.",
+            r"(blocks\.\d+\.mlp)\.fc2\.": r"\1.down_proj.",
+            r"(blocks\.\d+\.mlp)\.fc3\.": r"\1.up_proj.",
+        },
+    ),
+    Oddity(
+        "exaone",
+        in_memory={
+            r"^transformer\.h\.": "model.layers.",
+            r"\.attn\.attention\.": ".self_attn.",
+            r"\.self_attn\.out_proj\.": ".self_attn.o_proj.",
+            r"\.mlp\.c_fc_0\.": ".mlp.gate_proj.",
+            r"\.mlp\.c_fc_1\.": ".mlp.up_proj.",
+            r"\.mlp\.c_proj\.": ".mlp.down_proj.",
+        },
+    ),
+    Oddity(
+        "ernie4_5_vl_moe",
+        in_memory={
+            r"(spatial|temporal)_linear\.0\.": r"\1_linear.fc1.",
+            r"(spatial|temporal)_linear\.2\.": r"\1_linear.fc2.",
+        },
+    ),
+    Oddity("glm5_next glm5_next_text", in_memory=FORGET_GATE),
+    Oddity(
+        "gte",
+        in_memory={
+            r"encoder\.layer\.": "layers.",
+            r"attention\.o_proj": "self_attn.o_proj",
+            r"attention\.qkv_proj": "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj",
+            r"mlp\.up_gate_proj": "mlp.up_proj|mlp.gate_proj",
+        },
+    ),
+    Oddity(
+        "hrm_text",
+        in_memory={
+            r"mlp\.gate_up_proj\.": "mlp.gate_proj.|mlp.up_proj.",
+            r"\.attn\.gqkv_proj\.": (
+                ".self_attn.gate_proj.|.self_attn.q_proj.|.self_attn.k_proj.|.self_attn.v_proj."
+            ),
+            r"\.attn\.o_proj\.": ".self_attn.o_proj.",
+        },
+    ),
+    Oddity("hy_v3", in_memory={r"mlp\.shared_mlp\.": "mlp.shared_experts."}),
+    Oddity(
+        "hy_v4 hy_v4_vl hy_v4_vl_text hunyuan_vl",
+        in_memory={
+            r"\.linear_gate\.": ".gate_proj.",
+            r"mlp\.dense_h_to_4h": "mlp.fc1",
+            r"mlp\.dense_4h_to_h": "mlp.fc2",
+            r"perceive\.": "patch_merger.",
+        },
+    ),
+    Oddity("hyperclovax_vision_v2", in_memory={r"\.vision_projector\.": ".projector."}),
+    Oddity(
+        "inkling_mm_model inkling2 inkling2_text inkling2_loop inkling2_loop_text",
+        in_memory={
+            r"\.(attn\.\w+_\w+|controllers\.\w+)\.\w*weight$|sconv\.weight_proj$": UNKNOWN,
+            r"visual\..*linear_\d|\.mlp\.c_(fc|proj)\.|\.proj_(in|out)\.": UNKNOWN,
+            r"mlp\.w13_dn\.": "mlp.gate_proj.|mlp.up_proj.",
+            r"mlp\.w2_md\.": "mlp.down_proj.",
+            r"\.unembed\.": ".lm_head.",
+        },
+    ),
+    Oddity("jev", in_memory={"^weight$": "proj.weight"}),
+    Oddity(
+        "nomic_bert",
+        in_memory={
+            "fc11": "up_proj",
+            "fc12": "gate_proj",
+            "fc2": "down_proj",
+        },
+    ),
+    Oddity(
+        "jina_embeddings_v3 nomic_bert",
+        in_memory={
+            r"encoder\.layers": "layers",
+            r"(attn|mixer)\.out_proj": "self_attn.o_proj",
+            r"(attn|mixer)\.Wqkv": "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj",
+        },
+    ),
+    Oddity(
+        "kimi_k25",
+        in_memory={
+            r"\.mlp\.fc1\.": ".mlp.fc2.",
+            r"\.mlp\.fc0\.": ".mlp.fc1.",
+            r"blocks\.(\d+)\.wo\.": r"blocks.\1.attn.proj.",
+            r"\.wqkv\.": ".attn.q_proj.|.attn.k_proj.|.attn.v_proj.",
+            r"mm_projector\.proj\.0": "mm_projector.in_proj",
+            r"mm_projector\.proj\.2": "mm_projector.out_proj",
+            r"vision_tower\.encoder\.": "vision_tower.",
+            "blocks": "layers",
+        },
+    ),
+    Oddity(
+        "kimi_linear",
+        in_memory={
+            **FORGET_GATE,
+            r"\.block_sparse_moe\.": ".mlp.",
+        },
+    ),
+    Oddity("laguna", in_memory={r"mlp\.shared_expert\.": "mlp.shared_experts."}),
+    Oddity(
+        "lara_mini", in_memory={r"\.in_proj\.": ".in_proj_qkv.|.in_proj_z.|.in_proj_b.|.in_proj_a."}
+    ),
+    Oddity("lfm3 lfm3_vl", in_memory={r"\.self_attn\.gate_proj\.": ".self_attn.g_proj."}),
+    Oddity("lfm3_vl_vision", in_memory={"patchifier": "patch_embed"}),
+    Oddity(
+        "minimax_m3_vl",
+        in_memory={
+            r"\.block_sparse_moe\.(gate|shared_experts)\.": r".mlp.\1.",
+            r"\.self_attn\.index_([qk])_proj\.": r".self_attn.indexer.\1_proj.",
+            r"\.(gate|up)_proj\.weight": ".gate_up_proj.weight",
+            r"^patch_merge_mlp\.linear_(\d)\.": r"multi_modal_projector.merge_linear_\1.",
+        },
+        computed=r"\.(gate|up)_proj\.weight$",
+    ),
+    Oddity(
+        "mistral_large4 mistral_large4_text",
+        in_memory={
+            r"\.wv\.": ".v_proj.",
+            r"\.wo\.": ".o_proj.",
+            r"\.wkv_a_with_mqa\.": ".kv_a_proj_with_mqa.",
+            r"\.wkv_b\.": ".kv_b_proj.",
+            r"\.wq\.": ".q_proj.",
+            r"attention\.wk\.": "attention.k_proj.",
+            r"\.(feed_forward|shared_experts)\.w1\.": r".\1.gate_proj.",
+            r"\.(feed_forward|shared_experts)\.w2\.": r".\1.down_proj.",
+            r"\.(feed_forward|shared_experts)\.w3\.": r".\1.up_proj.",
+            r"(^|\.)layers\.(\d+)\.shared_experts\.": r"\1layers.\2.mlp.shared_experts.",
+            r"^(?!.*vision)(.*\.)feed_forward\.": r"\1mlp.",
+            r"^(?!.*vision)(.*\.)attention\.": r"\1self_attn.",
+            r"\.w_in\.": ".linear_1.",
+            r"\.w_out\.": ".linear_2.",
+        },
+        computed=r"^vision_encoder\..*\.w[qk]\.",
+    ),
+    Oddity(
+        "molmo2 molmo2_text",
+        in_memory={
+            r"self_attn\.att_proj": "self_attn.q_proj|self_attn.k_proj|self_attn.v_proj",
+            r"self_attn\.attn_out": "self_attn.o_proj",
+            r"mlp\.ff_proj": "mlp.up_proj|mlp.gate_proj",
+            r"mlp\.ff_out": "mlp.down_proj",
+            r"\.transformer\.(res)?blocks\.": ".layers.",
+            r"\.attention\.w([qkvo])": r".self_attn.\1_proj",
+            r"\.feed_forward\.w1": ".mlp.fc1",
+            r"\.feed_forward\.w2": ".mlp.fc2",
+            r"image_pooling_2d\.w([qkvo])": r"image_pooling_2d.\1_proj",
+            r"image_projector\.w1": "image_projector.gate_proj",
+            r"image_projector\.w2": "image_projector.down_proj",
+            r"image_projector\.w3": "image_projector.up_proj",
+        },
+    ),
+    Oddity(
+        "nemo_speechlm",
+        in_memory={
+            r"^perception\.proj\.": "multi_modal_projector.",
+            r"^(perception|ctc_timestamp)\.": UNKNOWN,
+        },
+        computed=r"\.attn\.w_qkv\.",
+    ),
+    Oddity("nemotron_h_omni NemotronH_Omni_Reasoning_V3", in_memory=MLP1),
+    Oddity("phimoe", in_memory={r"\.block_sparse_moe\.gate\.weight": ".mlp.router.weight"}),
+    Oddity(
+        "qianfan_ocr",
+        in_memory={
+            **MLP1,
+            r"(layers\.\d+)\.attn\.proj\.": r"\1.attention.projection_layer.",
+            r"attn\.qkv\.": "attention.q_proj.|attention.k_proj.|attention.v_proj.",
+        },
+    ),
+    Oddity(
+        "radio",
+        in_memory={
+            r"\.patch_generator\.video_embedder\.": ".embeddings.video_patch_projection.",
+            r"\.patch_generator\.embedder\.": ".embeddings.patch_projection.",
+            r"radio_model\.model\.blocks": "encoder.layer",
+            r"attn\.proj": "attention.o_proj",
+            r"attn\.qkv": "attention.q_proj|attention.k_proj|attention.v_proj",
+        },
+    ),
+    Oddity(
+        "step3p7 step3p5_vision",
+        in_memory={
+            r"\.share_expert\.": ".mlp.shared_experts.",
+            r"vit_large_projector": "multi_modal_projector",
+            r"transformer\.resblocks\.": "layers.",
+            r"\.mlp\.c_fc\.": ".mlp.fc1.",
+            r"\.mlp\.c_proj\.": ".mlp.fc2.",
+            r"\.attn\.": ".self_attn.",
+            r"attn\.in_proj_weight": "attn.q_proj.weight|attn.k_proj.weight|attn.v_proj.weight",
+        },
+    ),
+    Oddity(
+        "timesfm2_5",
+        in_memory={
+            "ff0": "fc1",
+            "ff1": "fc2",
+        },
+    ),
+    Oddity("ultrabert", in_memory={r"^cls\.": "head.decoder."}),
+    Oddity("ultravbert", in_memory={r"^head\.decoder\.": "lm_head."}),
+    Oddity(
+        """deepseek_ocr2 unlimited_ocr unlimited_ocr_sam_vision_model unlimited_ocr_vision
+        unlimited_ocr_vision_encoder""",
+        in_memory={
+            r"(^|\.)blocks\.": r"\1layers.",
+            r"(^|\.)transformer\.": r"\1encoder.",
+            r"qkv_proj\.weight": "q_proj.weight|k_proj.weight|v_proj.weight",
+            r"projector\.layers\.": "multi_modal_projector.",
+        },
+    ),
+    # Encoders of images and sound, in whose files layers have altogether other names.
+    Oddity(
+        "cohere_asr",
+        in_memory={
+            r"log_softmax\.mlp\.layer0": "proj_out",
+            r"encoder|decoder": UNKNOWN,
+        },
+    ),
+    Oddity("gradium_phonon_tts", in_memory={r"^flow_lm\.": UNKNOWN}, computed=r"in_proj\."),
+    Oddity("tipsv2_dpt", in_memory={r"_head\.": UNKNOWN}),
+    Oddity(
+        """altclip audio-spectrogram-transformer beit conditional_detr d_fine deformable_detr
+        deit depth_pro detr dinov2 dinov2_with_registers ijepa lw_detr lw_detr_vit
+        maskformer pixio pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4 rf_detr
+        rf_detr_dinov2 rt_detr rt_detr_v2 sapiens2 segformer swin tipsv2 tipsv2_text_model
+        tipsv2_vision_model vit vit_mae vit_msn vivit""",
+        in_memory={r"\.\d+\.": UNKNOWN},
+        computed=r"in_proj\.|qkv\.|weights_in\.|\.w12\.",
+    ),
+)
+
+ODDITIES = (
+    # Names of experts, from transformers 5.24.0, conversion_mapping.py, which is for loading and so
+    # runs the other way. Each type there has a row (tests/test_model_types.py). Stacks of a type
+    # without one are refused for engines.
+    Oddity(
+        """afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 dots3_note_text
+        flex_olmo glm4_moe glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe jamba
+        longcat_flash mellum olmoe qwen2_moe qwen3_moe qwen3_next qwen3_5_moe
+        qwen3_5_moe_text qwen3_omni_moe qwen3_omni_moe_thinker qwen3_omni_moe_text qwen4_exp
+        qwen4_exp_text sarvam_mla solar_open unlimited_ocr_text""",
+        projections=GATED,
+    ),
+    Oddity("nemotron_h", projections=UNGATED, whole_in_vllm=False),
+    Oddity(
+        "ernie4_5_moe",
+        projections=GATED,
+        renames={r"\.mlp\.gate\.moe_statics\.": ".mlp.moe_statics."},
+    ),
+    # The stacks are transposed, too.
+    Oddity("llama4 llama4_text", projections=GATED, whole_in_vllm=False, linear_experts=True),
+    Oddity("lfm2_moe", projections=MIXTRAL, whole_in_vllm=False),
+    Oddity(
+        "mixtral minimax minimax_m2", projections=MIXTRAL, renames=SPARSE_BLOCK, whole_in_vllm=False
+    ),
+    Oddity(
+        "phimoe",
+        projections=MIXTRAL,
+        renames={
+            r"\.mlp\.router\.weight$": ".mlp.gate.weight",
+            **SPARSE_BLOCK,
+        },
+        whole_in_vllm=False,
+    ),
+    # In transformers 5.24.0 gpt_oss slices `[..., ::2]`. The others' models slice so, too, or their
+    # conversions say Interleave.
+    Oddity(
+        """gpt_oss openai_privacy_filter inkling_mm_model inkling_text inkling2 inkling2_text
+        inkling2_loop inkling2_loop_text""",
+        problem="with gate and up rows that alternate",
+    ),
+    # The hub has stacks, too, and transformers 5.24.0 reads no other form.
+    Oddity(
+        """aria aria_text dbrx deepseek_ocr2_text diffusion_gemma diffusion_gemma_text
+        ernie4_5_vl_moe_text gemma4 gemma4_text glm4v_moe_text granitemoe granitemoe_swa
+        granitemoehybrid granitemoeshared hy_v4 hy_v4_vl hy_v4_vl_text jetmoe lara_mini
+        minimax_m3_vl_text mistral4 muse_spark muse_spark_text qwen3_vl_moe
+        qwen3_vl_moe_text step3p5 step3p7 zaya""",
+        problem_of_engines=(
+            "as loaders know {} alone: transformers would leave separate experts random"
+        ),
+    ),
+    # `save_pretrained` of transformers 5.24.0 gives other names to much more than experts.
+    Oddity(
+        """axk1 axk2 bailing_hybrid deepseek_ocr2 deepseek_v4 dots3_note
+        dots3_note_vision_encoder ernie4_5_vl_moe exaone_moe flint glm5_next glm5_next_text
+        hy_v3 kimi_k25 kimi_linear kolibri1 laguna mimo_v2_flash minimax_m3_vl
+        mistral_large4 mistral_large4_text sarvam_moe unlimited_ocr""",
+        problem_of_engines=(
+            "named as in model.state_dict(), where {} has other names than loaders know"
+        ),
+        remedy="save it with model.save_pretrained()",
+    ),
+    *RENAMED_WHEN_LOADED,
+    # The models of transformers 5.24.0 that use Conv1D of pytorch_utils.
+    Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
+)
+
+
+def oddity_with(field_name: str, config: dict) -> Oddity:
+    """Find the row about the model's type, or else its language model's, that has this field.
+
+    Returns an empty row if there is none."""
     for model_type in config_strings(config, "model_type"):
         for row in ODDITIES:
-            if getattr(row, field) and model_type in row.model_types.split():
+            if getattr(row, field_name) and row.is_about(model_type):
                 return row
     return Oddity("")
 
 
 def rows_when_loaded(config: dict, scope: str = "") -> Iterator[tuple[str, Oddity]]:
-    """Yield the rows about what transformers renames or computes as it loads a model and its parts, each with a pattern
-    of the names that it is about: all, or for a part beside the language model those of towers."""
+    """Yield the rows about what transformers renames or computes as it loads a model.
+
+    With each row comes a pattern of the names that it applies to. It is that of all names, or for
+    a part beside the language model that of towers."""
     model_type = as_string(config.get("model_type"))
     for row in ODDITIES:
-        if (row.in_memory or row.computed) and model_type in row.model_types.split():
+        if (row.in_memory or row.computed) and row.is_about(model_type):
             yield scope, row
     for key, nested in config.items():
         if isinstance(nested, dict):
-            yield from rows_when_loaded(nested, scope if LANGUAGE_KEY.match(key) else TOWER_NAMES)
+            inner = scope if LANGUAGE_KEY.match(key) else TOWER_NAMES
+            yield from rows_when_loaded(nested, inner)
 
 
 def names_in_memory(name: str, rows: list[tuple[str, Oddity]]) -> tuple[str, ...] | None:
-    """Name what transformers makes of a file's tensor as it loads it; None if the rows do not tell."""
+    """Return the names that transformers gives a file's tensor; None if the rows do not tell."""
     names = [name]
     for scope, row in rows:
-        rules = row.in_memory if re.search(scope, name) else ()
-        for pattern, replacement in rules:
-            if not any(re.search(pattern, known) for known in names):
+        if not re.search(scope, name):
+            continue
+        for pattern, replacement in row.in_memory.items():
+            if not any(re.search(pattern, old) for old in names):
                 continue
-            if not replacement:
+            if replacement == UNKNOWN:
                 return None
-            parts = replacement.split("|")
-            renamed = [re.sub(pattern, part, known, count=1) for known in names for part in parts]
-            names = list(dict.fromkeys(renamed))
+            names = rename_or_split(names, pattern, replacement.split("|"))
     return tuple(names)
 
 
+def rename_or_split(names: list[str], pattern: str, replacements: list[str]) -> list[str]:
+    """Replace a pattern in each name, once by each of the replacements."""
+    renamed = []
+    for name in names:
+        renamed += [re.sub(pattern, replacement, name, count=1) for replacement in replacements]
+    return list(dict.fromkeys(renamed))
+
+
 def separate_experts_in_engines(config: dict) -> str:
-    """Say why engines would not find what stacks of experts become, if so or if that is not known."""
+    """Return why engines would not load the experts that a stack is read as; "" if they would."""
     types = config_strings(config, "model_type")
     row = oddity_with("tells_experts", config)
     if not row.tells_experts:
         model = f"model_type {types[0]!r}" if types else f"no model_type in {CONFIG_NAME}"
         return f"and with {model} it is not known how loaders name separate experts"
-    its_type = next(name for name in types if name in row.model_types.split())
-    return row.problem_of_engines.format(its_type)
+    named = [model_type for model_type in types if row.is_about(model_type)]
+    return row.problem_of_engines.format(named[0])
 
 
-# A tensor that holds all routed experts of a layer; the 2-D weights it is read as, expert by expert, or none if its
-# layout does not tell them; why it is not read so; whether vLLM knows it as it is, too.
-ExpertStack = namedtuple("ExpertStack", "info weights problem whole_in_vllm", defaults=[True])
+@dataclass(frozen=True)
+class ExpertStack:
+    """A tensor that holds all routed experts of a layer."""
+
+    info: TensorInfo
+
+    # The 2-D weights that it is read as, expert by expert; none if its layout is not known.
+    weights: list[TensorInfo]
+
+    # Why it is not read so, as the end of a sentence; "" if it is.
+    problem: str
+
+    # Whether vLLM also reads the stack as it is.
+    whole_in_vllm: bool = True
+
+
+@dataclass(frozen=True)
+class StackLayout:
+    """How the stacks of a layer's experts lie."""
+
+    # Why they cannot be read as one weight an expert, as the end of a sentence; "" if they can.
+    problem: str = ""
+
+    # Whether each expert's weight lies as (in, out).
+    transposed: bool = False
 
 
 def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, ExpertStack]:
     """Find every tensor that holds a layer's routed experts together, by its name."""
-    config, stacks, layers = (
-        checkpoint.config,
-        {},
-        {},
-    )  # layers: stacks by where the experts are, then by role
-    oddity, counts = oddity_with("projections", config), config_counts(config, *EXPERT_COUNTS)
-    in_engines = separate_experts_in_engines(config) if for_engines else ""
+    config = checkpoint.config
+    oddity = oddity_with("projections", config)
+    counts = config_counts(config, *EXPERT_COUNTS)
+    problem_in_engines = separate_experts_in_engines(config) if for_engines else ""
+    stacks: dict[str, ExpertStack] = {}
+
+    # Stacks whose names tell their roles: by the module that holds a layer's experts, then by role.
+    layers: dict[str, dict[str, TensorInfo]] = {}
     for name, info in checkpoint.tensors.items():
-        if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", name):
+        if not is_expert_stack(info, counts):
             continue
-        match = STACK_PATTERN.match(name) if len(info.shape) == 3 else None
-        if len(info.shape) == 3 and min(info.shape[1:]) >= CODES_PER_WORD:  # else a convolution
-            counted = info.shape[0] > 1 and info.shape[0] in counts
-            found = re.search(r"(^|[._])(experts?|moe)[._]", name) or (
-                counted and re.search(r"\.\d+\.", name)
-            )
-        else:  # DBRX's
-            found = len(info.shape) == 2 and re.search(
-                r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", name
-            )
-        if found and not match:
+        match = STACK_PATTERN.match(name)
+        if len(info.shape) != 3 or not match:
             stacks[name] = ExpertStack(info, [], "in a layout that is not known")
-        elif found:  # Granite's are gated, too
-            role = match["projection"] or (
-                "gate_up_proj" if match["linear"] == "input_linear" else "down_proj"
-            )
-            twin = layers.setdefault(f"{match['place']}experts", {}).setdefault(role, info)
-            if twin is not info:
-                raise QuantizeError(TWO_COPIES.format(quote_names([twin.name, name])))
+            continue
+        role = role_of_stack(match)
+        layer = layers.setdefault(f"{match['place']}experts", {})
+        if role in layer:
+            raise QuantizeError(TWO_COPIES.format(quote_names([layer[role].name, name])))
+        layer[role] = info
+
     for module, layer in layers.items():
-        problem, turned = layout_of_stacks(module, layer, checkpoint, oddity)
+        layout = find_layout(module, layer, checkpoint, oddity)
         for role, info in layer.items():
-            weights = [] if problem else list(expert_weights(info, module, role, oddity, turned))
-            stacks[info.name] = ExpertStack(
-                info, weights, problem or in_engines, oddity.whole_in_vllm
-            )
+            weights = []
+            if not layout.problem:
+                weights = list(expert_weights(info, module, role, oddity, layout.transposed))
+            problem = layout.problem or problem_in_engines
+            stacks[info.name] = ExpertStack(info, weights, problem, oddity.whole_in_vllm)
     return stacks
 
 
-def layout_of_stacks(
-    module: str, layer: dict, checkpoint: Checkpoint, oddity: Oddity
-) -> tuple[str, bool]:
-    """Say why a layer's stacks, by role, cannot be read as one weight an expert, if so, and whether they are (in, out).
+def is_expert_stack(info: TensorInfo, counts: list[int]) -> bool:
+    """Check whether a tensor holds routed experts together.
 
-    The shapes of gate_up_proj and down_proj tell: (2 I, H) and (H, I), or transposed, (H, 2 I) and (I, H), which are
-    never the same. Without a gate, (I, H) and (H, I), it takes config.json."""
-    config, shapes = checkpoint.config, {role: info.shape[1:] for role, info in layer.items()}
-    if problem := oddity_with("problem", config).problem:
-        return problem, False
+    Its name tells it, or that it is in a layer and has as many parts as one of `counts` says."""
+    if info.dtype not in FLOAT_DTYPES or re.search(r"conv|pos|embed|table", info.name):
+        return False
+
+    # DBRX's are 2-D.
+    if len(info.shape) == 2:
+        return bool(re.search(r"\.experts(\.[a-z]\w*)+(?<!weight)(?<!bias)$", info.name))
+
+    # With fewer rows or columns, it is a convolution.
+    if len(info.shape) != 3 or min(info.shape[1:]) < CODES_PER_WORD:
+        return False
+    if re.search(r"(^|[._])(experts?|moe)[._]", info.name):
+        return True
+    is_counted = info.shape[0] > 1 and info.shape[0] in counts
+    return is_counted and bool(re.search(r"\.\d+\.", info.name))
+
+
+def role_of_stack(match: re.Match) -> str:
+    """Return which projections a stack holds, from a match of STACK_PATTERN."""
+    if match["projection"]:
+        return match["projection"]
+    # Granite's are gated, too.
+    return "gate_up_proj" if match["linear"] == "input_linear" else "down_proj"
+
+
+def find_layout(
+    module: str, layer: dict[str, TensorInfo], checkpoint: Checkpoint, oddity: Oddity
+) -> StackLayout:
+    """Find how a layer's stacks, by role, lie."""
+    problem = oddity_with("problem", checkpoint.config).problem
+    if problem:
+        return StackLayout(problem)
+
     bias = re.compile(rf"{re.escape(module)}\.(?!.*correction)\w*bias$")
-    if name := next(filter(bias.match, checkpoint.tensors), None):
-        return f"that have biases ({name!r}), too", False
-    gated = (
-        {"gate_up_proj", "gate_proj"}
-        if oddity.projections and oddity.projections[0]
-        else shapes.keys()
-    )
-    if not all(
-        roles & shapes.keys() for roles in ({"down_proj"}, {"gate_up_proj", "up_proj"}, gated)
-    ):
-        return "but not all projections of the layer's experts are there", False
+    for name in checkpoint.tensors:
+        if bias.match(name):
+            return StackLayout(f"that have biases ({name!r}), too")
+
+    has_up = "gate_up_proj" in layer or "up_proj" in layer
+    has_gate = "gate_up_proj" in layer or "gate_proj" in layer
+    if "down_proj" not in layer or not has_up or (oddity.has_gate and not has_gate):
+        return StackLayout("but not all projections of the layer's experts are there")
+
     if len({info.shape[0] for info in layer.values()}) > 1:
-        return "and the layer's other stacks hold more or fewer", False
-    rows, columns = shapes.pop("down_proj")
-    if gate_up := shapes.get("gate_up_proj"):
-        straight, turned = gate_up == (2 * columns, rows), gate_up == (columns, 2 * rows)
-        return "" if straight or turned else "of shapes that are not a gated pair's", turned
-    if any(shape != (columns, rows) for shape in shapes.values()):
-        return "of shapes that do not go together", False
-    hidden, widths = (
-        config_integers(config, "hidden_size", "moe_latent_size"),
-        config_integers(config, *EXPERT_WIDTHS),
-    )
-    straight, turned = (
-        (rows in hidden and columns in widths),
-        (columns in hidden and rows in widths),
-    )
-    if straight == turned and not oddity.projections:
-        return (
-            f"and {CONFIG_NAME} (hidden_size, moe_intermediate_size) does not tell whether transposed",
-            False,
-        )
-    return "", turned and not straight
+        return StackLayout("and the layer's other stacks hold more or fewer")
+
+    rows, columns = layer["down_proj"].shape[1:]
+    if "gate_up_proj" in layer:
+        return layout_of_gated_pair(layer["gate_up_proj"].shape[1:], rows, columns)
+    for role, info in layer.items():
+        if role != "down_proj" and info.shape[1:] != (columns, rows):
+            return StackLayout("of shapes that do not go together")
+    return layout_by_config(rows, columns, checkpoint.config, oddity)
+
+
+def layout_of_gated_pair(gate_up: tuple[int, ...], rows: int, columns: int) -> StackLayout:
+    """Find the layout of gate_up_proj and down_proj from their shapes.
+
+    `rows` and `columns` are those of down_proj. The shapes are (2 I, H) and (H, I), or transposed
+    (H, 2 I) and (I, H). No shapes fit both."""
+    if gate_up == (2 * columns, rows):
+        return StackLayout()
+    if gate_up == (columns, 2 * rows):
+        return StackLayout(transposed=True)
+    return StackLayout("of shapes that are not a gated pair's")
+
+
+def layout_by_config(rows: int, columns: int, config: dict, oddity: Oddity) -> StackLayout:
+    """Find the layout of up_proj and down_proj from config.json.
+
+    `rows` and `columns` are those of down_proj: H and I or, transposed, I and H. Their shapes
+    alone do not tell which."""
+    hidden = config_integers(config, "hidden_size", "moe_latent_size")
+    widths = config_integers(config, *EXPERT_WIDTHS)
+    may_be_straight = rows in hidden and columns in widths
+    may_be_transposed = columns in hidden and rows in widths
+    if may_be_straight == may_be_transposed and not oddity.projections:
+        keys = "(hidden_size, moe_intermediate_size)"
+        return StackLayout(f"and {CONFIG_NAME} {keys} does not tell whether transposed")
+    return StackLayout(transposed=may_be_transposed and not may_be_straight)
 
 
 def expert_weights(
-    stack: TensorInfo, module: str, role: str, oddity: Oddity, turned: bool
+    stack: TensorInfo, module: str, role: str, oddity: Oddity, transposed: bool
 ) -> Iterator[TensorInfo]:
-    """Yield the 2-D weights (out, in) of a stack (experts, out, in), each in one piece of it, or (experts, in, out)."""
-    out_features, in_features = reversed(stack.shape[1:]) if turned else stack.shape[1:]
-    names, itemsize = oddity.projections_of(role), DTYPE_BITS[stack.dtype] // 8
-    shape, stride = (
-        (out_features // len(names), in_features),
-        out_features * itemsize if turned else 0,
-    )
-    for expert, (number, name) in itertools.product(range(stack.shape[0]), enumerate(names)):
-        start = expert * out_features * in_features + number * shape[0] * (
-            1 if turned else in_features
-        )
-        part = f"{module}.{expert}.{name}.weight"
-        if turned:
-            yield stack.transposed_part(part, shape, start * itemsize, stride)
-        else:
-            yield stack.part(part, shape, start * itemsize)
+    """Yield the 2-D weights (out, in) that a stack is read as, expert by expert.
+
+    The stack is (experts, out, in) or, transposed, (experts, in, out)."""
+    if transposed:
+        in_features, out_features = stack.shape[1:]
+    else:
+        out_features, in_features = stack.shape[1:]
+    names = oddity.projections_of(role)
+    shape = (out_features // len(names), in_features)
+    itemsize = DTYPE_BITS[stack.dtype] // 8
+
+    for expert in range(stack.shape[0]):
+        expert_start = expert * out_features * in_features * itemsize
+        for number, name in enumerate(names):
+            part = f"{module}.{expert}.{name}.weight"
+            first_row = number * shape[0]
+            if transposed:
+                start = expert_start + first_row * itemsize
+                yield stack.transposed_part(part, shape, start, stride=out_features * itemsize)
+            else:
+                start = expert_start + first_row * in_features * itemsize
+                yield stack.part(part, shape, start)
 
 
 def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[str, str]:
-    """Find of which kind each weight's layer is: embeddings, head and routers by their names, or shapes and places.
-
-    A router beside a layer's experts has a row for each. A weight with as many rows as there are words is an embedding
-    or a head, but for a layer's projections and what joins a tower to the language model, where it may be chance."""
-    names, kinds, experts = (
-        {info.name for info in tensors},
-        {},
-        {},
-    )  # experts: their number, by the module around them
-    counts = config_counts(config, *EXPERT_COUNTS)
+    """Find the kind of layer that each weight belongs to."""
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
+    names = {info.name for info in tensors}
+    counts = config_counts(config, *EXPERT_COUNTS)
+    kinds: dict[str, str] = {}
     for info in weights:
-        numbered_with_bias = (
-            re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias" in names
-        )  # linear layers in a row
-        if re.search(EMBEDDING_NAME, info.name) and not numbered_with_bias:
-            kinds[info.name] = "embeddings"
-        elif re.search(ROUTER_NAME, info.name) and (
-            info.shape[0] < info.shape[1] or info.shape[1] in counts
-        ):  # else a gate for each column; ERNIE's with images lie as (in, out)
-            kinds[info.name] = "routers"
-        elif re.search(HEAD_NAME, info.name):
-            kinds[info.name] = "head"
-    for info in tensors:
-        if match := EXPERT_PATTERN.match(info.name):
-            place = match[1].rpartition(".")[0]
-            experts[place] = max(experts.get(place, 0), int(match[2]) + 1)
-        elif len(info.shape) == 3 and (match := STACK_PATTERN.match(info.name)):
-            experts[match["place"].rstrip(".")] = info.shape[0]
-    tables = [
-        i.shape
-        for i in weights
-        if kinds.get(i.name) == "embeddings" and not re.search(NO_WORDS, i.name)
-    ]
-    words = config_integers(config, "vocab_size", "padded_vocab_size")
-    words += [rows for rows, _ in tables]
-    widths = {
-        *config_integers(config, "hidden_size", "d_model", "n_embd"),
-        *(columns for _, columns in tables),
-    }
-    for info in (info for info in weights if info.name not in kinds):
-        module, (rows, columns) = info.name.removesuffix(".weight"), info.shape
-        parts = module.split(".")
-        last, in_layer = ".".join(parts[-2:]), any(map(str.isdigit, parts))
-        as_many = any(count <= rows <= count + EXTRA_WORDS for count in words) and (
-            not widths or columns in widths
-        )
-        if as_many and (
-            re.search(VOCABULARY_WORDS, last) if in_layer else not TOWER_WORDS.search(module)
-        ):
-            kinds[info.name] = "head" if re.search(HEAD_WORDS, last) else "embeddings"
-        for place in (parts[-1], last):
-            beside = rows < columns and experts.get(module.removesuffix(place).rstrip(".")) == rows
-            if beside and ("rout" in place or not re.search(NO_ROUTER, place)):
-                kinds[info.name] = "routers"
-        named = (kind for kind, pattern in LAYER_KINDS if re.search(pattern, info.name))
-        kinds.setdefault(info.name, next(named, "other"))
+        kind = kind_by_name(info, names, counts)
+        if kind:
+            kinds[info.name] = kind
+
+    embeddings = [info for info in weights if kinds.get(info.name) == "embeddings"]
+    vocabulary = Vocabulary.of(embeddings, config)
+    experts = count_experts(tensors)
+    for info in weights:
+        if info.name not in kinds:
+            kinds[info.name] = kind_by_shape(info, vocabulary, experts)
     return kinds
+
+
+def kind_by_name(
+    info: TensorInfo | OutputTensor, names: Collection[str], expert_counts: list[int]
+) -> str | None:
+    """Return "embeddings", "routers" or "head" if a weight has such a name, else None.
+
+    `names` are those of all tensors."""
+    rows, columns = info.shape
+
+    # Layers with numbers, of which the first has a bias, are linear ones in a row.
+    first_bias = re.sub(r"\.\d+\.weight$", "", info.name) + ".0.bias"
+    if re.search(EMBEDDING_NAME, info.name) and first_bias not in names:
+        return "embeddings"
+
+    # Others are gates with a row for each column. ERNIE's with images lie as (in, out).
+    is_router_shape = rows < columns or columns in expert_counts
+    if is_router_shape and re.search(ROUTER_NAME, info.name):
+        return "routers"
+    if re.search(HEAD_NAME, info.name):
+        return "head"
+    return None
+
+
+def count_experts(tensors: list[TensorInfo | OutputTensor]) -> dict[str, int]:
+    """Count the routed experts of each layer, by the module that they are in."""
+    experts: dict[str, int] = {}
+    for info in tensors:
+        match = EXPERT_PATTERN.match(info.name)
+        if match:
+            module = match[1].rpartition(".")[0]
+            experts[module] = max(experts.get(module, 0), int(match[2]) + 1)
+            continue
+        match = STACK_PATTERN.match(info.name)
+        if match and len(info.shape) == 3:
+            experts[match["place"].rstrip(".")] = info.shape[0]
+    return experts
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How many words a model may know, and in how many columns."""
+
+    words: list[int]
+    widths: set[int]
+
+    @staticmethod
+    def of(embeddings: list[TensorInfo | OutputTensor], config: dict) -> Vocabulary:
+        """Find the numbers in config.json, and in the shapes of embeddings."""
+        words = config_integers(config, "vocab_size", "padded_vocab_size")
+        widths = set(config_integers(config, "hidden_size", "d_model", "n_embd"))
+        for info in embeddings:
+            if not re.search(NO_WORDS, info.name):
+                words.append(info.shape[0])
+                widths.add(info.shape[1])
+        return Vocabulary(words, widths)
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Check whether a weight of this shape may have a row for each word."""
+        if self.widths and columns not in self.widths:
+            return False
+        return any(count <= rows <= count + EXTRA_WORDS for count in self.words)
+
+
+def kind_by_shape(
+    info: TensorInfo | OutputTensor, vocabulary: Vocabulary, experts: dict[str, int]
+) -> str:
+    """Return the kind of a weight for which `kind_by_name` has none."""
+    module = info.name.removesuffix(".weight")
+    if has_row_for_each_expert(module, info.shape, experts):
+        return "routers"
+
+    parts = module.split(".")
+    last = ".".join(parts[-2:])
+    if vocabulary.fits(*info.shape):
+        # A layer's projection may have this shape by chance, and so may what joins a tower to the
+        # language model.
+        if any(part.isdigit() for part in parts):
+            is_of_words = bool(re.search(VOCABULARY_WORDS, last))
+        else:
+            is_of_words = not TOWER_WORDS.search(module)
+        if is_of_words:
+            return "head" if re.search(HEAD_WORDS, last) else "embeddings"
+
+    for kind, pattern in LAYER_KINDS.items():
+        if re.search(pattern, info.name):
+            return kind
+    return "other"
+
+
+def has_row_for_each_expert(module: str, shape: tuple[int, ...], experts: dict[str, int]) -> bool:
+    """Check whether a weight is a router: beside experts, with a row for each, and so named."""
+    rows, columns = shape
+    if rows >= columns:
+        return False
+    parts = module.split(".")
+    for place in (parts[-1], ".".join(parts[-2:])):
+        may_be_router = "rout" in place or not re.search(NO_ROUTER, place)
+        if may_be_router and experts.get(module.removesuffix(place).rstrip(".")) == rows:
+            return True
+    return False
 
 
 # ---- Quantization: scales and codes of a block of weights. No I/O, no names. ----------------------------------------
