@@ -291,7 +291,7 @@ def test_stacks_that_are_kept_are_those_of_the_source(name, saved, tmp_path):
         assert torch.equal(written[key], source[key]), key
 
 
-# --- limits of transformers 5.23: when one of these fails, it is gone -------------------------------------------------
+# --- limits of transformers 5.24: when one of these fails, it is gone -------------------------------------------------
 
 
 def test_transformers_cannot_load_a_quantized_t5_unless_it_is_decoded_at_once(tmp_path):
@@ -309,6 +309,17 @@ def test_transformers_cannot_load_experts_that_were_kept(tmp_path):
     _, report = families.load("nemotron_h", tmp_path / "out")
     experts = "model.layers.1.mixer.experts"
     assert report["missing_keys"] == {f"{experts}.up_proj", f"{experts}.down_proj"}
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_transformers_dequantizes_layers_of_two_widths_as_if_they_had_one(tmp_path):
+    groups_alike = ["--format", "compressed-tensors", "--group_size", 128]
+    folder = convert("llama", "pretrained", "attention in 8 bits", tmp_path, groups_alike)
+    options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    result = load_with_twin("llama", folder, **options)
+    check_report(result)
+    with pytest.raises(AssertionError, match=r"self_attn\.[qkvo]_proj\.weight"):
+        check_parameters(result)
 
 
 def test_transformers_stops_at_an_int4_folder(tiny, tmp_path):
