@@ -756,6 +756,15 @@ class PageCache:
         self._is_known = False
         return [(0, os.fstat(self.fd).st_size)]
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether the page cache was asked."""
+        return "others" in vars(self)
+
+    def ask(self) -> None:
+        """Ask the page cache, if it was not asked before."""
+        _ = self.others
+
     def holds(self, start: int, end: int) -> bool:
         """Tell whether some of a part is known to have been there."""
         return bool(within(self.others, start, end)) and self._is_known
@@ -790,7 +799,9 @@ class InFile:
 
 @dataclass(frozen=True)
 class InMap:
-    """Bytes that only the map of a pickle gives row after row: those of `tensor`, from byte `start` on."""
+    """Bytes of a pickle's tensor, row after row from byte `start` on.
+
+    They lie otherwise in the file, or are computed from what lies there."""
 
     tensor: str
     start: int = 0
@@ -801,7 +812,7 @@ class InMap:
 
 @dataclass(frozen=True)
 class Transposed:
-    """Bytes that lie column after column: the first from `columns` on, each `stride` bytes after the one before."""
+    """Bytes that lie column after column, each `stride` bytes after the one before."""
 
     columns: InFile | InMap
     stride: int
@@ -821,7 +832,7 @@ class TensorInfo:
     file: Path
     location: InFile | InMap | Transposed
 
-    # The tensor of the file that this one is, under whatever name, or is cut from.
+    # The name of this tensor in the file, or of the stack that it is cut from.
     name_in_file: str
 
     def part(self, name: str, shape: tuple[int, int], start: int) -> TensorInfo:
@@ -833,8 +844,9 @@ class TensorInfo:
     def transposed_part(
         self, name: str, shape: tuple[int, int], start: int, stride: int
     ) -> TensorInfo:
-        """Describe a matrix that begins `start` bytes into this tensor, and of which the columns lie there as rows,
-        `stride` bytes apart."""
+        """Describe a matrix whose first column begins `start` bytes into this tensor.
+
+        Each other column begins `stride` bytes after the one before."""
         part = self.part(name, shape, start)
         return replace(part, location=Transposed(part.location, stride))
 
@@ -845,55 +857,44 @@ class TensorInfo:
         return self.transposed_part(self.name, (columns, rows), 0, stride)
 
 
+# Headers of safetensors files, and JSON.
+
+
 def read_header(path: Path) -> tuple[dict, int]:
-    """Read the JSON header of a safetensors file, and where the tensors' bytes begin. ValueError if it has none."""
+    """Read the JSON header of a safetensors file, and where the tensors' bytes begin.
+
+    Raises ValueError if it has none."""
     with open(path, "rb") as file:
-        header_size, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
-        if header_size > min(100_000_000, size - 8):  # the library's own limit
+        header_size = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        # The first is the library's own limit.
+        if header_size > min(100_000_000, size - 8):
             raise ValueError(f"{size:,} bytes with a header of {header_size:,}")
         text = file.read(header_size).decode()
-    # An object with a name given twice stays a list of pairs.
-    header = json.loads(
-        text,
-        object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else pairs,
-    )
+    header = json.loads(text, object_pairs_hook=make_object)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object, or names a tensor twice")
     return header, 8 + header_size
 
 
+def make_object(pairs: list[tuple[str, object]]) -> dict | list:
+    """Make a dict of a JSON object, or leave it a list if it has a name twice."""
+    names = dict(pairs)
+    return names if len(names) == len(pairs) else pairs
+
+
 def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
-    """Read what one safetensors file holds. Checks what the library checks (tensors without gap or overlap, their
-    sizes, the file's length), and unique names; `safe_open` itself maps the file, which fails beyond the memory."""
+    """Read what one safetensors file holds.
+
+    Checks what the library checks: the tensors' sizes, that there is no gap or overlap between
+    them, and the file's length. `safe_open` itself maps the file, which fails beyond the memory."""
     infos: dict[str, TensorInfo] = {}
     try:
         header, start = read_header(path)
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            try:
-                dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-                whole = all(
-                    type(number) is int and 0 <= number < 2**63 for number in [*shape, first, last]
-                )
-                # No tensor has more dimensions than torch allows; the product of millions would take minutes.
-                if (
-                    not whole
-                    or len(shape) > 64
-                    or math.prod(shape) * DTYPE_BITS[dtype] != (last - first) * 8
-                ):
-                    raise ValueError
-                name.encode()
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"tensor {name!r} has no valid dtype, shape and offsets") from None
-            infos[name] = TensorInfo(
-                name, dtype, tuple(shape), last - first, path, InFile(start + first), name
-            )
-        for info in sorted(infos.values(), key=lambda info: (info.location.offset, info.nbytes)):
-            if info.location.offset != start:
-                raise ValueError(f"gap or overlap before tensor {info.name!r}")
-            start += info.nbytes
-        if start != path.stat().st_size:
-            raise ValueError(f"{path.stat().st_size:,} bytes, {start:,} by its header")
+            infos[name] = read_entry(name, entry, path, start)
+        check_no_gaps(infos, start, path.stat().st_size)
     except (ValueError, RecursionError) as error:
         raise QuantizeError(
             f"{path}: not a whole safetensors file ({error}): copy or download it again"
@@ -901,9 +902,42 @@ def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
+def read_entry(name: str, entry: dict, path: Path, start: int) -> TensorInfo:
+    """Read a tensor's entry in the header of a file whose tensors begin at `start`."""
+    try:
+        dtype = entry["dtype"]
+        shape = entry["shape"]
+        first, last = entry["data_offsets"]
+        numbers = [*shape, first, last]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError
+
+        # Torch allows no more dimensions. The product of millions would take minutes.
+        if len(shape) > 64:
+            raise ValueError
+        if math.prod(shape) * DTYPE_BITS[dtype] != (last - first) * 8:
+            raise ValueError
+        name.encode()
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"tensor {name!r} has no valid dtype, shape and offsets") from None
+    return TensorInfo(name, dtype, tuple(shape), last - first, path, InFile(start + first), name)
+
+
+def check_no_gaps(infos: dict[str, TensorInfo], start: int, size: int) -> None:
+    """Raise ValueError if tensors do not fill a file of this size from `start` on."""
+    end = start
+    for info in sorted(infos.values(), key=lambda info: (info.location.offset, info.nbytes)):
+        if info.location.offset != end:
+            raise ValueError(f"gap or overlap before tensor {info.name!r}")
+        end += info.nbytes
+    if end != size:
+        raise ValueError(f"{size:,} bytes, {end:,} by its header")
+
+
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that only tells Git LFS which one belongs there, as a clone without it leaves
-    them."""
+    """Refuse a file that only tells Git LFS which one belongs there.
+
+    A clone without Git LFS leaves such files."""
     with open(path, "rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
@@ -914,21 +948,24 @@ def refuse_pointer(path: Path) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object."""
     refuse_pointer(path)
+    too_deep = f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise QuantizeError(f"{path}: not valid JSON ({error})") from None
     except RecursionError:
-        raise QuantizeError(
-            f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep"
-        ) from None
+        raise QuantizeError(too_deep) from None
     if not isinstance(value, dict):
         raise QuantizeError(f"{path}: must hold a JSON object")
+
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
-        level = [part for whole in level for part in parts_of(whole)]
+        deeper = []
+        for whole in level:
+            deeper += parts_of(whole)
+        level = deeper
     if level:
-        raise QuantizeError(f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep")
+        raise QuantizeError(too_deep)
     return value
 
 
@@ -938,45 +975,62 @@ def parts_of(value: dict | list) -> list[dict | list]:
     return [part for part in parts if isinstance(part, dict | list)]
 
 
-IDLE_FILES: dict[WeightsFile, None] = {}  # that are open and nobody reads, the latest last
+# Files of tensors.
+
+# The files that are open although nobody reads them now, the latest last. The lock is for these and
+# for the descriptors of all files.
+IDLE_FILES: list[WeightsFile] = []
 IDLE_FILES_LOCK = threading.RLock()
 
 
 class WeightsFile:
-    """A file of tensors, and what it and its pages were like when it was opened: safetensors, or a
-    state dict saved by torch.save, of which nothing but tensors and plain containers is ever unpickled."""
+    """A file of tensors: safetensors, or a state dict that torch.save wrote.
+
+    It knows what the file was like at first, and what others then had of it in the page cache.
+    Nothing but tensors and plain containers is ever unpickled."""
 
     def __init__(self, path: Path):
         check_signals()
         if not path.is_file():
-            raise QuantizeError(
-                f"file {path} is {'not a regular one' if path.exists() else 'missing'}"
-            )
+            problem = "not a regular one" if path.exists() else "missing"
+            raise QuantizeError(f"file {path} is {problem}")
         refuse_pointer(path)
         self.path = path
-        self.state = path.stat().st_size, path.stat().st_mtime_ns  # before anything is read
-        self._not_dropped = 0  # bytes of scattered reads since the last drop
-        self.notes, self._tensors, self._factors = (
-            [],
-            {},
-            {},
-        )  # the last two of a pickle: see `resolve_quantizers`
-        self.infos = (
-            self._load_pickle()
-            if path.suffix in (".bin", ".pth", ".pt")
-            else read_tensor_infos(path)
-        )
-        self.fd: int | None = None  # see `_opened`
+
+        # Taken before anything is read.
+        self.state = file_state(path)
+
+        self.notes: list[str] = []
+        self._pickle: MappedPickle | None = None
+        if path.suffix in (".bin", ".pth", ".pt"):
+            self._pickle = MappedPickle(path, self.notes)
+            self.infos = self._pickle.list_infos()
+        else:
+            self.infos = read_tensor_infos(path)
+
+        # Descriptors, to read through the page cache and around it, are None while the file is
+        # closed. The second is always None on systems that cannot read around it.
+        self.fd: int | None = None
         self._direct_fd: int | None = None
-        self._readers = 0
+
+        # What others have of the file in the page cache; None until it is first opened.
         self.pages: PageCache | None = None
+
+        # Threads that read the file now.
+        self._readers = 0
+
+        # Bytes of scattered reads since the page cache last forgot them.
+        self._not_dropped = 0
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[None]:
-        """Hold the file open. Of those that nobody reads, the last few stay so: a checkpoint may have more files than
-        the system lets a process open."""
+        """Hold the file open.
+
+        Only the last few of the files that nobody reads stay open, since a checkpoint may have more
+        files than the system lets a process open."""
         with IDLE_FILES_LOCK:
-            IDLE_FILES.pop(self, None)
+            if self in IDLE_FILES:
+                IDLE_FILES.remove(self)
             if self.fd is None:
                 self._open()
             self._readers += 1
@@ -986,390 +1040,517 @@ class WeightsFile:
             with IDLE_FILES_LOCK:
                 self._readers -= 1
                 if not self._readers:
-                    IDLE_FILES[self] = None
+                    IDLE_FILES.append(self)
                 while len(IDLE_FILES) > MAX_IDLE_FILES:
-                    longest = next(iter(IDLE_FILES))
-                    longest._close_descriptors()
+                    IDLE_FILES[0]._close_descriptors()
 
     def _open(self) -> None:
+        """Open the file, and check that it is as it was at first."""
         self.fd = os.open(self.path, os.O_RDONLY)
-        self.pages = self.pages or PageCache(self.fd)
+        if self.pages is None:
+            self.pages = PageCache(self.fd)
         self.pages.fd = self.fd
         self.check_unchanged()
-        with contextlib.suppress(OSError):  # a file system without
-            self._direct_fd = os.open(self.path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
+        if O_DIRECT:
+            # Some file systems refuse this.
+            with contextlib.suppress(OSError):
+                self._direct_fd = os.open(self.path, os.O_RDONLY | O_DIRECT)
 
     def _close_descriptors(self) -> None:
-        IDLE_FILES.pop(self, None)
+        """Close the file until it is read again."""
+        if self in IDLE_FILES:
+            IDLE_FILES.remove(self)
         self.drop_read()
-        for fd in {self.fd, self._direct_fd} - {None}:
-            os.close(fd)
-        self.fd = self._direct_fd = None
+        if self.fd is not None:
+            os.close(self.fd)
+        if self._direct_fd is not None:
+            os.close(self._direct_fd)
+        self.fd = None
+        self._direct_fd = None
 
-    def _load_pickle(self) -> dict[str, TensorInfo]:
-        """Map a pickle's tensors, and find in the file those that lie there in one piece."""
-        self._tensors, self._factors = resolve_quantizers(
-            load_state_dict(self.path, self.notes), self.path, self.notes
-        )
-        with zipfile.ZipFile(self.path) as archive:
-            orders = {
-                archive.read(name).decode()
-                for name in archive.namelist()
-                if name.endswith("/byteorder")
-            }
-        # This process's maps: start, end, offset in the file (proc(5)); none where torch.load swapped bytes in memory.
-        lines = re.findall(
-            r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", Path("/proc/self/maps").read_text(), re.MULTILINE
-        )
-        maps = [[int(number, 16) for number in line] for line in lines if orders <= {sys.byteorder}]
-        infos = {}
-        for name, tensor in self._tensors.items():
-            traits = tensor.layout, tensor.device.type, tensor.is_conj(), tensor.is_neg()
-            if tensor.dtype not in DTYPE_NAMES or traits != (torch.strided, "cpu", False, False):
-                kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}: only plain tensors with data can be read"
-                raise QuantizeError(f"tensor {name!r} ({self.path.name}) is {kind}")
-            at = tensor.data_ptr()
-            offsets = (
-                offset + at - start
-                for start, end, offset in maps
-                if start <= at <= end - tensor.nbytes
-            )
-            offset = (
-                next(offsets, None)
-                if tensor.is_contiguous() and name not in self._factors
-                else None
-            )
-            dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-            location = InMap(name) if offset is None else InFile(offset)
-            infos[name] = TensorInfo(name, dtype, shape, tensor.nbytes, self.path, location, name)
-        return infos
-
-    def check_unchanged(self, whole: bool = True) -> None:
-        """Raise if the file was written to or replaced since it was opened, or its end is missing."""
+    def close(self) -> None:
+        """Close the file for good."""
+        # The page cache cannot forget what is mapped.
+        if self._pickle:
+            self._pickle.close()
         with IDLE_FILES_LOCK:
-            places = [self.path] if self.fd is None else [self.fd, self.path]
-            found = {(found.st_size, found.st_mtime_ns) for found in map(os.stat, places)}
-        if found != {self.state} or not whole:
-            advice = "let whatever writes to it finish, then give the same command again"
-            raise QuantizeError(f"{self.path} changed while it was read: {advice}")
+            self._close_descriptors()
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to or replaced since it was first seen."""
+        with IDLE_FILES_LOCK:
+            states = {file_state(self.path)}
+            if self.fd is not None:
+                states.add(file_state(self.fd))
+        if states != {self.state}:
+            raise self._change_error()
+
+    def _change_error(self) -> QuantizeError:
+        advice = "let whatever writes to it finish, then give the same command again"
+        return QuantizeError(f"{self.path} changed while it was read: {advice}")
 
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
-        """Tell whether some of a tensor's bytes were in the page cache before this run."""
+        """Check whether any of a tensor's bytes were in the page cache before this run."""
         location = info.location
         if isinstance(location, Transposed):
             location = location.columns
-        # Of a tensor in the map, which may lie anywhere, some other part of the file stands for it.
-        start = location.offset + offset if isinstance(location, InFile) else offset
+        # A mapped tensor's bytes may lie anywhere, so that another part of the file stands for them.
+        start = offset
+        if isinstance(location, InFile):
+            start += location.offset
         with self._opened():
             return self.pages.holds(start, start + nbytes)
+
+    def drop_read(self) -> None:
+        """Let the page cache forget all that this run read, with pages that two tensors share."""
+        with IDLE_FILES_LOCK:
+            if self.fd is not None and self.pages.is_asked:
+                self.pages.drop()
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
     ) -> memoryview:
-        """Read a tensor's bytes, row-major, from `offset` on, and leave the page cache as it was. Returns a part of
-        `memory`, which begins a page and has READ_MARGIN bytes more than are asked for."""
+        """Read a tensor's bytes, row after row, from `offset` on.
+
+        Returns a part of `memory`, which must begin a page and have READ_MARGIN bytes more than are
+        asked for. The page cache is left as it was."""
         if memory is None:
             memory = memoryview(bytearray(nbytes))
         with self._opened():
-            return self._read(info, offset, nbytes, memory)
+            # What others have in the page cache is asked for before the first read.
+            self.pages.ask()
+            location = info.location
+            if isinstance(location, InFile):
+                return self._read_piece(location.offset + offset, nbytes, memory)
+            buffer = memory[:nbytes]
+            if isinstance(location, Transposed):
+                self._read_transposed(info, offset, buffer)
+            else:
+                self._copy_mapped(location.skip(offset), buffer)
+            self._drop_later(nbytes)
+            return buffer
 
-    def _read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview) -> memoryview:
-        cached = self.is_cached(info, offset, nbytes)
-        if isinstance(info.location, InFile):
-            return self._read_piece(info.location.offset + offset, nbytes, memory, cached)
-        buffer = memory[:nbytes]
-        if isinstance(info.location, Transposed):
-            self._read_transposed(info, offset, buffer)
-        else:
-            self._read_line(info.location, offset, buffer)
+    def _drop_later(self, nbytes: int) -> None:
+        """Let the page cache forget scattered bytes once there are many of them.
+
+        It does not at once, since rows that are read next lie in the same pages."""
         self._not_dropped += nbytes
-        # Not at once, since other rows lie in the same pages.
         if self._not_dropped >= SYNC_BYTES:
             self.drop_read()
             self._not_dropped = 0
-        return buffer
 
-    def _read_piece(self, start: int, nbytes: int, memory: memoryview, cached: bool) -> memoryview:
-        """Read bytes of the file, around the page cache if they are not in it."""
-        may_go_around = self._direct_fd is not None and len(memory) >= nbytes + READ_MARGIN
-        if may_go_around and start % 8 == 0 and not cached:
-            with contextlib.suppress(OSError):  # some file systems open it so, and read it not
-                if self._read_around(start, nbytes, memory):
-                    skip = start % DIRECT_BLOCK
-                    return memory[skip : skip + nbytes]
+    def _read_piece(self, start: int, nbytes: int, memory: memoryview) -> memoryview:
+        """Read bytes from `start` of the file on, around the page cache where that is possible."""
+        may_read_around = self._may_read_around(start, nbytes, memory)
+        if may_read_around and self._read_around(start, nbytes, memory):
+            skip = start % DIRECT_BLOCK
+            return memory[skip : skip + nbytes]
         buffer = memory[:nbytes]
-        self._read_line(InFile(start), 0, buffer)
+        self._read_through_cache(start, buffer)
         self.pages.drop(start, start + nbytes)
         return buffer
 
-    def drop_read(self) -> None:
-        """Let the page cache forget all that this run read, with the pages that two tensors share."""
-        with IDLE_FILES_LOCK:
-            if self.fd is not None and "others" in vars(self.pages):  # else nothing was read
-                self.pages.drop()
+    def _may_read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
+        """Check whether bytes are to be read around the page cache."""
+        if self._direct_fd is None or len(memory) < nbytes + READ_MARGIN:
+            return False
+        # Such bytes keep their place within a block, and torch needs whole numbers to be aligned.
+        if start % 8:
+            return False
+        return not self.pages.holds(start, start + nbytes)
 
     def _read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
-        """Read bytes of the file around the page cache: whole blocks, from the start of `memory` on. Tells whether all
-        could be read."""
-        # A tenth of the processor's time of a read through the cache, which finds and frees each page. (open(2))
+        """Fill `memory` with whole blocks of the file, around the page cache. (open(2), O_DIRECT)
+
+        Returns whether that worked. It takes a tenth of the processor's time of a read through the
+        cache, which finds and frees each page."""
         skip = start % DIRECT_BLOCK
         end = -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK
         done = 0
         while done < skip + nbytes:
             check_signals()
-            some = memory[done : min(done + COPY_BYTES, end)]
-            count = os.preadv(self._direct_fd, [some], start - skip + done)
+            chunk = memory[done : min(done + COPY_BYTES, end)]
+            try:
+                count = os.preadv(self._direct_fd, [chunk], start - skip + done)
+            except OSError:
+                # Some file systems open a file so and then do not read it.
+                return False
             done += count
-            if count < len(some):  # the end of the file, which only the last block may pass
+            # The file ends here, within the last block.
+            if count < len(chunk):
                 break
         return done >= skip + nbytes
 
-    def _read_line(self, location: InFile | InMap, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` on, as the tensor's bytes lie, or by rows of one that is not in one piece."""
-        if isinstance(location, InMap):
-            self.check_unchanged()  # reading the map beyond the file's end would be a SIGBUS
-            tensor, offset = (
-                torch.atleast_1d(self._tensors[location.tensor]),
-                offset + location.start,
-            )
-            row_bytes = tensor.nbytes // len(tensor)
-            first, skip = divmod(offset, row_bytes)
-            rows = tensor[first : -(-(offset + len(buffer)) // row_bytes)]
-            if location.tensor in self._factors:
-                rows = (rows.to(torch.float32) * self._factors[location.tensor]).to(tensor.dtype)
-            source = rows.contiguous().view(-1).view(torch.uint8)[skip : skip + len(buffer)]
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(source)
-            return
-        position = location.offset + offset
-        # As fast from the page cache as a map, and where the file is truncated or fails, an error and not a SIGBUS.
+    def _read_through_cache(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `start` of the file on.
+
+        This is as fast as a map of the file. If the file is cut or fails, it is an error and no
+        SIGBUS."""
         with naming(self.path):
-            while buffer and (count := os.preadv(self.fd, [buffer[:COPY_BYTES]], position)):
+            while buffer:
                 check_signals()
-                buffer, position = buffer[count:], position + count
-        if buffer:
-            self.check_unchanged(whole=False)
+                count = os.preadv(self.fd, [buffer[:COPY_BYTES]], start)
+                if not count:
+                    raise self._change_error()
+                buffer = buffer[count:]
+                start += count
+
+    def _copy_mapped(self, location: InMap, buffer: memoryview) -> None:
+        """Fill `buffer` from the map of a pickle."""
+        # Reading the map beyond the file's end would be a SIGBUS.
+        self.check_unchanged()
+        self._pickle.copy(location, buffer)
 
     def _read_transposed(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from a tensor that lies transposed: of each column, the part that is in these rows."""
-        columns, dtype = (
-            info.shape[1],
-            getattr(torch, f"int{DTYPE_BITS[info.dtype]}"),
-        )  # which keeps all bits
+        """Fill `buffer` from a matrix that lies transposed: a part of each column."""
+        # Integers keep all bits.
+        dtype = getattr(torch, f"int{DTYPE_BITS[info.dtype]}")
+        columns = info.shape[1]
         row_bytes = columns * dtype.itemsize
-        first, skip = divmod(offset, row_bytes)
-        width = -(-(skip + len(buffer)) // row_bytes) * dtype.itemsize
-        lines = memoryview(bytearray(columns * width))
+        first_row, skip = divmod(offset, row_bytes)
+        rows = -(-(skip + len(buffer)) // row_bytes)
+        part_bytes = rows * dtype.itemsize
+
+        parts = memoryview(bytearray(columns * part_bytes))
         for column in range(columns):
-            line = lines[column * width : (column + 1) * width]
-            start = column * info.location.stride + first * dtype.itemsize
-            self._read_line(info.location.columns, start, line)
-        source = (
-            torch.frombuffer(lines, dtype=dtype)
-            .view(columns, -1)
-            .T.contiguous()
-            .view(-1)
-            .view(torch.uint8)
-        )
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(source[skip : skip + len(buffer)])
+            part = parts[column * part_bytes : (column + 1) * part_bytes]
+            start = column * info.location.stride + first_row * dtype.itemsize
+            location = info.location.columns.skip(start)
+            if isinstance(location, InFile):
+                self._read_through_cache(location.offset, part)
+            else:
+                self._copy_mapped(location, part)
+
+        matrix = torch.frombuffer(parts, dtype=dtype).view(columns, rows).T
+        copy_bytes(matrix, skip, buffer)
+
+
+def file_state(path: Path | int) -> tuple[int, int]:
+    """Return the size of a file and when it was last changed."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def copy_bytes(tensor: torch.Tensor, start: int, buffer: memoryview) -> None:
+    """Fill `buffer` with a tensor's bytes, row after row, from `start` on."""
+    source = tensor.contiguous().view(-1).view(torch.uint8)
+    torch.frombuffer(buffer, dtype=torch.uint8).copy_(source[start : start + len(buffer)])
+
+
+# State dicts that torch.save wrote.
+
+
+@dataclass(frozen=True)
+class MappedRange:
+    """A range of this process's addresses that is mapped from `offset` of a file on."""
+
+    start: int
+    end: int
+    offset: int
+
+
+class MappedPickle:
+    """The tensors of a state dict, mapped and not read."""
+
+    def __init__(self, path: Path, notes: list[str]):
+        """Map a file's tensors, and note what else it holds."""
+        self.path = path
+        state_dict = load_state_dict(path, notes)
+        self._tensors, self._factors = resolve_quantizers(state_dict, path, notes)
+
+    def list_infos(self) -> dict[str, TensorInfo]:
+        """Describe the tensors, and find those that lie in one piece of the file."""
+        ranges = self._find_ranges()
+        infos = {}
+        for name, tensor in self._tensors.items():
+            self._check_plain(name, tensor)
+            dtype = DTYPE_NAMES[tensor.dtype]
+            location = self._locate(name, tensor, ranges)
+            infos[name] = TensorInfo(
+                name, dtype, tuple(tensor.shape), tensor.nbytes, self.path, location, name
+            )
+        return infos
+
+    def _find_ranges(self) -> list[MappedRange]:
+        """List the ranges of addresses that are mapped from files. (proc(5))
+
+        There are none of this file if torch swapped the bytes of each number as it loaded it."""
+        with zipfile.ZipFile(self.path) as archive:
+            for name in archive.namelist():
+                if name.endswith("/byteorder") and archive.read(name).decode() != sys.byteorder:
+                    return []
+        ranges = []
+        maps = Path("/proc/self/maps").read_text()
+        for line in re.finditer(r"^(\w+)-(\w+) \S+ (\w+) \S+ [1-9]", maps, re.MULTILINE):
+            ranges.append(MappedRange(int(line[1], 16), int(line[2], 16), int(line[3], 16)))
+        return ranges
+
+    def _check_plain(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse a tensor that is no plain array of numbers."""
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if (
+            tensor.dtype in DTYPE_NAMES
+            and is_plain
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+        ):
+            return
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        problem = f"is {kind}: only plain tensors with data can be read"
+        raise QuantizeError(f"tensor {name!r} ({self.path.name}) {problem}")
+
+    def _locate(self, name: str, tensor: torch.Tensor, ranges: list[MappedRange]) -> InFile | InMap:
+        """Find where a tensor's bytes lie."""
+        if tensor.is_contiguous() and name not in self._factors:
+            address = tensor.data_ptr()
+            for mapped in ranges:
+                if mapped.start <= address <= mapped.end - tensor.nbytes:
+                    return InFile(mapped.offset + address - mapped.start)
+        return InMap(name)
+
+    def copy(self, location: InMap, buffer: memoryview) -> None:
+        """Fill `buffer` with a tensor's bytes."""
+        tensor = torch.atleast_1d(self._tensors[location.tensor])
+        row_bytes = tensor.nbytes // len(tensor)
+        first, skip = divmod(location.start, row_bytes)
+        end = -(-(location.start + len(buffer)) // row_bytes)
+        rows = tensor[first:end]
+        if location.tensor in self._factors:
+            rows = (rows.to(torch.float32) * self._factors[location.tensor]).to(tensor.dtype)
+        copy_bytes(rows, skip, buffer)
 
     def close(self) -> None:
-        self._tensors.clear()  # pages that are mapped cannot be dropped
-        with IDLE_FILES_LOCK:
-            self._close_descriptors()
+        """Let go of the map."""
+        self._tensors.clear()
 
 
 def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
-    """Load the tensors of a pickled state dict, mapped and not read, and make notes on what else it held."""
+    """Map the tensors of a pickled state dict, and note what else it holds."""
+    content = unwrap_state_dict(unpickle(path), path, notes)
+    tensors = {}
+    others = []
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            problem = f"{str(name)!r} is a dict inside the state dict"
+            raise QuantizeError(f"{path}: {problem}: save model.state_dict() alone")
+        if isinstance(value, torch.Tensor):
+            tensors[str(name)] = value
+        else:
+            others.append(str(name))
+    if others:
+        notes.append(f"{path.name}: left out, since they are no tensors: {quote_names(others)}")
+    return tensors
+
+
+def unpickle(path: Path) -> object:
+    """Load a file of torch.save without running what it holds, and without reading its tensors."""
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        problem = (
-            f"would run {culprit[1]} when opened" if culprit else "is no pickle of tensors alone"
-        )
-        raise QuantizeError(
-            f"{path} {problem}, and only tensors are read: save model.state_dict() alone"
-        ) from None
+        problem = "is no pickle of tensors alone"
+        if culprit:
+            problem = f"would run {culprit[1]} when opened"
+        advice = "only tensors are read: save model.state_dict() alone"
+        raise QuantizeError(f"{path} {problem}, and {advice}") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise QuantizeError(
             f"{path}: not a whole torch checkpoint ({problem}): copy or save it again"
         ) from None
+
+
+def unwrap_state_dict(content: object, path: Path, notes: list[str]) -> Mapping:
+    """Return the state dict itself. Trainers put it into a dict with other things."""
     if not isinstance(content, Mapping):
-        raise QuantizeError(
-            f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()"
-        )
-    wrappers = (
-        key for key in ("state_dict", "model", "model_state_dict", "module") if key in content
-    )  # trainers'
-    if wrapper := next((key for key in wrappers if isinstance(content[key], Mapping)), None):
-        if beside := [key for key in content if key != wrapper]:
-            notes.append(
-                f"{path.name}: only {wrapper!r} is read; beside it are {quote_names(beside)}"
-            )
-        content = content[wrapper]
-    tensors = {
-        str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)
-    }
-    if nested := [str(name) for name, value in content.items() if isinstance(value, Mapping)]:
-        raise QuantizeError(
-            f"{path}: {nested[0]!r} is a dict inside the state dict: save model.state_dict() alone"
-        )
-    if others := [str(name) for name in content if str(name) not in tensors]:
-        notes.append(f"{path.name}: left out, since they are no tensors: {quote_names(others)}")
-    return tensors
+        kind = type(content).__name__
+        raise QuantizeError(f"{path} holds a {kind}, not a state dict: save model.state_dict()")
+    for wrapper in ("state_dict", "model", "model_state_dict", "module"):
+        if isinstance(content.get(wrapper), Mapping):
+            beside = [key for key in content if key != wrapper]
+            if beside:
+                names = quote_names(beside)
+                notes.append(f"{path.name}: only {wrapper!r} is read; beside it are {names}")
+            return content[wrapper]
+    return content
 
 
 def resolve_quantizers(
     state_dict: dict[str, torch.Tensor], path: Path, notes: list[str]
-) -> tuple[dict, dict]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Undo what ModelOpt (0.25 to 0.33) did to a state dict before its export failed, with a note.
 
-    Returns the model's own tensors, and for some weights a float32 factor for each column. `_amax` records what was
-    seen and changes nothing. AWQ divided each weight's columns by `input_quantizer._pre_quant_scale`, so they are
-    multiplied back; with a `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused."""
-    tensors = {
-        name: data
-        for name, data in state_dict.items()
-        if not re.search(r"quantizer(\.\d+)?\._\w+$", name)
-    }
-    quantizers, factors = state_dict.keys() - tensors.keys(), {}
-    known = {name for name in quantizers if name.endswith("._amax")}
-    for name in quantizers:
+    Returns the model's own tensors, and for some weights a float32 factor for each column. `_amax`
+    records what was seen and changes nothing. AWQ divided each weight's columns by
+    `input_quantizer._pre_quant_scale`, so they are multiplied back. If there is a
+    `weight_quantizer._pre_quant_scale` too, the two cancel. Anything else is refused."""
+    tensors = {}
+    quantizers = {}
+    for name, data in state_dict.items():
+        if re.search(r"quantizer(\.\d+)?\._\w+$", name):
+            quantizers[name] = data
+        else:
+            tensors[name] = data
+    if not quantizers:
+        return tensors, {}
+
+    factors = {}
+    cancelled = 0
+    understood = {name for name in quantizers if name.endswith("._amax")}
+    for name, data in quantizers.items():
         module = name.removesuffix(".input_quantizer._pre_quant_scale")
-        weight, twin = (
-            tensors.get(f"{module}.weight"),
-            f"{module}.weight_quantizer._pre_quant_scale",
-        )
-        if weight is not None and weight.dim() == 2 and state_dict[name].numel() == weight.shape[1]:
-            factors[f"{module}.weight"] = scale = state_dict[name].to(torch.float32).flatten()
-            if not (torch.isfinite(scale) & (scale > 0)).all():
-                raise QuantizeError(
-                    f"tensor {name!r} ({path.name}): scales must be positive and finite to be undone"
-                )
-            known |= {name, twin}
-    if unknown := sorted(quantizers - known):
-        problem = (
-            f"tensors of quantizers whose effect on the weights is unknown, {quote_names(unknown)}"
-        )
+        weight = tensors.get(f"{module}.weight")
+        if weight is None or weight.dim() != 2 or data.numel() != weight.shape[1]:
+            continue
+        scale = data.to(torch.float32).flatten()
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            rule = "scales must be positive and finite to be undone"
+            raise QuantizeError(f"tensor {name!r} ({path.name}): {rule}")
+        twin = f"{module}.weight_quantizer._pre_quant_scale"
+        understood |= {name, twin}
+        if twin in quantizers:
+            cancelled += 1
+        else:
+            factors[f"{module}.weight"] = scale
+
+    unknown = sorted(quantizers.keys() - understood)
+    if unknown:
+        names = quote_names(unknown)
+        problem = f"tensors of quantizers whose effect on the weights is unknown, {names}"
         raise QuantizeError(f"{path.name}: {problem}: give the checkpoint from before ModelOpt")
-    cancelled = [
-        factors.pop(name)
-        for name in [*factors]
-        if f"{name}_quantizer._pre_quant_scale" in quantizers
-    ]
-    if quantizers:
-        scales = f"multiplied back into {len(factors):,} weights, cancelled in {len(cancelled):,}"
-        notes.append(
-            f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}; pre_quant_scale {scales}"
-        )
+    scales = f"multiplied back into {len(factors):,} weights, cancelled in {cancelled:,}"
+    dropped = f"ModelOpt's quantizer tensors are dropped: {len(quantizers):,}"
+    notes.append(f"{dropped}; pre_quant_scale {scales}")
     return tensors, factors
 
 
+# The input folder.
+
+
 class Checkpoint:
-    """The tensors of an input folder, in file order, and the door to their bytes, however they are stored."""
+    """The tensors of an input folder, in file order, however they are stored."""
 
     def __init__(self, folder: Path, config_folder: Path | None = None):
         """Open a folder's weights, and config.json there or in another folder."""
-        for path in filter(None, (folder, config_folder)):
-            if denied := why_unreadable(path):
-                raise QuantizeError(f"folder {path}: {denied}")
-            if inside := snapshots_in(path):
-                more = f" (of {len(inside)} snapshots there)" if len(inside) > 1 else ""
-                problem = "is of the hub's cache: give the model's folder inside it"
-                raise QuantizeError(f"folder {path} {problem}, {inside[0]}{more}")
-            if not path.is_dir():
-                problem = "is a file, give its folder" if path.exists() else "no such folder"
-                if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
-                    problem += f"; from the hub: hf download {path} --local-dir {path.name}, then give {path.name}"
-                raise QuantizeError(f"folder {path}: {problem}")
-        names, weight_map = find_weights(folder)
-        with (
-            contextlib.ExitStack() as opened
-        ):  # if one cannot be read, those before it are closed again
-            files = [
-                opened.enter_context(contextlib.closing(WeightsFile(folder / name)))
-                for name in names
-            ]
-            self.close = opened.pop_all().close
+        check_model_folder(folder)
+        if config_folder is not None:
+            check_model_folder(config_folder)
         self.folder = folder
-        one_folder = config_folder is None or config_folder.resolve() == folder.resolve()
-        self.config_folder = config_folder = (
-            folder if one_folder else config_folder
-        )  # of all that is copied, too
+
+        # The folder of config.json and of all else that is copied.
+        self.config_folder = folder
+        if config_folder is not None and config_folder.resolve() != folder.resolve():
+            self.config_folder = config_folder
+
+        names, weight_map = find_weights(folder)
+        files = [WeightsFile(folder / name) for name in names]
         self.files = {file.path: file for file in files}
-        self.sources = {file.path.name: list(file.state) for file in files}  # sizes and times
-        self.tensors: dict[str, TensorInfo] = {}
-        self.notes = [note for file in files for note in file.notes]
-        for name, info in (item for file in files for item in file.infos.items()):
-            if weight_map.get(name, info.file.name) != info.file.name:
-                continue  # the index takes it from another shard
-            if name in self.tensors:
-                both = f"{self.tensors[name].file.name} and {info.file.name}"
-                raise QuantizeError(
-                    f"tensor {name!r} is in both {both}, and no index says which counts: remove one"
-                )
-            self.tensors[name] = info
+
+        # Sizes and times.
+        self.sources = {file.path.name: list(file.state) for file in files}
+
+        self.notes: list[str] = []
+        for file in files:
+            self.notes += file.notes
+        self.tensors = collect_tensors(files, weight_map)
+        self._check_index(weight_map)
+        self._read_config()
+        self._drop_wrappers()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        """Refuse an index that names a tensor which is missing, and note those it does not name."""
         if not self.tensors:
-            raise QuantizeError(f"{folder}: {quote_names(self.sources)} hold no tensors")
-        if lost := [name for name in weight_map if name not in self.tensors]:
-            raise QuantizeError(
-                f"{folder}: the index puts {lost[0]!r} in {weight_map[lost[0]]}, which lacks it"
-            )
-        if unlisted := [name for name in self.tensors if weight_map and name not in weight_map]:
-            self.notes.append(
-                f"{count_of(len(unlisted), 'tensor')} in shards but not in the index:"
-                f" {quote_names(unlisted)}"
-            )
-        self.has_config = (config_folder / CONFIG_NAME).exists()
-        self.config = read_json(config_folder / CONFIG_NAME) if self.has_config else {}
-        self.quantization = describe_quantization(pop_quantization(self.config), config_folder)
-        if (config_folder / ADAPTER_CONFIG_NAME).exists():
+            raise QuantizeError(f"{self.folder}: {quote_names(self.sources)} hold no tensors")
+        for name, file_name in weight_map.items():
+            if name not in self.tensors:
+                problem = f"the index puts {name!r} in {file_name}, which lacks it"
+                raise QuantizeError(f"{self.folder}: {problem}")
+        unlisted = [name for name in self.tensors if name not in weight_map]
+        if weight_map and unlisted:
+            count = count_of(len(unlisted), "tensor")
+            self.notes.append(f"{count} in shards but not in the index: {quote_names(unlisted)}")
+
+    def _read_config(self) -> None:
+        """Read config.json, and note what in it, or beside it, is not used."""
+        folder = self.config_folder
+        self.has_config = (folder / CONFIG_NAME).exists()
+        self.config = read_json(folder / CONFIG_NAME) if self.has_config else {}
+        self.quantization = describe_quantization(pop_quantization(self.config), folder)
+        if (folder / ADAPTER_CONFIG_NAME).exists():
             problem = "is not copied: loaders would take the folder for an adapter's"
             self.notes.append(f"{ADAPTER_CONFIG_NAME} {problem}")
-        if odd := odd_config_values(self.config):
+        odd = odd_config_values(self.config)
+        if odd:
             problem = "values that are not of the kind that belongs there and are not used"
             self.notes.append(f"{CONFIG_NAME} has {problem}: {', '.join(odd)}")
         if not self.has_config:
-            self.notes.append(
-                f"no {CONFIG_NAME} in {config_folder}, without which no loader knows it: --config_dir"
-            )
-        self._drop_wrappers()
+            problem = "without which no loader knows it: --config_dir"
+            self.notes.append(f"no {CONFIG_NAME} in {folder}, {problem}")
 
     def _drop_wrappers(self) -> None:
-        """Leave out of the names what training wrapped around the model: it holds nothing, and no loader knows it."""
-        averaged = all(name == "n_averaged" or name.startswith("module.") for name in self.tensors)
-        if averaged and self.tensors.pop("n_averaged", None):
-            self.notes.append("left out 'n_averaged', which counts an AveragedModel's steps")
-        dropped = Counter(
-            match[2] for name in self.tensors for match in WRAPPER_PATTERN.finditer(name)
-        )
-        parts = {name: WRAPPER_PATTERN.sub("", name).split(".") for name in self.tensors}
-        # What stands before every name may be data parallelism's `module`s, or whatever a whole language model, body
-        # and head, was put into; but a model's part where config.json has configs for these, as Qwen-Omni's `thinker`.
-        shared = os.path.commonprefix([part[:-1] for part in parts.values()])  # noqa: RUF071 - of lists
-        nested = any(
-            isinstance(value, dict) and key.endswith("_config")
-            for key, value in self.config.items()
-        )
-        if nested or {part[len(shared)] for part in parts.values()} != {"model", "lm_head"}:
-            shared = list(itertools.takewhile("module".__eq__, shared))
-        dropped.update(shared * len(parts))
+        """Leave out of the names what training wrapped around the model.
+
+        It holds no weights, and no loader knows it."""
+        self._drop_step_counter()
+        dropped: Counter[str] = Counter()
+        modules = {}
+        for name in self.tensors:
+            for match in WRAPPER_PATTERN.finditer(name):
+                dropped[match[2]] += 1
+            modules[name] = WRAPPER_PATTERN.sub("", name).split(".")
+        outer = self._find_outer_wrappers(list(modules.values()))
+        for wrapper in outer:
+            dropped[wrapper] += len(modules)
         if not dropped:
             return
-        names = {name: ".".join(part[len(shared) :]) for name, part in parts.items()}
-        counts = Counter(names.values())
-        if twins := [name for name in names if counts[names[name]] > 1]:
+
+        short_names = {name: ".".join(parts[len(outer) :]) for name, parts in modules.items()}
+        counts = Counter(short_names.values())
+        twins = [name for name, short_name in short_names.items() if counts[short_name] > 1]
+        if twins:
             raise QuantizeError(TWO_COPIES.format(quote_names(twins)))
-        self.tensors = {
-            short: replace(self.tensors[name], name=short) for name, short in names.items()
-        }
-        wrappers = ", ".join(
-            f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items()
-        )
-        self.notes.append(
-            f"dropped from the tensors' names, as what training wrapped around the model: {wrappers}"
-        )
+        tensors = {}
+        for name, short_name in short_names.items():
+            tensors[short_name] = replace(self.tensors[name], name=short_name)
+        self.tensors = tensors
+
+        wrappers = [f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items()]
+        problem = "dropped from the tensors' names, as what training wrapped around the model"
+        self.notes.append(f"{problem}: {', '.join(wrappers)}")
+
+    def _drop_step_counter(self) -> None:
+        """Leave out the tensor that torch's AveragedModel counts its steps in."""
+        counter = "n_averaged"
+        others = [name for name in self.tensors if name != counter]
+        if counter in self.tensors and all(name.startswith("module.") for name in others):
+            del self.tensors[counter]
+            self.notes.append("left out 'n_averaged', which counts an AveragedModel's steps")
+
+    def _find_outer_wrappers(self, names: list[list[str]]) -> list[str]:
+        """Find the modules that the whole model was put into, from names as lists of modules."""
+        prefix = shared_prefix([name[:-1] for name in names])
+
+        # A language model, body and head, may have been put into anything. But where config.json
+        # has configs for a model's parts, it may be one of them, as `thinker` of Qwen-Omni.
+        has_parts = False
+        for key, value in self.config.items():
+            if isinstance(value, dict) and key.endswith("_config"):
+                has_parts = True
+        if not has_parts and {name[len(prefix)] for name in names} == {"model", "lm_head"}:
+            return prefix
+
+        # Else it is only data parallelism's `module` that is known to be none of the model's own.
+        wrappers = []
+        for module in prefix:
+            if module != "module":
+                break
+            wrappers.append(module)
+        return wrappers
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -1378,9 +1559,40 @@ class Checkpoint:
         return self.files[info.file].read(info, offset, nbytes, memory)
 
 
+def shared_prefix(lists: list[list[str]]) -> list[str]:
+    """Return what all these lists begin with."""
+    prefix = lists[0] if lists else []
+    for each in lists:
+        while each[: len(prefix)] != prefix:
+            prefix = prefix[:-1]
+    return prefix
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse what is no folder of a model that this process may read."""
+    denied = why_unreadable(folder)
+    if denied:
+        raise QuantizeError(f"folder {folder}: {denied}")
+    snapshots = snapshots_in(folder)
+    if snapshots:
+        problem = "is of the hub's cache: give the model's folder inside it"
+        count = f" (of {len(snapshots)} snapshots there)" if len(snapshots) > 1 else ""
+        raise QuantizeError(f"folder {folder} {problem}, {snapshots[0]}{count}")
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise QuantizeError(f"folder {folder}: is a file, give its folder")
+    problem = "no such folder"
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(folder)):
+        download = f"hf download {folder} --local-dir {folder.name}"
+        problem += f"; from the hub: {download}, then give {folder.name}"
+    raise QuantizeError(f"folder {folder}: {problem}")
+
+
 def snapshots_in(folder: Path) -> list[Path]:
-    """List the models' folders in a folder of the hub's cache, the one that `main` means first;
-    none in any other."""
+    """List the models' folders in a folder of the hub's cache; none in any other.
+
+    The one that `main` means comes first."""
     if (folder / CONFIG_NAME).exists() or not folder.is_dir():
         return []
     model = folder.parent if folder.name == "snapshots" else folder
@@ -1389,88 +1601,129 @@ def snapshots_in(folder: Path) -> list[Path]:
     for cached in models:
         main = cached / "refs" / "main"
         revision = main.read_text().strip() if main.is_file() else ""
-        found = [path for path in (cached / "snapshots").glob("*") if path.is_dir()]
-        snapshots += sorted(found, key=lambda path: (path.name != revision, path.name))
+        folders = [path for path in (cached / "snapshots").glob("*") if path.is_dir()]
+        snapshots += sorted(folders, key=lambda path: (path.name != revision, path.name))
     return snapshots
 
 
+def collect_tensors(files: list[WeightsFile], weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    """Collect the tensors of all files, each from the file that the index takes it from."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in file.infos.items():
+            if weight_map.get(name, file.path.name) != file.path.name:
+                continue
+            if name in tensors:
+                both = f"{tensors[name].file.name} and {file.path.name}"
+                problem = f"is in both {both}, and no index says which counts: remove one"
+                raise QuantizeError(f"tensor {name!r} {problem}")
+            tensors[name] = info
+    return tensors
+
+
 def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Name the files of the weights, safetensors rather than pickles, and read their index, if there is one."""
+    """Find the files of the weights, safetensors rather than pickles, and read their index.
+
+    Returns the files' names and the index, tensor name -> file name, which is empty if there is
+    none."""
     names = sorted(
         path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_"))
     )
     safetensors = [name for name in names if name.endswith(".safetensors")]
-    # Mistral's own copy of the weights beside Hugging Face's. `plan_other_files` names what is left out.
-    safetensors = [
-        name for name in safetensors if not name.startswith("consolidated")
-    ] or safetensors
+
+    # Mistral's own copy of the weights lies beside Hugging Face's. `plan_other_files` names what is
+    # left out.
+    hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
+    safetensors = hugging_face or safetensors
+
     pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
     pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
-    index = folder / (
-        INDEX_NAME if safetensors or INDEX_NAME in names else "pytorch_model.bin.index.json"
-    )
+
+    index = folder / "pytorch_model.bin.index.json"
+    if safetensors or INDEX_NAME in names:
+        index = folder / INDEX_NAME
     if index.exists():
         weight_map = read_weight_map(index, [*safetensors, *pickles])
         return sorted(set(weight_map.values())), weight_map
-    found = safetensors or [name for name in pickles if name.endswith(".bin")] or pickles
-    problem = "" if found else "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
-    inside = []
-    for pattern in () if found else ("*/*.safetensors", "*/pytorch_model*.bin"):
-        inside += [path.parent for path in folder.glob(pattern)]
-    others = [name for name in names if name.endswith((".ckpt", ".bin")) and not found]
-    if (folder / ADAPTER_CONFIG_NAME).exists() and not found:
-        problem += ": it holds a LoRA adapter, merge that into its base model first"
-    elif others:
-        problem += f": if {others[0]!r} is the model's state dict, name it model.pth"
-    elif inside and not found:
-        problem += f", but some in {sorted(inside)[0]}: give that folder if it is the model"
-    sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in found}
-    whole = r"-of-\d+\.|^(pytorch_)?model\.|\.pth?$"  # in names of a whole model or rank, or of its numbered parts
-    if len(sets) > 1 and re.search(whole, "\n".join(found), re.MULTILINE):
-        problem = f"{quote_names(sets)} are two sets of weights, or of several ranks: leave one, or merge them"
-    for pattern, name in sets.items():
-        if part := re.search(r"(\d+)-of-0*(\d{1,5})\.\w+$", name):
-            parts = [
-                pattern.replace("*", f"{number:0{len(part[1])}}")
-                for number in range(1, int(part[2]) + 1)
-            ]
-            if missing := [name for name in parts if name not in found]:
-                problem = problem or f"{quote_names(missing)} of {part[2]} missing: copy it again"
+
+    weights = safetensors or [name for name in pickles if name.endswith(".bin")] or pickles
+    problem = why_not_one_set(weights) if weights else why_no_weights(folder, names)
     if problem:
         raise QuantizeError(f"input folder {folder}: {problem}")
-    return found, {}
+    return weights, {}
+
+
+def why_no_weights(folder: Path, names: list[str]) -> str:
+    """Explain that none of the files in a folder, which have these names, holds weights."""
+    problem = "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        return f"{problem}: it holds a LoRA adapter, merge that into its base model first"
+    others = [name for name in names if name.endswith((".ckpt", ".bin"))]
+    if others:
+        return f"{problem}: if {others[0]!r} is the model's state dict, name it model.pth"
+    deeper = [*folder.glob("*/*.safetensors"), *folder.glob("*/pytorch_model*.bin")]
+    if deeper:
+        nearest_folder = min(path.parent for path in deeper)
+        return f"{problem}, but some in {nearest_folder}: give that folder if it is the model"
+    return problem
+
+
+def why_not_one_set(names: list[str]) -> str:
+    """Explain why files of these names are not one whole set of weights; "" if they are."""
+    # By pattern, such as model-*-of-00002.safetensors, the last file of each set.
+    sets = {re.sub(r"\d+(?=-of-\d+\.)", "*", name): name for name in names}
+
+    # Names of a whole model, of a rank, or of a set of numbered files.
+    whole = r"-of-\d+\.|^(pytorch_)?model\.|\.pth?$"
+    if len(sets) > 1 and any(re.search(whole, name) for name in names):
+        patterns = quote_names(sets)
+        return f"{patterns} are two sets of weights, or of several ranks: leave one, or merge them"
+    for pattern, name in sets.items():
+        part = re.search(r"(\d+)-of-0*(\d{1,5})\.\w+$", name)
+        if not part:
+            continue
+        numbers = [f"{number:0{len(part[1])}}" for number in range(1, int(part[2]) + 1)]
+        due = [pattern.replace("*", number) for number in numbers]
+        missing = [file_name for file_name in due if file_name not in names]
+        if missing:
+            return f"{quote_names(missing)} of {part[2]} missing: copy it again"
+    return ""
 
 
 def read_weight_map(index: Path, names: list[str]) -> dict[str, str]:
-    """Read an index, tensor name -> file name; all files must lie beside it, where files of these names do."""
+    """Read an index, tensor name -> file name, all of whose files must lie beside it.
+
+    `names` are those of the files that do."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise QuantizeError(f"{index}: has no weight_map of tensor names to file names")
-    for name, file in weight_map.items():
-        if not re.fullmatch(r"[^/\\\0]+\.(safetensors|bin|pth?)", str(file)):
-            raise QuantizeError(
-                f"{index}: {name!r} is in {file!r}, no file of this folder that may hold tensors"
-            )
-    missing = sorted(
-        file for file in set(weight_map.values()) if not (index.parent / file).exists()
-    )
-    if not missing:
-        return weight_map
-    # Other files may have all the weights, as after a save into an old folder.
-    found, remedy, others = (
-        set(),
-        "copy or download it again",
-        sorted({*names} - {*weight_map.values()}),
-    )
-    for name in others:
-        with (
-            contextlib.suppress(QuantizeError),
-            contextlib.closing(WeightsFile(index.parent / name)) as file,
-        ):
-            found |= file.infos.keys()
-    if weight_map.keys() <= found:
-        remedy = f"it may be stale, since {quote_names(others)} have all its tensors: remove it if they are the model"
-    raise QuantizeError(f"{index} names {missing[0]}, which is missing: {remedy}")
+    for name, file_name in weight_map.items():
+        if not re.fullmatch(r"[^/\\\0]+\.(safetensors|bin|pth?)", str(file_name)):
+            problem = f"{name!r} is in {file_name!r}, no file of this folder that may hold tensors"
+            raise QuantizeError(f"{index}: {problem}")
+    listed = set(weight_map.values())
+    missing = sorted(name for name in listed if not (index.parent / name).exists())
+    if missing:
+        remedy = "copy or download it again"
+        others = sorted(set(names) - listed)
+        if weight_map.keys() <= tensors_in(index.parent, others):
+            stale = f"it may be stale, since {quote_names(others)} have all its tensors"
+            remedy = f"{stale}: remove it if they are the model"
+        raise QuantizeError(f"{index} names {missing[0]}, which is missing: {remedy}")
+    return weight_map
+
+
+def tensors_in(folder: Path, names: list[str]) -> set[str]:
+    """Collect the names of all tensors in those of these files that can be read."""
+    tensors: set[str] = set()
+    for name in names:
+        try:
+            file = WeightsFile(folder / name)
+        except QuantizeError:
+            continue
+        tensors |= file.infos.keys()
+        file.close()
+    return tensors
 
 
 # What config.json says.
