@@ -644,98 +644,127 @@ def quote_names(names: Iterable[str]) -> str:
 
 # ---- Page cache: a guest leaves it as it was. Where CPU and GPU share memory, the GPU's programs count it as used ----
 
-LIBC = ctypes.PyDLL(None, use_errno=True)  # whose calls keep the interpreter lock: to be timed
-Ranges = list[tuple[int, int]]  # of bytes: start and end of each, in order
+# Calls by this keep the interpreter lock, so that they can be timed.
+LIBC = ctypes.PyDLL(None, use_errno=True)
+
+# Parts of a file: the first byte of each and the one after its last, in order.
+Ranges = list[tuple[int, int]]
+
+# Less than this between what others have is not worth a call.
+LEAST_GAP = 1 << 16
 
 
 def cached_ranges(fd: int) -> Ranges:
-    """Ask which parts of a file are in the page cache; all of it where the system does not tell. (mincore(2))"""
-    size, page, ranges = os.fstat(fd).st_size, mmap.PAGESIZE, []
-    with contextlib.suppress(OSError):
-        mincore = ctypes.CDLL(None).mincore
+    """List the parts of a file in the page cache; the whole file if the system does not tell."""
+    size = os.fstat(fd).st_size
+    ranges = []
+    try:
         for start in range(0, size, MINCORE_BYTES):
-            nbytes = min(MINCORE_BYTES, size - start)
-            resident = ctypes.create_string_buffer(
-                b"\1" * -(-nbytes // page)
-            )  # and stays so where mincore fails
-            with mmap.mmap(
-                fd, nbytes, flags=mmap.MAP_PRIVATE, offset=start
-            ) as pages:  # no page of which is touched
-                mincore(
-                    ctypes.byref(ctypes.c_char.from_buffer(pages)),
-                    ctypes.c_size_t(nbytes),
-                    resident,
-                )
-            runs = re.finditer(
-                rb"\x01+", resident.raw.translate(bytes([0, 1] * 128))
-            )  # the other bits mean nothing
-            ranges += [
-                (start + run.start() * page, min(start + run.end() * page, size)) for run in runs
-            ]
-        return ranges
-    return [(0, size)]
+            resident = resident_pages(fd, start, min(MINCORE_BYTES, size - start))
+            for run in re.finditer(rb"\x01+", resident):
+                first = start + run.start() * mmap.PAGESIZE
+                end = start + run.end() * mmap.PAGESIZE
+                ranges.append((first, min(end, size)))
+    except OSError:
+        return [(0, size)]
+    return ranges
+
+
+def resident_pages(fd: int, start: int, nbytes: int) -> bytes:
+    """Return a byte for each page of a file's part: 1 if it is in the page cache. (mincore(2))"""
+    # All are 1, and stay so if mincore fails.
+    resident = ctypes.create_string_buffer(b"\1" * -(-nbytes // mmap.PAGESIZE))
+
+    # No page of the map is touched. Its address has no name, since the map cannot be closed while
+    # anything refers to it.
+    with mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE, offset=start) as pages:
+        ctypes.CDLL(None).mincore(
+            ctypes.byref(ctypes.c_char.from_buffer(pages)), ctypes.c_size_t(nbytes), resident
+        )
+
+    # Only the lowest bit has a meaning.
+    return resident.raw.translate(bytes([0, 1] * 128))
 
 
 def mincore_tells(fd: int) -> bool:
-    """Tell whether mincore knows what of a file is in the page cache: since Linux 5.2, of a file that one neither owns
-    nor may write, it says that all is."""
+    """Check whether mincore knows what of a file is in the page cache.
+
+    Since Linux 5.2 it says that all is, of a file that one neither owns nor may write."""
+    if os.fstat(fd).st_uid == os.geteuid():
+        return True
     effective = os.access in os.supports_effective_ids
-    may_write = os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=effective)
-    return os.fstat(fd).st_uid == os.geteuid() or may_write
+    return os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=effective)
 
 
 def within(ranges: Ranges, start: int, end: int) -> Ranges:
-    """Pick the ranges that overlap a part of a file."""
+    """Return the ranges that overlap a part of a file."""
     first = bisect.bisect_right(ranges, start, key=lambda each: each[1])
     last = bisect.bisect_left(ranges, end, key=lambda each: each[0])
     return ranges[first:last]
 
 
 def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> None:
-    """Let the page cache forget part of a file but for what others have there. Written pages must be synced before."""
-    for first, last in [*within(others, start, end), (end, end)]:
-        if start < min(first, end) and (
-            first >= end or first - start >= 1 << 16
-        ):  # fewer are not worth a call
-            os.posix_fadvise(fd, start, min(first, end) - start, os.POSIX_FADV_DONTNEED)
-        start = max(start, last)
+    """Let the page cache forget part of a file but for what others have there.
+
+    Written pages must be synced before."""
+    for other_start, other_end in within(others, start, end):
+        if other_start - start >= LEAST_GAP:
+            os.posix_fadvise(fd, start, other_start - start, os.POSIX_FADV_DONTNEED)
+        start = max(start, other_end)
+    if start < end:
+        os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
-def asked_ranges(fd: int) -> Ranges | None:
-    """Find which parts of a file are in the page cache, to ASK_BYTES, by reads that do not wait; None where there are
-    no such reads. (preadv2(2), RWF_NOWAIT)"""
-    ranges, size = [], os.fstat(fd).st_size
-    # A read of a page that is not there makes the kernel fetch it; with this, and for one byte, that page alone.
+def asked_ranges(fd: int) -> Ranges:
+    """Find which parts of a file are in the page cache by reads that do not wait.
+
+    One page stands for ASK_BYTES. Raises OSError where there are no such reads."""
+    size = os.fstat(fd).st_size
+    ranges: Ranges = []
+
+    # A read of a page that is not there makes the kernel fetch it. With this and for one byte, it
+    # fetches that page alone.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     for position in range(0, size, ASK_BYTES):
         check_signals()
-        found = is_resident(fd, position)
-        if found is None:
-            return None
-        if found:
-            if not ranges or ranges[-1][1] != position:
-                ranges.append((position, position))
-            ranges[-1] = ranges[-1][0], min(position + ASK_BYTES, size)
+        if not is_resident(fd, position):
+            continue
+        start = position
+        if ranges and ranges[-1][1] == position:
+            start = ranges.pop()[0]
+        ranges.append((start, min(position + ASK_BYTES, size)))
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
-    drop_pages(fd, ranges)  # what was fetched; what is on its way yet will go with what is read
+
+    # Drop what was fetched. What is still on its way will go with what is read.
+    drop_pages(fd, ranges)
     return ranges
 
 
-def is_resident(fd: int, position: int) -> bool | None:
-    """Tell by a read that does not wait whether the page at `position` is there; None where there are no such reads."""
+def is_resident(fd: int, position: int) -> bool:
+    """Check by reads that do not wait whether the page at `position` is in the page cache.
+
+    Raises OSError where there are no such reads. (preadv2(2), RWF_NOWAIT)"""
     byte = ctypes.create_string_buffer(1)
     vector = (ctypes.c_size_t * 2)(ctypes.addressof(byte), 1)
-    times = []
     try:
-        for _ in range(2):
-            started = time.perf_counter_ns()
-            count = LIBC.preadv2(fd, vector, 1, ctypes.c_int64(position), os.RWF_NOWAIT)
-            times.append(time.perf_counter_ns() - started)
-            if count < 1:
-                return False if not count or ctypes.get_errno() == errno.EAGAIN else None
-    except AttributeError:  # an old C library, or no Linux
-        return None
-    # A disk may fetch the page before the read returns, which then takes far longer than it takes again.
+        preadv2 = LIBC.preadv2
+        flags = os.RWF_NOWAIT
+    except AttributeError:
+        # An old C library, or no Linux.
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+
+    times = []
+    for _ in range(2):
+        started = time.perf_counter_ns()
+        count = preadv2(fd, vector, 1, ctypes.c_int64(position), flags)
+        times.append(time.perf_counter_ns() - started)
+        if count < 0 and ctypes.get_errno() != errno.EAGAIN:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        if count < 1:
+            return False
+
+    # A disk may fetch the page before the first read returns, which then takes far longer than the
+    # second.
     return times[0] < 8 * times[1]
 
 
@@ -744,29 +773,30 @@ class PageCache:
 
     def __init__(self, fd: int):
         self.fd = fd
-        self._is_known = True
+        self.is_asked = False
+        self._is_known = False
 
     @functools.cached_property
     def others(self) -> Ranges:
-        """What was there before this run read tensors: asked before the first, since it takes 10 ms a gigabyte, and ten
-        times as long where mincore does not tell. Where nobody does, all that there is stays."""
-        ranges = cached_ranges(self.fd) if mincore_tells(self.fd) else asked_ranges(self.fd)
-        if ranges is not None:
-            return ranges
-        self._is_known = False
-        return [(0, os.fstat(self.fd).st_size)]
+        """What was there before this run read tensors.
 
-    @property
-    def is_asked(self) -> bool:
-        """Whether the page cache was asked."""
-        return "others" in vars(self)
+        It is asked for before the first is read, and not earlier, since it takes 10 ms a gigabyte,
+        and ten times as long if mincore does not tell. If nothing tells, all
+        that is there stays."""
+        try:
+            ranges = cached_ranges(self.fd) if mincore_tells(self.fd) else asked_ranges(self.fd)
+            self._is_known = True
+        except OSError:
+            ranges = [(0, os.fstat(self.fd).st_size)]
+        self.is_asked = True
+        return ranges
 
     def ask(self) -> None:
-        """Ask the page cache, if it was not asked before."""
+        """Ask for what others have, if that was not done before."""
         _ = self.others
 
     def holds(self, start: int, end: int) -> bool:
-        """Tell whether some of a part is known to have been there."""
+        """Check whether any of a part is known to have been there."""
         return bool(within(self.others, start, end)) and self._is_known
 
     def drop(self, start: int = 0, end: int = 1 << 62) -> None:
@@ -779,7 +809,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is read once, and leave the page cache as it was."""
     with open(path, "rb") as file:
         pages = PageCache(file.fileno())
-        _ = pages.others  # asked before it is read
+        pages.ask()
         yield file
         pages.drop()
 
@@ -1094,7 +1124,7 @@ class WeightsFile:
         location = info.location
         if isinstance(location, Transposed):
             location = location.columns
-        # A mapped tensor's bytes may lie anywhere, so that another part of the file stands for them.
+        # A mapped tensor's bytes may lie anywhere: some other part of the file stands for them.
         start = offset
         if isinstance(location, InFile):
             start += location.offset
