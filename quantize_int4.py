@@ -781,8 +781,8 @@ class PageCache:
         """What was there before this run read tensors.
 
         It is asked for before the first is read, and not earlier, since it takes 10 ms a gigabyte,
-        and ten times as long if mincore does not tell. If nothing tells, all
-        that is there stays."""
+        and ten times as long if mincore does not tell. If nothing tells, all that is there
+        stays."""
         try:
             ranges = cached_ranges(self.fd) if mincore_tells(self.fd) else asked_ranges(self.fd)
             self._is_known = True
@@ -2594,9 +2594,7 @@ def find_layout(
         if bias.match(name):
             return StackLayout(f"that have biases ({name!r}), too")
 
-    has_up = "gate_up_proj" in layer or "up_proj" in layer
-    has_gate = "gate_up_proj" in layer or "gate_proj" in layer
-    if "down_proj" not in layer or not has_up or (oddity.has_gate and not has_gate):
+    if not has_all_projections(layer, oddity):
         return StackLayout("but not all projections of the layer's experts are there")
 
     if len({info.shape[0] for info in layer.values()}) > 1:
@@ -2609,6 +2607,13 @@ def find_layout(
         if role != "down_proj" and info.shape[1:] != (columns, rows):
             return StackLayout("of shapes that do not go together")
     return layout_by_config(rows, columns, checkpoint.config, oddity)
+
+
+def has_all_projections(layer: Collection[str], oddity: Oddity) -> bool:
+    """Check whether the roles of a layer's stacks are all that an expert consists of."""
+    has_up = "gate_up_proj" in layer or "up_proj" in layer
+    has_gate = "gate_up_proj" in layer or "gate_proj" in layer or not oddity.has_gate
+    return "down_proj" in layer and has_up and has_gate
 
 
 def layout_of_gated_pair(gate_up: tuple[int, ...], rows: int, columns: int) -> StackLayout:
