@@ -2868,7 +2868,8 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    content: Callable[[], bytes] | None = None  # where it follows from the shapes alone
+    # Given where the bytes follow from the shapes alone.
+    content: Callable[[], bytes] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -2876,240 +2877,389 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A tensor beside words and scales whose content follows from the weight's shape."""
+
+    suffix: str
+    # By its name, and the weight's rows, groups in a row and columns in a group.
+    make: Callable[[str, int, int, int], OutputTensor]
+
+
+def make_weight_shape(name: str, rows: int, groups: int, group_size: int) -> OutputTensor:
+    """Make the weight's shape, without which transformers cannot unpack it."""
+    return OutputTensor(name, "I64", (2,), lambda: struct.pack("<2q", rows, groups * group_size))
+
+
+def make_zero_points(name: str, rows: int, groups: int, _group_size: int) -> OutputTensor:
+    """Make the zero points of gptq, 8 each, which version 1 of the format stores less one."""
+    return OutputTensor(name, "I32", (groups, rows // 8), lambda: b"\x77" * (groups * rows // 2))
+
+
+def make_group_indices(name: str, _rows: int, groups: int, group_size: int) -> OutputTensor:
+    """Make the number of each column's group."""
+
+    def content() -> bytes:
+        return b"".join(struct.pack("<i", group) * group_size for group in range(groups))
+
+    return OutputTensor(name, "I32", (groups * group_size,), content)
+
+
+WEIGHT_SHAPE = Constant(".weight_shape", make_weight_shape)
+ZERO_POINTS = Constant(".qzeros", make_zero_points)
+GROUP_INDICES = Constant(".g_idx", make_group_indices)
+
+
+@dataclass(frozen=True)
 class Format:
-    """What a weight becomes, and what the format's readers ask for: all in which one format differs from another."""
+    """A row of `FORMATS`: what a weight becomes, and what its readers are told."""
 
     name: str
-    suffixes: tuple[str, ...]  # which replace ".weight": of words, of scales, then of constants
-    describe: Callable[
-        [list[TensorPlan], Options], dict[str, dict]
-    ]  # file name -> what is added to that JSON file
-    constants: tuple[
-        Callable, ...
-    ] = ()  # by rows, groups in a row and group_size: dtype, shape and content of each
-    scale_dtype: str | None = "F16"  # None: the weight's own
-    with_offset: bool = False  # nibbles hold code + 8
-    transposed: bool = False  # words and scales lie as (columns, rows)
+    # The endings that replace ".weight".
+    words: str
+    scales: str
+    constants: tuple[Constant, ...]
+    # Makes what is added to JSON files, by their names.
+    describe: Callable[[list[TensorPlan], Options], dict[str, dict]]
+    # Names of rows of `ENGINES`. A format without any is padded to whole groups.
+    loaded_by: tuple[str, ...] = ()
+    # None where scales have the dtype that the model computes in.
+    scale_dtype: str | None = "F16"
+    # Whether words hold code + 8, or + 128.
+    with_offset: bool = False
+    # Whether words and scales lie as (columns, rows).
+    transposed: bool = False
     row_multiple: int = 1
-    for_engines: bool = True  # no padding, head and routers whole, mse, and `refuse_unloadable`
-    no_int8: str = (
-        "its words hold codes of 4 bits alone"  # why no weight can have 8; nothing if it can
-    )
-    note: str = ""  # for the plan, as the next two
-    note_on_experts: str = ""  # where some are quantized
-    reads_kept_experts: bool = False  # whether transformers is told of experts that are kept
-    next_steps: tuple[tuple[str, str], ...] = ()  # what to do with a finished folder {name}
+    # What readers other than engines do with a finished folder {name}.
+    other_steps: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def suffixes(self) -> list[str]:
+        return [self.words, self.scales, *(constant.suffix for constant in self.constants)]
+
+    @property
+    def engines(self) -> list[Engine]:
+        return [ENGINES[name] for name in self.loaded_by]
+
+    @property
+    def for_engines(self) -> bool:
+        return bool(self.loaded_by)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """List the group sizes that all its required engines have, the largest first."""
+        sizes = [
+            set(engine.group_sizes)
+            for engine in self.engines
+            if engine.required and engine.group_sizes
+        ]
+        return sorted(set.intersection(*sizes), reverse=True) if sizes else []
+
+    @property
+    def whole_kinds(self) -> set[str]:
+        """Return the kinds of layers that not all of its engines hold packed."""
+        return {kind for engine in self.engines for kind in engine.whole_kinds}
+
+    @property
+    def has_two_widths(self) -> bool:
+        """Whether all its engines hold weights of 8 bits beside those of 4."""
+        known = [self.name in engine.two_widths for engine in self.engines]
+        return self.for_engines and all(known)
+
+    @property
+    def next_steps(self) -> list[tuple[str, str]]:
+        """List what to do with a finished folder {name}."""
+        steps = []
+        for engine in self.engines:
+            if self.name in engine.commands:
+                steps.append((engine.verb, engine.commands[self.name]))
+        return [*steps, *self.other_steps]
 
     def outputs(
         self, info: TensorInfo, packing: Packing, computed_in: str | None
     ) -> tuple[OutputTensor, ...]:
-        """List what replaces a weight. Scales have the dtype `computed_in` (`model_dtype`), to which engines would
-        round them when they load them, so that codes are made for these."""
-        rows, columns = info.shape[0], packing.columns_of(info.shape[1])
+        """List what replaces a weight. Engines would round the scales to `computed_in`
+        (`model_dtype`) when they load them, and so the codes are made for scales of that dtype."""
+        rows = info.shape[0]
+        columns = packing.columns_of(info.shape[1])
         groups = columns // packing.group_size
-        scale_dtype = self.scale_dtype or computed_in or {"F64": "F32"}.get(info.dtype, info.dtype)
-        order = -1 if self.transposed else 1
-        parts = [
-            ("I32", (rows, columns // packing.codes_per_word)[::order]),
-            (scale_dtype, (rows, groups)[::order]),
-        ]
-        parts += [constant(rows, groups, packing.group_size) for constant in self.constants]
+        words_shape = (rows, columns // packing.codes_per_word)
+        scales_shape = (rows, groups)
+        if self.transposed:
+            words_shape = words_shape[::-1]
+            scales_shape = scales_shape[::-1]
+
+        own_dtype = "F32" if info.dtype == "F64" else info.dtype
+        scale_dtype = self.scale_dtype or computed_in or own_dtype
+
         module = info.name.removesuffix(".weight")
-        return tuple(
-            OutputTensor(module + suffix, *part) for suffix, part in zip(self.suffixes, parts)
-        )
+        words = OutputTensor(module + self.words, "I32", words_shape)
+        scales = OutputTensor(module + self.scales, scale_dtype, scales_shape)
+        constants = [
+            constant.make(module + constant.suffix, rows, groups, packing.group_size)
+            for constant in self.constants
+        ]
+        return (words, scales, *constants)
 
 
 def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
-    """Describe all that a reader needs beside the shards. Not called GPTQ: no GPTQ reader could load it.
+    """Describe all that a reader needs beside the shards.
 
-    config.json has no quant_method, so that transformers (5.24) and vLLM (0.29) stop. At one that they do not know
-    transformers would only warn, and fill the weights with random numbers."""
-    packed, form = (
-        [tensor.source for tensor in tensors if tensor.packing],
-        {"format": options.format},
-    )
-    widths = {"bits": 4, "group_size": options.group_size}
+    Nothing here is called GPTQ, since no GPTQ reader could load it. config.json has no
+    quant_method, so that transformers (5.24) and vLLM (0.29) stop. At a method that it does not
+    know, transformers would only warn, and fill the weights with random numbers."""
+    form = options.form
+    size = options.group_size
+    words = f"X{form.words}"
+    scales = f"X{form.scales}"
+    packed = [tensor.source for tensor in tensors if tensor.packing]
+    padded = [info for info in packed if info.shape[1] % size]
+
+    order = "8 codes a word along the columns, element 0 in the lowest 4 bits, two's complement"
     description = {
         "quant_method": "int4_weight_only",
-        **form,
+        "format": form.name,
         "producer": f"quantize_int4.py {__version__}",
-        **widths,
+        "bits": 4,
+        "group_size": size,
+        "symmetric": True,
+        "tensors": {
+            words: f"int32 (rows, padded_columns // 8): {order}",
+            scales: "float16 (rows, padded_columns // group_size)",
+        },
+        "dequantize": "weight[r, c] = code[r, c] * scales[r, c // group_size]",
+        "padding": "columns are padded with zeros to a multiple of group_size; drop those past"
+        " the true shape",
+        "padded_weights": {info.name: list(info.shape) for info in padded},
+        "quantized_weights": len(packed),
+        "kept_weights": [tensor.source.name for tensor in tensors if not tensor.packing],
     }
-    order = "8 codes a word along the columns, element 0 in the lowest 4 bits, two's complement"
-    words, scales = (f"X{suffix}" for suffix in options.form.suffixes)
-    layout = {words: f"int32 (rows, padded_columns // 8): {order}"}
-    layout[scales] = "float16 (rows, padded_columns // group_size)"
-    description |= {"symmetric": True, "tensors": layout}
-    description["dequantize"] = "weight[r, c] = code[r, c] * scales[r, c // group_size]"
-    padding = (
-        "columns are padded with zeros to a multiple of group_size; drop those past the true shape"
-    )
-    padded = {info.name: list(info.shape) for info in packed if info.shape[1] % options.group_size}
-    description |= {"padding": padding, "padded_weights": padded, "quantized_weights": len(packed)}
-    description["kept_weights"] = [tensor.source.name for tensor in tensors if not tensor.packing]
-    about = f"packed by quantize_int4.py in a layout of its own, which {QUANTIZE_CONFIG_NAME} describes and no engine"
     mark = {
         "quant_method": None,
-        **form,
-        **widths,
-        "about": f"{about} loads; {USE_COMPRESSED_TENSORS}",
+        "format": form.name,
+        "bits": 4,
+        "group_size": size,
+        "about": "packed by quantize_int4.py in a layout of its own, which"
+        f" {QUANTIZE_CONFIG_NAME} describes and no engine loads; {USE_COMPRESSED_TENSORS}",
     }
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": mark}}
 
 
 def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) -> dict[str, dict]:
-    """Make config.json's `quantization_config`, by the compressed-tensors package (quant_config.py).
+    """Make config.json's `quantization_config`, by the compressed-tensors package
+    (quant_config.py).
 
-    There is a group for each packing: first that of most weights, which is whatever is `Linear`, then the others, by
-    name. The first must not be narrower: vLLM refuses experts whose projections are named apart ("must have same
-    quantization scheme"). Beside another one it names experts, too, which transformers matches by name before class."""
+    There is a group for each packing. The first takes whatever is `Linear`, the others name their
+    modules. The first is that of fewest bits, and of most weights where several have as few: vLLM
+    refuses experts whose projections are named apart ("must have same quantization scheme").
+    Beside other groups it names experts, too, which transformers matches by name before class."""
     members: dict[Packing, list[str]] = {}
     for tensor in tensors:
         if tensor.packing:
             members.setdefault(tensor.packing, []).append(tensor.source.name)
+    packings = sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
+
     groups = {}
-    for number, packing in enumerate(
-        sorted(members, key=lambda packing: (packing.bits, -len(members[packing])))
-    ):
-        targets = (
-            ["Linear"]
-            if number == 0
-            else [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
-        )
-        if number == 0 and len(members) > 1 and any(map(EXPERT_PATTERN.match, members[packing])):
-            targets.append(r"re:(.*\.)?experts\.\d+\..*$")
-        weights = {"num_bits": packing.bits, "type": "int", "symmetric": True, "strategy": "group"}
-        weights |= {"group_size": packing.group_size, "dynamic": False, "actorder": None}
+    for number, packing in enumerate(packings):
+        if number == 0:
+            targets = ["Linear"]
+            if len(members) > 1 and any(map(EXPERT_PATTERN.match, members[packing])):
+                targets.append(r"re:(.*\.)?experts\.\d+\..*$")
+        else:
+            targets = [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
         groups[f"group_{number}"] = {
             "targets": targets,
             "format": "pack-quantized",
-            "weights": weights,
+            "weights": {
+                "num_bits": packing.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": packing.group_size,
+                "dynamic": False,
+                "actorder": None,
+            },
+            "input_activations": None,
+            "output_activations": None,
         }
-        groups[f"group_{number}"] |= {"input_activations": None, "output_activations": None}
-    description = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    description |= {"quantization_status": "compressed", "config_groups": groups}
-    description["ignore"] = [
-        "lm_head",
-        *(f"re:{pattern}" for pattern in patterns_of_modules(tensors, None)),
-    ]
+
+    kept = [f"re:{pattern}" for pattern in patterns_of_modules(tensors, None)]
+    description = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *kept],
+    }
     return {CONFIG_NAME: {"quantization_config": description}}
 
 
 def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
-    """Make GPTQ v1's quantize_config.json, and the same in config.json. (GPTQModel, quantization/config.py)"""
+    """Make GPTQ v1's quantize_config.json, and the same in config.json.
+    (GPTQModel, quantization/config.py)"""
     description = {
         "bits": 4,
         "group_size": options.group_size,
         "desc_act": False,
         "sym": True,
         "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "dynamic": {f"-:{pattern}": {} for pattern in patterns_of_modules(tensors, None)},
     }
-    description |= {"quant_method": "gptq", "checkpoint_format": "gptq"}
-    description["dynamic"] = {f"-:{pattern}": {} for pattern in patterns_of_modules(tensors, None)}
     return {QUANTIZE_CONFIG_NAME: description, CONFIG_NAME: {"quantization_config": description}}
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A module that engines look up in a list of patterns, and the end that its pattern gets."""
+
+    module: str
+    end: str = "$"
+
+
+class ModuleNames:
+    """Names of modules, grouped by how they end: to search all of them for each of as many others
+    would take minutes."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self._by_last_part: dict[str, list[str]] = {}
+        for name in names:
+            self._by_last_part.setdefault(self._last_part(name), []).append(name)
+        # By how many parts a tail has, and by the tail.
+        self._by_tail: dict[int, dict[str, list[str]]] = {}
+
+    @staticmethod
+    def _last_part(name: str) -> str:
+        """Return the part after the last dot, without the number for which a pattern's `\\d+`
+        stands."""
+        return re.sub(r".*\.|\d+$", "", name)
+
+    def with_last_part_of(self, module: str) -> list[str]:
+        """List the names that can match a pattern which ends as `module` does."""
+        return self._by_last_part.get(self._last_part(module), [])
+
+    def ending_in(self, tail: str) -> list[str]:
+        """List the names whose last parts are these."""
+        length = tail.count(".") + 1
+        if length not in self._by_tail:
+            by_tail: dict[str, list[str]] = {}
+            for name in self.names:
+                by_tail.setdefault(".".join(name.split(".")[-length:]), []).append(name)
+            self._by_tail[length] = by_tail
+        return self._by_tail[length].get(tail, [])
+
+
 def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> list[str]:
-    """Make regular expressions for the modules of one packing or, for None, of those that are kept: one for all layer
-    numbers where that matches no packed module of another.
+    """Make regular expressions for the modules of one packing or, for None, of those that are
+    kept. One stands for all layer numbers where that matches no packed module of another.
 
-    They leave out the wrappers in front, in which files and engines differ (`backbone.`, `model.language_model.` in
-    transformers, `language_model.model.` in vLLM), since engines do not rename what a pattern says."""
-    modules: list[
-        tuple[str, str]
-    ] = []  # that engines look up, and how the pattern for each has to end
-    for tensor in (tensor for tensor in tensors if tensor.packing == packing):
-        info = tensor.source
-        module = info.name.removesuffix(".weight")
-        if module == "lm_head" or len(info.shape) < 2:  # engines know it anyway
-            continue
-        if experts := re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", info.name):
-            # One entry for the layer's experts: vLLM asks for projections that a model need not have.
-            modules.append((experts[1], r"(\..*)?$"))
-        elif len(info.shape) == 3 and (stack := STACK_PATTERN.match(info.name)):
-            modules += [(f"{stack['place']}experts", r"(\..*)?$"), (module, "$")]
-        elif len(info.shape) == 2:
-            # What has another name in memory is looked up by that there, and by the file's in vLLM.
-            names = dict.fromkeys([info.name, *(tensor.in_memory or ())])
-            layers = [name for name in names if name.endswith(".weight")]
-            modules += [(name.removesuffix(".weight"), "$") for name in layers]
-    rivals = [
-        name.removesuffix(".weight")
-        for t in tensors
-        if t.packing not in (None, packing)
-        for name in dict.fromkeys([t.source.name, *(t.in_memory or ())])
-    ]
-    last_part = functools.partial(
-        re.sub, r".*\.|\d+$", ""
-    )  # in which a pattern's number stands for any
-    alike = functools.cache(lambda end: [rival for rival in rivals if last_part(rival) == end])
+    They leave out the wrappers in front, in which files and engines differ (`backbone.`,
+    `model.language_model.` in transformers, `language_model.model.` in vLLM), since engines do not
+    rename what a pattern says."""
+    entries = []
+    rivals = []
+    for tensor in tensors:
+        if tensor.packing == packing:
+            entries += entries_of(tensor)
+        elif tensor.packing:
+            rivals += [name.removesuffix(".weight") for name in names_of(tensor)]
 
-    # By how many of their last parts, and by these: a search among all, for each module, would take minutes.
-    @functools.cache
-    def rivals_by_tail(length: int) -> dict[str, list[str]]:
-        by_tail = {}
-        for rival in rivals:
-            by_tail.setdefault(".".join(rival.split(".")[-length:]), []).append(rival)
-        return by_tail
-
-    def with_tail(tail: str) -> list[str]:
-        return rivals_by_tail(tail.count(".") + 1).get(tail, [])
-
-    patterns = {}  # in order, each once
-    for module, end in dict.fromkeys(modules):
-        others = alike(last_part(module)) if end == "$" else rivals
-        patterns[pattern_of_module(module, end, others, with_tail)] = None
-    return list(patterns)
+    names = ModuleNames(rivals)
+    patterns = [pattern_of_module(entry, names) for entry in dict.fromkeys(entries)]
+    return list(dict.fromkeys(patterns))
 
 
-def pattern_of_module(
-    module: str, end: str, packed: Collection[str], with_tail: Callable[[str], list[str]]
-) -> str:
-    """Find the shortest pattern, from the layers' container on, that matches the module under any wrappers, and none of
-    `packed`: where a tower has layers of the same names, either the tower's name is in the pattern or must not be."""
-    parts = module.split(".")
+def names_of(tensor: TensorPlan) -> list[str]:
+    """List a tensor's name in the file and, where it has others in memory, those."""
+    return list(dict.fromkeys([tensor.source.name, *(tensor.in_memory or ())]))
+
+
+def entries_of(tensor: TensorPlan) -> list[Entry]:
+    """List what engines look up to know how a tensor is stored."""
+    name = tensor.source.name
+    dimensions = len(tensor.source.shape)
+    module = name.removesuffix(".weight")
+    # Engines know that the head is kept.
+    if module == "lm_head" or dimensions < 2:
+        return []
+
+    # One entry for the layer's experts: vLLM asks for projections that a model need not have.
+    experts = re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name)
+    if experts:
+        return [Entry(experts[1], r"(\..*)?$")]
+
+    stack = STACK_PATTERN.match(name)
+    if dimensions == 3 and stack:
+        return [Entry(f"{stack['place']}experts", r"(\..*)?$"), Entry(module)]
+    if dimensions > 2:
+        return []
+
+    # What has another name in memory is looked up by that there, and by the file's in vLLM.
+    layers = [name for name in names_of(tensor) if name.endswith(".weight")]
+    return [Entry(name.removesuffix(".weight")) for name in layers]
+
+
+def pattern_of_module(entry: Entry, packed: ModuleNames) -> str:
+    """Make the shortest pattern, from the layers' container on, that matches the module under any
+    wrappers and none of `packed`. Where a tower has layers of the same names, either the tower's
+    name is in the pattern, or the pattern excludes it."""
+    parts = entry.module.split(".")
     this_layer = [re.escape(part) for part in parts]
     any_layer = [r"\d+" if part.isdigit() else part for part in this_layer]
-    container = max(any_layer.index(r"\d+") if r"\d+" in any_layer else len(parts), 1) - 1
+    first_number = any_layer.index(r"\d+") if r"\d+" in any_layer else len(parts)
+    container = max(first_number - 1, 0)
 
     def tails(begin: int, unless: str = "") -> list[str]:
         return [
-            rf"{unless}(.*\.)?" + r"\.".join(names[begin:]) + end
+            rf"{unless}(.*\.)?" + r"\.".join(names[begin:]) + entry.end
             for names in (any_layer, this_layer)
         ]
 
-    if end == "$":
-        rivals = with_tail(".".join(parts[container:]))
+    def matches_any(pattern: str, names: list[str]) -> bool:
+        return any(map(re.compile(pattern).match, names))
+
+    of_any_layer, of_this_layer = tails(container)
+    if entry.end == "$":
+        alike = packed.with_last_part_of(entry.module)
+        rivals = packed.ending_in(".".join(parts[container:]))
     else:
-        rivals = list(filter(re.compile(tails(container)[1]).match, packed))
+        alike = packed.names
+        rivals = list(filter(re.compile(of_this_layer).match, packed.names))
     if not rivals:
-        of_any_layer, of_this_layer = tails(container)
-        return of_this_layer if any(map(re.compile(of_any_layer).match, packed)) else of_any_layer
-    others = {part for rival in rivals for part in rival.split(".") if not part.isdigit()} - {
-        *parts,
-        "model",
-    }
-    unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)" if others else ""
-    longer = [tail for begin in range(container - 1, -1, -1) for tail in tails(begin)]
-    without, in_tower = tails(container, unless), TOWER_WORDS.search(".".join(parts[:container]))
-    for candidate in [*tails(container), *(longer + without if in_tower else without + longer)]:
-        if not any(map(re.compile(candidate).match, packed)):
+        return of_this_layer if matches_any(of_any_layer, alike) else of_any_layer
+
+    parts_of_rivals = {part for rival in rivals for part in rival.split(".")}
+    others = {part for part in parts_of_rivals if not part.isdigit()} - {*parts, "model"}
+    unless = ""
+    if others:
+        unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)"
+
+    longer = []
+    for begin in range(container - 1, -1, -1):
+        longer += tails(begin)
+    without = tails(container, unless)
+    in_tower = TOWER_WORDS.search(".".join(parts[:container]))
+    candidates = longer + without if in_tower else without + longer
+    for candidate in [of_any_layer, of_this_layer, *candidates]:
+        if not matches_any(candidate, alike):
             return candidate
-    reason = (
-        f"every pattern for {module!r} would match {rivals[0]!r} too, which is stored otherwise"
+    raise QuantizeError(
+        f"every pattern for {entry.module!r} would match {rivals[0]!r} too, which is stored"
+        " otherwise: change --exclude or --int8 so that both are stored alike"
     )
-    raise QuantizeError(f"{reason}: change --exclude or --int8 so that both are stored alike")
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Say which class of transformers loads models whose architecture, a class, has a name that
+    """A row of `LOADERS`: the class of transformers that loads models whose architecture's name
     ends so."""
 
     name: str
-    architectures: str  # a pattern
-    model_types: str = ""  # of these types alone, separated by blanks; of all where there are none
+    # A pattern.
+    architectures: str
+    # Of these types alone, separated by blanks; of all where there are none.
+    model_types: str = ""
 
 
 CONDITIONAL = "ForConditionalGeneration"
@@ -3175,7 +3325,8 @@ LOADERS = (
     Loader("AutoModelForTimeSeriesPrediction", "ModelForPrediction"),
     Loader("AutoBackbone", "Backbone"),
 )
-SAME_NAMES = (  # X of the classes AutoModelForX that load a model Y whose architecture is YForX
+# Names X such that AutoModelForX loads a model Y whose architecture is called YForX.
+SAME_NAMES = (
     "AudioClassification AudioFrameClassification CTC CausalLM Decision DepthEstimation"
     " ImageClassification ImageMatting InstanceSegmentation KeypointDetection KeypointMatching"
     " MaskedImageModeling MaskedLM MultipleChoice NextSentencePrediction NormalEstimation"
@@ -3189,101 +3340,193 @@ LOAD_STEP = "transformers.{loader}.from_pretrained({path}, dtype='auto')"
 def loading_class(config: dict) -> str:
     """Name the class of transformers that loads the whole model that config.json describes, head
     included."""
-    architecture = next(iter(architectures_of(config)), "")
-    if theirs := classes_of_its_own_code(config, architecture):
-        return theirs[0]
-    types = config_strings(only(config, "model_type"), "model_type")
-    parts = [key for key, value in config.items() if isinstance(value, dict)]
-    towers = [key for key in parts if re.search(r"_config$", key)]
-    sees = any(re.search(r"vis(ion|ual)|image|^vq_", key) for key in towers)
-    pairs = config_booleans(only(config, "is_encoder_decoder"), "is_encoder_decoder")
+    architectures = architectures_of(config)
+    architecture = architectures[0] if architectures else ""
+    own_classes = classes_of_its_own_code(config, architecture)
+    if own_classes:
+        return own_classes[0]
+
+    towers = [
+        key for key, value in config.items() if isinstance(value, dict) and key.endswith("_config")
+    ]
     if not architecture:
+        pairs = config_booleans(only(config, "is_encoder_decoder"), "is_encoder_decoder")
         architecture = CONDITIONAL if towers or any(pairs) else "ForCausalLM"
+
+    types = set(config_strings(only(config, "model_type"), "model_type"))
     for row in LOADERS:
-        meant = not row.model_types or {*types} & {*row.model_types.split()}
-        if meant and re.search(f"({row.architectures})$", architecture):
+        is_of_type = not row.model_types or types & {*row.model_types.split()}
+        if is_of_type and re.search(f"({row.architectures})$", architecture):
             return row.name
     for name in SAME_NAMES.split():
         if architecture.endswith(f"For{name}"):
             return f"AutoModelFor{name}"
+
     if not architecture.endswith(CONDITIONAL):
         return "AutoModel"
-    if sees:
+    if any(re.search(r"vis(ion|ual)|image|^vq_", key) for key in towers):
         return "AutoModelForImageTextToText"
     return "AutoModelForMultimodalLM" if towers else "AutoModelForSeq2SeqLM"
 
 
 def classes_of_its_own_code(config: dict, architecture: str) -> list[str]:
     """List the classes under which config.json registers code beside it (`auto_map`) for its
-    architecture."""
+    architecture, the most useful first."""
     auto_map = config.get("auto_map")
     if not isinstance(auto_map, dict):
         return []
     names = []
     for name, target in auto_map.items():
-        own = isinstance(target, str) and target.rpartition(".")[2] == architecture
-        if own and re.fullmatch(r"AutoModel\w*", name):
+        is_own = isinstance(target, str) and target.rpartition(".")[2] == architecture
+        if is_own and re.fullmatch(r"AutoModel\w*", name):
             names.append(name)
     return sorted(
         names, key=lambda name: (name != "AutoModelForCausalLM", name == "AutoModel", name)
     )
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A row of `ENGINES`: what an engine can hold of the formats that name it.
+
+    What a required engine cannot hold is refused; of the others it is noted. Stacks of experts
+    that are packed become a weight an expert, in every format and for every engine."""
+
+    name: str
+    # The version with which the columns were read or tried, and where they were read.
+    version: str
+    sources: tuple[str, ...]
+    required: bool
+    # The group sizes that its kernels have, the largest first; any where none are stated.
+    kernels: str = ""
+    group_sizes: tuple[int, ...] = ()
+    # Kinds of layers, by `find_kinds`, that it does not hold packed. It may hold all others,
+    # towers' layers among them.
+    whole_kinds: tuple[str, ...] = ("embeddings", "head", "routers")
+    # Whether it holds packed weights that lie as (in, out).
+    packs_conv1d: bool = False
+    # Layers that it holds as one, and so in one precision.
+    fused_layers: tuple[str, ...] = ()
+    # Whether it holds all routed experts of a layer as one.
+    fuses_experts: bool = False
+    # Whether it reads the experts of all layers in one width, and others as noise.
+    has_one_width_of_experts: bool = False
+    # Whether it renames, splits or joins tensors as it loads them, and looks modules up by the
+    # names that these have in memory.
+    converts_tensors: bool = False
+    # Formats in which it knows weights of 8 bits beside those of 4, and in which it knows
+    # experts that are kept.
+    two_widths: tuple[str, ...] = ()
+    kept_experts: tuple[str, ...] = ()
+    # By format: how it misreads packed experts.
+    misreads_experts: Mapping[str, str] = field(default_factory=dict)
+    # By format: the command that loads a finished folder {name}; and what that is called.
+    commands: Mapping[str, str] = field(default_factory=dict)
+    verb: str = ""
+
+    @property
+    def label(self) -> str:
+        """Return its name and version as messages state them: transformers (5.24)."""
+        return f"{self.name} ({self.version.removesuffix('.0')})"
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine(
+            name="vLLM",
+            version="0.29.0",
+            sources=(
+                "model_executor/layers/quantization/utils/marlin_utils.py",
+                "packed_modules_mapping of its models",
+            ),
+            required=True,
+            kernels="Marlin",
+            group_sizes=(128, 64, 32),
+            fused_layers=(
+                "q_proj,k_proj,v_proj",
+                "gate_proj,up_proj",
+                "w1,w3",
+                "q_a_proj,kv_a_proj_with_mqa",
+                "in_proj_qkv,in_proj_z",
+                "in_proj_b,in_proj_a",
+                "wq,wk,wv",
+                "q,k,v",
+                "c_fc_0,c_fc_1",
+                "fc1,fc3",
+                "gate_proj,dense_h_to_4h",
+            ),
+            fuses_experts=True,
+            two_widths=("compressed-tensors", "gptq"),
+            kept_experts=("compressed-tensors",),
+            misreads_experts={"gptq": "vLLM before 0.29"},
+            commands={
+                "compressed-tensors": "vllm serve {name} --max-model-len 8192",
+                "gptq": "vllm serve {name} --dtype float16 --max-model-len 8192",
+            },
+            verb="Serve",
+        ),
+        # It reads gptq through optimum (2.3), which ignores `dynamic`, and so what is kept or has
+        # 8 bits.
+        Engine(
+            name="transformers",
+            version="5.24.0",
+            sources=("conversion_mapping.py", "quantizers/quantizer_compressed_tensors.py"),
+            required=False,
+            has_one_width_of_experts=True,
+            converts_tensors=True,
+            two_widths=("compressed-tensors",),
+            kept_experts=("compressed-tensors",),
+            misreads_experts={"gptq": "transformers leaves them random without an error"},
+            commands={"compressed-tensors": LOAD_STEP, "gptq": LOAD_STEP},
+            verb="Load",
+        ),
+        # Its experts were not tried.
+        Engine(
+            name="GPTQModel",
+            version="7.7.0",
+            sources=("quantization/config.py", "nn_modules/qlinear/torch.py"),
+            required=False,
+            kernels="TorchLinear",
+            group_sizes=(1024, 512, 256, 128, 64, 32, 16),
+            two_widths=("gptq",),
+        ),
+    )
+}
+
 USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
 NO_ENGINE = f"no engine loads int4, which is for readers of your own; {USE_COMPRESSED_TENSORS}"
 INT4 = Format(
-    "int4",
-    (".qweight", ".scales"),
-    describe_int4,
-    for_engines=False,
-    note=NO_ENGINE,
-    next_steps=(
+    name="int4",
+    words=".qweight",
+    scales=".scales",
+    constants=(),
+    describe=describe_int4,
+    other_steps=(
         ("Serve", NO_ENGINE),
         ("Read", "dequantize_int4 of quantize_int4.py, by {name}/quantize_config.json"),
     ),
 )
 COMPRESSED_TENSORS = Format(
-    "compressed-tensors",
-    (
-        ".weight_packed",
-        ".weight_scale",
-        ".weight_shape",
-    ),  # transformers cannot unpack without the shape
-    describe_compressed_tensors,
-    (lambda rows, groups, size: ("I64", (2,), lambda: struct.pack("<2q", rows, groups * size)),),
+    name="compressed-tensors",
+    words=".weight_packed",
+    scales=".weight_scale",
+    constants=(WEIGHT_SHAPE,),
+    describe=describe_compressed_tensors,
+    loaded_by=("vLLM", "transformers"),
     scale_dtype=None,
     with_offset=True,
-    no_int8="",
-    reads_kept_experts=True,
-    next_steps=(("Serve", "vllm serve {name} --max-model-len 8192"), ("Load", LOAD_STEP)),
 )
 GPTQ = Format(
-    "gptq",
-    (".qweight", ".scales", ".qzeros", ".g_idx"),
-    describe_gptq,
-    (  # zero points, which version 1 stores less one, and each column's group
-        lambda rows, groups, _: (
-            "I32",
-            (groups, rows // 8),
-            lambda: b"\x77" * (groups * rows // 2),
-        ),
-        lambda _, n, size: (
-            "I32",
-            (n * size,),
-            lambda: b"".join(struct.pack("<i", i) * size for i in range(n)),
-        ),
-    ),
+    name="gptq",
+    words=".qweight",
+    scales=".scales",
+    constants=(ZERO_POINTS, GROUP_INDICES),
+    describe=describe_gptq,
+    loaded_by=("vLLM", "transformers", "GPTQModel"),
     with_offset=True,
     transposed=True,
     row_multiple=8,
-    # Its `dynamic` could say so, but optimum (2.3), through which transformers reads gptq, ignores it.
-    no_int8="not all of gptq's readers know two widths",
-    note_on_experts="engines read expert layers from gptq wrongly or not at all (vLLM before 0.29; transformers leaves"
-    " them random without an error): use --format compressed-tensors",
-    next_steps=(
-        ("Serve", "vllm serve {name} --dtype float16 --max-model-len 8192"),
-        ("Load", LOAD_STEP),
-    ),
 )
 FORMATS = {form.name: form for form in (INT4, COMPRESSED_TENSORS, GPTQ)}
 
@@ -3291,12 +3534,29 @@ FORMATS = {form.name: form for form in (INT4, COMPRESSED_TENSORS, GPTQ)}
 # ---- Statistics of the layers' inputs -------------------------------------------------------------------------------
 
 
-class Importance(WeightsFile):
-    """Statistics of each layer's input activations, from --importance: mean squares (columns,), which weigh the error
-    of a weight's columns, and a factor (columns, rank), which tells how the columns go together, if there is one.
+@dataclass(frozen=True)
+class Vector:
+    """Where a weight's mean squares are: in a tensor of the file, or in an expert's row of one."""
 
-    They are named as a model's parameters, X and X.factor, whose wrappers may differ from the checkpoint's, and where
-    the model holds its experts as a stack, one tensor (experts, columns) or (experts, columns, rank) stands for all."""
+    name: str
+    expert: int | None = None
+
+
+def end_of_name(name: str) -> str:
+    """Return what follows the wrappers: the name from the layers' container on, or the last two
+    parts where it lies in no layer."""
+    layer = LAYER_PATTERN.match(name)
+    return name[layer.start(2) :] if layer else ".".join(name.split(".")[-2:])
+
+
+class Importance(WeightsFile):
+    """Statistics of each layer's input activations, from --importance: mean squares (columns,),
+    which weigh the error of a weight's columns, and a factor (columns, rank), which tells how the
+    columns go together, if there is one.
+
+    They are named as a model's parameters, X and X.factor, whose wrappers may differ from the
+    checkpoint's. Where the model holds its experts as a stack, one tensor (experts, columns) or
+    (experts, columns, rank) stands for all."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -3304,141 +3564,175 @@ class Importance(WeightsFile):
             raise QuantizeError(
                 f"{path}: names no layer: collect it from this model, as in README.md"
             )
-        factors = [name for name in self.infos if name.endswith(".factor")]
-        if alone := [name for name in factors if name.removesuffix(".factor") not in self.infos]:
-            raise QuantizeError(
-                f"{path}: {alone[0]!r} has no {alone[0].removesuffix('.factor')!r} beside it"
-            )
-        self.largest_factor = max(
-            (math.prod(self.infos[name].shape[-2:]) for name in factors), default=0
-        )  # numbers
-        self._found: dict[
-            str, tuple[str, int | None]
-        ] = {}  # by weight: a tensor of the file, and a row of a stack
+        # Numbers in the largest factor of a weight.
+        self.largest_factor = 0
+        for name, info in self.infos.items():
+            module = name.removesuffix(".factor")
+            if module == name:
+                continue
+            if module not in self.infos:
+                raise QuantizeError(f"{path}: {name!r} has no {module!r} beside it")
+            self.largest_factor = max(self.largest_factor, math.prod(info.shape[-2:]))
+        # By weight.
+        self._vectors: dict[str, Vector] = {}
 
     def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], oddity: Oddity) -> None:
-        """Find each weight's vector or the row of a stack: by name, else by what follows the wrappers, where only one
-        vector and only one of all tensors of the checkpoint ends so. Raises if more than half of them have none."""
-
-        def ending(
-            name: str,
-        ) -> str:  # from the layers' container on, or the last part where it lies in no layer
-            layer = LAYER_PATTERN.match(name)
-            return name[layer.start(2) :] if layer else ".".join(name.split(".")[-2:])
-
+        """Find each weight's vector: by name, else by what follows the wrappers, where only one
+        vector and only one of all tensors of the checkpoint ends so. Raises if more than half of
+        the weights have none."""
         names = [name for name in self.infos if not name.endswith(".factor")]
-        vectors: dict[str, tuple[str, int | None]] = {}
+        vectors: dict[str, Vector] = {}
         for name in names:
-            shape, stack = self.infos[name].shape, STACK_PATTERN.match(name)
-            if len(shape) == 2 and stack and stack["projection"]:
-                for expert, part in itertools.product(
-                    range(shape[0]), oddity.projections_of(stack["projection"])
-                ):
-                    vectors[oddity.renamed(f"{stack['place']}experts.{expert}.{part}.weight")] = (
-                        name,
-                        expert,
-                    )
-            else:
-                vectors[oddity.renamed(f"{name}.weight")] = name, None
-        ends = Counter(map(ending, [*vectors, *(info.name for info in tensors)]))
-        by_end = {
-            ending(name): vector for name, vector in vectors.items() if ends[ending(name)] == 2
-        }
-        found = {
-            weight.name: vectors.get(weight.name) or by_end.get(ending(weight.name))
-            for weight in weights
-        }
-        self._found = {name: vector for name, vector in found.items() if vector}
-        if len(self._found) * 2 < len(weights):
-            some = f"{len(self._found):,} of {count_of(len(weights), 'weight')} that are quantized"
-            theirs = f"its names are {quote_names(names)}, the checkpoint's {quote_names(found)}"
-            raise QuantizeError(f"{self.path} names {some}: {theirs}: collect them from this model")
+            vectors |= self._vectors_in(name, oddity)
+
+        vector_ends = Counter(map(end_of_name, vectors))
+        tensor_ends = Counter(end_of_name(info.name) for info in tensors)
+        by_end = {end_of_name(name): vector for name, vector in vectors.items()}
+        for weight in weights:
+            end = end_of_name(weight.name)
+            vector = vectors.get(weight.name)
+            if not vector and vector_ends[end] == tensor_ends[end] == 1:
+                vector = by_end[end]
+            if vector:
+                self._vectors[weight.name] = vector
+
+        if len(self._vectors) * 2 < len(weights):
+            own_names = quote_names(names)
+            other_names = quote_names(weight.name for weight in weights)
+            raise QuantizeError(
+                f"{self.path} names {len(self._vectors):,} of {count_of(len(weights), 'weight')}"
+                f" that are quantized: its names are {own_names}, the checkpoint's {other_names}:"
+                " collect them from this model"
+            )
+
+    def _vectors_in(self, name: str, oddity: Oddity) -> dict[str, Vector]:
+        """List the vectors that a tensor of the file holds, by the weights that it is about."""
+        shape = self.infos[name].shape
+        stack = STACK_PATTERN.match(name)
+        if len(shape) != 2 or not stack or not stack["projection"]:
+            return {oddity.renamed(f"{name}.weight"): Vector(name)}
+        vectors = {}
+        for expert in range(shape[0]):
+            for projection in oddity.projections_of(stack["projection"]):
+                weight = f"{stack['place']}experts.{expert}.{projection}.weight"
+                vectors[oddity.renamed(weight)] = Vector(name, expert)
+        return vectors
 
     def describe(self, weights: list[TensorInfo]) -> str:
-        """Say how many of these have what, in words for the plan; all of it is read and checked."""
-        named = [weight for weight in weights if weight.name in self._found]
-        ranks = [
-            0 if factor is None else factor.shape[1]
-            for _, factor in filter(None, map(self.get, named))
-        ]
-        some = ", ".join(map(str, sorted({*ranks} - {0})))
-        feedback = (
-            f", {len(ranks) - ranks.count(0):,} of them with error feedback of rank {some}"
-            if some
-            else ""
+        """Describe for the plan how many of these have what. All of it is read and checked."""
+        named = 0
+        weighed = 0
+        ranks = []
+        for weight in weights:
+            named += weight.name in self._vectors
+            data = self.get(weight)
+            if data:
+                weighed += 1
+                _, factor = data
+                if factor is not None:
+                    ranks.append(factor.shape[1])
+
+        feedback = ""
+        if ranks:
+            different = ", ".join(map(str, sorted(set(ranks))))
+            feedback = f", {len(ranks):,} of them with error feedback of rank {different}"
+        return (
+            f"importance weighs {count_of(weighed, 'weight')}{feedback};"
+            f" {named - weighed:,} named without data, {len(weights) - named:,} not named"
         )
-        rest = f"{len(named) - len(ranks):,} named without data"
-        rest += f", {len(weights) - len(named):,} not named"
-        return f"importance weighs {count_of(len(ranks), 'weight')}{feedback}; {rest}"
 
     def has_factor(self, info: TensorInfo) -> bool:
-        return info.name in self._found and f"{self._found[info.name][0]}.factor" in self.infos
+        vector = self._vectors.get(info.name)
+        return vector is not None and f"{vector.name}.factor" in self.infos
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Read a weight's mean squares, float32 (columns,), and its factor, float32 (columns, rank), or None if it has
-        none. None if the file does not name the weight, or if no data reached the layer."""
-        if info.name not in self._found:
+        """Read a weight's mean squares, float32 (columns,), and its factor, float32
+        (columns, rank), or None if it has none. None if the file does not name the weight, or if
+        no data reached the layer."""
+        vector = self._vectors.get(info.name)
+        if not vector:
             return None
-        (name, row), columns = self._found[info.name], info.shape[1]
+        columns = info.shape[1]
         rule = f"{info.name!r} needs a float32 for each of its {columns:,} columns"
-        squares = self._read(name, row, ["F32"], [(columns,)], rule, 0)
-        name = f"{name}.factor"
-        if not squares.any() or name not in self.infos:
-            return (squares, None) if squares.any() else None
+        squares = self._read(vector, ["F32"], [(columns,)], rule)
+        self._refuse_not_finite(vector.name, squares, may_be_negative=False)
+        if not squares.any():
+            return None
+        if not self.has_factor(info):
+            return squares, None
+
+        vector = replace(vector, name=f"{vector.name}.factor")
         rule = (
             f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
         )
         shapes = [(columns, rank + 1) for rank in range(MAX_RANK)]
-        factor = self._read(name, row, ["F32", "F16"], shapes, rule, -math.inf)
+        factor = self._read(vector, ["F32", "F16"], shapes, rule)
+        self._refuse_not_finite(vector.name, factor, may_be_negative=True)
         if factor.numel() > MAX_FACTOR:
-            held = f"at most {MAX_FACTOR:,} are held in memory: collect it with a rank of {MAX_FACTOR // columns}"
-            raise QuantizeError(f"{self.path}: {name!r} holds {factor.numel():,} numbers, {held}")
-        finfo, factor = torch.finfo(factor.dtype), factor.to(torch.float32)
-        sums = (
-            factor.abs()
-            .mul_(1 - finfo.eps)
-            .sub_(finfo.eps * finfo.tiny)
-            .clamp_(min=0)
-            .square_()
-            .sum(1)
-        )
+            raise QuantizeError(
+                f"{self.path}: {vector.name!r} holds {factor.numel():,} numbers, at most"
+                f" {MAX_FACTOR:,} are held in memory: collect it with a rank of"
+                f" {MAX_FACTOR // columns}"
+            )
+        self._refuse_other_inputs(vector.name, factor, squares)
+        return squares, factor.to(torch.float32)
+
+    def _read(
+        self, vector: Vector, dtypes: list[str], shapes: list[tuple[int, ...]], rule: str
+    ) -> torch.Tensor:
+        """Read a tensor of the file, or an expert's row of one, which must have one of these
+        dtypes and shapes."""
+        info = self.infos[vector.name]
+        rows = 1
+        row = 0
+        shape = info.shape
+        if vector.expert is not None:
+            rows = math.prod(info.shape[:1])
+            row = vector.expert
+            shape = info.shape[1:]
+        if info.dtype not in dtypes or shape not in shapes or row >= rows:
+            raise QuantizeError(
+                f"{self.path}: {vector.name!r} is {info.dtype} {info.shape}; {rule}"
+            )
+        nbytes = info.nbytes // rows
+        data = self.read(info, row * nbytes, nbytes)
+        return torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
+
+    def _refuse_not_finite(self, name: str, tensor: torch.Tensor, may_be_negative: bool) -> None:
+        """Refuse a tensor with values that statistics cannot have."""
+        usable = torch.isfinite(tensor)
+        problem = "not finite"
+        if not may_be_negative:
+            usable &= tensor >= 0
+            problem = "negative or not finite"
+        if not usable.all():
+            raise QuantizeError(f"{self.path}: {name!r} has values {problem}")
+
+    def _refuse_other_inputs(self, name: str, factor: torch.Tensor, squares: torch.Tensor) -> None:
+        """Refuse a factor whose squares add up, in a column, to more than the mean square of the
+        same inputs can be."""
+        # Rounding to the factor's dtype added at most a part eps to a number or, to one below the
+        # dtype's normal numbers, eps * tiny. What it may have added is no error of the user's.
+        dtype = torch.finfo(factor.dtype)
+        least = factor.to(torch.float32).abs()
+        least.mul_(1 - dtype.eps).sub_(dtype.eps * dtype.tiny).clamp_(min=0)
+        sums = least.square_().sum(1)
         beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
         if beyond.any():
             column = int(beyond.int().argmax())
-            more = f"{float(sums[column]):.6g}, more than the column's mean square, {float(squares[column]):.6g}"
-            problem = f"has squares in column {column} that add up to {more}: collect both from the same inputs"
-            raise QuantizeError(f"{self.path}: {name!r} {problem}")
-        return squares, factor
-
-    def _read(
-        self, name: str, row: int | None, dtypes: list, shapes: list, rule: str, least: float
-    ) -> torch.Tensor:
-        """Read a tensor of the file, or a row of one, which must have one of these dtypes and shapes and be finite."""
-        info = self.infos[name]
-        rows, shape = (
-            (1, info.shape) if row is None else (math.prod(info.shape[:1]), info.shape[1:])
-        )
-        if info.dtype not in dtypes or shape not in shapes or (row or 0) >= rows:
-            raise QuantizeError(f"{self.path}: {name!r} is {info.dtype} {info.shape}; {rule}")
-        data = self.read(info, (row or 0) * info.nbytes // rows, info.nbytes // rows)
-        tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
-        if not (torch.isfinite(tensor) & (tensor >= least)).all():
             raise QuantizeError(
-                f"{self.path}: {name!r} has values {'' if least else 'negative or '}not finite"
+                f"{self.path}: {name!r} has squares in column {column} that add up to"
+                f" {float(sums[column]):.6g}, more than the column's mean square,"
+                f" {float(squares[column]):.6g}: collect both from the same inputs"
             )
-        return tensor
 
 
 # ---- Plan: all that is decided before the first weight is read ------------------------------------------------------
 
-LAYER_COUNTS = (
-    "num_hidden_groups",
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-)  # in config.json
-CONFIG_KEYS = {  # all that are read there, by the kind of value that belongs under each
+# Keys of config.json.
+LAYER_COUNTS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# All keys that are read there, by the kind of value that belongs under each.
+CONFIG_KEYS = {
     as_integer: (
         "vocab_size",
         "padded_vocab_size",
@@ -3459,85 +3753,32 @@ CONFIG_KEYS = {  # all that are read there, by the kind of value that belongs un
     as_string: ("model_type", "architectures", "dtype", "torch_dtype"),
     as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
 }
-# Layers that engines hold as one, and so in one precision. (vLLM 0.29.0: packed_modules_mapping of its models)
-FUSED_LAYERS = (
-    "q_proj,k_proj,v_proj gate_proj,up_proj w1,w3 q_a_proj,kv_a_proj_with_mqa in_proj_qkv,in_proj_z in_proj_b,in_proj_a"
-    " wq,wk,wv q,k,v c_fc_0,c_fc_1 fc1,fc3 gate_proj,dense_h_to_4h"
-)
-MARLIN_GROUP_SIZES = (
-    128,
-    64,
-    32,
-)  # vLLM 0.29.0, model_executor/layers/quantization/utils/marlin_utils.py
-QUANTIZED = "means that it is already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made from"
-ADAPTER = "is an unmerged adapter's: merge it into its base model first (peft: merge_and_unload), then save that"
-# Marks of what is no merged model, in a tensor's name or on a second line such as "BF16 2-D empty"; and what to do.
-UNFIT = (
-    (  # formats in use on the hub
-        r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2|weight\.(absmax|quant_state.*)"
-        r"|SCB|weight_zero_point|weight_global_scale|(gate_up|gate|up|down)_proj_(blocks|scales)"
-        r"|\w*quantizer\._\w+)$|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
-        QUANTIZED,
-    ),
-    (  # the spellings of peft, torchtune, kohya's scripts and AdapterHub; `refuse_unfit` finds others
-        r"(^|[._])(?i:lora)[._]?([AB]|up|down|left|right|embedding_[AB])(\.|$)|(^|\.)(lora_[ab]|adapter_?[AB])(\.|$)"
-        r"|magnitude_vector|(^|\.)(hada_[wt][12]|lokr_[wt][12]|b?oft_[RSrs]|vera_[AB]|ia3_l|trainable_tokens_)"
-        r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\.|adapters\.\w+\.adapter_)"
-        r"|\.default(\.weight)?$|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)",
-        ADAPTER,
-    ),
-    (
-        r"^__metadata__\n",
-        "has a name that no tensor of a safetensors file can have: rename it, or leave it out",
-    ),
-    (
-        "flat_param",
-        "holds layers' weights, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate merge-weights",
-    ),
-    (  # some models' convolutions have such parts of their own
-        r"\.(weight_(orig|mask)|parametrizations\.weight\.original\d*)\n\w+ 2-D",
-        "is what a weight is computed from, by pruning or another parametrization: make it permanent first"
-        " (torch.nn.utils: prune.remove, parametrize.remove_parametrizations), then save that",
-    ),
-    (
-        r"(weight|bias|\.experts\..*)\n.* empty",
-        "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves such; save with"
-        " stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
-    ),
-)
-# What a checkpoint that is said to be quantized has beside or instead of plain weights: those of
-# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto
-# and torchao.
-PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32"}
-PACKED_DTYPES |= {name for name in DTYPE_BITS if name.startswith(("F4", "F6_", "F8_"))}
-PACKED_PART = (
-    r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale"
-    r"|zeros?|zero_points?|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax"
-    r"|quant_map|quant_state.*|weight_format|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask"
-    r"|weight[.:_]_?(q?data|scale))$"
-)
 # Files beside the weights that are not the model's. All others at the folder's top level are copied.
 OTHER_WEIGHTS = (
-    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo|tar(\.\w+)?|tgz|zip"
-    r"|index\.json)$"
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
+    r"|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
-ShardPlan = namedtuple(
-    "ShardPlan", "name header size"
-)  # of a file of the output: `size` bytes in all
+# Why an expert is kept decides the group size.
+NARROW = "narrow: under {} columns"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Hold what the user asked for, as far as it decides the output's bytes; the shards say it as JSON."""
+    """What the user asked for, as far as it decides the output's bytes. Shards state it as JSON."""
 
     format: str
-    group_size: int | None  # None until `plan_conversion` has chosen one
+    # None until `plan_conversion` has chosen one.
+    group_size: int | None
     exclude: list[str]
     quantize_embeddings: bool
-    int8: list[str]  # patterns of what is packed in 8 bits
-    scale: str  # "absmax", or "mse": least squared error
-    importance: str | None  # FEEDBACK or WEIGHED, and the file's SHA-256
-    restore: bool  # the other way: from `format` to dense weights
+    # Patterns of what is packed in 8 bits.
+    int8: list[str]
+    # "absmax", or "mse": least squared error.
+    scale: str
+    # FEEDBACK or WEIGHED, and the file's SHA-256.
+    importance: str | None
+    # The other way: from `format` to dense weights.
+    restore: bool
     shard_size_gb: float
 
     @property
@@ -3546,23 +3787,28 @@ class Options:
 
     @property
     def rule(self) -> str:
-        """Say in words how scales and codes are chosen."""
-        return " ".join([self.scale, *(self.importance or "").split()[:-1]])
+        """Describe how scales and codes are chosen."""
+        *use, _digest = (self.importance or "none").split()
+        return " ".join([self.scale, *use])
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Say what becomes of one tensor of the input."""
+    """What becomes of one tensor of the input."""
 
     source: TensorInfo
-    kept_because: str | None  # None: it is quantized
-    packing: Packing | None  # None: it is kept
-    outputs: tuple[
-        OutputTensor, ...
-    ]  # words, scales and constants, or the tensor itself; or the weight restored
-    scales: TensorInfo | None = None  # of words that are restored, which are the source
-    kind: str = ""  # of a layer, for the tables
-    in_memory: tuple[str, ...] | None = ()  # what transformers makes of the source; None: not known
+    # None where it is quantized.
+    kept_because: str | None
+    # None where it is kept.
+    packing: Packing | None
+    # Words, scales and constants; or the tensor that is kept; or the weight that is restored.
+    outputs: tuple[OutputTensor, ...]
+    # The scales of words that are restored, which are the source.
+    scales: TensorInfo | None = None
+    # Of a layer, for the tables.
+    kind: str = ""
+    # What transformers makes of the source; None where that is not known.
+    in_memory: tuple[str, ...] | None = ()
 
     @property
     def bytes_read(self) -> int:
@@ -3570,149 +3816,188 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class ShardPlan:
+    """A shard of the output: its name, its first bytes, and how many it has in all."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Hold all that is decided before the first weight is read."""
+    """All that is decided before the first weight is read."""
 
     options: Options
-    facts: dict  # what decides the output and the user can change; JSON
-    fingerprint: str  # of sources and options: two runs with the same one write the same bytes
+    # What decides the output and the user can change; JSON.
+    facts: dict
+    # Of sources and options: two runs with the same one write the same bytes.
+    fingerprint: str
     tensors: list[TensorPlan]
-    total_size: int  # bytes of all output tensors
+    # Bytes of all output tensors.
+    total_size: int
     shards: list[ShardPlan]
-    placements: dict[
-        str, tuple[int, int]
-    ]  # by output tensor: number of its shard, and where in the file it begins
-    other_files: dict[
-        str, Path | bytes
-    ]  # beside the shards, by name: what is copied or written, the index last
-    hashes: dict[str, str]  # of these, SHA-256
+    # By output tensor: the number of its shard, and where in that file it begins.
+    placements: dict[str, tuple[int, int]]
+    # Beside the shards, by name: what is copied or written, the index last.
+    other_files: dict[str, Path | bytes]
+    # SHA-256 of these files.
+    hashes: dict[str, str]
     left_out: list[str]
-    notes: list[str]
+    # The class of transformers that loads the whole model.
+    loader: str
+    notes: Collection[str] = ()
     warnings: Collection[str] = ()
     statistics: Importance | None = None
-    stacks: int = 0  # of experts, that are read as one weight an expert
-    loader: str = ""  # the class of transformers that loads the whole model
-    fails_in_transformers: str = ""  # why it would not load all of the folder
+    # How many stacks of experts are read as one weight an expert.
+    stacks: int = 0
+    # Why transformers would not load all of the folder.
+    fails_in_transformers: str = ""
 
 
 def plan_conversion(
     checkpoint: Checkpoint, options: Options, statistics: Importance | None = None
 ) -> Plan:
     """Decide what becomes of every tensor and file and where each byte goes, or refuse."""
-    config, form, asked = checkpoint.config, options.form, options.group_size
-    if options.int8 and form.no_int8:
-        raise QuantizeError(
-            f"--int8 is not for {form.name}: {form.no_int8}: use --format compressed-tensors"
-        )
-    refuse_unfit(checkpoint)
-    stacks = find_expert_stacks(checkpoint, form.for_engines)
-    separated = {name: stack for name, stack in stacks.items() if not stays_whole(stack, options)}
+    config = checkpoint.config
+    draft = Draft(checkpoint, options, statistics)
+    refuse(draft, CHECKPOINT)
+
+    stacks = find_expert_stacks(checkpoint, options.form.for_engines)
+    separated = {}
+    for name, stack in stacks.items():
+        if not stays_whole(stack, options):
+            separated[name] = stack
+    draft = replace(draft, stacks=stacks, separated=separated)
+    refuse(draft, STACKS)
+
     sources = separate_experts(checkpoint, separated)
     kinds = find_kinds(sources, config)
-    for size in [asked] if asked else MARLIN_GROUP_SIZES if form.for_engines else [128]:
-        options = replace(options, group_size=size)
-        tensors = list(plan_tensors(sources, kinds, options, config))
-        # An expert that is too narrow for a group does not fit either.
-        narrow = (
-            t.source.name for t in tensors if not t.packing and t.kept_because.startswith("narrow")
-        )
-        ragged = any(t.packing and t.source.shape[1] % t.packing.group_size for t in tensors)
-        if not ragged and not any(map(EXPERT_PATTERN.match, narrow)):
-            break
-    packed = [tensor.source for tensor in tensors if tensor.packing]
-    inside = [info for info in packed if re.search(r"\.\d+\.", info.name)]
-    fused = (info.shape for info in inside if info.name.endswith(".c_attn.weight"))
-    conv1d = (
-        inside if oddity_with("conv1d", config).conv1d or any(n == 3 * m for m, n in fused) else []
+    group_size = choose_group_size(sources, kinds, options)
+    is_chosen = options.group_size is None
+    options = replace(options, group_size=group_size)
+    tensors = list(plan_tensors(sources, kinds, options, config))
+    draft = replace(
+        draft,
+        options=options,
+        sources=sources,
+        kinds=kinds,
+        tensors=tensors,
+        group_size_is_chosen=is_chosen,
     )
-    refuse_useless_options(
-        tensors, [weight for stack in stacks.values() for weight in stack.weights], options
-    )
-    if form.for_engines:
-        refuse_unloadable(checkpoint, tensors, options, conv1d)
-    warnings, notes = (
-        list(what_is_missing(sources, kinds, config, form.for_engines)),
-        list(checkpoint.notes),
-    )
-    if checkpoint.quantization:
-        stale = " and ".join(checkpoint.quantization)
-        notes.append(f"left out as stale, since no tensor is packed: {stale}")
-    if form.for_engines:
-        warnings += what_is_of_a_trainer(tensors, config)
+    refuse(draft, TENSORS)
+
     if statistics:
-        statistics.match(packed, sources, oddity_with("projections", config))
-        notes.append(
-            statistics.describe([t.source for t in tensors if t.packing and t.packing.bits == 4])
-        )
-    if not asked and form.for_engines:
-        notes.append(f"groups of {size}: the largest of 128, 64 and 32 that divides all columns")
-    notes += filter(None, notes_on_tensors(tensors, form, config, conv1d))
-    more = {
-        "statistics": statistics,
-        "notes": notes,
-        "warnings": warnings,
-        "stacks": len(separated),
-        "fails_in_transformers": reason_transformers_fails(tensors, form, config),
-    }
-    return plan_files(checkpoint, tensors, options, **more)
+        statistics.match(draft.packed, sources, oddity_with("projections", config))
+    warnings = list(messages(draft, WARNING))
+    notes = list(messages(draft, NOTE))
+    return replace(
+        plan_files(checkpoint, tensors, options),
+        notes=notes,
+        warnings=warnings,
+        statistics=statistics,
+        stacks=len(separated),
+        fails_in_transformers=reason_transformers_fails(draft),
+    )
+
+
+def choose_group_size(sources: list[TensorInfo], kinds: dict[str, str], options: Options) -> int:
+    """Return how many columns share a scale: what was asked for; else for engines the largest size
+    that they hold and that divides all columns, or the least if none does; else 128."""
+    if options.group_size:
+        return options.group_size
+    if not options.form.for_engines:
+        return 128
+    sizes = options.form.group_sizes
+    for size in sizes:
+        if fits_all(sources, kinds, replace(options, group_size=size)):
+            return size
+    return sizes[-1]
+
+
+def fits_all(sources: list[TensorInfo], kinds: dict[str, str], options: Options) -> bool:
+    """Whether groups of this size divide the columns of all that is quantized, and no expert is
+    too narrow for one. The groups of 128 that some weights of 8 bits have fit these anyway."""
+    size = options.group_size
+    for info in sources:
+        reason = reason_to_keep(info, options, kinds.get(info.name))
+        if not reason and info.shape[1] % size:
+            return False
+        if reason == NARROW.format(size) and EXPERT_PATTERN.match(info.name):
+            return False
+    return True
 
 
 def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> Plan:
     """Decide what weights are decoded to: each to the dtype that it had in the source, by
     `dtypes_of_packed`."""
-    if not (checkpoint.folder / INDEX_NAME).exists():
-        raise QuantizeError(
-            f"{checkpoint.folder} is unfinished: give the command that began it again"
-        )
-    form, infos = options.form, checkpoint.tensors
-    padded = {} if form.for_engines else read_padded_weights(checkpoint.folder)
-    modules = [
-        name.removesuffix(form.suffixes[0]) for name in infos if name.endswith(form.suffixes[0])
-    ]
-    parts = {module + suffix for module in modules for suffix in form.suffixes}
-    kept = [info for name, info in infos.items() if name not in parts]
-    other_dtypes = {name: dtype for dtype, names in dtypes["others"].items() for name in names}
+    folder = checkpoint.folder
+    form = options.form
+    if not (folder / INDEX_NAME).exists():
+        raise QuantizeError(f"{folder} is unfinished: give the command that began it again")
+    padded = {} if form.for_engines else read_padded_weights(folder)
+    dtype_of = {name: dtype for dtype, names in dtypes["others"].items() for name in names}
+
     tensors = []
-    for module in modules:
-        dtype = other_dtypes.get(f"{module}.weight", dtypes["most"])
-        for part in (module + suffix for suffix in form.suffixes):
-            if part not in infos:
-                raise QuantizeError(
-                    f"{checkpoint.folder}: tensor {part!r} is missing: copy it again"
-                )
-        stored = [infos[module + suffix] for suffix in form.suffixes[:2]]
-        if form.transposed:  # to be read as (rows, columns)
-            stored = [
-                i.part(i.name, i.shape[::-1], 0, i.shape[1] * DTYPE_BITS[i.dtype] // 8)
-                for i in stored
-            ]
-        words, scales = stored
-        rows, columns = words.shape[0], words.shape[1] * CODES_PER_WORD
-        if (
-            not form.no_int8
-        ):  # the shape, which comes third, tells 8 bits from twice as many columns
-            rows, columns = struct.unpack(
-                "<2q", checkpoint.read(infos[module + form.suffixes[2]], 0, 16)
-            )
-        packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
-        shape = padded.get(f"{module}.weight", (rows, columns))
-        if shape[0] != rows or packing.columns_of(shape[1]) != columns:
-            path = checkpoint.folder / QUANTIZE_CONFIG_NAME
-            problem = f"{shape[0]:,} by {shape[1]:,} are not what {module!r} has"
-            raise QuantizeError(
-                f"{path}: {problem}, {rows:,} by {columns:,}: copy the folder again"
-            )
-        tensors.append(
-            TensorPlan(
-                words, None, packing, (OutputTensor(f"{module}.weight", dtype, shape),), scales
-            )
-        )
-    kinds = find_kinds([*(tensor.outputs[0] for tensor in tensors), *kept], checkpoint.config)
+    parts = set()
+    for name in checkpoint.tensors:
+        module = name.removesuffix(form.words)
+        if module != name:
+            dtype = dtype_of.get(f"{module}.weight", dtypes["most"])
+            tensors.append(plan_restored_weight(checkpoint, form, module, dtype, padded))
+            parts |= {module + suffix for suffix in form.suffixes}
+    kept = [info for name, info in checkpoint.tensors.items() if name not in parts]
+
+    weights = [tensor.outputs[0] for tensor in tensors]
+    kinds = find_kinds([*weights, *kept], checkpoint.config)
     tensors = [replace(tensor, kind=kinds[tensor.outputs[0].name]) for tensor in tensors]
-    tensors += [
-        TensorPlan(i, "not packed", None, (OutputTensor(i.name, i.dtype, i.shape),)) for i in kept
-    ]
-    return plan_files(checkpoint, tensors, options, notes=checkpoint.notes)
+    for info in kept:
+        output = OutputTensor(info.name, info.dtype, info.shape)
+        tensors.append(TensorPlan(info, "not packed", None, (output,)))
+    return replace(plan_files(checkpoint, tensors, options), notes=checkpoint.notes)
+
+
+def plan_restored_weight(
+    checkpoint: Checkpoint,
+    form: Format,
+    module: str,
+    dtype: str,
+    padded: dict[str, tuple[int, int]],
+) -> TensorPlan:
+    """Decide what the parts of a packed weight are decoded to."""
+    infos = checkpoint.tensors
+    for suffix in form.suffixes:
+        if module + suffix not in infos:
+            problem = f"tensor {module + suffix!r} is missing: copy it again"
+            raise QuantizeError(f"{checkpoint.folder}: {problem}")
+    words = infos[module + form.words]
+    scales = infos[module + form.scales]
+    if form.transposed:
+        words = transpose(words)
+        scales = transpose(scales)
+
+    rows = words.shape[0]
+    columns = words.shape[1] * CODES_PER_WORD
+    # Twice as many columns and 8 bits have as many words.
+    if WEIGHT_SHAPE in form.constants:
+        stated = checkpoint.read(infos[module + WEIGHT_SHAPE.suffix], 0, 16)
+        rows, columns = struct.unpack("<2q", stated)
+    packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
+
+    shape = padded.get(f"{module}.weight", (rows, columns))
+    if shape[0] != rows or packing.columns_of(shape[1]) != columns:
+        raise QuantizeError(
+            f"{checkpoint.folder / QUANTIZE_CONFIG_NAME}: {shape[0]:,} by {shape[1]:,} are not"
+            f" what {module!r} has, {rows:,} by {columns:,}: copy the folder again"
+        )
+    output = OutputTensor(f"{module}.weight", dtype, shape)
+    return TensorPlan(words, None, packing, (output,), scales)
+
+
+def transpose(info: TensorInfo) -> TensorInfo:
+    """Describe a matrix that lies as (columns, rows) as one of rows by columns."""
+    row_bytes = info.shape[1] * DTYPE_BITS[info.dtype] // 8
+    return info.part(info.name, info.shape[::-1], 0, row_bytes)
 
 
 def read_padded_weights(folder: Path) -> dict[str, tuple[int, int]]:
@@ -3729,95 +4014,45 @@ def read_padded_weights(folder: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def refuse_unfit(checkpoint: Checkpoint) -> None:
-    """Refuse what is quantized already, whose error would quietly multiply, and what is no merged model."""
-    infos, claims = checkpoint.tensors, " and ".join(checkpoint.quantization)
-    inside, refused = (
-        {},
-        [],
-    )  # by weight (out, in), the matrices that lie inside its module; what is found
-    for name, info in infos.items():
-        described = f"{name}\n{info.dtype} {len(info.shape)}-D{' empty' * (info.nbytes == 0)}"
-        if claims and may_be_packed(info):
-            refused.append((info, f"beside {claims} {QUANTIZED}"))
-        refused += [
-            (info, text) for pattern, text in UNFIT if re.search(pattern, described, re.MULTILINE)
-        ]
-        for end in re.finditer(r"\.", name) if len(info.shape) == 2 else ():
-            owner = f"{name[: end.start()]}.weight"
-            if owner in infos and owner != name:
-                inside.setdefault(infos[owner], []).append(info)
-    for (
-        weight,
-        parts,
-    ) in inside.items():  # a low-rank update, whatever it is called: (rank, in) and (out, rank)
-        for down, up in itertools.permutations(parts, 2):
-            if (up.shape[0], down.shape[1]) == weight.shape and down.shape[0] == up.shape[1] < min(
-                weight.shape
-            ):
-                refused.append((down, ADAPTER))
-    for info, problem in refused[:1]:
-        raise QuantizeError(
-            f"tensor {info.name_in_file!r} {info.dtype} {info.shape} ({info.file.name}) {problem}"
-        )
-
-
-def may_be_packed(info: TensorInfo) -> bool:
-    """Tell whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a
-    companion of one: whatever is of small integers or float8, but for masks, or has the name of
-    scales and alike."""
-    mask = re.search(r"bias$|mask", info.name)
-    matrix = info.dtype in PACKED_DTYPES and len(info.shape) >= 2 and not mask
-    return matrix or bool(re.search(PACKED_PART, info.name))
-
-
 def named_by(patterns: list[str], info: TensorInfo) -> str | None:
-    """Find the first pattern that means this tensor, by its name or that of the stack it is read from."""
-    return next(
-        (p for p in patterns if re.search(p, info.name) or re.search(p, info.name_in_file)), None
-    )
+    """Return the first pattern that matches this tensor's name or that of the stack it is read
+    from."""
+    for pattern in patterns:
+        if re.search(pattern, info.name) or re.search(pattern, info.name_in_file):
+            return pattern
+    return None
 
 
 def stays_whole(stack: ExpertStack, options: Options) -> bool:
-    """Tell whether a stack of experts is written as it is: if --exclude means it, and all readers know it so."""
-    named = any(
-        part and all(named_by(options.exclude, i) for i in part)
-        for part in ([stack.info], stack.weights)
-    )
-    return named and (stack.whole_in_vllm or not options.form.for_engines)
+    """Whether a stack of experts is written as it is: if --exclude matches it or all its weights,
+    and all readers know it so."""
+
+    def is_excluded(infos: list[TensorInfo]) -> bool:
+        return bool(infos) and all(named_by(options.exclude, info) for info in infos)
+
+    known = stack.whole_in_vllm or not options.form.for_engines
+    return known and (is_excluded([stack.info]) or is_excluded(stack.weights))
 
 
 def separate_experts(checkpoint: Checkpoint, stacks: dict[str, ExpertStack]) -> list[TensorInfo]:
-    """List the checkpoint's tensors, these stacks replaced by their weights, all named as `save_pretrained` names them.
-    Refuses a stack that cannot be read so: most of the model would stay as it is, and engines would miss experts."""
-    if refused := [stack.info for stack in stacks.values() if stack.problem]:
-        info, pattern = refused[0], shlex.quote(pattern_of(refused))
-        row = oddity_with("tells_experts", checkpoint.config)
-        kept = f"--exclude {pattern} keeps such tensors as they are"
-        remedy = f"it cannot be quantized; {kept}"
-        if stacks[info.name].weights and row.remedy:
-            remedy = row.remedy
-        elif stacks[info.name].weights and not row.tells_experts:
-            remedy = f"save it with model.save_pretrained(), whose names they know; or {kept}"
-        problem = f"holds all routed experts of a layer, {stacks[info.name].problem}: {remedy}"
-        raise QuantizeError(f"tensor {info.name!r} {info.shape} ({info.file.name}) {problem}")
+    """List the checkpoint's tensors, these stacks replaced by their weights, all named as
+    `save_pretrained` names them."""
     oddity = oddity_with("projections", checkpoint.config) if stacks else Oddity("")
-    parts = (
-        stacks[name].weights if name in stacks else [info]
-        for name, info in checkpoint.tensors.items()
-    )
-    return [
-        replace(i, name=oddity.renamed(i.name), stored=i.name_in_file)
-        for i in itertools.chain(*parts)
-    ]
+    sources = []
+    for name, info in checkpoint.tensors.items():
+        for part in stacks[name].weights if name in stacks else [info]:
+            renamed = oddity.renamed(part.name)
+            sources.append(replace(part, name=renamed, stored=part.name_in_file))
+    return sources
 
 
 def pattern_of(infos: Iterable[TensorInfo]) -> str:
     """Make a pattern for --exclude that means tensors of these names, in any layer."""
-    tails = {tuple(info.name.removesuffix(".weight").split(".")[-2:]) for info in infos}
-    tails = {
-        r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in tail) for tail in tails
-    }
+    tails = set()
+    for info in infos:
+        parts = info.name.removesuffix(".weight").split(".")[-2:]
+        escaped = [r"\d+" if part.isdigit() else re.escape(part) for part in parts]
+        tails.add(r"\.".join(escaped))
     return rf"\b({'|'.join(sorted(tails))})(\.weight)?$"
 
 
@@ -3827,17 +4062,18 @@ def plan_tensors(
     """Decide for each tensor whether it is quantized, and what it becomes."""
     reasons = [reason_to_keep(info, options, kinds.get(info.name)) for info in sources]
     eights = [not reason and named_by(options.int8, info) for info, reason in zip(sources, reasons)]
-    # Groups of 128 where these fit. Engines hold routed experts as one, so they must fit all of them.
+    # Groups of 128 where these fit. Engines hold routed experts as one, so they must fit all.
     ragged = {info.name for info, eight in zip(sources, eights) if eight and info.shape[1] % 128}
-    ragged_experts, computed_in = any(map(EXPERT_PATTERN.match, ragged)), model_dtype(config)
+    ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
+    computed_in = model_dtype(config)
     rows = list(dict.fromkeys(rows_when_loaded(config)))
     for info, reason, eight in zip(sources, reasons, eights):
-        packing, outputs = None, (OutputTensor(info.name, info.dtype, info.shape),)
+        packing = None
+        outputs = (OutputTensor(info.name, info.dtype, info.shape),)
         if not reason:
             misfit = ragged_experts if EXPERT_PATTERN.match(info.name) else info.name in ragged
-            packing = Packing(
-                8 if eight else 4, 128 if eight and not misfit else options.group_size
-            )
+            size = 128 if eight and not misfit else options.group_size
+            packing = Packing(8 if eight else 4, size)
             outputs = options.form.outputs(info, packing, computed_in)
         in_memory = names_in_memory(info.name, rows) if len(info.shape) == 2 else ()
         kind = kinds.get(info.name, "")
@@ -3845,422 +4081,53 @@ def plan_tensors(
 
 
 def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str | None:
-    """Say why a tensor is not quantized, in words for the plan; None if it is."""
-    dimensions, pattern, size = len(info.shape), named_by(options.exclude, info), options.group_size
-    reasons = (
-        (pattern is not None, f"--exclude {pattern}"),
-        (dimensions < 2, "vectors and scalars (norms)"),
-        (dimensions > 2, f"{dimensions}-D (not a linear layer)"),
-        (not info.name.endswith(".weight"), "2-D but not named *.weight"),
-        (info.dtype not in FLOAT_DTYPES, f"2-D of dtype {info.dtype}"),
-        (kind == "embeddings" and not options.quantize_embeddings, "embeddings"),
-        (not info.nbytes or math.prod(info.shape[1:]) < size, f"narrow: under {size} columns"),
-        (options.form.for_engines and kind in ("head", "routers"), f"{kind} (whole for engines)"),
-    )
-    return next((reason for keeps, reason in reasons if keeps), None)
+    """Return why a tensor is not quantized, in words for the plan; None if it is."""
+    dimensions = len(info.shape)
+    size = options.group_size
+    pattern = named_by(options.exclude, info)
+    if pattern is not None:
+        return f"--exclude {pattern}"
+    if dimensions < 2:
+        return "vectors and scalars (norms)"
+    if dimensions > 2:
+        return f"{dimensions}-D (not a linear layer)"
+    if not info.name.endswith(".weight"):
+        return "2-D but not named *.weight"
+    if info.dtype not in FLOAT_DTYPES:
+        return f"2-D of dtype {info.dtype}"
+    if kind == "embeddings" and not options.quantize_embeddings:
+        return "embeddings"
+    if not info.nbytes or info.shape[1] < size:
+        return NARROW.format(size)
+    # To ask for embeddings where they are whole is refused by a rule.
+    if kind in options.form.whole_kinds and kind != "embeddings":
+        return f"{kind} (whole for engines)"
+    return None
 
 
-def refuse_useless_options(
-    tensors: list[TensorPlan], experts: list[TensorInfo], options: Options
-) -> None:
-    """Refuse a pattern for nothing, or --int8 for what is kept; to quantize nothing; to name two tensors alike."""
-    names, count = (
-        [info.name for info in [*(t.source for t in tensors), *experts]],
-        f"the {count_of(len(tensors), 'tensor')}",
-    )
-    for option, pattern in [
-        *(("--exclude", p) for p in options.exclude),
-        *(("--int8", p) for p in options.int8),
-    ]:
-        given = f"{option} {shlex.quote(pattern)} matches"
-        meant = [tensor for tensor in tensors if named_by([pattern], tensor.source)]
-        if not meant and (
-            option == "--int8" or not any(named_by([pattern], weight) for weight in experts)
-        ):
-            parts = re.findall(r"[^,\s]+", pattern)
-            hint = nearest(pattern, sorted({part for name in names for part in name.split(".")}))
-            if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
-                hint = f": give the option once for each pattern, or join them: {shlex.quote('|'.join(parts))}"
-            raise QuantizeError(
-                f"{given} none of {count}{hint or f' (one is {names[0]!r}): correct or drop it'}"
-            )
-        if option == "--int8" and not any(tensor.packing for tensor in meant):
-            example = f"{meant[0].source.name!r} ({meant[0].kept_because})"
-            raise QuantizeError(
-                f"{given} only tensors that are kept, e.g. {example}: correct or drop it"
-            )
-    if not any(tensor.packing for tensor in tensors):
-        example = f"{tensors[0].source.name!r} ({tensors[0].kept_because})"
-        remedy = "lower --group_size or drop --exclude if that keeps them"
-        raise QuantizeError(f"no weight would be quantized of {count}, e.g. {example}: {remedy}")
-    makers: dict[str, TensorInfo] = {}
-    for info, name in (
-        (tensor.source, output.name) for tensor in tensors for output in tensor.outputs
-    ):
-        if (twin := makers.setdefault(name, info)) is not info:
-            both = quote_names([twin.name_in_file, info.name_in_file])
-            raise QuantizeError(
-                f"tensors {both} become {name!r}: leave one of two copies, or --exclude the weight"
-            )
-
-
-def refuse_unloadable(
-    checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, conv1d: list
-) -> None:
-    """Refuse whatever would make a folder that converts well and then does not load in engines, or loads as noise."""
-    form, size, weights = (
-        options.form,
-        options.group_size,
-        [tensor.source for tensor in tensors if tensor.packing],
-    )
-    fitting = next(
-        (n for n in MARLIN_GROUP_SIZES if not any(info.shape[1] % n for info in weights)), None
-    )
-    divides = (
-        f"--group_size {fitting} divides all"
-        if fitting
-        else "none of 128, 64, 32 divides all: --exclude them"
-    )
-    ragged = [t.source for t in tensors if t.packing and t.source.shape[1] % t.packing.group_size]
-    widths = {t.packing.bits for t in tensors if t.packing}
-    renamed = [
-        t.source
-        for t in tensors
-        if t.in_memory is None and (not t.packing or t.packing.bits > min(widths))
-    ]
-    lines, config = (
-        [w for w in weights if w.shape[0] % form.row_multiple],
-        checkpoint.config_folder / CONFIG_NAME,
-    )
-    for refused, problem in (
-        (
-            options.quantize_embeddings,
-            f"--quantize_embeddings: no engine reads them packed as {form.name}; int4 can",
-        ),
-        (
-            size not in MARLIN_GROUP_SIZES,
-            f"--group_size {size}: engines' kernels (Marlin) have 32, 64 and 128",
-        ),
-        (
-            not checkpoint.has_config,
-            f"{config} is missing: engines read in it how {form.name} is packed",
-        ),
-        (
-            conv1d,
-            "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
-        ),
-        (
-            renamed,
-            f"{'kept' if len(widths) == 1 else 'kept or in 8 bits'} while transformers (5.24) calls"
-            f" them otherwise than the file does, so that no entry of {CONFIG_NAME} would tell it:"
-            " drop the option that means them, or use --format int4",
-        ),
-        (ragged, f"with columns that are no multiple of --group_size {size}: {divides}"),
-        (
-            lines,
-            f"with rows that are no multiple of {form.row_multiple}: --exclude them, or use"
-            " compressed-tensors",
-        ),
-    ):
-        if isinstance(refused, list) and refused:
-            problem = f"{count_of(len(refused), 'weight')} {problem}"
-            problem += f"; e.g. {refused[0].name!r} {refused[0].shape}"
-        if refused:
-            raise QuantizeError(problem)
-    wholes = {}  # what engines hold as one: what becomes of its first part
-    for tensor in (tensor for tensor in tensors if len(tensor.source.shape) > 1):
-        name, packing = tensor.source.name, tensor.packing
-        parent, _, last = name.removesuffix(".weight").rpartition(".")
-        keys = [
-            f"engines fuse {parent}.{{{parts}}}"
-            for parts in FUSED_LAYERS.split()
-            if last in parts.split(",")
-        ]
-        if layer := re.match(
-            r"((?:.*\.)?experts)\.(\d+\.\w+\.weight|(gate_up|gate|up|down)_proj(\.weight)?)$", name
-        ):
-            keys.append(f"engines fuse all experts of {layer[1]}")
-        if packing and EXPERT_PATTERN.match(name):
-            keys.append(
-                "transformers (5.23) reads the experts of all layers in one width, others as noise"
-            )
-        fate = (
-            f"{name!r} gets {packing.bits} bits"
-            if packing
-            else f"{name!r} is kept ({tensor.kept_because})"
-        )
-        for key in keys:
-            first, its_fate = wholes.setdefault(key, (packing, fate))
-            if first != packing:
-                raise QuantizeError(
-                    f"{key}: {its_fate} while {fate}: --exclude or --int8 all of them or none"
-                )
-
-
-def what_is_missing(
-    tensors: list[TensorInfo], kinds: dict[str, str], config: dict, for_engines: bool
-) -> Iterator[str]:
-    """Warn of what the checkpoint should have and lacks; for engines, raise where it is the head or the embedding."""
-    layers: dict[str, set[int]] = {}  # by container
-    blocks: dict[
-        tuple[str, str], dict[int, set[str]]
-    ] = {}  # by container and module: number -> its weights
-    for info in tensors:
-        if match := LAYER_PATTERN.match(info.name):
-            layers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), set()).add(int(match[3]))
-        if len(info.shape) == 2 and (
-            match := re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)
-        ):
-            blocks.setdefault((match[1], match[3]), {}).setdefault(int(match[2]), set()).add(
-                match[4]
-            )
-    made_up = "Loaders fill them with random numbers"
-    names = [
-        name
-        for name in layers
-        if not re.search(r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder", name)
-    ]
-    largest = max(names or layers, key=lambda name: len(layers[name]), default="layers")
-    for container in {largest, largest.replace("decoder", "encoder")} & {largest, *layers}:
-        part = re.search("decoder|encoder|$", container)[0]  # or neither
-        named = [f"{part}_layers", f"num_{part}_layers"] if part else []
-        counts = config_counts(config, *named) or config_counts(config, *LAYER_COUNTS)
-        count = min(counts, default=0)
-        halved = oddity_with("halved", config).halved
-        if halved and any(re.search(halved, info.name) for info in tensors):
-            count //= 2
-        if missing := [
-            f"{container}.{n}" for n in range(count) if n not in layers.get(container, ())
-        ]:
-            lost = f"LAYERS ARE MISSING: {len(missing):,} of {count:,} by {CONFIG_NAME} are not in the checkpoint"
-            yield f"{lost}: {quote_names(missing)}. {made_up}, unless the model shares its layers"
-    gaps, experts = [], min(config_counts(config, *EXPERT_COUNTS), default=0)
-    for (container, module), numbers in blocks.items():
-        usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
-        if container.endswith("experts"):
-            due = 0 if re.search(TOWER_NAMES, container) else experts
-            gaps += [
-                f"{container}.{n}" for n in range(max(*numbers, due - 1) + 1) if n not in numbers
-            ]
-        lacking = [n for n, found in numbers.items() if found < usual]
-        if len(numbers) > 2 and len(lacking) <= max(
-            1, len(numbers) // 20
-        ):  # so few are no kind of their own
-            gaps += [
-                f"{container}.{n}.{module}{name}"
-                for n in lacking
-                for name in sorted(usual - numbers[n])
-            ]
-    pattern = r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$"
-    generates = any(re.search(pattern, name) for name in architectures_of(config))
-    post_norm = "openai-gpt" in config_strings(config, "model_type")
-    yield from what_vectors_are_missing(tensors, largest, generates and not post_norm)
-    if gaps:
-        problem = f"WEIGHTS ARE MISSING: {len(gaps):,} that the others of their kind have are not in the checkpoint"
-        yield f"{problem}: {quote_names(gaps)}. {made_up}"
-    embeds = any(
-        kind == "embeddings" and not re.search(NO_WORDS, name) for name, kind in kinds.items()
-    )
-    ties = config_booleans(config, "tie_word_embeddings")
-    missing = (
-        [("head", "tie_word_embeddings false")]
-        if ties and not any(ties) and "head" not in kinds.values()
-        else []
-    )
-    missing += (
-        [("embedding", "a vocab_size")]
-        if config_integers(config, "vocab_size") and not embeds
-        else []
-    )
-    for part, due in missing if generates else ():
-        problem = f"{CONFIG_NAME} has {due}, but the checkpoint has no {part}"
-        if for_engines:
-            raise QuantizeError(
-                f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
-            )
-        yield f"THE {part.upper()} IS MISSING: {problem}"
-
-
-def what_vectors_are_missing(
-    tensors: list[TensorInfo], container: str, generates: bool
-) -> Iterator[str]:
-    """Warn of a norm or bias that one layer lacks and all others of its kind have, and of a final norm that is not
-    there though the layers of `container` generate text; in their places loaders put ones and zeros."""
-    layers: dict[str, dict[int, set[str]]] = {}  # by container: number -> names in that layer
-    vectors = set()
-    for info in tensors:
-        match = LAYER_PATTERN.match(info.name)
-        if not match:
-            continue
-        name = info.name[match.end() :]
-        place = f"{match[1]}.{match[2]}".lstrip(".")
-        layers.setdefault(place, {}).setdefault(int(match[3]), set()).add(name)
-        if len(info.shape) == 1 and name.endswith((".weight", ".bias")):
-            vectors.add(name)
-    gaps = []
-    for place, numbers in layers.items():
-        kinds = Counter(map(frozenset, numbers.values()))
-        for number, names in numbers.items():
-            few = kinds[frozenset(names)] <= max(1, len(numbers) // 20)
-            fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
-            if few and len(fuller) == 1 and not place.endswith("experts"):
-                lost = [f"{place}.{number}.{name}" for name in sorted(fuller[0] - names)]
-                gaps += [name for name in lost if not re.search(LAYER_WITHOUT_NORM, name)]
-    made_up = "Loaders put ones or zeros in their place"
-    if gaps:
-        problem = (
-            f"NORMS OR BIASES ARE MISSING: {len(gaps):,} that the other layers of their kind have"
-        )
-        yield f"{problem} are not in the checkpoint: {quote_names(gaps)}. {made_up}"
-    own = [info.name for info in tensors if not re.search(rf"\.\d+\.|{MTP_NAMES}", info.name)]
-    after = [name for name in own if re.search(NORM_NAME, name) and not TOWER_WORDS.search(name)]
-    inside = set().union(*layers.get(container, {}).values())
-    before = any(map(FIRST_NORM.match, inside)) and not TOWER_WORDS.search(container)
-    if generates and before and not after:
-        problem = f"THE FINAL NORM IS MISSING: the layers of {container!r} have norms, but none comes after them"
-        yield f"{problem}. {made_up}"
-
-
-def what_is_of_a_trainer(tensors: list[TensorPlan], config: dict) -> Iterator[str]:
-    """Warn of names of a trainer's own format, which no loader of the model that config.json names knows."""
-    types = set(config_strings(config, "model_type"))
-    for pattern, whose, remedy, model_types in TRAINERS_NAMES:
-        names = [t.source.name for t in tensors if re.search(pattern, t.source.name)]
-        if names and types and (not model_types or types & {*model_types.split()}):
-            problem = (
-                f"NAMES OF A TRAINER: {len(names):,} tensors are named as in {whose} own format"
-            )
-            model = (
-                f"no loader of model_type {config_strings(config, 'model_type')[0]!r} knows them"
-            )
-            yield f"{problem}, e.g. {names[0]!r}: {model}, and would make up its own: {remedy}"
-
-
-def note_on_mtp(tensors: list[TensorPlan], config: dict) -> str:
-    """Say that the layers which predict further tokens are not there, if config.json promises some."""
-    promised = [
-        key
-        for part in (config, *filter(lambda nested: isinstance(nested, dict), config.values()))
-        for key, value in part.items()
-        if MTP_COUNTS.match(key) and type(value) is int and value > 0
-    ]
-    counts = config_counts(config, *LAYER_COUNTS)
-    for name in (tensor.source.name for tensor in tensors):
-        match = LAYER_PATTERN.match(name)
-        beyond = match and counts and int(match[3]) >= min(counts)
-        if re.search(MTP_NAMES, name) or (beyond and not re.search(TOWER_NAMES, name)):
-            return ""
-    if not promised:
-        return ""
-    return (
-        f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the checkpoint has none:"
-        " speculative decoding with them will not work (transformers' save_pretrained leaves them out)"
-    )
-
-
-def notes_on_tensors(
-    tensors: list[TensorPlan], form: Format, config: dict, conv1d: list[TensorInfo]
-) -> Iterator[str]:
-    """Say what the owner of the checkpoint should know before the conversion rather than after the copy."""
-    yield form.note
-    if delicate := [
-        tensor for tensor in tensors if tensor.packing and tensor.kind in ("head", "routers")
-    ]:
-        pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
-        kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
-        yield f"{kinds} in 4 bits, too, costs quality and saves little: --exclude {pattern} keeps them"
-    if conv1d:
-        weights = count_of(len(conv1d), "weight")
-        yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
-    if stacks := [
-        t.source
-        for t in tensors
-        if not t.packing and len(t.source.shape) == 3 and t.source.shape[1] > 1
-    ]:
-        size = format_bytes(sum(info.nbytes for info in stacks))
-        yield f"only 2-D weights are quantized; {count_of(len(stacks), '3-D one')} ({size}) kept, e.g. {stacks[0].name}"
-    yield note_on_mtp(tensors, config)
-    if len({tensor.packing.bits for tensor in tensors if tensor.packing}) > 1:
-        wrong = "transformers (5.24) with run_compressed=False or dequantize=True decodes all layers as if they had one"
-        yield f"two widths: {wrong}; load the folder without these, or --restore it to dense weights"
-    experts = [
-        t.packing
-        for t in tensors
-        if EXPERT_PATTERN.match(t.source.name) and len(t.source.shape) == 2
-    ]
-    if any(experts):
-        yield form.note_on_experts
-    if reason := reason_transformers_fails(tensors, form, config):
-        yield f"transformers (5.24) {reason}"
-
-
-def reason_transformers_fails(tensors: list[TensorPlan], form: Format, config: dict) -> str:
-    """Say why transformers would not load the folder, or not all of it, if so."""
-    if not form.for_engines:
-        return ""
-    rows = list(rows_when_loaded(config))
-    computed = [
-        tensor.source
-        for tensor in tensors
-        if tensor.packing
-        and (
-            len(tensor.in_memory or ()) > 1
-            or any(
-                row.computed
-                and re.search(scope, tensor.source.name)
-                and re.search(row.computed, tensor.source.name)
-                for scope, row in rows
-            )
-        )
-    ]
-    if computed:
-        pattern = shlex.quote(pattern_of(computed))
-        stops = f"stops at this folder: it splits or joins {computed[0].name!r} and alike as it loads them"
-        return f"{stops}, which packed weights do not survive; vLLM may read them; --exclude {pattern} keeps them"
-    kept = [
-        tensor.source
-        for tensor in tensors
-        if not tensor.packing
-        and EXPERT_PATTERN.match(tensor.source.name)
-        and len(tensor.source.shape) == 2
-    ]
-    row = oddity_with("tells_experts", config)
-    if not kept or not form.reads_kept_experts or row.linear_experts:
-        return ""
-    if not row.tells_experts:
-        return "may stop at experts that are kept, or leave them random, if it holds this model's as stacks"
-    if row.projections and not row.projections[0]:
-        return "leaves experts that are kept random, with no more than a warning; vLLM reads them"
-    if row.problem_of_engines and not row.remedy:
-        return (
-            "reads this model's experts only as stacks, and leaves these random; vLLM may read them"
-        )
-    return "stops at experts that are kept beside packed layers (RuntimeError); vLLM reads them"
-
-
-def plan_files(
-    checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options, **more: object
-) -> Plan:
-    """Plan the files: what is copied, written or left out, the shards, and the fingerprint of what decides them."""
+def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options) -> Plan:
+    """Plan the files: what is copied, written or left out, the shards, and the fingerprint of what
+    decides them."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
     if checkpoint.has_config:
         described[CONFIG_NAME] = config
-    as_json = functools.partial(json.dumps, indent=2, ensure_ascii=False)
-    # Half of a surrogate pair, which Python reads and no encoding has, is escaped again.
-    written = {
-        name: f"{as_json(value)}\n".encode(errors="backslashreplace")
-        for name, value in described.items()
-    }
+    written = {name: as_json_file(value) for name, value in described.items()}
     copied, left_out = plan_other_files(checkpoint, {INDEX_NAME, *written})
     hashes = {name: hash_file(path) for name, path in copied.items()}
     hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
-    facts = {"version": FORMAT_VERSION, "options": vars(options), "sources": checkpoint.sources}
-    facts["dtypes"] = {} if options.restore else dtypes_of_packed(tensors)
+
+    facts = {
+        "version": FORMAT_VERSION,
+        "options": vars(options),
+        "sources": checkpoint.sources,
+        "dtypes": {} if options.restore else dtypes_of_packed(tensors),
+    }
     # The times of the weights' files decide nothing: they call for a comparison.
     timeless = facts | {"sources": {name: size for name, (size, _) in facts["sources"].items()}}
     shapes = [(tensor.source.name, tensor.source.dtype, tensor.source.shape) for tensor in tensors]
     fingerprint = hashlib.sha256(json.dumps([timeless, hashes, shapes]).encode()).hexdigest()
+
     metadata = {
         "format": "pt",
         METADATA_KEY: fingerprint,
@@ -4270,17 +4137,33 @@ def plan_files(
     shards, placements = plan_shards(tensors, round(options.shard_size_gb * GB), metadata)
     weight_map = {name: shards[number].name for name, (number, _) in sorted(placements.items())}
     total_size = sum(output.nbytes for tensor in tensors for output in tensor.outputs)
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    other_files = copied | written | {INDEX_NAME: f"{as_json(index)}\n".encode()}
-    hashes[INDEX_NAME] = hashlib.sha256(other_files[INDEX_NAME]).hexdigest()
-    made = tensors, total_size, shards, placements, other_files, hashes, left_out
-    loader = loading_class(checkpoint.config)
-    return Plan(options, facts, fingerprint, *made, loader=loader, **more)
+    index = as_json_file({"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    hashes[INDEX_NAME] = hashlib.sha256(index).hexdigest()
+    return Plan(
+        options=options,
+        facts=facts,
+        fingerprint=fingerprint,
+        tensors=tensors,
+        total_size=total_size,
+        shards=shards,
+        placements=placements,
+        other_files=copied | written | {INDEX_NAME: index},
+        hashes=hashes,
+        left_out=left_out,
+        loader=loading_class(checkpoint.config),
+    )
+
+
+def as_json_file(value: dict) -> bytes:
+    """Return the bytes of a JSON file. Half of a surrogate pair, which Python reads and no encoding
+    has, is escaped again."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return f"{text}\n".encode(errors="backslashreplace")
 
 
 def dtypes_of_packed(tensors: list[TensorPlan]) -> dict:
-    """Say which dtypes the weights that are packed have in the source: that of most, and the names
-    of the others."""
+    """Return which dtypes the weights that are packed have in the source: that of most, and the
+    names of the others."""
     names: dict[str, list[str]] = {}
     for tensor in tensors:
         if tensor.packing:
@@ -4292,69 +4175,94 @@ def dtypes_of_packed(tensors: list[TensorPlan]) -> dict:
 
 def plan_other_files(checkpoint: Checkpoint, written: set) -> tuple[dict[str, Path], list[str]]:
     """List the files beside the weights that are copied, by name, and why others are not."""
-    copied, left_out, folder = {}, [], checkpoint.config_folder
-    for path in sorted(
-        {*folder.iterdir()} - {*checkpoint.files} - {folder / name for name in written}
-    ):
-        reasons = (
-            (path.is_dir(), "folder"),
-            (path.name.startswith("."), "hidden"),
-            (TRAINER_PATTERN.search(path.name), "training state"),
-            (re.search(OTHER_WEIGHTS, path.name), "other weights"),
-            (path.name == ADAPTER_CONFIG_NAME, "of an adapter"),
-            (path.exists() and not path.is_file(), "not a regular file"),
-            (UNFINISHED_PATTERN.fullmatch(path.name), "of another conversion"),
-            (path.name in QUANTIZATION_FILES, "of the quantization"),
-        )
-        if reason := next((reason for found, reason in reasons if found), None):
-            left_out.append(f"{path.name}{'/' * path.is_dir()} ({reason})")
-        elif denied := why_unreadable(path):
+    folder = checkpoint.config_folder
+    beside = set(folder.iterdir()) - set(checkpoint.files) - {folder / name for name in written}
+    copied = {}
+    left_out = []
+    for path in sorted(beside):
+        reason = reason_to_leave_out(path)
+        if reason:
+            name = f"{path.name}/" if path.is_dir() else path.name
+            left_out.append(f"{name} ({reason})")
+            continue
+        denied = why_unreadable(path)
+        if denied:
             raise QuantizeError(f"{path}: {denied}, or remove it: it would be copied")
-        elif path.exists():
-            refuse_pointer(path)
-            copied[path.name] = path
-        else:
+        if not path.exists():
             problem = f"a link to {os.readlink(path)}, which is missing"
             raise QuantizeError(f"{path}: {problem}: mend or remove it, it would be copied")
-    others = (
-        {*checkpoint.folder.iterdir()} - {*checkpoint.files} if folder != checkpoint.folder else ()
-    )
-    left_out += [
-        f"{path.name} (of {checkpoint.folder}; --config_dir counts)" for path in sorted(others)
-    ]
+        refuse_pointer(path)
+        copied[path.name] = path
+
+    if folder != checkpoint.folder:
+        for path in sorted(set(checkpoint.folder.iterdir()) - set(checkpoint.files)):
+            left_out.append(f"{path.name} (of {checkpoint.folder}; --config_dir counts)")
     return copied, left_out
+
+
+def reason_to_leave_out(path: Path) -> str | None:
+    """Return why a file beside the weights is not copied; None if it is."""
+    if path.is_dir():
+        return "folder"
+    if path.name.startswith("."):
+        return "hidden"
+    if TRAINER_PATTERN.search(path.name):
+        return "training state"
+    if re.search(OTHER_WEIGHTS, path.name):
+        return "other weights"
+    if path.name == ADAPTER_CONFIG_NAME:
+        return "of an adapter"
+    if path.exists() and not path.is_file():
+        return "not a regular file"
+    if UNFINISHED_PATTERN.fullmatch(path.name):
+        return "of another conversion"
+    if path.name in QUANTIZATION_FILES:
+        return "of the quantization"
+    return None
 
 
 def plan_shards(
     tensors: list[TensorPlan], shard_size: int, metadata: dict
-) -> tuple[list[ShardPlan], dict]:
-    """Fill shards in the input's order; a file holds at most `shard_size` bytes unless one tensor alone is larger."""
-    empty = len(json.dumps({"__metadata__": metadata})) + 16  # length field and padding
-    entry = {
-        "dtype": "F8_E4M3FNUZ",
-        "shape": [],
-        "data_offsets": [10**14, 10**14],
-    }  # no tensor's is longer
-    contents, used = [], shard_size
-    for outputs in (tensor.outputs for tensor in tensors):
-        sizes = [o.nbytes + len(json.dumps({o.name: entry | {"shape": o.shape}})) for o in outputs]
-        # A weight's words and scales stay together, but for a limit too small to hold both.
-        together = empty + sum(sizes) <= shard_size
-        for part, nbytes in [(outputs, sum(sizes))] if together else zip(zip(outputs), sizes):
+) -> tuple[list[ShardPlan], dict[str, tuple[int, int]]]:
+    """Fill shards in the input's order. A file holds at most `shard_size` bytes unless one tensor
+    alone is larger."""
+    # With the length field and the padding.
+    empty = len(json.dumps({"__metadata__": metadata})) + 16
+    # No tensor's entry is longer, but for its name and shape.
+    entry = {"dtype": "F8_E4M3FNUZ", "shape": [], "data_offsets": [10**14, 10**14]}
+
+    contents: list[list[OutputTensor]] = []
+    used = shard_size
+    for tensor in tensors:
+        sizes = {}
+        for output in tensor.outputs:
+            longest = json.dumps({output.name: entry | {"shape": output.shape}})
+            sizes[output.name] = output.nbytes + len(longest)
+        # A weight's words and scales stay together, unless the limit is too small to hold both.
+        parts = [tensor.outputs]
+        if empty + sum(sizes.values()) > shard_size:
+            parts = [(output,) for output in tensor.outputs]
+        for part in parts:
+            nbytes = sum(sizes[output.name] for output in part)
             if not contents or used + nbytes > shard_size:
                 contents.append([])
                 used = empty
             contents[-1].extend(part)
             used += nbytes
-    shards, placements = [], {}
+
+    shards = []
+    placements = {}
     for number, outputs in enumerate(contents):
-        # Widest elements first, as the safetensors library sorts them, so that every tensor is aligned.
+        # Widest elements first, as the safetensors library sorts them, so that every tensor is
+        # aligned.
         outputs.sort(key=lambda output: -DTYPE_BITS[output.dtype])
-        header, ends = (
-            {"__metadata__": metadata},
-            [0, *itertools.accumulate(output.nbytes for output in outputs)],
-        )
-        for output, start, end in zip(outputs, ends, ends[1:]):
+        header = {"__metadata__": metadata}
+        starts = {}
+        end = 0
+        for output in outputs:
+            start = end
+            end += output.nbytes
+            starts[output.name] = start
             header[output.name] = {
                 "dtype": output.dtype,
                 "shape": output.shape,
@@ -4363,27 +4271,27 @@ def plan_shards(
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         data = len(text).to_bytes(8, "little") + text
-        placements |= {
-            output.name: (number, len(data) + start) for output, start in zip(outputs, ends)
-        }
-        shards.append(ShardPlan(f"model-{number + 1:05}.safetensors", data, len(data) + ends[-1]))
+        for name, start in starts.items():
+            placements[name] = (number, len(data) + start)
+        shards.append(ShardPlan(f"model-{number + 1:05}.safetensors", data, len(data) + end))
     return shards, placements
 
 
 def read_facts(folder: Path) -> dict:
-    """Read how a folder was made, `Plan.facts`, which each of its shards says. Raises if no shard
+    """Read how a folder was made, `Plan.facts`, which each of its shards states. Raises if no shard
     does, if another version made one of them, or if they are not of one run."""
     facts: dict = {}
-    shard_of_run: dict[str | None, str] = {}  # by fingerprint
+    # By fingerprint.
+    shard_of_run: dict[str | None, str] = {}
     for path in sorted(folder.glob("model-*.safetensors")):
         metadata = read_metadata(path)
         if FACTS_KEY not in metadata:
             continue
         try:
-            found = parse_facts(metadata[FACTS_KEY])
+            stated = parse_facts(metadata[FACTS_KEY])
         except FactsError as error:
             raise QuantizeError(f"{path}: {error}: {error.remedy}") from None
-        facts = facts or found
+        facts = facts or stated
         shard_of_run.setdefault(metadata.get(METADATA_KEY), path.name)
     if not facts:
         raise QuantizeError(
@@ -4397,7 +4305,7 @@ def read_facts(folder: Path) -> dict:
 
 
 class FactsError(Exception):
-    """Say why the facts that a shard states cannot be used, and what helps a finished folder."""
+    """The facts that a shard states cannot be used; and what helps a finished folder."""
 
     def __init__(self, problem: str, remedy: str):
         super().__init__(problem)
@@ -4433,7 +4341,7 @@ def parse_facts(text: str) -> dict:
 
 
 def are_options(value: object) -> bool:
-    """Tell whether a value read from JSON holds the fields of `Options`, each of its kind."""
+    """Whether a value read from JSON holds the fields of `Options`, each of its kind."""
     if not isinstance(value, dict) or value.keys() != Options.__annotations__.keys():
         return False
     size, shard_size = value["group_size"], value["shard_size_gb"]
@@ -4454,7 +4362,7 @@ def are_options(value: object) -> bool:
 
 
 def are_patterns(value: object) -> bool:
-    """Tell whether a value read from JSON is a list of regular expressions."""
+    """Whether a value read from JSON is a list of regular expressions."""
     if not isinstance(value, list):
         return False
     try:
@@ -4466,7 +4374,7 @@ def are_patterns(value: object) -> bool:
 
 
 def are_sources(value: object) -> bool:
-    """Tell whether a value read from JSON gives files' sizes and times by their names."""
+    """Whether a value read from JSON gives files' sizes and times by their names."""
     if not isinstance(value, dict):
         return False
     for state in value.values():
@@ -4476,7 +4384,7 @@ def are_sources(value: object) -> bool:
 
 
 def are_dtypes(value: object) -> bool:
-    """Tell whether a value read from JSON is of `dtypes_of_packed`."""
+    """Whether a value read from JSON is of `dtypes_of_packed`."""
     if not isinstance(value, dict) or value.keys() != {"most", "others"}:
         return False
     if not isinstance(value["others"], dict) or value["most"] not in list(FLOAT_DTYPES):
@@ -4490,28 +4398,903 @@ def are_dtypes(value: object) -> bool:
 
 
 def what_differs(was: dict, now: dict) -> str:
-    """Say which of its facts are not as they were for another run: options, names and sizes of
+    """List the facts that are not as they were for another run: options, names and sizes of
     sources."""
-    sizes, others = (
-        {(name, size) for name, (size, _) in facts["sources"].items()} for facts in (was, now)
-    )
-    others = sorted({name for name, _ in sizes ^ others})
+    sizes_before = {(name, size) for name, (size, _) in was["sources"].items()}
+    sizes_now = {(name, size) for name, (size, _) in now["sources"].items()}
+    others = sorted({name for name, _ in sizes_before ^ sizes_now})
     changed = []
     if others:
         changed.append(f"the input was another, {quote_names(others)} had other names or sizes")
     for name, value in now["options"].items():
         before = was["options"].get(name)
-        if name == "importance" and before and value and before != value:
+        # Where it is not given, the group size follows from the input's columns.
+        if before == value or (name == "group_size" and others):
+            continue
+        if name == "importance" and before and value:
             changed.append("--importance was another file")
-        elif name == "group_size" and others:
-            continue  # which follows from the input's columns where it is not given
-        elif before != value:
-            said = (
-                f" --{name} ".join(v) if v and isinstance(v, list) else v or "not given"
-                for v in (before, value)
-            )
-            changed.append("--{} was {}, is {}".format(name, *said).replace(" True", " given"))
+        else:
+            said = f"was {describe_value(name, before)}, is {describe_value(name, value)}"
+            changed.append(f"--{name} {said}")
     return ", ".join(changed)
+
+
+def describe_value(name: str, value: object) -> str:
+    """Describe the value of an option as it is given on the command line."""
+    if not value:
+        return "not given"
+    if value is True:
+        return "given"
+    if isinstance(value, list):
+        return f" --{name} ".join(value)
+    return str(value)
+
+
+# ---- Rules: what is refused, warned of and noted, in the order of `RULES` at this section's end ----------------------
+
+# Severities.
+REFUSED = "refused"
+WARNING = "warning"
+NOTE = "note"
+# What a rule looks at, and so from when on it can be asked.
+CHECKPOINT = "checkpoint"
+STACKS = "stacks of experts"
+TENSORS = "planned tensors"
+# Formats that a rule is for.
+EVERY_FORMAT = "every format"
+ENGINE_FORMATS = "formats for engines"
+OTHER_FORMATS = "formats for other readers"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan as far as it has come, which rules look at."""
+
+    checkpoint: Checkpoint
+    options: Options
+    statistics: Importance | None = None
+    # Stacks of experts, and those of them that are read as one weight an expert.
+    stacks: Mapping[str, ExpertStack] = field(default_factory=dict)
+    separated: Mapping[str, ExpertStack] = field(default_factory=dict)
+    # All tensors with stacks separated, the kinds of their layers, and what becomes of them.
+    sources: list[TensorInfo] = field(default_factory=list)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    tensors: list[TensorPlan] = field(default_factory=list)
+    group_size_is_chosen: bool = False
+
+    @property
+    def config(self) -> dict:
+        return self.checkpoint.config
+
+    @property
+    def form(self) -> Format:
+        return self.options.form
+
+    @functools.cached_property
+    def packed(self) -> list[TensorInfo]:
+        return [tensor.source for tensor in self.tensors if tensor.packing]
+
+    @functools.cached_property
+    def kept_experts(self) -> list[TensorInfo]:
+        """The weights of experts that are kept."""
+        experts = [tensor for tensor in self.tensors if is_expert(tensor)]
+        return [tensor.source for tensor in experts if not tensor.packing]
+
+    @functools.cached_property
+    def conv1d(self) -> list[TensorInfo]:
+        """The packed weights of GPT-2's Conv1D, which lie as (in, out)."""
+        inside = [info for info in self.packed if re.search(r"\.\d+\.", info.name)]
+        if oddity_with("conv1d", self.config).conv1d:
+            return inside
+        for info in inside:
+            rows, columns = info.shape
+            if info.name.endswith(".c_attn.weight") and columns == 3 * rows:
+                return inside
+        return []
+
+    @functools.cached_property
+    def layers(self) -> dict[str, dict[int, set[str]]]:
+        """By container and number of a layer: the names of the tensors in it."""
+        layers: dict[str, dict[int, set[str]]] = {}
+        for info in self.sources:
+            match = LAYER_PATTERN.match(info.name)
+            if match:
+                container = f"{match[1]}.{match[2]}".lstrip(".")
+                names = layers.setdefault(container, {}).setdefault(int(match[3]), set())
+                names.add(info.name[match.end() :])
+        return layers
+
+    @functools.cached_property
+    def largest_container(self) -> str:
+        """The container of the most layers, which are the language model's if any are."""
+        others = r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder"
+        names = [name for name in self.layers if not re.search(others, name)]
+        return max(names or self.layers, key=lambda name: len(self.layers[name]), default="layers")
+
+    @property
+    def generates_text(self) -> bool:
+        pattern = r"(For(CausalLM|ConditionalGeneration)|LMHeadModel)$"
+        return any(re.search(pattern, name) for name in architectures_of(self.config))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of `RULES`: how severe it is, what it applies to, and the function that yields its
+    messages where it is broken."""
+
+    severity: str
+    subject: str
+    formats: str
+    check: Callable[[Draft], Iterator[str]]
+
+
+def messages(draft: Draft, severity: str, subject: str = TENSORS) -> Iterator[str]:
+    """Yield what the rules of a severity and subject have to say of a draft."""
+    formats = (EVERY_FORMAT, ENGINE_FORMATS if draft.form.for_engines else OTHER_FORMATS)
+    for rule in RULES:
+        if (rule.severity, rule.subject) == (severity, subject) and rule.formats in formats:
+            yield from rule.check(draft)
+
+
+def refuse(draft: Draft, subject: str) -> None:
+    """Raise the first message of the rules by which a draft is refused."""
+    message = next(messages(draft, REFUSED, subject), None)
+    if message:
+        raise QuantizeError(message)
+
+
+# What is no merged checkpoint.
+
+QUANTIZED = (
+    "means that it is already quantized: give the merged bf16, fp16 or fp32 checkpoint it was made"
+    " from"
+)
+ADAPTER = (
+    "is an unmerged adapter's: merge it into its base model first (peft: merge_and_unload), then"
+    " save that"
+)
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A row of `UNFIT`: how to tell a tensor of what is no merged model, and what is wrong with it.
+    The pattern is for its name and a second line such as "BF16 2-D empty"."""
+
+    pattern: str
+    problem: str
+
+
+UNFIT = (
+    # Formats in use on the hub.
+    Unfit(
+        r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2"
+        r"|weight\.(absmax|quant_state.*)|SCB|weight_zero_point|weight_global_scale"
+        r"|(gate_up|gate|up|down)_proj_(blocks|scales)|\w*quantizer\._\w+)$"
+        r"|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
+        QUANTIZED,
+    ),
+    # The spellings of peft, torchtune, kohya's scripts and AdapterHub. `check_low_rank_updates`
+    # finds others.
+    Unfit(
+        r"(^|[._])(?i:lora)[._]?([AB]|up|down|left|right|embedding_[AB])(\.|$)"
+        r"|(^|\.)(lora_[ab]|adapter_?[AB])(\.|$)|magnitude_vector"
+        r"|(^|\.)(hada_[wt][12]|lokr_[wt][12]|b?oft_[RSrs]|vera_[AB]|ia3_l|trainable_tokens_)"
+        r"|(^|\.)(base_layer\.(weight|bias)|original_module\.|modules_to_save\.\w+\."
+        r"|adapters\.\w+\.adapter_)|\.default(\.weight)?$"
+        r"|^(base_model\.model\.|prompt_encoder\.\w+\.embedding\.|prompt_embeddings$)",
+        ADAPTER,
+    ),
+    Unfit(
+        r"^__metadata__\n",
+        "has a name that no tensor of a safetensors file can have: rename it, or leave it out",
+    ),
+    Unfit(
+        "flat_param",
+        "holds layers' weights, flattened by FSDP: save a FULL_STATE_DICT, or run accelerate"
+        " merge-weights",
+    ),
+    # Some models' convolutions have such parts of their own, of more dimensions.
+    Unfit(
+        r"\.(weight_(orig|mask)|parametrizations\.weight\.original\d*)\n\w+ 2-D",
+        "is what a weight is computed from, by pruning or another parametrization: make it"
+        " permanent first (torch.nn.utils: prune.remove, parametrize.remove_parametrizations),"
+        " then save that",
+    ),
+    Unfit(
+        r"(weight|bias|\.experts\..*)\n.* empty",
+        "has no elements: a save under DeepSpeed ZeRO-3 that did not gather the weights leaves"
+        " such; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py",
+    ),
+)
+# What a checkpoint that is said to be quantized has beside or instead of plain weights: those of
+# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto
+# and torchao.
+PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32"}
+PACKED_DTYPES |= {name for name in DTYPE_BITS if name.startswith(("F4", "F6_", "F8_"))}
+PACKED_PART = (
+    r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale"
+    r"|zeros?|zero_points?|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax"
+    r"|quant_map|quant_state.*|weight_format|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask"
+    r"|weight[.:_]_?(q?data|scale))$"
+)
+
+
+def check_int8(draft: Draft) -> Iterator[str]:
+    """Find --int8 in a format that has no two widths."""
+    form = draft.form
+    if draft.options.int8 and not form.has_two_widths:
+        reason = "its words hold codes of 4 bits alone"
+        if form.for_engines:
+            reason = f"not all of {form.name}'s readers know two widths"
+        yield f"--int8 is not for {form.name}: {reason}: use --format compressed-tensors"
+
+
+def check_fitness(draft: Draft) -> Iterator[str]:
+    """Find tensors that are quantized already, whose error would quietly multiply, or of an adapter
+    or a trainer."""
+    claims = " and ".join(draft.checkpoint.quantization)
+    for info in draft.checkpoint.tensors.values():
+        if claims and may_be_packed(info):
+            yield describe_unfit(info, f"beside {claims} {QUANTIZED}")
+        empty = "" if info.nbytes else " empty"
+        described = f"{info.name}\n{info.dtype} {len(info.shape)}-D{empty}"
+        for row in UNFIT:
+            if re.search(row.pattern, described, re.MULTILINE):
+                yield describe_unfit(info, row.problem)
+
+
+def check_low_rank_updates(draft: Draft) -> Iterator[str]:
+    """Find matrices (rank, in) and (out, rank) inside a module with a weight (out, in), whatever they
+    are called."""
+    infos = draft.checkpoint.tensors
+    inside: dict[str, list[TensorInfo]] = {}
+    for name, info in infos.items():
+        if len(info.shape) != 2:
+            continue
+        for end in re.finditer(r"\.", name):
+            owner = f"{name[: end.start()]}.weight"
+            if owner in infos and owner != name:
+                inside.setdefault(owner, []).append(info)
+    for owner, parts in inside.items():
+        shape = infos[owner].shape
+        for down, up in itertools.permutations(parts, 2):
+            rank = down.shape[0]
+            is_pair = up.shape[1] == rank and (up.shape[0], down.shape[1]) == shape
+            if is_pair and rank < min(shape):
+                yield describe_unfit(down, ADAPTER)
+
+
+def describe_unfit(info: TensorInfo, problem: str) -> str:
+    place = f"{info.dtype} {info.shape} ({info.file.name})"
+    return f"tensor {info.name_in_file!r} {place} {problem}"
+
+
+def may_be_packed(info: TensorInfo) -> bool:
+    """Whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a
+    companion of one: whatever is of small integers or float8, but for masks, or has the name of
+    scales and alike."""
+    mask = re.search(r"bias$|mask", info.name)
+    matrix = info.dtype in PACKED_DTYPES and len(info.shape) >= 2 and not mask
+    return matrix or bool(re.search(PACKED_PART, info.name))
+
+
+def check_stacks(draft: Draft) -> Iterator[str]:
+    """Find stacks of experts that cannot be read as one weight an expert: most of the model would
+    stay as it is, and engines would miss experts."""
+    unreadable = [stack for stack in draft.separated.values() if stack.problem]
+    if not unreadable:
+        return
+    stack = unreadable[0]
+    row = oddity_with("tells_experts", draft.config)
+    pattern = shlex.quote(pattern_of(stack.info for stack in unreadable))
+    kept = f"--exclude {pattern} keeps such tensors as they are"
+    remedy = f"it cannot be quantized; {kept}"
+    if stack.weights and row.remedy:
+        remedy = row.remedy
+    elif stack.weights and not row.tells_experts:
+        remedy = f"save it with model.save_pretrained(), whose names they know; or {kept}"
+    info = stack.info
+    yield (
+        f"tensor {info.name!r} {info.shape} ({info.file.name}) holds all routed experts of a layer,"
+        f" {stack.problem}: {remedy}"
+    )
+
+
+# What the options make of it.
+
+
+def check_exclude(draft: Draft) -> Iterator[str]:
+    """Find patterns of --exclude that match nothing, not even an expert of a stack that is kept."""
+    infos = list(draft.sources)
+    for stack in draft.stacks.values():
+        infos += stack.weights
+    for pattern in draft.options.exclude:
+        if not any(named_by([pattern], info) for info in infos):
+            yield describe_useless_pattern(draft, "--exclude", pattern)
+
+
+def check_int8_patterns(draft: Draft) -> Iterator[str]:
+    """Find patterns of --int8 that match nothing, or only tensors that are kept."""
+    for pattern in draft.options.int8:
+        matched = [tensor for tensor in draft.tensors if named_by([pattern], tensor.source)]
+        if not matched:
+            yield describe_useless_pattern(draft, "--int8", pattern)
+        elif not any(tensor.packing for tensor in matched):
+            yield (
+                f"--int8 {shlex.quote(pattern)} matches only tensors that are kept, e.g."
+                f" {matched[0].source.name!r} ({matched[0].kept_because}): correct or drop it"
+            )
+
+
+def describe_useless_pattern(draft: Draft, option: str, pattern: str) -> str:
+    names = [info.name for info in draft.sources]
+    for stack in draft.stacks.values():
+        names += [weight.name for weight in stack.weights]
+    parts = re.findall(r"[^,\s]+", pattern)
+    if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
+        joined = shlex.quote("|".join(parts))
+        hint = f": give the option once for each pattern, or join them: {joined}"
+    else:
+        words = sorted({part for name in names for part in name.split(".")})
+        hint = nearest(pattern, words) or f" (one is {names[0]!r}): correct or drop it"
+    count = count_of(len(draft.tensors), "tensor")
+    return f"{option} {shlex.quote(pattern)} matches none of the {count}{hint}"
+
+
+def check_that_something_is_packed(draft: Draft) -> Iterator[str]:
+    """Find a run that would quantize nothing."""
+    if not draft.packed:
+        first = draft.tensors[0]
+        yield (
+            f"no weight would be quantized of the {count_of(len(draft.tensors), 'tensor')}, e.g."
+            f" {first.source.name!r} ({first.kept_because}): lower --group_size or drop --exclude"
+            " if that keeps them"
+        )
+
+
+def check_output_names(draft: Draft) -> Iterator[str]:
+    """Find two tensors of the output that would have one name."""
+    makers: dict[str, TensorInfo] = {}
+    for tensor in draft.tensors:
+        for output in tensor.outputs:
+            maker = makers.setdefault(output.name, tensor.source)
+            if maker is not tensor.source:
+                both = quote_names([maker.name_in_file, tensor.source.name_in_file])
+                yield (
+                    f"tensors {both} become {output.name!r}: leave one of two copies, or --exclude"
+                    " the weight"
+                )
+
+
+# What converts well, and would then not load in engines, or load as noise.
+
+
+def check_embeddings(draft: Draft) -> Iterator[str]:
+    if draft.options.quantize_embeddings and "embeddings" in draft.form.whole_kinds:
+        name = draft.form.name
+        yield f"--quantize_embeddings: no engine reads them packed as {name}; int4 can"
+
+
+def check_group_size(draft: Draft) -> Iterator[str]:
+    sizes = draft.form.group_sizes
+    if draft.options.group_size not in sizes:
+        kernels = list_in_words(engine.kernels for engine in required_engines(draft.form))
+        size = f"--group_size {draft.options.group_size}"
+        yield f"{size}: engines' kernels ({kernels}) have {list_in_words(reversed(sizes))}"
+
+
+def check_config(draft: Draft) -> Iterator[str]:
+    if not draft.checkpoint.has_config:
+        path = draft.checkpoint.config_folder / CONFIG_NAME
+        yield f"{path} is missing: engines read in it how {draft.form.name} is packed"
+
+
+def check_conv1d(draft: Draft) -> Iterator[str]:
+    if draft.conv1d and not all(engine.packs_conv1d for engine in draft.form.engines):
+        yield describe_weights(
+            draft.conv1d,
+            "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
+        )
+
+
+def check_names_in_memory(draft: Draft) -> Iterator[str]:
+    """Find weights that need an entry of config.json while their names in memory, under which an
+    engine looks entries up, are not known."""
+    converting = [engine for engine in draft.form.engines if engine.converts_tensors]
+    widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
+    renamed = []
+    for tensor in draft.tensors:
+        usual = tensor.packing and tensor.packing.bits == min(widths)
+        if tensor.in_memory is None and not usual:
+            renamed.append(tensor.source)
+    if converting and renamed:
+        form = "kept" if len(widths) == 1 else "kept or in 8 bits"
+        yield describe_weights(
+            renamed,
+            f"{form} while {converting[0].label} calls them otherwise than the file does, so that"
+            f" no entry of {CONFIG_NAME} would tell it: drop the option that means them, or use"
+            " --format int4",
+        )
+
+
+def check_columns(draft: Draft) -> Iterator[str]:
+    """Find weights whose columns are no whole groups: engines have no padding."""
+    ragged = []
+    for tensor in draft.tensors:
+        if tensor.packing and tensor.source.shape[1] % tensor.packing.group_size:
+            ragged.append(tensor.source)
+    if not ragged:
+        return
+    sizes = draft.form.group_sizes
+    fitting = []
+    for size in sizes:
+        if not any(info.shape[1] % size for info in draft.packed):
+            fitting.append(size)
+    remedy = f"none of {', '.join(map(str, sizes))} divides all: --exclude them"
+    if fitting:
+        remedy = f"--group_size {fitting[0]} divides all"
+    size = draft.options.group_size
+    problem = f"with columns that are no multiple of --group_size {size}"
+    yield describe_weights(ragged, f"{problem}: {remedy}")
+
+
+def check_rows(draft: Draft) -> Iterator[str]:
+    """Find weights whose rows do not fill the format's words."""
+    multiple = draft.form.row_multiple
+    ragged = [info for info in draft.packed if info.shape[0] % multiple]
+    if ragged:
+        yield describe_weights(
+            ragged,
+            f"with rows that are no multiple of {multiple}: --exclude them, or use"
+            " compressed-tensors",
+        )
+
+
+def check_fused_layers(draft: Draft) -> Iterator[str]:
+    """Find parts in different precisions of what engines hold as one."""
+    first_parts: dict[str, TensorPlan] = {}
+    for tensor in draft.tensors:
+        if len(tensor.source.shape) < 2:
+            continue
+        for whole in wholes_of(tensor, draft.form):
+            first = first_parts.setdefault(whole, tensor)
+            if first.packing != tensor.packing:
+                fates = f"{describe_fate(first)} while {describe_fate(tensor)}"
+                yield f"{whole}: {fates}: --exclude or --int8 all of them or none"
+
+
+def wholes_of(tensor: TensorPlan, form: Format) -> list[str]:
+    """Describe each whole that engines hold in one precision and that this tensor is a part of."""
+    name = tensor.source.name
+    parent, _, module = name.removesuffix(".weight").rpartition(".")
+    experts = re.match(
+        r"((?:.*\.)?experts)\.(\d+\.\w+\.weight|(gate_up|gate|up|down)_proj(\.weight)?)$", name
+    )
+    wholes = []
+    for engine in form.engines:
+        for modules in engine.fused_layers:
+            if module in modules.split(","):
+                wholes.append(f"engines fuse {parent}.{{{modules}}}")
+        if experts and engine.fuses_experts:
+            wholes.append(f"engines fuse all experts of {experts[1]}")
+        if tensor.packing and engine.has_one_width_of_experts and EXPERT_PATTERN.match(name):
+            wholes.append(
+                f"{engine.label} reads the experts of all layers in one width, others as noise"
+            )
+    return wholes
+
+
+def describe_fate(tensor: TensorPlan) -> str:
+    if tensor.packing:
+        return f"{tensor.source.name!r} gets {tensor.packing.bits} bits"
+    return f"{tensor.source.name!r} is kept ({tensor.kept_because})"
+
+
+def describe_weights(infos: list[TensorInfo], problem: str) -> str:
+    weights = count_of(len(infos), "weight")
+    return f"{weights} {problem}; e.g. {infos[0].name!r} {infos[0].shape}"
+
+
+def required_engines(form: Format) -> list[Engine]:
+    return [engine for engine in form.engines if engine.required]
+
+
+def list_in_words(items: Iterable[object]) -> str:
+    """List items as in a sentence: 128, 64 and 32."""
+    *others, last = map(str, items)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+# What the checkpoint should have and lacks.
+
+RANDOM_NUMBERS = "Loaders fill them with random numbers"
+ONES_OR_ZEROS = "Loaders put ones or zeros in their place"
+
+
+def check_layers(draft: Draft) -> Iterator[str]:
+    """Find layers that config.json counts and the checkpoint lacks."""
+    decoder = draft.largest_container
+    encoder = decoder.replace("decoder", "encoder")
+    containers = [decoder]
+    if encoder != decoder and encoder in draft.layers:
+        containers.append(encoder)
+    for container in containers:
+        count = count_layers(draft, container)
+        present = draft.layers.get(container, {})
+        missing = [f"{container}.{number}" for number in range(count) if number not in present]
+        if missing:
+            yield (
+                f"LAYERS ARE MISSING: {len(missing):,} of {count:,} by {CONFIG_NAME} are not in the"
+                f" checkpoint: {quote_names(missing)}. {RANDOM_NUMBERS}, unless the model shares"
+                " its layers"
+            )
+
+
+def count_layers(draft: Draft, container: str) -> int:
+    """Return how many layers of a container config.json counts; 0 if it does not say."""
+    part = re.search("decoder|encoder", container)
+    keys = [f"{part[0]}_layers", f"num_{part[0]}_layers"] if part else []
+    counts = config_counts(draft.config, *keys) or config_counts(draft.config, *LAYER_COUNTS)
+    count = min(counts, default=0)
+    halved = oddity_with("halved", draft.config).halved
+    if halved and any(re.search(halved, info.name) for info in draft.sources):
+        return count // 2
+    return count
+
+
+def check_norms_and_biases(draft: Draft) -> Iterator[str]:
+    """Find norms and biases that one layer lacks and all others of its kind have."""
+    vectors = set()
+    for info in draft.sources:
+        match = LAYER_PATTERN.match(info.name)
+        name = info.name[match.end() :] if match else ""
+        if len(info.shape) == 1 and name.endswith((".weight", ".bias")):
+            vectors.add(name)
+
+    missing = []
+    for container, layers in draft.layers.items():
+        if container.endswith("experts"):
+            continue
+        kinds = Counter(map(frozenset, layers.values()))
+        for number, names in layers.items():
+            # More are a kind of their own, as are those that lack different things.
+            is_rare = kinds[frozenset(names)] <= max(1, len(layers) // 20)
+            fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
+            if is_rare and len(fuller) == 1:
+                lost = [f"{container}.{number}.{name}" for name in sorted(fuller[0] - names)]
+                missing += [name for name in lost if not re.search(LAYER_WITHOUT_NORM, name)]
+    if missing:
+        yield (
+            f"NORMS OR BIASES ARE MISSING: {len(missing):,} that the other layers of their kind"
+            f" have are not in the checkpoint: {quote_names(missing)}. {ONES_OR_ZEROS}"
+        )
+
+
+def check_final_norm(draft: Draft) -> Iterator[str]:
+    """Find that there is no final norm though the layers of a model that generates text have norms
+    before attention or mixer."""
+    post_norm = "openai-gpt" in config_strings(draft.config, "model_type")
+    container = draft.largest_container
+    if not draft.generates_text or post_norm or TOWER_WORDS.search(container):
+        return
+    inside = set().union(*draft.layers.get(container, {}).values())
+    if not any(map(FIRST_NORM.match, inside)):
+        return
+    for info in draft.sources:
+        is_outside = not re.search(rf"\.\d+\.|{MTP_NAMES}", info.name)
+        is_norm = re.search(NORM_NAME, info.name) and not TOWER_WORDS.search(info.name)
+        if is_outside and is_norm:
+            return
+    yield (
+        f"THE FINAL NORM IS MISSING: the layers of {container!r} have norms, but none comes after"
+        f" them. {ONES_OR_ZEROS}"
+    )
+
+
+def check_weights(draft: Draft) -> Iterator[str]:
+    """Find missing weights that the others of their kind have, and experts that config.json counts."""
+    # By container and module: the names of weights by the container's number.
+    blocks: dict[tuple[str, str], dict[int, set[str]]] = {}
+    for info in draft.sources:
+        match = re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)
+        if match and len(info.shape) == 2:
+            numbers = blocks.setdefault((match[1], match[3]), {})
+            numbers.setdefault(int(match[2]), set()).add(match[4])
+
+    missing = []
+    experts = min(config_counts(draft.config, *EXPERT_COUNTS), default=0)
+    for (container, module), numbers in blocks.items():
+        if container.endswith("experts"):
+            counted = 0 if re.search(TOWER_NAMES, container) else experts
+            count = max(*numbers, counted - 1) + 1
+            missing += [f"{container}.{n}" for n in range(count) if n not in numbers]
+        usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
+        lacking = [number for number, names in numbers.items() if names < usual]
+        # More are a kind of their own.
+        if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):
+            for number in lacking:
+                lost = sorted(usual - numbers[number])
+                missing += [f"{container}.{number}.{module}{name}" for name in lost]
+    if missing:
+        yield (
+            f"WEIGHTS ARE MISSING: {len(missing):,} that the others of their kind have are not in"
+            f" the checkpoint: {quote_names(missing)}. {RANDOM_NUMBERS}"
+        )
+
+
+def missing_ends(draft: Draft) -> dict[str, str]:
+    """Return what is wrong with a model that generates text and lacks its head or embedding, by
+    the part that is missing."""
+    missing: dict[str, str] = {}
+    if not draft.generates_text:
+        return missing
+    ties = config_booleans(draft.config, "tie_word_embeddings")
+    if ties and not any(ties) and "head" not in draft.kinds.values():
+        missing["head"] = (
+            f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
+        )
+    embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
+    of_words = [name for name in embeddings if not re.search(NO_WORDS, name)]
+    if config_integers(draft.config, "vocab_size") and not of_words:
+        missing["embedding"] = (
+            f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
+        )
+    return missing
+
+
+def check_ends(draft: Draft) -> Iterator[str]:
+    """Find that the head or the embedding is missing."""
+    for part, problem in missing_ends(draft).items():
+        yield f"THE {part.upper()} IS MISSING: {problem}"
+
+
+def check_ends_for_engines(draft: Draft) -> Iterator[str]:
+    """Find that the head or the embedding is missing, which no engine serves a model without."""
+    for problem in missing_ends(draft).values():
+        yield (
+            f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
+        )
+
+
+def check_names_of_trainers(draft: Draft) -> Iterator[str]:
+    """Find names of a trainer's own format, which no loader of the model that config.json names
+    knows."""
+    types = config_strings(draft.config, "model_type")
+    if not types:
+        return
+    for pattern, whose, remedy, model_types in TRAINERS_NAMES:
+        names = [info.name for info in draft.sources if re.search(pattern, info.name)]
+        if names and (not model_types or {*types} & {*model_types.split()}):
+            yield (
+                f"NAMES OF A TRAINER: {len(names):,} tensors are named as in {whose} own format,"
+                f" e.g. {names[0]!r}: no loader of model_type {types[0]!r} knows them, and would"
+                f" make up its own: {remedy}"
+            )
+
+
+# What the owner of the checkpoint should know before the conversion rather than after the copy.
+
+
+def note_checkpoint(draft: Draft) -> Iterator[str]:
+    """Repeat what was noted when the checkpoint was read."""
+    yield from draft.checkpoint.notes
+
+
+def note_stale_quantization(draft: Draft) -> Iterator[str]:
+    if draft.checkpoint.quantization:
+        stale = " and ".join(draft.checkpoint.quantization)
+        yield f"left out as stale, since no tensor is packed: {stale}"
+
+
+def note_statistics(draft: Draft) -> Iterator[str]:
+    if draft.statistics:
+        tensors = [tensor for tensor in draft.tensors if tensor.packing]
+        yield draft.statistics.describe([t.source for t in tensors if t.packing.bits == 4])
+
+
+def note_group_size(draft: Draft) -> Iterator[str]:
+    """State the group size where it was not asked for."""
+    if draft.group_size_is_chosen:
+        sizes = list_in_words(draft.form.group_sizes)
+        size = draft.options.group_size
+        yield f"groups of {size}: the largest of {sizes} that divides all columns"
+
+
+def note_engines_without_group_size(draft: Draft) -> Iterator[str]:
+    """Name the engines, of those that are not required, that have no groups of this size."""
+    size = draft.options.group_size
+    for engine in draft.form.engines:
+        if not engine.required and engine.group_sizes and size not in engine.group_sizes:
+            sizes = list_in_words(engine.group_sizes)
+            yield f"{engine.label} cannot serve groups of {size}: it has {sizes} alone"
+
+
+def note_no_engine(_draft: Draft) -> Iterator[str]:
+    yield NO_ENGINE
+
+
+def note_delicate_layers(draft: Draft) -> Iterator[str]:
+    """Advise to keep a head and routers."""
+    delicate = []
+    for tensor in draft.tensors:
+        if tensor.packing and tensor.kind in ("head", "routers"):
+            delicate.append(tensor)
+    if delicate:
+        pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
+        kinds = " and ".join(sorted({tensor.kind for tensor in delicate}))
+        saving = "in 4 bits, too, costs quality and saves little"
+        yield f"{kinds} {saving}: --exclude {pattern} keeps them"
+
+
+def note_conv1d(draft: Draft) -> Iterator[str]:
+    if draft.conv1d:
+        weights = count_of(len(draft.conv1d), "weight")
+        yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
+
+
+def note_kept_stacks(draft: Draft) -> Iterator[str]:
+    """Count 3-D weights that are kept, which may be much of the model."""
+    stacks = []
+    for tensor in draft.tensors:
+        shape = tensor.source.shape
+        if not tensor.packing and len(shape) == 3 and shape[1] > 1:
+            stacks.append(tensor.source)
+    if stacks:
+        size = format_bytes(sum(info.nbytes for info in stacks))
+        count = count_of(len(stacks), "3-D one")
+        yield f"only 2-D weights are quantized; {count} ({size}) kept, e.g. {stacks[0].name}"
+
+
+def note_mtp(draft: Draft) -> Iterator[str]:
+    """Find that config.json promises layers that predict further tokens, and none is there."""
+    parts = [draft.config]
+    parts += [value for value in draft.config.values() if isinstance(value, dict)]
+    promised = []
+    for part in parts:
+        for key, value in part.items():
+            if MTP_COUNTS.match(key) and type(value) is int and value > 0:
+                promised.append(key)
+    if not promised:
+        return
+
+    counts = config_counts(draft.config, *LAYER_COUNTS)
+    for info in draft.sources:
+        if re.search(MTP_NAMES, info.name):
+            return
+        match = LAYER_PATTERN.match(info.name)
+        is_beyond = match and counts and int(match[3]) >= min(counts)
+        if is_beyond and not re.search(TOWER_NAMES, info.name):
+            return
+    yield (
+        f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the"
+        " checkpoint has none: speculative decoding with them will not work (transformers'"
+        " save_pretrained leaves them out)"
+    )
+
+
+def note_two_widths(draft: Draft) -> Iterator[str]:
+    widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
+    if len(widths) > 1:
+        yield (
+            f"two widths: {ENGINES['transformers'].label} with run_compressed=False or"
+            " dequantize=True decodes all layers as if they had one; load the folder without"
+            " these, or --restore it to dense weights"
+        )
+
+
+def note_experts(draft: Draft) -> Iterator[str]:
+    """Name the engines that misread packed experts."""
+    misreadings = []
+    for engine in draft.form.engines:
+        if draft.form.name in engine.misreads_experts:
+            misreadings.append(engine.misreads_experts[draft.form.name])
+    if misreadings and any(tensor.packing and is_expert(tensor) for tensor in draft.tensors):
+        yield (
+            f"engines read expert layers from {draft.form.name} wrongly or not at all"
+            f" ({'; '.join(misreadings)}): use --format compressed-tensors"
+        )
+
+
+def note_transformers(draft: Draft) -> Iterator[str]:
+    reason = reason_transformers_fails(draft)
+    if reason:
+        yield f"{ENGINES['transformers'].label} {reason}"
+
+
+def reason_transformers_fails(draft: Draft) -> str:
+    """Return why transformers would not load the folder, or not all of it; nothing if it does."""
+    transformers = ENGINES["transformers"]
+    if transformers not in draft.form.engines:
+        return ""
+    computed = computed_when_loaded(draft)
+    if computed:
+        pattern = shlex.quote(pattern_of(computed))
+        return (
+            f"stops at this folder: it splits or joins {computed[0].name!r} and alike as it loads"
+            " them, which packed weights do not survive; vLLM may read them; --exclude"
+            f" {pattern} keeps them"
+        )
+
+    row = oddity_with("tells_experts", draft.config)
+    is_told = draft.form.name in transformers.kept_experts
+    if not draft.kept_experts or not is_told or row.linear_experts:
+        return ""
+    if not row.tells_experts:
+        return (
+            "may stop at experts that are kept, or leave them random, if it holds this model's as"
+            " stacks"
+        )
+    if row.projections and not row.projections[0]:
+        return "leaves experts that are kept random, with no more than a warning; vLLM reads them"
+    if row.problem_of_engines and not row.remedy:
+        return (
+            "reads this model's experts only as stacks, and leaves these random; vLLM may read them"
+        )
+    return "stops at experts that are kept beside packed layers (RuntimeError); vLLM reads them"
+
+
+def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
+    """List the packed weights that transformers splits, joins or permutes as it loads them."""
+    rows = [(scope, row) for scope, row in rows_when_loaded(draft.config) if row.computed]
+    computed = []
+    for tensor in draft.tensors:
+        name = tensor.source.name
+        if not tensor.packing:
+            continue
+        is_split = len(tensor.in_memory or ()) > 1
+        if is_split or any(
+            re.search(scope, name) and re.search(row.computed, name) for scope, row in rows
+        ):
+            computed.append(tensor.source)
+    return computed
+
+
+def is_expert(tensor: TensorPlan) -> bool:
+    """Whether this is a weight of one routed expert."""
+    info = tensor.source
+    return len(info.shape) == 2 and bool(EXPERT_PATTERN.match(info.name))
+
+
+# The first by which a checkpoint is refused ends the run; warnings and notes are printed in this
+# order.
+RULES = (
+    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_int8),
+    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_fitness),
+    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_low_rank_updates),
+    Rule(REFUSED, STACKS, EVERY_FORMAT, check_stacks),
+    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_exclude),
+    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_int8_patterns),
+    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_that_something_is_packed),
+    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_output_names),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_embeddings),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_group_size),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_config),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_conv1d),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_names_in_memory),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_columns),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_rows),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_fused_layers),
+    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_ends_for_engines),
+    Rule(WARNING, TENSORS, EVERY_FORMAT, check_layers),
+    Rule(WARNING, TENSORS, EVERY_FORMAT, check_norms_and_biases),
+    Rule(WARNING, TENSORS, EVERY_FORMAT, check_final_norm),
+    Rule(WARNING, TENSORS, EVERY_FORMAT, check_weights),
+    Rule(WARNING, TENSORS, OTHER_FORMATS, check_ends),
+    Rule(WARNING, TENSORS, ENGINE_FORMATS, check_names_of_trainers),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_checkpoint),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_stale_quantization),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_statistics),
+    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_group_size),
+    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_engines_without_group_size),
+    Rule(NOTE, TENSORS, OTHER_FORMATS, note_no_engine),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_delicate_layers),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_conv1d),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_kept_stacks),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_mtp),
+    Rule(NOTE, TENSORS, EVERY_FORMAT, note_two_widths),
+    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_experts),
+    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_transformers),
+)
 
 
 # ---- Memory: what the machine, the container and this process use ---------------------------------------------------

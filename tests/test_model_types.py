@@ -104,6 +104,7 @@ def linear_weights(built):
 
 
 def test_the_table_has_all_names_of_layers_in_memory_or_says_that_it_has_not(models):
+    no_rivals = quantize_int4.ModuleNames([])
     for built in models:
         rows = rows_of(built)
         for name, targets, _ in linear_weights(built):
@@ -111,7 +112,10 @@ def test_the_table_has_all_names_of_layers_in_memory_or_says_that_it_has_not(mod
             if known is None:
                 continue  # refused where it is kept
             layers = [n.removesuffix(".weight") for n in (name, *known) if n.endswith(".weight")]
-            patterns = [quantize_int4.pattern_of_module(layer, "$", []) for layer in layers]
+            patterns = [
+                quantize_int4.pattern_of_module(quantize_int4.Entry(layer), no_rivals)
+                for layer in layers
+            ]
             patterns.append("lm_head$")  # which is always an entry
             for target in targets:
                 layer = target.removesuffix(".weight")
@@ -159,10 +163,10 @@ def test_no_norm_and_no_bias_of_a_whole_model_is_called_missing(models):
         config = built.config | {"architectures": [type(built.model).__name__]}
         for shapes in (built.in_file, built.in_memory):
             infos = list(as_tensors(shapes).values())
-            kinds = quantize_int4.find_kinds(infos, config)
-            warnings = quantize_int4.what_is_missing(infos, kinds, config, for_engines=False)
-            for warning in warnings:
-                assert "NORM" not in warning, f"{built.model_type}: {warning}"
+            checkpoint = SimpleNamespace(config=config)
+            draft = quantize_int4.Draft(checkpoint, OPTIONS, sources=infos)
+            for check in (quantize_int4.check_norms_and_biases, quantize_int4.check_final_norm):
+                assert not list(check(draft)), built.model_type
 
 
 # --- tiny models that are really loaded -------------------------------------------------------------------------------
