@@ -2947,12 +2947,8 @@ class Format:
     @property
     def group_sizes(self) -> list[int]:
         """List the group sizes that all its required engines have, the largest first."""
-        sizes = [
-            set(engine.group_sizes)
-            for engine in self.engines
-            if engine.required and engine.group_sizes
-        ]
-        return sorted(set.intersection(*sizes), reverse=True) if sizes else []
+        sizes = [set(engine.group_sizes) for engine in self.engines if engine.required]
+        return sorted(set.intersection(*sizes), reverse=True)
 
     @property
     def whole_kinds(self) -> set[str]:
@@ -2962,8 +2958,7 @@ class Format:
     @property
     def has_two_widths(self) -> bool:
         """Whether all its engines hold weights of 8 bits beside those of 4."""
-        known = [self.name in engine.two_widths for engine in self.engines]
-        return self.for_engines and all(known)
+        return self.for_engines and all(self.name in row.two_widths for row in self.engines)
 
     @property
     def next_steps(self) -> list[tuple[str, str]]:
@@ -3387,24 +3382,23 @@ def classes_of_its_own_code(config: dict, architecture: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Engine:
-    """A row of `ENGINES`: what an engine can hold of the formats that name it.
+    """A row of `ENGINES`: what an engine can hold of the formats that name it. `RULES` has what is
+    refused and what is noted of it.
 
-    What a required engine cannot hold is refused; of the others it is noted. Stacks of experts
-    that are packed become a weight an expert, in every format and for every engine."""
+    For every engine, stacks of experts that are packed become one weight an expert."""
 
     name: str
     # The version with which the columns were read or tried, and where they were read.
     version: str
     sources: tuple[str, ...]
-    required: bool
-    # The group sizes that its kernels have, the largest first; any where none are stated.
+    # The group sizes that its kernels have, any where none are stated; and whether all folders
+    # must have one of these, or others are only noted.
     kernels: str = ""
     group_sizes: tuple[int, ...] = ()
-    # Kinds of layers, by `find_kinds`, that it does not hold packed. It may hold all others,
-    # towers' layers among them.
-    whole_kinds: tuple[str, ...] = ("embeddings", "head", "routers")
-    # Whether it holds packed weights that lie as (in, out).
-    packs_conv1d: bool = False
+    required: bool = False
+    # What it does not hold packed: kinds of layers by `find_kinds`, and GPT-2's Conv1D. It may
+    # hold all else, towers' layers among it.
+    whole_kinds: tuple[str, ...] = ("embeddings", "head", "routers", "Conv1D")
     # Layers that it holds as one, and so in one precision.
     fused_layers: tuple[str, ...] = ()
     # Whether it holds all routed experts of a layer as one.
@@ -3440,9 +3434,9 @@ ENGINES = {
                 "model_executor/layers/quantization/utils/marlin_utils.py",
                 "packed_modules_mapping of its models",
             ),
-            required=True,
             kernels="Marlin",
             group_sizes=(128, 64, 32),
+            required=True,
             fused_layers=(
                 "q_proj,k_proj,v_proj",
                 "gate_proj,up_proj",
@@ -3472,7 +3466,6 @@ ENGINES = {
             name="transformers",
             version="5.24.0",
             sources=("conversion_mapping.py", "quantizers/quantizer_compressed_tensors.py"),
-            required=False,
             has_one_width_of_experts=True,
             converts_tensors=True,
             two_widths=("compressed-tensors",),
@@ -3486,7 +3479,6 @@ ENGINES = {
             name="GPTQModel",
             version="7.7.0",
             sources=("quantization/config.py", "nn_modules/qlinear/torch.py"),
-            required=False,
             kernels="TorchLinear",
             group_sizes=(1024, 512, 256, 128, 64, 32, 16),
             two_widths=("gptq",),
@@ -3753,7 +3745,8 @@ CONFIG_KEYS = {
     as_string: ("model_type", "architectures", "dtype", "torch_dtype"),
     as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
 }
-# Files beside the weights that are not the model's. All others at the folder's top level are copied.
+# Files beside the weights that are not the model's. All others at the folder's top level are
+# copied.
 OTHER_WEIGHTS = (
     r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
     r"|tar(\.\w+)?|tgz|zip|index\.json)$"
@@ -3788,8 +3781,8 @@ class Options:
     @property
     def rule(self) -> str:
         """Describe how scales and codes are chosen."""
-        *use, _digest = (self.importance or "none").split()
-        return " ".join([self.scale, *use])
+        use_and_digest = (self.importance or "").split()
+        return " ".join([self.scale, *use_and_digest[:-1]])
 
 
 @dataclass(frozen=True)
@@ -4475,12 +4468,6 @@ class Draft:
         return [tensor.source for tensor in self.tensors if tensor.packing]
 
     @functools.cached_property
-    def kept_experts(self) -> list[TensorInfo]:
-        """The weights of experts that are kept."""
-        experts = [tensor for tensor in self.tensors if is_expert(tensor)]
-        return [tensor.source for tensor in experts if not tensor.packing]
-
-    @functools.cached_property
     def conv1d(self) -> list[TensorInfo]:
         """The packed weights of GPT-2's Conv1D, which lie as (in, out)."""
         inside = [info for info in self.packed if re.search(r"\.\d+\.", info.name)]
@@ -4644,8 +4631,8 @@ def check_fitness(draft: Draft) -> Iterator[str]:
 
 
 def check_low_rank_updates(draft: Draft) -> Iterator[str]:
-    """Find matrices (rank, in) and (out, rank) inside a module with a weight (out, in), whatever they
-    are called."""
+    """Find matrices (rank, in) and (out, rank) inside a module with a weight (out, in), whatever
+    they are called."""
     infos = draft.checkpoint.tensors
     inside: dict[str, list[TensorInfo]] = {}
     for name, info in infos.items():
@@ -4665,6 +4652,7 @@ def check_low_rank_updates(draft: Draft) -> Iterator[str]:
 
 
 def describe_unfit(info: TensorInfo, problem: str) -> str:
+    """Describe a tensor by which a checkpoint is refused."""
     place = f"{info.dtype} {info.shape} ({info.file.name})"
     return f"tensor {info.name_in_file!r} {place} {problem}"
 
@@ -4727,6 +4715,7 @@ def check_int8_patterns(draft: Draft) -> Iterator[str]:
 
 
 def describe_useless_pattern(draft: Draft, option: str, pattern: str) -> str:
+    """Describe a pattern that matches nothing, with what may have been meant."""
     names = [info.name for info in draft.sources]
     for stack in draft.stacks.values():
         names += [weight.name for weight in stack.weights]
@@ -4770,27 +4759,32 @@ def check_output_names(draft: Draft) -> Iterator[str]:
 
 
 def check_embeddings(draft: Draft) -> Iterator[str]:
+    """Find --quantize_embeddings, where embeddings are whole."""
     if draft.options.quantize_embeddings and "embeddings" in draft.form.whole_kinds:
         name = draft.form.name
         yield f"--quantize_embeddings: no engine reads them packed as {name}; int4 can"
 
 
 def check_group_size(draft: Draft) -> Iterator[str]:
+    """Find a group size that engines' kernels do not have."""
     sizes = draft.form.group_sizes
     if draft.options.group_size not in sizes:
-        kernels = list_in_words(engine.kernels for engine in required_engines(draft.form))
+        required = [engine for engine in draft.form.engines if engine.required]
+        kernels = list_in_words(engine.kernels for engine in required)
         size = f"--group_size {draft.options.group_size}"
         yield f"{size}: engines' kernels ({kernels}) have {list_in_words(reversed(sizes))}"
 
 
 def check_config(draft: Draft) -> Iterator[str]:
+    """Find that config.json is missing."""
     if not draft.checkpoint.has_config:
         path = draft.checkpoint.config_folder / CONFIG_NAME
         yield f"{path} is missing: engines read in it how {draft.form.name} is packed"
 
 
 def check_conv1d(draft: Draft) -> Iterator[str]:
-    if draft.conv1d and not all(engine.packs_conv1d for engine in draft.form.engines):
+    """Find packed weights of GPT-2's Conv1D."""
+    if draft.conv1d and "Conv1D" in draft.form.whole_kinds:
         yield describe_weights(
             draft.conv1d,
             "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
@@ -4808,10 +4802,11 @@ def check_names_in_memory(draft: Draft) -> Iterator[str]:
         if tensor.in_memory is None and not usual:
             renamed.append(tensor.source)
     if converting and renamed:
+        verb = "is" if len(renamed) == 1 else "are"
         form = "kept" if len(widths) == 1 else "kept or in 8 bits"
         yield describe_weights(
             renamed,
-            f"{form} while {converting[0].label} calls them otherwise than the file does, so that"
+            f"{verb} {form} while {converting[0].label} calls them otherwise than the file does, so that"
             f" no entry of {CONFIG_NAME} would tell it: drop the option that means them, or use"
             " --format int4",
         )
@@ -4885,18 +4880,16 @@ def wholes_of(tensor: TensorPlan, form: Format) -> list[str]:
 
 
 def describe_fate(tensor: TensorPlan) -> str:
+    """Describe what becomes of a tensor, for a comparison."""
     if tensor.packing:
         return f"{tensor.source.name!r} gets {tensor.packing.bits} bits"
     return f"{tensor.source.name!r} is kept ({tensor.kept_because})"
 
 
 def describe_weights(infos: list[TensorInfo], problem: str) -> str:
+    """Count the weights that have a problem, and give one as an example."""
     weights = count_of(len(infos), "weight")
     return f"{weights} {problem}; e.g. {infos[0].name!r} {infos[0].shape}"
-
-
-def required_engines(form: Format) -> list[Engine]:
-    return [engine for engine in form.engines if engine.required]
 
 
 def list_in_words(items: Iterable[object]) -> str:
@@ -4992,7 +4985,8 @@ def check_final_norm(draft: Draft) -> Iterator[str]:
 
 
 def check_weights(draft: Draft) -> Iterator[str]:
-    """Find missing weights that the others of their kind have, and experts that config.json counts."""
+    """Find missing weights that the others of their kind have, and missing experts that config.json
+    counts."""
     # By container and module: the names of weights by the container's number.
     blocks: dict[tuple[str, str], dict[int, set[str]]] = {}
     for info in draft.sources:
@@ -5081,12 +5075,14 @@ def note_checkpoint(draft: Draft) -> Iterator[str]:
 
 
 def note_stale_quantization(draft: Draft) -> Iterator[str]:
+    """Name what said that the model is quantized, which it is not."""
     if draft.checkpoint.quantization:
         stale = " and ".join(draft.checkpoint.quantization)
         yield f"left out as stale, since no tensor is packed: {stale}"
 
 
 def note_statistics(draft: Draft) -> Iterator[str]:
+    """Count what statistics there are for."""
     if draft.statistics:
         tensors = [tensor for tensor in draft.tensors if tensor.packing]
         yield draft.statistics.describe([t.source for t in tensors if t.packing.bits == 4])
@@ -5110,6 +5106,7 @@ def note_engines_without_group_size(draft: Draft) -> Iterator[str]:
 
 
 def note_no_engine(_draft: Draft) -> Iterator[str]:
+    """State that the folder is for readers other than engines."""
     yield NO_ENGINE
 
 
@@ -5127,6 +5124,7 @@ def note_delicate_layers(draft: Draft) -> Iterator[str]:
 
 
 def note_conv1d(draft: Draft) -> Iterator[str]:
+    """Count weights whose groups run along the outputs."""
     if draft.conv1d:
         weights = count_of(len(draft.conv1d), "weight")
         yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
@@ -5173,6 +5171,7 @@ def note_mtp(draft: Draft) -> Iterator[str]:
 
 
 def note_two_widths(draft: Draft) -> Iterator[str]:
+    """Warn of ways to load layers of two widths that decode them wrongly."""
     widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
     if len(widths) > 1:
         yield (
@@ -5196,6 +5195,7 @@ def note_experts(draft: Draft) -> Iterator[str]:
 
 
 def note_transformers(draft: Draft) -> Iterator[str]:
+    """State why transformers would not load the folder."""
     reason = reason_transformers_fails(draft)
     if reason:
         yield f"{ENGINES['transformers'].label} {reason}"
@@ -5217,7 +5217,8 @@ def reason_transformers_fails(draft: Draft) -> str:
 
     row = oddity_with("tells_experts", draft.config)
     is_told = draft.form.name in transformers.kept_experts
-    if not draft.kept_experts or not is_told or row.linear_experts:
+    are_kept = any(is_expert(tensor) and not tensor.packing for tensor in draft.tensors)
+    if not are_kept or not is_told or row.linear_experts:
         return ""
     if not row.tells_experts:
         return (
