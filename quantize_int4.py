@@ -2957,7 +2957,7 @@ class Format:
 
     @property
     def has_two_widths(self) -> bool:
-        """Whether all its engines hold weights of 8 bits beside those of 4."""
+        """Return whether all its engines hold weights of 8 bits beside those of 4."""
         return self.for_engines and all(self.name in row.two_widths for row in self.engines)
 
     @property
@@ -3404,7 +3404,7 @@ class Engine:
     # Whether it holds all routed experts of a layer as one.
     fuses_experts: bool = False
     # Whether it reads the experts of all layers in one width, and others as noise.
-    has_one_width_of_experts: bool = False
+    one_width_of_experts: bool = False
     # Whether it renames, splits or joins tensors as it loads them, and looks modules up by the
     # names that these have in memory.
     converts_tensors: bool = False
@@ -3466,7 +3466,7 @@ ENGINES = {
             name="transformers",
             version="5.24.0",
             sources=("conversion_mapping.py", "quantizers/quantizer_compressed_tensors.py"),
-            has_one_width_of_experts=True,
+            one_width_of_experts=True,
             converts_tensors=True,
             two_widths=("compressed-tensors",),
             kept_experts=("compressed-tensors",),
@@ -3666,7 +3666,7 @@ class Importance(WeightsFile):
                 f" {MAX_FACTOR:,} are held in memory: collect it with a rank of"
                 f" {MAX_FACTOR // columns}"
             )
-        self._refuse_other_inputs(vector.name, factor, squares)
+        self._refuse_factor_of_other_inputs(vector.name, factor, squares)
         return squares, factor.to(torch.float32)
 
     def _read(
@@ -3700,11 +3700,13 @@ class Importance(WeightsFile):
         if not usable.all():
             raise QuantizeError(f"{self.path}: {name!r} has values {problem}")
 
-    def _refuse_other_inputs(self, name: str, factor: torch.Tensor, squares: torch.Tensor) -> None:
+    def _refuse_factor_of_other_inputs(
+        self, name: str, factor: torch.Tensor, squares: torch.Tensor
+    ) -> None:
         """Refuse a factor whose squares add up, in a column, to more than the mean square of the
         same inputs can be."""
-        # Rounding to the factor's dtype added at most a part eps to a number or, to one below the
-        # dtype's normal numbers, eps * tiny. What it may have added is no error of the user's.
+        # The factor was rounded to its dtype: a normal number by at most eps of itself, a smaller
+        # one by at most eps * tiny. What rounding may have added does not count.
         dtype = torch.finfo(factor.dtype)
         least = factor.to(torch.float32).abs()
         least.mul_(1 - dtype.eps).sub_(dtype.eps * dtype.tiny).clamp_(min=0)
@@ -3909,8 +3911,8 @@ def choose_group_size(sources: list[TensorInfo], kinds: dict[str, str], options:
 
 
 def fits_all(sources: list[TensorInfo], kinds: dict[str, str], options: Options) -> bool:
-    """Whether groups of this size divide the columns of all that is quantized, and no expert is
-    too narrow for one. The groups of 128 that some weights of 8 bits have fit these anyway."""
+    """Return whether groups of this size divide the columns of all that is quantized, and no expert
+    is too narrow for one. A weight of 8 bits that has groups of 128 divides by all smaller ones."""
     size = options.group_size
     for info in sources:
         reason = reason_to_keep(info, options, kinds.get(info.name))
@@ -4017,8 +4019,8 @@ def named_by(patterns: list[str], info: TensorInfo) -> str | None:
 
 
 def stays_whole(stack: ExpertStack, options: Options) -> bool:
-    """Whether a stack of experts is written as it is: if --exclude matches it or all its weights,
-    and all readers know it so."""
+    """Return whether a stack of experts is written as it is: if --exclude matches it or all its
+    weights, and all readers know it so."""
 
     def is_excluded(infos: list[TensorInfo]) -> bool:
         return bool(infos) and all(named_by(options.exclude, info) for info in infos)
@@ -4334,7 +4336,7 @@ def parse_facts(text: str) -> dict:
 
 
 def are_options(value: object) -> bool:
-    """Whether a value read from JSON holds the fields of `Options`, each of its kind."""
+    """Return whether a value read from JSON holds the fields of `Options`, each of its kind."""
     if not isinstance(value, dict) or value.keys() != Options.__annotations__.keys():
         return False
     size, shard_size = value["group_size"], value["shard_size_gb"]
@@ -4355,7 +4357,7 @@ def are_options(value: object) -> bool:
 
 
 def are_patterns(value: object) -> bool:
-    """Whether a value read from JSON is a list of regular expressions."""
+    """Return whether a value read from JSON is a list of regular expressions."""
     if not isinstance(value, list):
         return False
     try:
@@ -4367,7 +4369,7 @@ def are_patterns(value: object) -> bool:
 
 
 def are_sources(value: object) -> bool:
-    """Whether a value read from JSON gives files' sizes and times by their names."""
+    """Return whether a value read from JSON gives files' sizes and times by their names."""
     if not isinstance(value, dict):
         return False
     for state in value.values():
@@ -4377,7 +4379,7 @@ def are_sources(value: object) -> bool:
 
 
 def are_dtypes(value: object) -> bool:
-    """Whether a value read from JSON is of `dtypes_of_packed`."""
+    """Return whether a value read from JSON is of `dtypes_of_packed`."""
     if not isinstance(value, dict) or value.keys() != {"most", "others"}:
         return False
     if not isinstance(value["others"], dict) or value["most"] not in list(FLOAT_DTYPES):
@@ -4607,7 +4609,7 @@ PACKED_PART = (
 
 
 def check_int8(draft: Draft) -> Iterator[str]:
-    """Find --int8 in a format that has no two widths."""
+    """Check that the format has two widths if --int8 asks for them."""
     form = draft.form
     if draft.options.int8 and not form.has_two_widths:
         reason = "its words hold codes of 4 bits alone"
@@ -4617,8 +4619,8 @@ def check_int8(draft: Draft) -> Iterator[str]:
 
 
 def check_fitness(draft: Draft) -> Iterator[str]:
-    """Find tensors that are quantized already, whose error would quietly multiply, or of an adapter
-    or a trainer."""
+    """Check that no tensor is quantized already, which would quietly multiply its error, and that
+    none is an adapter's or a trainer's."""
     claims = " and ".join(draft.checkpoint.quantization)
     for info in draft.checkpoint.tensors.values():
         if claims and may_be_packed(info):
@@ -4631,8 +4633,8 @@ def check_fitness(draft: Draft) -> Iterator[str]:
 
 
 def check_low_rank_updates(draft: Draft) -> Iterator[str]:
-    """Find matrices (rank, in) and (out, rank) inside a module with a weight (out, in), whatever
-    they are called."""
+    """Check that no module with a weight (out, in) has matrices (rank, in) and (out, rank) inside,
+    whatever they are called."""
     infos = draft.checkpoint.tensors
     inside: dict[str, list[TensorInfo]] = {}
     for name, info in infos.items():
@@ -4658,7 +4660,7 @@ def describe_unfit(info: TensorInfo, problem: str) -> str:
 
 
 def may_be_packed(info: TensorInfo) -> bool:
-    """Whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a
+    """Return whether a tensor of a checkpoint that is said to be quantized is a packed weight, or a
     companion of one: whatever is of small integers or float8, but for masks, or has the name of
     scales and alike."""
     mask = re.search(r"bias$|mask", info.name)
@@ -4667,8 +4669,8 @@ def may_be_packed(info: TensorInfo) -> bool:
 
 
 def check_stacks(draft: Draft) -> Iterator[str]:
-    """Find stacks of experts that cannot be read as one weight an expert: most of the model would
-    stay as it is, and engines would miss experts."""
+    """Check that all stacks of experts can be read as one weight an expert. Otherwise most of the
+    model would stay as it is, and engines would miss experts."""
     unreadable = [stack for stack in draft.separated.values() if stack.problem]
     if not unreadable:
         return
@@ -4692,7 +4694,7 @@ def check_stacks(draft: Draft) -> Iterator[str]:
 
 
 def check_exclude(draft: Draft) -> Iterator[str]:
-    """Find patterns of --exclude that match nothing, not even an expert of a stack that is kept."""
+    """Check that each pattern of --exclude matches something, be it an expert of a kept stack."""
     infos = list(draft.sources)
     for stack in draft.stacks.values():
         infos += stack.weights
@@ -4702,7 +4704,7 @@ def check_exclude(draft: Draft) -> Iterator[str]:
 
 
 def check_int8_patterns(draft: Draft) -> Iterator[str]:
-    """Find patterns of --int8 that match nothing, or only tensors that are kept."""
+    """Check that each pattern of --int8 matches something that is packed."""
     for pattern in draft.options.int8:
         matched = [tensor for tensor in draft.tensors if named_by([pattern], tensor.source)]
         if not matched:
@@ -4731,7 +4733,7 @@ def describe_useless_pattern(draft: Draft, option: str, pattern: str) -> str:
 
 
 def check_that_something_is_packed(draft: Draft) -> Iterator[str]:
-    """Find a run that would quantize nothing."""
+    """Check that the run would quantize something."""
     if not draft.packed:
         first = draft.tensors[0]
         yield (
@@ -4742,7 +4744,7 @@ def check_that_something_is_packed(draft: Draft) -> Iterator[str]:
 
 
 def check_output_names(draft: Draft) -> Iterator[str]:
-    """Find two tensors of the output that would have one name."""
+    """Check that no two tensors of the output would have one name."""
     makers: dict[str, TensorInfo] = {}
     for tensor in draft.tensors:
         for output in tensor.outputs:
@@ -4759,14 +4761,14 @@ def check_output_names(draft: Draft) -> Iterator[str]:
 
 
 def check_embeddings(draft: Draft) -> Iterator[str]:
-    """Find --quantize_embeddings, where embeddings are whole."""
+    """Check that engines hold packed embeddings if --quantize_embeddings asks for them."""
     if draft.options.quantize_embeddings and "embeddings" in draft.form.whole_kinds:
         name = draft.form.name
         yield f"--quantize_embeddings: no engine reads them packed as {name}; int4 can"
 
 
 def check_group_size(draft: Draft) -> Iterator[str]:
-    """Find a group size that engines' kernels do not have."""
+    """Check that engines' kernels have the group size."""
     sizes = draft.form.group_sizes
     if draft.options.group_size not in sizes:
         required = [engine for engine in draft.form.engines if engine.required]
@@ -4776,14 +4778,14 @@ def check_group_size(draft: Draft) -> Iterator[str]:
 
 
 def check_config(draft: Draft) -> Iterator[str]:
-    """Find that config.json is missing."""
+    """Check that config.json is there."""
     if not draft.checkpoint.has_config:
         path = draft.checkpoint.config_folder / CONFIG_NAME
         yield f"{path} is missing: engines read in it how {draft.form.name} is packed"
 
 
 def check_conv1d(draft: Draft) -> Iterator[str]:
-    """Find packed weights of GPT-2's Conv1D."""
+    """Check that no weight of GPT-2's Conv1D is packed."""
     if draft.conv1d and "Conv1D" in draft.form.whole_kinds:
         yield describe_weights(
             draft.conv1d,
@@ -4792,8 +4794,8 @@ def check_conv1d(draft: Draft) -> Iterator[str]:
 
 
 def check_names_in_memory(draft: Draft) -> Iterator[str]:
-    """Find weights that need an entry of config.json while their names in memory, under which an
-    engine looks entries up, are not known."""
+    """Check that the names in memory, under which an engine looks up entries of config.json, are
+    known of each weight that needs an entry."""
     converting = [engine for engine in draft.form.engines if engine.converts_tensors]
     widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
     renamed = []
@@ -4806,14 +4808,14 @@ def check_names_in_memory(draft: Draft) -> Iterator[str]:
         form = "kept" if len(widths) == 1 else "kept or in 8 bits"
         yield describe_weights(
             renamed,
-            f"{verb} {form} while {converting[0].label} calls them otherwise than the file does, so that"
-            f" no entry of {CONFIG_NAME} would tell it: drop the option that means them, or use"
-            " --format int4",
+            f"{verb} {form} while {converting[0].label} calls them otherwise than the file does, so"
+            f" that no entry of {CONFIG_NAME} would tell it: drop the option that means them, or"
+            " use --format int4",
         )
 
 
 def check_columns(draft: Draft) -> Iterator[str]:
-    """Find weights whose columns are no whole groups: engines have no padding."""
+    """Check that all columns are whole groups: engines have no padding."""
     ragged = []
     for tensor in draft.tensors:
         if tensor.packing and tensor.source.shape[1] % tensor.packing.group_size:
@@ -4834,7 +4836,7 @@ def check_columns(draft: Draft) -> Iterator[str]:
 
 
 def check_rows(draft: Draft) -> Iterator[str]:
-    """Find weights whose rows do not fill the format's words."""
+    """Check that all rows fill the format's words."""
     multiple = draft.form.row_multiple
     ragged = [info for info in draft.packed if info.shape[0] % multiple]
     if ragged:
@@ -4846,7 +4848,7 @@ def check_rows(draft: Draft) -> Iterator[str]:
 
 
 def check_fused_layers(draft: Draft) -> Iterator[str]:
-    """Find parts in different precisions of what engines hold as one."""
+    """Check that what engines hold as one is in one precision."""
     first_parts: dict[str, TensorPlan] = {}
     for tensor in draft.tensors:
         if len(tensor.source.shape) < 2:
@@ -4872,7 +4874,7 @@ def wholes_of(tensor: TensorPlan, form: Format) -> list[str]:
                 wholes.append(f"engines fuse {parent}.{{{modules}}}")
         if experts and engine.fuses_experts:
             wholes.append(f"engines fuse all experts of {experts[1]}")
-        if tensor.packing and engine.has_one_width_of_experts and EXPERT_PATTERN.match(name):
+        if tensor.packing and engine.one_width_of_experts and EXPERT_PATTERN.match(name):
             wholes.append(
                 f"{engine.label} reads the experts of all layers in one width, others as noise"
             )
@@ -4905,7 +4907,7 @@ ONES_OR_ZEROS = "Loaders put ones or zeros in their place"
 
 
 def check_layers(draft: Draft) -> Iterator[str]:
-    """Find layers that config.json counts and the checkpoint lacks."""
+    """Check that the checkpoint has all layers that config.json counts."""
     decoder = draft.largest_container
     encoder = decoder.replace("decoder", "encoder")
     containers = [decoder]
@@ -4936,7 +4938,7 @@ def count_layers(draft: Draft, container: str) -> int:
 
 
 def check_norms_and_biases(draft: Draft) -> Iterator[str]:
-    """Find norms and biases that one layer lacks and all others of its kind have."""
+    """Check that each layer has the norms and biases that the others of its kind have."""
     vectors = set()
     for info in draft.sources:
         match = LAYER_PATTERN.match(info.name)
@@ -4950,7 +4952,7 @@ def check_norms_and_biases(draft: Draft) -> Iterator[str]:
             continue
         kinds = Counter(map(frozenset, layers.values()))
         for number, names in layers.items():
-            # More are a kind of their own, as are those that lack different things.
+            # Layers that are not rare are a kind of their own.
             is_rare = kinds[frozenset(names)] <= max(1, len(layers) // 20)
             fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
             if is_rare and len(fuller) == 1:
@@ -4964,8 +4966,8 @@ def check_norms_and_biases(draft: Draft) -> Iterator[str]:
 
 
 def check_final_norm(draft: Draft) -> Iterator[str]:
-    """Find that there is no final norm though the layers of a model that generates text have norms
-    before attention or mixer."""
+    """Check that a model that generates text has a final norm if its layers have norms before
+    attention or mixer."""
     post_norm = "openai-gpt" in config_strings(draft.config, "model_type")
     container = draft.largest_container
     if not draft.generates_text or post_norm or TOWER_WORDS.search(container):
@@ -4985,8 +4987,8 @@ def check_final_norm(draft: Draft) -> Iterator[str]:
 
 
 def check_weights(draft: Draft) -> Iterator[str]:
-    """Find missing weights that the others of their kind have, and missing experts that config.json
-    counts."""
+    """Check that each layer and expert has the weights that the others of its kind have, and that
+    all experts that config.json counts are there."""
     # By container and module: the names of weights by the container's number.
     blocks: dict[tuple[str, str], dict[int, set[str]]] = {}
     for info in draft.sources:
@@ -5004,7 +5006,7 @@ def check_weights(draft: Draft) -> Iterator[str]:
             missing += [f"{container}.{n}" for n in range(count) if n not in numbers]
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         lacking = [number for number, names in numbers.items() if names < usual]
-        # More are a kind of their own.
+        # If many lack them, these are a kind of their own.
         if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):
             for number in lacking:
                 lost = sorted(usual - numbers[number])
@@ -5037,13 +5039,13 @@ def missing_ends(draft: Draft) -> dict[str, str]:
 
 
 def check_ends(draft: Draft) -> Iterator[str]:
-    """Find that the head or the embedding is missing."""
+    """Check that head and embedding are there."""
     for part, problem in missing_ends(draft).items():
         yield f"THE {part.upper()} IS MISSING: {problem}"
 
 
 def check_ends_for_engines(draft: Draft) -> Iterator[str]:
-    """Find that the head or the embedding is missing, which no engine serves a model without."""
+    """Check that head and embedding are there, without which no engine serves a model."""
     for problem in missing_ends(draft).values():
         yield (
             f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
@@ -5051,8 +5053,8 @@ def check_ends_for_engines(draft: Draft) -> Iterator[str]:
 
 
 def check_names_of_trainers(draft: Draft) -> Iterator[str]:
-    """Find names of a trainer's own format, which no loader of the model that config.json names
-    knows."""
+    """Check that names are not of a trainer's own format, which no loader of the model that
+    config.json names knows."""
     types = config_strings(draft.config, "model_type")
     if not types:
         return
@@ -5144,7 +5146,7 @@ def note_kept_stacks(draft: Draft) -> Iterator[str]:
 
 
 def note_mtp(draft: Draft) -> Iterator[str]:
-    """Find that config.json promises layers that predict further tokens, and none is there."""
+    """Note that layers which predict further tokens are missing, if config.json promises some."""
     parts = [draft.config]
     parts += [value for value in draft.config.values() if isinstance(value, dict)]
     promised = []
@@ -5251,13 +5253,12 @@ def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
 
 
 def is_expert(tensor: TensorPlan) -> bool:
-    """Whether this is a weight of one routed expert."""
+    """Return whether this is a weight of one routed expert."""
     info = tensor.source
     return len(info.shape) == 2 and bool(EXPERT_PATTERN.match(info.name))
 
 
-# The first by which a checkpoint is refused ends the run; warnings and notes are printed in this
-# order.
+# The first refusal ends the run. Warnings and notes are printed in this order.
 RULES = (
     Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_int8),
     Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_fitness),
