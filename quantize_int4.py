@@ -174,11 +174,11 @@ def make_parser() -> Parser:
     parser.formatter_class = functools.partial(
         argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1
     )
-    folder, file, flag = (
-        {"metavar": "DIR", "type": Path},
-        {"metavar": "FILE", "type": Path},
-        {"action": "store_true"},
-    )
+    # An empty one, as of a variable that is not set, would be the current folder.
+    path = functools.partial(checked, convert=lambda text: text and Path(text), accept=bool)
+    folder = path("DIR", "the name of a folder")
+    file = path("FILE", "the name of a file")
+    flag = {"action": "store_true"}
     many = {"action": "append", "default": []}
     regex = checked(
         "REGEX", "a regular expression", lambda text: re.compile(text).pattern, bool, **many
@@ -187,7 +187,7 @@ def make_parser() -> Parser:
     threads = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
     size = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
     free = checked("GB", "a number of gigabytes", float, lambda n: 0 <= n <= 1e9, default=10.0)
-    parser.add_argument("folders", nargs="*", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("folders", nargs="*", type=folder["type"], help=argparse.SUPPRESS)
     for name, text, settings in (
         ("input_dir", "folder of the merged checkpoint: safetensors, or torch pickles", folder),
         ("output_dir", "folder to write to: new, empty, or of an earlier run", folder),
@@ -360,6 +360,7 @@ DISK_READERS = 4  # threads that read ahead of the workers; one alone does not k
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # to read around the page cache, where the system can
 DIRECT_BLOCK = 4096  # bytes, to which such reads are aligned
 READ_MARGIN = 2 * DIRECT_BLOCK  # that a buffer must have beyond what is read into it
+MAX_IDLE_FILES = 16  # of the input, that stay open; each takes two descriptors
 MAX_WAITING_SHARDS = (
     100  # for the disk; each may be an open file, and the system allows about a thousand
 )
@@ -376,7 +377,7 @@ COPY_BYTES = 1 << 23  # what is copied at a time of a tensor that is kept, or of
 VERIFY_WEIGHTS = 1 << 18  # what --verify decodes at a time
 # Scales beyond which --verify counts a weight as clipped. Rounding and error feedback reach 2.5.
 FAR_SCALES = 3
-COMPILER_TIMEOUT_S = 10  # it takes 0.2
+COMPILER_TIMEOUT_S = 60  # it takes 0.2, and far longer on a small machine that is busy
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}  # by whether standard output is a terminal
 TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them in the checkpoint"
 
@@ -616,6 +617,23 @@ def user_name(uid: int) -> str:
         return f"{pwd.getpwuid(uid).pw_name} ({uid})"
     except KeyError:
         return f"user {uid}"
+
+
+@contextlib.contextmanager
+def telling_of_memory() -> Iterator[None]:
+    """Turn what Python, torch and the system raise when memory cannot be had into one error with one exit code."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        of_torch = isinstance(error, RuntimeError) and re.search(
+            "can't allocate memory|can't start new thread", str(error)
+        )
+        of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if not (isinstance(error, MemoryError) or of_torch or of_system):
+            raise
+        what = "no memory for another thread" if "thread" in str(error) else "out of memory"
+        advice = "stop other programs, raise the limits of the container or of ulimit, or use fewer --threads"
+        raise QuantizeError(f"{what}: {advice}", 3) from error
 
 
 def quote_names(names: Iterable[str]) -> str:
@@ -881,8 +899,12 @@ def parts_of(value: dict | list) -> list[dict | list]:
     return [part for part in parts if isinstance(part, dict | list)]
 
 
+IDLE_FILES: dict[WeightsFile, None] = {}  # that are open and nobody reads, the latest last
+IDLE_FILES_LOCK = threading.RLock()
+
+
 class WeightsFile:
-    """A file of tensors that is held open, and what it and its pages were like when it was opened: safetensors, or a
+    """A file of tensors, and what it and its pages were like when it was opened: safetensors, or a
     state dict saved by torch.save, of which nothing but tensors and plain containers is ever unpickled."""
 
     def __init__(self, path: Path):
@@ -905,10 +927,45 @@ class WeightsFile:
             if path.suffix in (".bin", ".pth", ".pt")
             else read_tensor_infos(path)
         )
-        self.fd, self._direct_fd = os.open(path, os.O_RDONLY), None
-        self.pages = PageCache(self.fd)
+        self.fd: int | None = None  # see `_opened`
+        self._direct_fd: int | None = None
+        self._readers = 0
+        self.pages: PageCache | None = None
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[None]:
+        """Hold the file open. Of those that nobody reads, the last few stay so: a checkpoint may have more files than
+        the system lets a process open."""
+        with IDLE_FILES_LOCK:
+            IDLE_FILES.pop(self, None)
+            if self.fd is None:
+                self._open()
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with IDLE_FILES_LOCK:
+                self._readers -= 1
+                if not self._readers:
+                    IDLE_FILES[self] = None
+                while len(IDLE_FILES) > MAX_IDLE_FILES:
+                    longest = next(iter(IDLE_FILES))
+                    longest._close_descriptors()
+
+    def _open(self) -> None:
+        self.fd = os.open(self.path, os.O_RDONLY)
+        self.pages = self.pages or PageCache(self.fd)
+        self.pages.fd = self.fd
+        self.check_unchanged()
         with contextlib.suppress(OSError):  # a file system without
-            self._direct_fd = os.open(path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
+            self._direct_fd = os.open(self.path, os.O_RDONLY | O_DIRECT) if O_DIRECT else None
+
+    def _close_descriptors(self) -> None:
+        IDLE_FILES.pop(self, None)
+        self.drop_read()
+        for fd in {self.fd, self._direct_fd} - {None}:
+            os.close(fd)
+        self.fd = self._direct_fd = None
 
     def _load_pickle(self) -> dict[str, TensorInfo]:
         """Map a pickle's tensors, and find in the file those that lie there in one piece."""
@@ -949,9 +1006,9 @@ class WeightsFile:
 
     def check_unchanged(self, whole: bool = True) -> None:
         """Raise if the file was written to or replaced since it was opened, or its end is missing."""
-        found = {
-            (found.st_size, found.st_mtime_ns) for found in (os.stat(self.fd), os.stat(self.path))
-        }
+        with IDLE_FILES_LOCK:
+            places = [self.path] if self.fd is None else [self.fd, self.path]
+            found = {(found.st_size, found.st_mtime_ns) for found in map(os.stat, places)}
         if found != {self.state} or not whole:
             advice = "let whatever writes to it finish, then give the same command again"
             raise QuantizeError(f"{self.path} changed while it was read: {advice}")
@@ -959,7 +1016,8 @@ class WeightsFile:
     def is_cached(self, info: TensorInfo, offset: int, nbytes: int) -> bool:
         """Tell whether some of a tensor's bytes were in the page cache before this run."""
         start = (info.offset or 0) + offset
-        return self.pages.holds(start, start + nbytes)
+        with self._opened():
+            return self.pages.holds(start, start + nbytes)
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -967,6 +1025,10 @@ class WeightsFile:
         """Read a tensor's bytes, row-major, from `offset` on, and leave the page cache as it was. Returns a part of
         `memory`, which begins a page and has READ_MARGIN bytes more than are asked for."""
         memory = memoryview(bytearray(nbytes)) if memory is None else memory
+        with self._opened():
+            return self._read(info, offset, nbytes, memory)
+
+    def _read(self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview) -> memoryview:
         buffer, start = memory[:nbytes], (info.offset or 0) + offset
         in_one_piece, cached = (
             info.offset is not None and not info.stride,
@@ -993,8 +1055,9 @@ class WeightsFile:
 
     def drop_read(self) -> None:
         """Let the page cache forget all that this run read, with the pages that two tensors share."""
-        if "others" in vars(self.pages):  # else nothing was read
-            self.pages.drop()
+        with IDLE_FILES_LOCK:
+            if self.fd is not None and "others" in vars(self.pages):  # else nothing was read
+                self.pages.drop()
 
     def _read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
         """Read bytes of the file around the page cache: whole blocks, from the start of `memory` on. Tells whether all
@@ -1058,9 +1121,8 @@ class WeightsFile:
 
     def close(self) -> None:
         self._tensors.clear()  # pages that are mapped cannot be dropped
-        self.drop_read()
-        for fd in {self.fd, self._direct_fd} - {None}:
-            os.close(fd)
+        with IDLE_FILES_LOCK:
+            self._close_descriptors()
 
 
 def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
@@ -2216,10 +2278,13 @@ def allocate(nbytes: int) -> mmap.mmap:
         memory = mmap.mmap(-1, whole_pages(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
         raise QuantizeError(
-            f"no memory for a buffer of {format_bytes(nbytes)}: use fewer --threads"
+            f"no memory for a buffer of {format_bytes(nbytes)}: use fewer --threads", 3
         ) from None
     with contextlib.suppress(OSError, AttributeError):  # a system, or a kernel of it, without
         memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError, AttributeError):
+        # What the disk writes to private memory during a fork may be lost. (open(2), O_DIRECT)
+        memory.madvise(mmap.MADV_DONTFORK)
     return memory
 
 
@@ -2703,6 +2768,7 @@ void spread_of(const float *factor, const float *rest, float *restrict spread, l
 # are needed. Torch fuses no multiplication with an addition; without traps, clamping needs no branches.
 KERNEL_FLAGS = (
     "-x c -O3 -shared -fPIC -ffreestanding -nostdlib -ffp-contract=off -fno-trapping-math"
+    " -fno-strict-aliasing"
     f" -DMAX_GROUP={MAX_GROUP} -DMAX_RANK={MAX_RANK} -DMAX_CHANGE={MAX_CHANGE}"
     f" -DSEARCH_MULTIPLIERS={','.join(map(str, SEARCH_MULTIPLIERS))} "
     + {
@@ -3646,7 +3712,7 @@ class Importance(WeightsFile):
             return None
         columns = info.shape[1]
         rule = f"{info.name!r} needs a float32 for each of its {columns:,} columns"
-        squares = self._read(vector, ["F32"], [(columns,)], rule)
+        squares = self._read_vector(vector, ["F32"], [(columns,)], rule)
         self._refuse_not_finite(vector.name, squares, may_be_negative=False)
         if not squares.any():
             return None
@@ -3658,7 +3724,7 @@ class Importance(WeightsFile):
             f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
         )
         shapes = [(columns, rank + 1) for rank in range(MAX_RANK)]
-        factor = self._read(vector, ["F32", "F16"], shapes, rule)
+        factor = self._read_vector(vector, ["F32", "F16"], shapes, rule)
         self._refuse_not_finite(vector.name, factor, may_be_negative=True)
         if factor.numel() > MAX_FACTOR:
             raise QuantizeError(
@@ -3669,7 +3735,7 @@ class Importance(WeightsFile):
         self._refuse_factor_of_other_inputs(vector.name, factor, squares)
         return squares, factor.to(torch.float32)
 
-    def _read(
+    def _read_vector(
         self, vector: Vector, dtypes: list[str], shapes: list[tuple[int, ...]], rule: str
     ) -> torch.Tensor:
         """Read a tensor of the file, or an expert's row of one, which must have one of these
@@ -4804,11 +4870,10 @@ def check_names_in_memory(draft: Draft) -> Iterator[str]:
         if tensor.in_memory is None and not usual:
             renamed.append(tensor.source)
     if converting and renamed:
-        verb = "is" if len(renamed) == 1 else "are"
         form = "kept" if len(widths) == 1 else "kept or in 8 bits"
         yield describe_weights(
             renamed,
-            f"{verb} {form} while {converting[0].label} calls them otherwise than the file does, so"
+            f"{form} while {converting[0].label} calls them otherwise than the file does, so"
             f" that no entry of {CONFIG_NAME} would tell it: drop the option that means them, or"
             " use --format int4",
         )
@@ -5438,8 +5503,13 @@ def sync_file(fd: int) -> None:
 def sync_folder(folder: Path) -> None:
     """Make a folder's new and renamed entries survive a power cut."""
     fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some mounts cannot, and need not
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+    finally:
+        os.close(fd)
 
 
 def unfinished_path(path: Path, fingerprint: str) -> Path:
@@ -5475,8 +5545,9 @@ class ShardFile:
         with self._lock:
             if self._fd is None and self.finished:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                self._pages = PageCache(self._fd)
-                _ = self._pages.others  # asked before it is read
+                self._pages = self._pages or PageCache(self._fd)
+                self._pages.fd = self._fd
+                _ = self._pages.others  # asked before it is first read
             elif self._fd is None:
                 self._before_writing()
                 self._fd = os.open(
@@ -6528,6 +6599,8 @@ class Verification(Conversion):
             self.problems.append(f"{shard.final.name}: cannot be opened ({error})")
             shard.compare = False
             return False
+        finally:
+            shard.close()  # there may be more of them than descriptors
         planned, shard.shift = json.loads(shard.plan.header[8:]), start - len(shard.plan.header)
         self._hashes |= files_of_run(read_metadata(shard.path))
         for header in (found, planned):
@@ -6862,10 +6935,11 @@ def write_output(
     """Write or compare all files; an error says what of them is kept, and nothing half-written stays."""
     shards = conversion.shards
     try:
-        conversion.run(threads, progress)
-        if plan.statistics:
-            plan.statistics.check_unchanged()
-        output.write_other_files()
+        with telling_of_memory():
+            conversion.run(threads, progress)
+            if plan.statistics:
+                plan.statistics.check_unchanged()
+            output.write_other_files()
     except (QuantizeError, Stopped) as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:
             count = sum(shard.finished for shard in shards)
@@ -6946,7 +7020,7 @@ def main(argv: list[str] | None = None) -> int:
     clear_line()  # "loading torch"
     gc.freeze()  # what the imports made; searching it for garbage takes 55 ms, during which no worker gets on
     try:
-        with stop_on_signals():
+        with stop_on_signals(), telling_of_memory():
             run(args)
         return 0
     except (Exception, Stopped) as error:

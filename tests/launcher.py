@@ -31,6 +31,9 @@ class Setting:
     user: int | None = None
     largest_file: int | None = None  # bytes, as `ulimit -f`
     open_files: int | None = None  # as `ulimit -n`
+    more_memory: int | None = (
+        None  # bytes of addresses beside what it has at its start, as `ulimit -v`
+    )
 
 
 class Run:
@@ -80,6 +83,10 @@ def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (setting.largest_file, setting.largest_file))
     if setting.open_files is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (setting.open_files, setting.open_files))
+    if setting.more_memory is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + setting.more_memory
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
     if setting.user is not None:
         os.setuid(setting.user)
     sys.exit(quantize_int4.main(arguments))

@@ -356,6 +356,21 @@ def test_more_shards_than_descriptors_do_not_use_up_the_descriptors(tmp_path):
     assert len(finished_shards(tmp_path / "out")) > 100
 
 
+def test_more_files_than_descriptors_are_converted_compared_verified_and_restored(tmp_path):
+    tensors = {f"m.{i}.weight": torch.randn(8, 128).bfloat16() for i in range(100)}
+    write_checkpoint(tmp_path / "in", tensors, shards=100)
+    small = ["--shard_size_gb", 1e-6]
+    setting = {"constants": {"MAX_WAITING_SHARDS": 8, "MAX_IDLE_FILES": 8}, "open_files": 60}
+    quantize(tmp_path / "in", tmp_path / "out", *small, **setting)
+    assert len(finished_shards(tmp_path / "out")) > 100
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        os.utime(path)
+    assert "Compared" in quantize(tmp_path / "in", tmp_path / "out", *small, **setting).stdout
+    quantize(tmp_path / "in", tmp_path / "out", "--verify", **setting)
+    quantize(tmp_path / "out", tmp_path / "back", "--restore", *small, **setting)
+    assert read_tensors(tmp_path / "back").keys() == tensors.keys()
+
+
 def test_more_threads_than_shards_may_wait_do_not_wait_for_one_another(tmp_path):
     source = save_model(
         tmp_path / "in", {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)}

@@ -24,6 +24,10 @@ def kernel() -> q.Kernel:
     return compiled_kernel()
 
 
+def test_the_compiler_is_told_that_floats_are_read_as_integers():
+    assert "-fno-strict-aliasing" in q.KERNEL_FLAGS
+
+
 # --- the same bytes as torch ------------------------------------------------------------------------------------------
 
 SIGNIFICANDS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -291,3 +292,36 @@ def test_there_the_plan_and_the_summary_say_how_much_its_programs_see(tiny, tmp_
     text = quantize(tiny, tmp_path / "out", constants={"shares_memory_with_gpu": told}).stdout
     free = r"GPU: .* programs see \d\S* [MG]B free now"
     assert len(re.findall(free, text)) == (2 if shared else 0)
+
+
+# --- memory that cannot be had ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["planning", "converting"])
+def test_memory_that_cannot_be_had_is_one_line_and_exit_code_3(tmp_path, where):
+    shapes = {f"m.{i}.weight": (torch.float64, (4096, 4096)) for i in range(6)}
+    write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
+    (tmp_path / "in" / "config.json").write_text("{}")
+    more = 120_000_000  # bytes; a job has 134 MB
+    if where == "planning":
+        more, size = 150_000_000, 99_000_000  # two copies of a header
+        header = size.to_bytes(8, "little") + b'{"a":' + b" " * (size - 6) + b"}"
+        (tmp_path / "in" / "model-00001-of-00001.safetensors").write_bytes(header)
+    options = ["--format", "gptq", "--threads", 1]
+    result = run_cli(tmp_path / "in", tmp_path / "out", *options, more_memory=more)
+    assert_refused(result, "memory", "--threads", exit_code=3)
+    assert not list(tmp_path.glob("out/*.unfinished"))
+
+
+def test_what_the_disk_writes_to_memory_is_not_lost_in_a_fork():
+    """The kernel's flags of a buffer say that no child gets it. (proc(5), VmFlags)"""
+    buffer = q.allocate(1 << 20)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    maps = re.split(r"^(?=\w+-\w+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    for each in filter(None, maps):
+        start, end = (int(number, 16) for number in each.split()[0].split("-"))
+        if start <= place < end:
+            assert re.search(r"VmFlags:.* dc\b", each)
+            break
+    else:
+        pytest.fail("not found")

@@ -104,18 +104,15 @@ def linear_weights(built):
 
 
 def test_the_table_has_all_names_of_layers_in_memory_or_says_that_it_has_not(models):
-    no_rivals = quantize_int4.ModuleNames([])
     for built in models:
         rows = rows_of(built)
         for name, targets, _ in linear_weights(built):
             known = quantize_int4.names_in_memory(name, rows)
             if known is None:
                 continue  # refused where it is kept
-            layers = [n.removesuffix(".weight") for n in (name, *known) if n.endswith(".weight")]
-            patterns = [
-                quantize_int4.pattern_of_module(quantize_int4.Entry(layer), no_rivals)
-                for layer in layers
-            ]
+            (info,) = as_tensors({name: (64, 64)}).values()
+            kept = quantize_int4.TensorPlan(info, "kept", None, (), in_memory=known)
+            patterns = quantize_int4.patterns_of_modules([kept], None)
             patterns.append("lm_head$")  # which is always an entry
             for target in targets:
                 layer = target.removesuffix(".weight")
@@ -234,6 +231,12 @@ def test_kept_layers_that_transformers_renames_or_splits_while_loading_are_loade
     assert "AutoModelForCausalLM" in result.stdout
 
 
+def test_layers_in_8_bits_that_transformers_renames_while_loading_are_loaded_in_8_bits(tmp_path):
+    save("exaone", tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "out", *CLOSED, "--int8", r"attn\.attention")
+    assert_loads_as_its_twin(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("lara_mini", ["--exclude", r"\.experts\."]), ("sarvam_moe", [])]
 )
@@ -269,5 +272,7 @@ def test_layers_whose_names_in_memory_are_not_known_are_packed_or_refused(tmp_pa
     out = tmp_path / "out"
     quantize(tmp_path / "source", out, *CLOSED)
     other = run_cli(tmp_path / "source", tmp_path / "b", *CLOSED, "--exclude", "attention.query")
-    assert_refused(other, "2 weights are kept", "attention.query.weight'", "--format int4")
+    assert_refused(
+        other, "2 weights kept while transformers", "attention.query.weight'", "--format int4"
+    )
     quantize(tmp_path / "source", tmp_path / "int4", "--exclude", "attention.query")

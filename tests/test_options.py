@@ -41,6 +41,21 @@ def test_version_is_printed(tmp_path):
     assert re.fullmatch(r"quantize_int4.py \d+\.\d+\.\d+\n", result.stdout)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--input_dir", "in", "--output_dir", ""], "--output_dir: '' is not the name of a folder"),
+        (["--input_dir", "", "--output_dir", "out"], "--input_dir: '' is not the name of a folder"),
+        (["in", ""], "'' is not the name of a folder"),
+        (["in", "out", "--config_dir="], "--config_dir: '' is not the name of a folder"),
+        (["in", "out", "--importance", ""], "--importance: '' is not the name of a file"),
+    ],
+)
+def test_an_empty_name_is_a_usage_error_and_not_the_current_folder(arguments, problem):
+    result = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    assert_refused(result, problem, exit_code=2)
+
+
 @pytest.mark.parametrize("option", ["--help", "--version", "--nonsense"])
 def test_help_version_and_usage_errors_do_not_wait_for_torch(tmp_path, option):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")

@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,18 @@ def test_every_tensor_is_aligned_to_its_element_size(tmp_path):
     header, start = read_header(tmp_path / "out" / "model-00001.safetensors")
     for name, tensor in read_tensors(tmp_path / "out").items():
         assert (start + header[name]["data_offsets"][0]) % tensor.itemsize == 0, name
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_mount_that_syncs_no_folders_is_no_error_and_a_failing_disk_is(
+    tmp_path, monkeypatch, number
+):
+    def fail(_fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=tmp_path.name) if number == errno.EIO else nullcontext():
+        q.sync_folder(tmp_path)
 
 
 # --- other files ------------------------------------------------------------------------------------------------------
