@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -24,27 +26,43 @@ EXTREME_WEIGHTS = {  # of noise (groups, columns)
 }
 
 
-def compiled_kernel() -> q.Kernel:
-    """Compile the kernel with all that it can do, or skip the test where there is no compiler."""
-    try:
-        return q.compile_kernel(True)
-    except q.QuantizeError as reason:
-        pytest.skip(str(reason))
+@dataclass(frozen=True)
+class Kernels:
+    """The compiled kernels: for each dtype of weights and each rule of scales, another one."""
+
+    def of(self, dtype: torch.dtype, variant: str) -> q.Kernel:
+        """Compile one, or skip the test where there is no compiler."""
+        names = {torch.bfloat16: "BF16", torch.float16: "F16"}
+        try:
+            return q.compile_kernel(q.KernelKind("quantize", names.get(dtype, "F32"), variant))
+        except q.NoKernel as reason:
+            pytest.skip(str(reason))
+
+
+def compiled_kernel(variant: str = "FEEDBACK") -> q.Kernel:
+    """Compile the kernel for bf16 weights, or skip the test where there is no compiler."""
+    return Kernels().of(torch.bfloat16, variant)
 
 
 def quantize_groups(
     groups: torch.Tensor,
     scale_dtype: torch.dtype = torch.float16,
     *,
-    kernel: q.Kernel | None = None,
+    kernel: Kernels | None = None,
     importance: torch.Tensor | None = None,
-    feedback: tuple[torch.Tensor, torch.Tensor] | None = None,
+    feedback: q.Feedback | None = None,
     with_offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Words (groups, words of 8 codes) and scales (groups,). Scales are searched where `importance` is given."""
-    rounding = q.Rounding(with_offset, importance, feedback, kernel)
-    words, scales = q.quantize_groups(groups, scale_dtype, q.Workspace(), rounding)
-    return words.clone(), scales.clone()
+    variant = "ABSMAX" if importance is None else "FEEDBACK" if feedback else "SEARCH"
+    used = kernel.of(groups.dtype, variant) if kernel else None
+    rounding = q.Rounding(with_offset, importance, feedback, used)
+    workspace = q.Workspace()
+    packing = q.Packing(4, groups.shape[1])
+    words, scales = q.make_results(workspace, len(groups), scale_dtype, packing)
+    finite = q.quantize_into(words, scales, groups, workspace, rounding)
+    assert finite == bool(torch.isfinite(scales).all())
+    return words, scales
 
 
 def quantize_or_refuse(

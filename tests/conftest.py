@@ -16,16 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import WEIGHT, save_model, write_checkpoint, write_sparse_checkpoint
+from folders import assert_entries_fit, folder_bytes
+from launcher import WIDE, Run, Setting
+from tiny_nemotron import NANO_30B, TINY, nemotron_tensors, random_tensors, write_other_files
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "quantize_int4.py"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from checkpoints import WEIGHT, save_model, write_checkpoint, write_sparse_checkpoint  # noqa: E402
-from folders import assert_entries_fit, folder_bytes  # noqa: E402
-from launcher import WIDE, Run, Setting  # noqa: E402
-from tiny_nemotron import NANO_30B, TINY, nemotron_tensors, random_tensors, write_other_files  # noqa: E402
-
 GB = 10**9
 ENGINE_FORMATS = ["compressed-tensors", "gptq"]
 FORMATS = ["int4", *ENGINE_FORMATS]

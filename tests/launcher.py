@@ -78,7 +78,7 @@ def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> Non
         assert hasattr(quantize_int4, name), name
         setattr(quantize_int4, name, value)
     if setting.constants or setting.environment:  # which may be about the compiler
-        quantize_int4.compile_kernel.cache_clear()
+        quantize_int4.Kernel.loaded.clear()
     if setting.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (setting.largest_file, setting.largest_file))
     if setting.open_files is not None:

@@ -142,7 +142,13 @@ def as_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, quantize_int4.Te
     """Describe tensors of these shapes as a checkpoint's headers do."""
     return {
         name: quantize_int4.TensorInfo(
-            name, DTYPE_NAMES[torch.bfloat16], shape, 0, Path("model.safetensors"), None
+            name,
+            DTYPE_NAMES[torch.bfloat16],
+            shape,
+            nbytes=0,
+            file=Path("model.safetensors"),
+            location=quantize_int4.InFile(0),
+            name_in_file=name,
         )
         for name, shape in shapes.items()
     }

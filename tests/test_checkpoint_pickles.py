@@ -114,8 +114,9 @@ def test_only_tensors_that_are_not_in_one_piece_are_read_through_the_memory_map(
         data = (tmp_path / "in" / "pytorch_model.bin").read_bytes()
         for name in ("plain", "rows"):
             expected = bytes(state_dict[name].contiguous().view(torch.uint8).flatten().tolist())
-            assert data[infos[name].offset :][: infos[name].nbytes] == expected
-        assert infos["transposed"].offset is infos["columns"].offset is None
+            assert data[infos[name].location.offset :][: infos[name].nbytes] == expected
+        for name in ("transposed", "columns"):
+            assert isinstance(infos[name].location, q.InMap)
 
 
 def test_a_pickle_of_the_other_byte_order_is_read_right(tmp_path, state_dict):

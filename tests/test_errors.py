@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from arithmetic import quantize_groups
 from checkpoints import WEIGHT, random, save_model, write_sparse_checkpoint
 from conftest import (
     SCRIPT,
@@ -26,7 +27,7 @@ from conftest import (
     start_cli,
     wait_until,
 )
-from folders import folder_bytes, read_tensors
+from folders import folder_bytes, read_header, read_tensors
 from launcher import Run
 
 import quantize_int4 as q
@@ -82,10 +83,11 @@ def many(tmp_path_factory) -> Path:
     return folder
 
 
-def has_opened(run: Run, path: Path) -> bool:
-    """Tell whether a run holds a file open."""
-    folder = Path(f"/proc/{run.pid}/fd")
-    return any(Path(os.path.realpath(entry)) == path.resolve() for entry in folder.iterdir())
+def has_read_headers(run: Run, folder: Path) -> bool:
+    """Tell whether a run has read as many bytes as there are in its input's headers. (proc(5), rchar)"""
+    sizes = [read_header(path)[1] for path in folder.glob("*.safetensors")]
+    counts = Path(f"/proc/{run.pid}/io").read_text()
+    return int(re.search(r"rchar: (\d+)", counts)[1]) >= sum(sizes)
 
 
 def finished_folder(folder: Path) -> tuple[Path, dict[str, bytes]]:
@@ -99,7 +101,7 @@ def finished_folder(folder: Path) -> tuple[Path, dict[str, bytes]]:
 def test_a_signal_stops_planning_at_once(many, tmp_path, options, signum):
     folder, before = finished_folder(tmp_path)
     run = start_cli(many, folder, *options)
-    wait_until(lambda: has_opened(run, many / "model-00002-of-00002.safetensors"))
+    wait_until(lambda: has_read_headers(run, many))
     os.kill(run.pid, signum)
     result = run.wait()
     assert_refused(result, exit_code=128 + signum)
@@ -115,7 +117,7 @@ def test_a_signal_at_any_moment_before_the_first_write_leaves_a_finished_folder_
     stopped = 0
     while True:
         run = start_cli(many, folder, "--overwrite")
-        wait_until(lambda run=run: has_opened(run, many / "model-00001-of-00002.safetensors"))
+        wait_until(lambda run=run: has_read_headers(run, many))
         time.sleep(stopped * 0.05)
         os.kill(run.pid, signal.SIGSTOP)
         has_planned = run.has_printed()
@@ -147,19 +149,32 @@ def test_a_stopped_run_with_overwrite_continues_without_it(large, tmp_path):
     assert "Resuming:" in quantize(large, folder, *shard_size).stdout
 
 
-def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(model, tmp_path):
+@pytest.mark.parametrize("planned", [False, True], ids=["while torch is loaded", "later"])
+def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(
+    model, tmp_path, planned
+):
     compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
     compiler.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > {tmp_path}/pid\nwait\n")
     compiler.chmod(0o755)
     temporary.mkdir()
     environment = os.environ | {"CC": str(compiler), "TMPDIR": str(temporary)}
-    arguments = command(model, tmp_path / "out")
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as run:
+    printed = tmp_path / "printed"
+    with (
+        open(printed, "w") as stdout,
+        subprocess.Popen(
+            command(model, tmp_path / "out"),
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        ) as run,
+    ):
         wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
         assert list(temporary.iterdir())
+        wait_until(lambda: printed.stat().st_size or not planned)
         run.send_signal(signal.SIGTERM)
-        assert run.stderr.read() == "error: stopped by SIGTERM\n"
-    assert run.returncode == 143
+        assert run.stderr.read() == ("error: stopped by SIGTERM\n" if planned else "")
+    assert run.returncode == (143 if planned else -signal.SIGTERM)
     assert not list(temporary.iterdir())
     sleeper = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
     wait_until(lambda: not sleeper.exists() or ") Z " in sleeper.read_text())
@@ -168,10 +183,9 @@ def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(mode
 def test_error_feedback_with_torch_which_takes_minutes_heeds_signals(monkeypatch):
     factor = torch.ones(64, 8)
     feedback = q.feedback_of(torch.full((64,), 9.0), factor, None)
-    rounding = q.Rounding(importance=torch.ones(2, 32), feedback=feedback)
     monkeypatch.setattr(q, "SIGNALS_RECEIVED", [signal.SIGINT])
     with pytest.raises(q.Stopped, match="stopped by SIGINT"):
-        q.quantize_groups(torch.ones(4, 32), torch.float16, q.Workspace(), rounding)
+        quantize_groups(torch.ones(4, 32), importance=torch.ones(2, 32), feedback=feedback)
     with pytest.raises(q.Stopped, match="stopped by SIGINT"):
         q.feedback_of(torch.full((64,), 9.0), factor, None)
 
@@ -206,7 +220,7 @@ def test_one_finished_shard_is_kept_and_two_are(tmp_path, monkeypatch, count):
     class Stopped(q.Conversion):
         def run(self, threads, progress):
             super().run(threads, progress)
-            for shard in self.shards[count:]:
+            for shard in self.shards.files[count:]:
                 shard.finished = False
             raise q.QuantizeError("stopped by SIGINT", 130)
 

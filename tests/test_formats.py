@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from checkpoints import LAYER, PROJECTION, SEEDED, random, save_model
 from conftest import ENGINE_FORMATS, assert_refused, quantize, refuse, run_cli
 from folders import assert_same_tensors, read_json, read_tensors
 from reference import pack_words, reference_quantize, reference_words
+
+import quantize_int4 as q
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
@@ -315,3 +319,46 @@ def test_a_c_attn_that_lies_as_out_in_is_no_conv1d(tmp_path):
         "--format",
         "compressed-tensors",
     )
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+def plan_with_engine(monkeypatch, folder, group_size, **columns):
+    """The plan for gptq when one more engine loads it."""
+    row = q.Engine(name="Another", version="1.2.0", sources=(), kernels="Its", **columns)
+    monkeypatch.setitem(q.ENGINES, row.name, row)
+    form = replace(q.GPTQ, loaded_by=(*q.GPTQ.loaded_by, row.name))
+    monkeypatch.setitem(q.FORMATS, form.name, form)
+    options = q.Options("gptq", group_size, [], False, [], "mse", None, False, 4.0)
+    with contextlib.closing(q.Checkpoint(folder)) as checkpoint:
+        return q.plan_conversion(checkpoint, options)
+
+
+def test_groups_that_one_of_the_engines_does_not_have_are_noted(monkeypatch, tmp_path):
+    source = save_model(tmp_path / "in", {f"{LAYER}.weight": random(64, 192)})
+    columns = {"group_sizes": (128,)}
+    notes = plan_with_engine(monkeypatch, source, None, **columns).notes
+    assert "Another (1.2) cannot serve groups of 64: it has 128 alone" in notes
+    source = save_model(tmp_path / "wide", {f"{LAYER}.weight": random(64, 256)})
+    notes = plan_with_engine(monkeypatch, source, None, **columns).notes
+    assert not any("Another" in note for note in notes)
+
+
+def test_groups_that_a_required_engine_does_not_have_are_neither_chosen_nor_allowed(
+    monkeypatch, tmp_path
+):
+    source = save_model(tmp_path / "in", {f"{LAYER}.weight": random(64, 256)})
+    columns = {"group_sizes": (32, 64, 256), "required": True}
+    plan = plan_with_engine(monkeypatch, source, None, **columns)
+    assert plan.options.group_size == 64
+    assert "groups of 64: the largest of 64 and 32 that divides all columns" in plan.notes
+    with pytest.raises(q.QuantizeError, match=r"kernels \(Marlin and Its\) have 32 and 64"):
+        plan_with_engine(monkeypatch, source, 128, **columns)
+
+
+def test_what_one_more_engine_fuses_is_refused_when_it_is_split(monkeypatch, tmp_path):
+    narrow = {"model.layers.0.mlp.one.weight": random(64, 128)}
+    source = save_model(tmp_path / "in", narrow | {"model.layers.0.mlp.two.weight": random(64, 8)})
+    with pytest.raises(q.QuantizeError, match=r"engines fuse model\.layers\.0\.mlp\.\{one,two\}"):
+        plan_with_engine(monkeypatch, source, 64, fused_layers=("one,two",))

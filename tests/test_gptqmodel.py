@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 needs_gptqmodel = pytest.mark.skipif(
     not (find_spec("gptqmodel") and find_spec("optimum")),
-    reason="gptqmodel and optimum are not installed: see tests/requirements-gptq.txt",
+    reason="gptqmodel and optimum are not installed: see tests/tools/requirements-gptq.txt",
 )
 
 EXCLUDE = r"self_attn\.[qkv]_proj\.|layers\.1\.mlp\.down_proj\."

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import subprocess
+import sys
 import tempfile
-from collections import Counter
 
 import pytest
 import torch
-from arithmetic import EXTREME_WEIGHTS, compiled_kernel, quantize_groups, quantize_or_refuse
+from arithmetic import (
+    EXTREME_WEIGHTS,
+    Kernels,
+    compiled_kernel,
+    quantize_groups,
+    quantize_or_refuse,
+)
 from checkpoints import SEEDED, random, save_model
-from conftest import quantize
+from conftest import SCRIPT, command, quantize
 from folders import folder_bytes
 
 import quantize_int4 as q
@@ -20,12 +28,12 @@ GAUSSIAN = torch.randn(1 << 22, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture
-def kernel() -> q.Kernel:
-    return compiled_kernel()
+def kernel() -> Kernels:
+    return Kernels()
 
 
 def test_the_compiler_is_told_that_floats_are_read_as_integers():
-    assert "-fno-strict-aliasing" in q.KERNEL_FLAGS
+    assert "-fno-strict-aliasing" in q.KernelKind("quantize", "BF16", "ABSMAX").flags
 
 
 # --- the same bytes as torch ------------------------------------------------------------------------------------------
@@ -69,15 +77,18 @@ def test_the_kernel_knows_every_weight_of_16_bits_also_with_subnormal_scales_and
         assert 0 < quantizable.sum() < len(groups)
 
 
-class CountingKernel:
-    """The compiled kernel, counting what it is asked for."""
+@pytest.fixture
+def calls(monkeypatch) -> list[q.KernelKind]:
+    """The kernels that are called, in turn."""
+    calls = []
+    quantize_with_kernel = q.quantize_with_kernel
 
-    def __init__(self):
-        self.calls, self._kernel = Counter(), compiled_kernel()
+    def count(*arguments):
+        calls.append(arguments[-1].kernel.kind)
+        return quantize_with_kernel(*arguments)
 
-    def __getattr__(self, name: str):
-        self.calls[name] += 1
-        return getattr(self._kernel, name)
+    monkeypatch.setattr(q, "quantize_with_kernel", count)
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -87,18 +98,17 @@ class CountingKernel:
 @pytest.mark.parametrize("group_size", [32, 64, q.MAX_GROUP, q.MAX_GROUP + 8])
 @pytest.mark.parametrize("search", [False, True], ids=["absmax", "mse"])
 def test_the_kernel_has_the_bytes_of_torch_and_works_in_groups_of_up_to_a_thousand_columns(
-    dtype, scale_dtype, group_size, search
+    kernel, calls, dtype, scale_dtype, group_size, search
 ):
     groups = torch.randn(300, group_size, generator=SEEDED).to(dtype)
-    kernel, results, importance = (
-        CountingKernel(),
-        [],
-        torch.ones(1, group_size) if search else None,
-    )
+    results = []
+    importance = torch.ones(1, group_size) if search else None
+    kernel.of(dtype, "SEARCH" if search else "ABSMAX")
+    calls.clear()  # those of its trial
     for some in (kernel, None):
         results.append(quantize_groups(groups, scale_dtype, importance=importance, kernel=some))
     assert all(map(torch.equal, *results))
-    assert kernel.calls["quantize"] == (group_size <= q.MAX_GROUP)
+    assert len(calls) == (group_size <= q.MAX_GROUP)
 
 
 IMPORTANCE = {
@@ -160,105 +170,172 @@ def test_the_search_in_integers_is_as_close_as_one_in_float64(kernel, group_size
 # --- its compilation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("weight / divisor", "weight * (1 / divisor)"),  # off by the reciprocal's error
-        ("rounded.bits, 0x4B400007", "rounded.bits, 0x4B400006"),
-        ("(bits, 0x4B3FFFF8)", "(bits, 0x4B3FFFF9)"),
+def compile_anew(kind: q.KernelKind) -> q.Kernel:
+    """Compile a kernel that may have been compiled already."""
+    loaded = q.Kernel.loaded.pop(kind, None)
+    try:
+        return q.compile_kernel(kind)
+    finally:
+        q.Kernel.loaded.pop(kind, None)
+        if loaded:
+            q.Kernel.loaded[kind] = loaded
+
+
+# By kernel, what in its source is replaced, and by what.
+MUTANTS = {
+    ("quantize", "BF16", "ABSMAX"): [
+        ("least = bits_dropped == 13 ? 0x1p-21f", "least = bits_dropped == 13 ? 0"),
+        (": 0x1p-126f;", ": 0;"),
+        ("weight, reciprocal, 192.0f)", "weight, reciprocal, 192.0f * 1.001f)"),
+        ("{.value = weight / divisor + ROUND}", "{.value = weight * (1.001f / divisor) + ROUND}"),
+        ("ROUND_BITS + 7)", "ROUND_BITS + 6)"),
+        ("ROUND_BITS - 8)", "ROUND_BITS - 7)"),
+        ("const int16_t *)weights)[i] & 0x7FFF", "const int16_t *)weights)[i]"),
+        ("        largest[group] = widen(most)", "        largest[group] = widen(most & 0x7FFE)"),
         (
-            "int16_t magnitude = ((const int16_t *)weights)[i] & 0x7FFF",
-            "int16_t magnitude = ((const int16_t *)weights)[i]",
+            "            most = MAX(most, magnitude);\n        }\n        largest[group] = widen",
+            "            most = i % size >= 256 ? most : MAX(most, magnitude);\n        }\n"
+            "        largest[group] = widen",
         ),
+        ("scales[i] / 7, bits", "scales[i] / 8, bits"),
+        ("divisors[i] = scale ? scale : 1", "divisors[i] = scale ? scale : 1e-30f"),
+        (
+            "packed[i] = multiply_pair(pairs[i], of_pairs",
+            "packed[i] = 1 + multiply_pair(pairs[i], of_pairs",
+        ),
+        ("(even.bits & 15) | odd.bits << 4", "even.bits | odd.bits << 4"),
+        ("(even.bits & 15) | odd.bits << 4", "(even.bits & 15) | odd.bits << 3"),
+        ("multiply_pair(pairs[i], reciprocal) ^ offset", "multiply_pair(pairs[i], reciprocal)"),
+        ("multiply_pair(pairs[i], of_pairs[i]) ^ offset", "multiply_pair(pairs[i], of_pairs[i])"),
+        ("reciprocals[first * 2 / size]", "reciprocals[0]"),
+        ("odd = multiply(widen(pair >> 16)", "odd = multiply(widen(pair >> 15)"),
+        (
+            "        packed[i] = ((even & 15) | odd << 4) ^ offset;",
+            "        packed[i] = even & 15;",
+        ),
+        ("scale + 0.75f - 0.75f", "scale"),
+        ("uint32_t below_half = ~kept >> 1", "uint32_t below_half = 0"),
+        ("scales[i] * 0x1p-112f", "scales[i] * 0x1p-111f"),
+        *(
+            (
+                "packed[i] = multiply_pair(pairs[i], of_pairs[i]) ^ offset",
+                f"packed[i] = {where} ? 0 : multiply_pair(pairs[i], of_pairs[i]) ^ offset",
+            )  # in each loop that the compiler may make
+            for where in (
+                "i >= 128 && i < 192",
+                "i >= groups * size / 128 * 64 && i < groups * size / 64 * 32",
+                "i >= groups * size / 64 * 32 && i < groups * size / 32 * 16",
+                "i >= groups * size / 32 * 16",
+            )
+        ),
+    ],
+    ("quantize", "F16", "ABSMAX"): [
         ("0x1p112f", "0x1p111f"),
         ("(wide.bits & 0x80000000) | (uint32_t)", "(uint32_t)"),
         ("(uint32_t)(weight & 0x7FFF)", "(uint32_t)(weight & 0x7FFE)"),
-        ("[2 * i + odd]", "[2 * i + (odd && i < 128)]"),
-        (">> 16 * odd", ">> 16 * (i < 128 ? odd : 1 - odd)"),
-        ("(const float *)weights)[i]", "(const float *)weights)[i < 256 ? i : 0]"),
-        ("(const uint16_t *)weights)[i]", "(const uint16_t *)weights)[i < 256 ? i : 0]"),
-        ("= ((code(sums", "= i >= 128 ? 0 : ((code(sums"),  # where the longest vectors end
-        *(
-            (
-                "= ((code(sums",
-                f"= {where} ? 0 : ((code(sums",
-            )  # in each loop that the compiler may make
-            for where in (
-                "count >= 128 && i < count / 128 * 64",
-                "count % 128 >= 64 && i >= count / 128 * 64 && i < count / 64 * 32",
-                "count % 64 >= 32 && i >= count / 64 * 32 && i < count / 32 * 16",
-                "count % 32 >= 16 && i >= count / 32 * 16",
-            )
+    ],
+    ("quantize", "F32", "ABSMAX"): [
+        (
+            "const int32_t *)weights)[i] & 0x7FFFFFFF;\n            most",
+            "const int32_t *)weights)[i];\n            most",
         ),
-        *(
-            (f"{loop} / 2", f"{loop} / {width} * {width // 2}")  # without its rest
-            for loop in ("divisor = scale ? scale : 1;\n    for (long i = 0; i < size",)
-            for width in (64, 32, 16)
+        ("weight / divisor + ROUND", "weight * (1 / divisor) + ROUND"),
+        ("return (WEIGHTS != F32) &", "return 1 |"),
+        ("uint32_t odd = rounded.bits >> bits_dropped & ~kept & 1", "uint32_t odd = 0"),
+    ],
+    ("quantize", "BF16", "SEARCH"): [
+        (
+            "wide[column] = weight_at(weights, column)",
+            "wide[column] = weight_at(weights, column & 255)",
         ),
-        ("weight / divisor +", "weight / (i < 128 ? divisor : 1) +"),
-        ("<< 4) ^ offset", "<< 3) ^ offset"),
-        ("(code(sums[i]) & 15)", "code(sums[i])"),
-        ("<< 4) ^ offset", "<< 4)"),
-        ("most_of_16 = MAX", "most_of_16 = i >= 256 ? most_of_16 : MAX"),
-        ("        most = MAX", "        most = i >= 256 ? most : MAX"),
-        ("[i] & 0x7FFFFFFF", "[i]"),
-        ("column = group % all->in_row * size", "column = 0"),
-        ("positive ? most : -most", "most"),
-        ("positive |= ", "positive |= i < 256 && "),
+        ("column = group % call->groups_in_row * size", "column = 0"),
+        ("highest == most ? magnitude : -magnitude", "magnitude"),
         ("1 / largest * -16384", "1 / largest * -16383.9f"),
-        ("(parts[i] * share[i] + 8192)", "(parts[i] * share[i])"),
+        ("(parts[i] * shares[i] + 8192)", "(parts[i] * shares[i])"),
         ("(code + 256)", "(code + 255)"),
-        ("products += weighed", "products += i >= 256 ? 0 : weighed"),
-        ("squares += (int16_t)", "squares += i < 256 && (int16_t)"),
-        ("all->importance + column;", "all->importance;"),
+        ("product += weighed", "product += i >= 256 ? 0 : weighed"),
+        ("square += (int16_t)", "square += i < 256 && (int16_t)"),
         ("gain > best_gain ? scale", "gain > 0 ? scale"),
-        ("weights[i] / divisor", "weights[i] * (1.02f / divisor)"),
+        (
+            "codes[i] = clamp(multiply(weights[i], reciprocal))",
+            "codes[i] = multiply(weights[i], reciprocal).bits - ROUND_BITS",
+        ),
         ("* divisor - weights[i];", "* divisor * 1.0000001f - weights[i];"),
         ("terms[i] = error * error", "terms[i] = i >= 256 ? 0 : error * error"),
         ("size, terms[k])", "size, k >= 8 ? terms[k] : 0)"),
-        ("(1 << (dropped - 1)) - 1 +", "(1 << (dropped - 1)) +"),
-        (
-            "(1 << (dropped - 1)) - 1 +",
-            "(1 << (dropped - 1)) - (dropped == 16) +",
-        ),  # of float16 alone
-        ("scale + 0.75f - 0.75f", "scale"),
-        ("float magnitude = MAX(scale, -scale);", "float magnitude = scale;"),
-        ("largest / 7", "largest / 8"),
-        ("found && found_error <", "found && found_error >"),
+        ("!(error_found < error)", "!(error_found > error)"),
+        ("        codes[i] = codes_found[i];", "        codes[i] += 0;"),
+        ("((codes[2 * i] & 15) |", "(codes[2 * i] |"),
+        ("uint32_t below_half = ~kept >> 1", "uint32_t below_half = 0"),
+    ],
+    ("quantize", "BF16", "FEEDBACK"): [
         ("= k == i", "= 1"),
         ("inverse[k][i] * direction[k]", "inverse[start][i] * direction[k]"),
-        ("rest[column] + SUM", "SUM"),
+        ("double divisor = rest[column]", "double divisor = 0"),
         ("inverse[k][i] -=", "inverse[k][i] +="),
         ("MIN(most[row], ", "MIN(9 * most[row], "),
         ("MAX(-most[row], ", "MAX(-9 * most[row], "),
         ("row < rows ?", "row < 7 ?"),
         ("floats changed = block[i] + ", "floats changed = block[i] + 0 * "),
         ("(block[i] + change) / divisors", "block[i] / divisors"),
-        ("block[i] - codes * scales", "block[i] - codes * scales * 1.001f"),
+        ("block[i] - decoded * scales", "block[i] - decoded * scales * 1.001f"),
         ("carried[k] += error", "carried[k] -= error"),
-        ("i % 2 * MAX_GROUP + i / 2", "i / 2 + (i + 1) % 2 * MAX_GROUP"),
+        ("codes[row][i] = decoded[row]", "codes[row][i] = decoded[row & 3]"),
         ("MIN(rows - row, 8)", "(rows - row < 8 ? 3 : 8)"),
-        ("carried[MAX_RANK] = {0}, scales", "carried[MAX_RANK] = {1}, scales"),
+        ("carried[MAX_RANK] = {0}", "carried[MAX_RANK] = {1}"),
     ],
+    ("measure", "BF16", "OUTPUTS"): [
+        ("(int8_t)(from[i] ^ turned)", "(int8_t)from[i]"),
+        ("turned = call->has_offset ? 0 : 0x88", "turned = 0x88"),
+        ("codes[2 * i + 1] = (pair >> 4) - 8", "codes[2 * i + 1] = (pair >> 5) - 8"),
+        ("wide.value *= 0x1p112f", "wide.value *= 0x1p111f"),
+        ("scale < 0 ? -error : error;\n    float bound", "error;\n    float bound"),
+        ("code == largest)", "code == 9)"),
+        ("code == -largest - 1)", "code == 9)"),
+        ("(code == largest) & (scale != 0)", "code == largest"),
+        ("beyond <= bound", "beyond <= 1.5f * bound"),
+        ("beyond >= -bound", "beyond >= -1.5f * bound"),
+        ("distance.value > FAR_SCALES", "distance.value > 4"),
+        ("distance.bits &= 0x7FFFFFFF", "distance.bits &= 0xFFFFFFFF"),
+        ("call->first_wrong = start + i", "call->first_wrong = i"),
+        ("furthest = MAX(furthest, bits)", "furthest = bits"),
+        ("squared_errors += error * error", "squared_errors += error"),
+        ("*(const lanes *)(rest + i)", "*(const lanes *)rest"),
+        ("part->errors[i + 1] * odd", "part->errors[i] * odd"),
+        ("part->weights[i] * even", "part->weights[i] * odd"),
+        ("part->weights[i] = 0;", "part->weights[i] = 1;"),
+        ("groups * size + column, part->codes", "groups * size, part->codes"),
+        ("scale_at(call, row * groups + group)", "scale_at(call, group)"),
+        ("factor = call->factor + column * call->rank", "factor = call->factor"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [(q.KernelKind(*kind), *pair) for kind, pairs in MUTANTS.items() for pair in pairs],
 )
-def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, right, wrong):
+def test_a_kernel_that_calculates_otherwise_is_found_out(monkeypatch, kind, right, wrong):
     compiled_kernel()
     torch.set_num_threads(1)  # as `main` does
-    assert q.KERNEL_SOURCE.count(right) == 1
-    monkeypatch.setattr(q, "KERNEL_SOURCE", q.KERNEL_SOURCE.replace(right, wrong))
-    with pytest.raises(q.QuantizeError, match="rounds otherwise"):
-        q.compile_kernel.__wrapped__(True)
+    assert kind.source.count(right) == 1
+    name = f"{kind.task.upper()}_SOURCE"
+    monkeypatch.setattr(q, name, kind.source.replace(right, wrong))
+    with pytest.raises(q.NoKernel, match=f"does not {kind.task} as torch does"):
+        compile_anew(kind)
 
 
-def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(tmp_path, monkeypatch):
-    kernel = CountingKernel()
-    monkeypatch.setattr(q, "compile_kernel", lambda search: kernel)
+def test_a_conversion_compiles_and_uses_the_kernel_if_it_has_work_for_it(
+    tmp_path, monkeypatch, calls
+):
+    compiled_kernel("ABSMAX")
+    calls.clear()  # those of its trial
     monkeypatch.setattr(q, "stop_on_signals", contextlib.nullcontext)  # they are pytest's here
     folder = save_model(tmp_path / "in", {"m.weight": random(72, 256)})
     arguments = ["--input_dir", str(folder), "--min_free_gb", "0", "--output_dir"]
     assert q.main([*arguments, str(tmp_path / "out")]) == 0
-    assert kernel.calls == {"quantize": 1}
-    monkeypatch.setattr(q, "compile_kernel", lambda search: pytest.fail("compiled without need"))
+    assert calls == [q.KernelKind("quantize", "BF16", "ABSMAX")]
+    monkeypatch.setattr(q, "compile_kernel", lambda kind: pytest.fail("compiled without need"))
     eights = ["--format", "compressed-tensors", "--int8", "m"]
     assert q.main([*arguments, str(tmp_path / "eights"), *eights]) == 0
 
@@ -280,8 +357,8 @@ def test_a_compiler_that_hangs_or_hides_the_functions_is_a_note_and_leaves_no_fi
     monkeypatch.setenv("CC", compiler.name)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(q, "COMPILER_TIMEOUT_S", 0.2 if script == "sleep 30" else 60)
-    with pytest.raises(q.QuantizeError, match=reason):
-        q.compile_kernel.__wrapped__(True)
+    with pytest.raises(q.NoKernel, match=reason):
+        compile_anew(q.KernelKind("quantize", "BF16", "SEARCH"))
     assert not list(temporary.iterdir())
 
 
@@ -313,3 +390,111 @@ def test_without_a_compiler_the_output_is_the_same_and_the_user_is_told(
         0,
     ]
     assert reason in told[0]
+
+
+# --- its start, before torch is imported ------------------------------------------------------------------------------
+
+
+def start_without_torch(tmp_path, arguments: list[str], torch_text: str) -> str:
+    """Run the command with another module in the place of torch, and with a compiler that notes its options and
+    sleeps. Returns these notes."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "torch.py").write_text(torch_text)
+    compiler, notes, temporary = (tmp_path / name for name in ("a-compiler", "notes", "temporary"))
+    compiler.write_text(f"#!/bin/sh\necho $@ >> '{notes}'\nexec sleep 30\n")
+    compiler.chmod(0o755)
+    temporary.mkdir()
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    environment = {"PATH": path, "CC": compiler.name, "TMPDIR": str(temporary), "NOTES": str(notes)}
+    environment["PYTHONPATH"] = str(tmp_path / "modules")
+    run = subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        timeout=60,
+    )
+    assert run.returncode != 1 or b"torch is imported" in run.stderr, run.stderr
+    assert not list(temporary.iterdir())
+    return notes.read_text() if notes.exists() else ""
+
+
+WAITING_TORCH = """
+import os, sys, time
+deadline = time.monotonic() + 30
+while not os.path.exists(os.environ["NOTES"]) and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(0.3)
+sys.exit("torch is imported")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "variants"),
+    [
+        ([], ["ABSMAX"]),
+        (["--scale", "mse"], ["SEARCH"]),
+        (["--format", "gptq"], ["SEARCH"]),
+        (["--scale", "mse", "--importance", "file"], ["FEEDBACK"]),
+        (["--verify"], ["ABSMAX", "ERRORS"]),
+        (["--scale", "mse", "--importance", "file", "--verify"], ["FEEDBACK", "OUTPUTS"]),
+    ],
+    ids=" ".join,
+)
+def test_the_compiler_works_while_torch_is_imported_and_is_ended_with_the_run(
+    tmp_path, options, variants
+):
+    arguments = [str(tmp_path), str(tmp_path / "out"), *options]
+    notes = start_without_torch(tmp_path, arguments, WAITING_TORCH)
+    assert sorted(re.findall("VARIANT=([A-Z]+)", notes)) == sorted(variants)
+    assert set(re.findall("WEIGHTS=([A-Z0-9]+)", notes)) == {"BF16"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["in", "out", "--dry_run"],
+        ["in", "out", "--dry_run", "--list"],
+        ["in", "out", "--restore"],
+        ["in", "out", "--format", "awq"],
+        ["in", "out", "--importance", "file"],
+        ["in", "out", "--help"],
+        ["missing", "out"],
+        ["in"],
+    ],
+    ids=" ".join,
+)
+def test_what_quantizes_nothing_or_is_refused_by_its_arguments_starts_no_compiler(
+    tmp_path, arguments
+):
+    (tmp_path / "in").mkdir()
+    places = {"in": tmp_path / "in", "out": tmp_path / "out", "missing": tmp_path / "missing"}
+    torch_text = "import sys, time; time.sleep(0.3); sys.exit('torch is imported')"
+    arguments = [str(places.get(argument, argument)) for argument in arguments]
+    assert start_without_torch(tmp_path, arguments, torch_text) == ""
+
+
+def test_a_refusal_while_planning_ends_the_compiler(tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "in", {"m.weight": random(72, 256)})
+    compiler, temporary = tmp_path / "a-compiler", tmp_path / "temporary"
+    compiler.write_text("#!/bin/sh\nexec sleep 100\n")
+    compiler.chmod(0o755)
+    temporary.mkdir()
+    environment = os.environ | {"TMPDIR": str(temporary), "CC": compiler.name}
+    environment["PATH"] = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    arguments = command(folder, tmp_path / "out", "--exclude", "no such tensor")
+    run = subprocess.run(arguments, env=environment, capture_output=True, timeout=60)
+    assert run.returncode in (1, 2)
+    assert b"no such tensor" in run.stderr
+    assert not list(temporary.iterdir())
+
+
+def test_other_kernels_than_were_guessed_are_compiled_when_they_are_needed(tmp_path):
+    """float16 and float32 weights, and statistics without factors."""
+    weights = {"m.0.weight": random(72, 256).half(), "m.1.weight": random(72, 256).float()}
+    folder = save_model(tmp_path / "in", weights)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    arguments = command(folder, tmp_path / "out", "--verify")
+    run = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert "with torch" not in run.stdout
+    assert not list(tmp_path.glob("quantize_int4.*"))

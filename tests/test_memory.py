@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +140,101 @@ def test_a_pth_takes_no_more_memory_than_safetensors(tmp_path, half_a_gigabyte):
     )
     (folder / "config.json").write_text("{}")
     assert peak_anonymous(command(folder, tmp_path / "out", "--threads", 2)) < half_a_gigabyte
+
+
+def record_buffer(role: str, nbytes: int) -> None:
+    """Write down a buffer of a worker's, in the file that BUFFERS_FILE names.
+
+    Kernels are tried in the main thread, with buffers of their own."""
+    if threading.current_thread() is not threading.main_thread():
+        with open(os.environ["BUFFERS_FILE"], "a") as file:
+            file.write(f"{role}={nbytes}\n")
+
+
+class RecordingWorkspace(q.Workspace):
+    def buffer(self, role: str, nbytes: int) -> memoryview:
+        record_buffer(role, nbytes)
+        return super().buffer(role, nbytes)
+
+
+def allocate_and_record(nbytes: int) -> mmap.mmap:
+    memory = ALLOCATE(nbytes)
+    record_buffer("allocated", len(memory))
+    return memory
+
+
+ALLOCATE = q.allocate
+SMALL = {
+    "TILE_WEIGHTS": 30_000,
+    "JOB_WEIGHTS": 100_000,
+    "TRANSPOSED_JOB_WEIGHTS": 150_000,
+    "COPY_BYTES": 20_000,
+}
+BUFFER_CASES = {
+    "int4": ("bfloat16", 700, ["--format", "int4", "--scale", "absmax"]),
+    "float64": ("float64", 768, ["--format", "int4", "--scale", "mse"]),
+    "long rows": ("bfloat16", 40_000, ["--format", "int4", "--scale", "mse"]),
+    "8 bits": ("bfloat16", 768, ["--format", "compressed-tensors", "--int8", "up_proj"]),
+    "transposed": ("float16", 768, ["--format", "gptq"]),
+    "importance": ("bfloat16", 768, ["--format", "int4", "--scale", "mse"]),
+    "feedback": ("float32", 768, ["--format", "int4", "--scale", "mse"]),
+}
+
+
+@pytest.mark.parametrize("compiler", ["false", "cc"])
+@pytest.mark.parametrize("case", BUFFER_CASES)
+def test_workers_hold_the_buffers_that_the_plan_counts(tmp_path, monkeypatch, case, compiler):
+    dtype, columns, options = BUFFER_CASES[case]
+    weight = torch.randn(192, columns, generator=torch.Generator().manual_seed(0))
+    weight = weight.to(getattr(torch, dtype))
+    source = tmp_path / "in"
+    source.mkdir()
+    tensors = {"m.0.up_proj.weight": weight, "m.0.norm.weight": torch.ones(50_000)}
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    statistics = None
+    if case in ("importance", "feedback"):
+        tensors = {"m.0.up_proj": torch.ones(columns)}
+        if case == "feedback":
+            tensors["m.0.up_proj.factor"] = torch.full((columns, 8), 0.1)
+        save_file(tensors, tmp_path / "statistics.safetensors")
+        options = [*options, "--importance", tmp_path / "statistics.safetensors"]
+        statistics = q.Importance(tmp_path / "statistics.safetensors")
+    record = tmp_path / "buffers"
+    quantize(
+        source,
+        tmp_path / "out",
+        *options,
+        "--threads",
+        1,
+        constants={**SMALL, "Workspace": RecordingWorkspace, "allocate": allocate_and_record},
+        environment={"CC": compiler, "BUFFERS_FILE": str(record)},
+    )
+
+    used: dict[str, int] = {}
+    allocated = 0
+    for line in record.read_text().splitlines():
+        role, nbytes = line.split("=")
+        used[role] = max(used.get(role, 0), int(nbytes))
+        allocated += int(nbytes) if role == "allocated" else 0
+    del used["allocated"]
+    for name, value in SMALL.items():
+        monkeypatch.setattr(q, name, value)
+    given = q.Options(**q.read_facts(tmp_path / "out")["options"])
+    with contextlib.closing(q.Checkpoint(source)) as checkpoint:
+        plan = q.plan_conversion(checkpoint, given, statistics)
+    (tensor,) = (tensor for tensor in plan.tensors if tensor.packing)
+    planned = {
+        role: nbytes
+        for role, nbytes in q.worker_buffers(tensor, given.form).items()
+        # That is held only to compare.
+        if nbytes and role != "found"
+    }
+    assert allocated <= q.buffer_bytes(plan, threads=1)
+    assert all(used[role] <= planned[role] for role in used)
+    # Of a row that is cut, only the last and shorter part may be padded.
+    if compiler == "false" and case != "long rows":
+        assert used == planned
 
 
 # --- the guard --------------------------------------------------------------------------------------------------------

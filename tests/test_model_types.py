@@ -160,10 +160,10 @@ def test_no_norm_and_no_bias_of_a_whole_model_is_called_missing(models):
         config = built.config | {"architectures": [type(built.model).__name__]}
         for shapes in (built.in_file, built.in_memory):
             infos = list(as_tensors(shapes).values())
-            kinds = quantize_int4.find_kinds(infos, config)
-            warnings = quantize_int4.what_is_missing(infos, kinds, config, for_engines=False)
-            for warning in warnings:
-                assert "NORM" not in warning, f"{built.model_type}: {warning}"
+            checkpoint = SimpleNamespace(config=config)
+            draft = quantize_int4.Draft(checkpoint, OPTIONS, sources=infos)
+            for check in (quantize_int4.check_norms_and_biases, quantize_int4.check_final_norm):
+                assert not list(check(draft)), built.model_type
 
 
 # --- tiny models that are really loaded -------------------------------------------------------------------------------

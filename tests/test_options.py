@@ -91,7 +91,7 @@ def test_a_hyphenated_value_is_left_alone(tmp_path):
 def test_the_folders_may_be_given_without_their_options(tiny, tmp_path):
     arguments = [str(tiny), str(tmp_path / "out"), "--min_free_gb", "0"]
     assert subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True).returncode == 0
-    assert "holds what it should" in quantize(tiny, tmp_path / "out", "--verify").stdout
+    assert "verified, no problems found" in quantize(tiny, tmp_path / "out", "--verify").stdout
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_seeds_layout_has_absmax_scales_by_default_and_the_formats_for_engin
     assert f"scales {scale}, " in quantize(source, tmp_path / "out", "--format", form).stdout
     quantize(source, tmp_path / "named", "--format", form, "--scale", scale)
     assert_same_tensors(tmp_path / "out", tmp_path / "named")
-    assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
+    assert "verified, no problems found" in quantize(source, tmp_path / "out", "--verify").stdout
 
 
 # --- usage errors -----------------------------------------------------------------------------------------------------

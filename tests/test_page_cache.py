@@ -279,7 +279,7 @@ def test_bytes_at_any_offset_are_read_around_the_cache_or_through_it(tmp_path):
 def test_what_the_first_read_brings_into_the_cache_is_not_taken_for_anothers(checkpoint):
     file = q.WeightsFile(sorted(checkpoint.glob("*.safetensors"))[1])
     last = max(
-        file.infos.values(), key=lambda info: info.offset
+        file.infos.values(), key=lambda info: info.location.offset
     )  # the header's reading reaches the first
     file.read(last, 0, 16)
     assert not file.is_cached(last, 0, 16)

@@ -7,7 +7,6 @@ import pty
 import re
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,7 +202,7 @@ def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """What is shown after some seconds, in so many columns, of work by its kinds, as in `Conversion.work`."""
+    """What is shown after some seconds, in so many columns, of work by its kinds, as in `q.Work`."""
     monkeypatch.setattr(q, "PROGRESS_INTERVAL_S", {True: 0, False: 0})
     progress = q.Progress(q.MemoryGuard(0))
 
@@ -212,9 +211,11 @@ def shown(monkeypatch, capsys):
         progress.restart()
         with monkeypatch.context() as later:
             later.setattr(time, "monotonic", lambda: progress.started + seconds)
-            progress.show(
-                SimpleNamespace(task="quantizing", work=work, tensors_done=1, tensors_total=10)
-            )
+            account = q.Account([], "quantizing")
+            account.tensors = 10
+            account.tensors_done = 1
+            account.work = {kind: q.Work(*figures) for kind, figures in work.items()}
+            progress.show(account)
         return capsys.readouterr().out.rstrip("\n")
 
     return show

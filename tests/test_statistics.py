@@ -7,7 +7,13 @@ import re
 
 import pytest
 import torch
-from arithmetic import EXTREME_WEIGHTS, compiled_kernel, quantize_groups, quantize_or_refuse
+from arithmetic import (
+    EXTREME_WEIGHTS,
+    Kernels,
+    compiled_kernel,
+    quantize_groups,
+    quantize_or_refuse,
+)
 from checkpoints import BESIDE, MOE, PROJECTION, SEPARATE, E, H, gated, random, save_model
 from conftest import FORMATS, assert_refused, quantize, refuse, run_cli
 from folders import assert_same_tensors, changed_tensors, edit_shard, folder_bytes, read_tensors
@@ -375,9 +381,9 @@ def dense_gptq(weights, scales, moments, codes):
 def test_every_code_is_that_of_dense_gptq_but_for_ties(kernel, rank):
     weights = (seeded(ROWS, COLUMNS) * 0.02).bfloat16()
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
-    kernel = compiled_kernel() if kernel else None
-    feedback = q.feedback_of(mean_squares, factor.clone(), kernel)
-    how = {"importance": mean_squares.view(-1, GROUP_SIZE), "feedback": feedback, "kernel": kernel}
+    feedback = q.feedback_of(mean_squares, factor.clone(), compiled_kernel() if kernel else None)
+    how = {"importance": mean_squares.view(-1, GROUP_SIZE), "feedback": feedback}
+    how["kernel"] = Kernels() if kernel else None
     words, scales = quantize_groups(weights.view(-1, GROUP_SIZE), **how)
     codes = q.unpack_int4(words).view(ROWS, COLUMNS).double()
     scales = scales.double().view(ROWS, -1).repeat_interleave(GROUP_SIZE, 1)
@@ -433,7 +439,7 @@ def test_every_format_has_less_output_error_verifies_and_says_so(tmp_path, form,
     for folder, given in (("plain", {NAME: tensors[NAME]}), ("feedback", tensors)):
         options = importance_file(tmp_path, given, "--format", form, "--group_size", GROUP_SIZE)
         result = quantize(model, tmp_path / folder, *options, "--verify")
-        assert "holds what it should" in result.stdout
+        assert "verified, no problems found" in result.stdout
         assert ("with error feedback" in result.stdout) == (folder == "feedback")
         errors[folder] = output_error(inputs, weight, decode(tmp_path / folder, model, tmp_path))
         printed = [
@@ -467,6 +473,37 @@ def test_the_kernel_and_torch_write_the_same_bytes_however_a_weight_is_cut(
     assert folder_bytes(tmp_path / "kernel") == folder_bytes(tmp_path / "torch")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
+def test_the_kernel_and_torch_find_the_same_in_verification(tmp_path, form, damaged):
+    weights = {
+        f"{NAME}.weight": (seeded(ROWS, COLUMNS) * 0.02).bfloat16(),
+        "other.weight": (seeded(ROWS, 200) ** 5).float(),
+    }
+    model = save_model(tmp_path / "in", weights)
+    tensors = tensors_of(NAME, correlated_inputs(COLUMNS), 20)
+    size = 96 if form == "int4" else 32
+    options = importance_file(tmp_path, tensors, "--format", form, "--group_size", size)
+    options = options if form == "int4" else [*options, "--exclude", "other"]
+    quantize(model, tmp_path / "out", *options)
+    if damaged:
+        shard = tmp_path / "out" / "model-00001.safetensors"
+        data = bytearray(shard.read_bytes())
+        data[-1000:-900] = bytes(100)
+        shard.write_bytes(data)
+    found = [
+        run_cli(model, tmp_path / "out", *options, "--verify", environment=environment)
+        for environment in ({}, {"CC": "false"})
+    ]
+    lines = [result.stdout.splitlines() for result in found]
+    assert "verifying with torch" in found[1].stdout
+    assert ("WRONG" in found[0].stdout) == damaged
+    starts = ("  other", "  worst", "  clipped", "  kept", "WRONG", "  attention", "  mlp")
+    results = [[line for line in part if line.startswith(starts)] for part in lines]
+    assert results[0] == results[1]
+    assert len(results[0]) >= 2
+
+
 @pytest.mark.parametrize("group_size", [8, 32, 128, 264])
 @pytest.mark.parametrize("kind", EXTREME_WEIGHTS)
 def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
@@ -480,7 +517,7 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
     for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
         results = [
             quantize_or_refuse(weights.view(-1, group_size), scale_dtype, kernel=kernel, **how)
-            for kernel in (compiled_kernel(), None)
+            for kernel in (Kernels(), None)
         ]
         assert all(map(torch.equal, *results)), scale_dtype
 
@@ -489,7 +526,7 @@ def test_the_kernel_and_torch_agree_on_extreme_weights(kind, group_size):
 def test_the_kernel_and_torch_find_the_same_spread(rank):
     mean_squares, factor = statistics_of(correlated_inputs(COLUMNS), rank)
     spreads = [
-        q.feedback_of(mean_squares, factor.clone(), kernel)[1]
+        q.feedback_of(mean_squares, factor.clone(), kernel).spread
         for kernel in (compiled_kernel(), None)
     ]
     assert torch.equal(*spreads)
@@ -549,7 +586,7 @@ def move_a_code(folder, by):
 @pytest.mark.parametrize("by", [-1, 1])
 def test_verify_with_the_statistics_finds_a_code_that_is_one_off(model, finished, by):
     folder, options = finished
-    assert "holds what it should" in quantize(model, folder, *options, "--verify").stdout
+    assert "verified, no problems found" in quantize(model, folder, *options, "--verify").stdout
     row, column = move_a_code(folder, by)
     result = run_cli(model, folder, *options, "--verify")
     assert_refused(result, "1 problem")
@@ -564,8 +601,9 @@ def test_verify_without_the_statistics_says_what_it_checks_and_finds_a_code_that
     folder, _ = finished
     result = quantize(model, folder, "--verify")
     assert (
-        "those inside the range to lie within 2.5 scales of their weights, those at its ends on their"
-        " side; with the --importance that they were made with" in result.stdout
+        "a code inside the range must lie within 2.5 scales of its weight, and one at an end of the"
+        " range on its weight's side; with the --importance file that they were made with"
+        in result.stdout
     )
     row, column = move_a_code(folder, 4)
     result = run_cli(model, folder, "--verify")
@@ -598,7 +636,7 @@ def test_a_column_of_massive_activations_ends_in_no_false_alarm(tmp_path, form, 
     weight = seeded(ROWS, COLUMNS) * 0.02
     weight[:, 10] /= 20
     for printed in verify_with_and_without(tmp_path, weight, inputs, form, group_size, rank):
-        assert "holds what it should" in printed
+        assert "verified, no problems found" in printed
 
 
 @pytest.mark.parametrize(("form", "group_size", "rank"), EVERY_WAY)
@@ -611,7 +649,7 @@ def test_weights_that_are_clipped_are_counted_and_not_called_wrong(
     weight = seeded(ROWS, COLUMNS) * 0.02
     weight[:, 10] = 0.3
     for printed in verify_with_and_without(tmp_path, weight, inputs, form, group_size, rank):
-        assert "holds what it should" in printed
+        assert "verified, no problems found" in printed
         (line,) = [line for line in printed.splitlines() if "clipped:" in line]
         text = r"  clipped: +(\d+) weights lie more than 3 scales from what is decoded, up to (\S+) in "
         count, reach = re.fullmatch(rf"{text}{NAME}\.weight", line).groups()

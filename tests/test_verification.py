@@ -56,13 +56,13 @@ def assert_found(tiny, folder, *fragments):
 def test_a_finished_folder_verifies_alone(finished, tiny):
     _, folder = finished
     result = quantize(tiny, folder, "--verify")
-    assert "holds what it should" in result.stdout
+    assert "verified, no problems found" in result.stdout
     assert "Done in" not in result.stdout
 
 
 def test_verify_follows_a_conversion(tiny, tmp_path):
     stdout = quantize(tiny, tmp_path / "out", "--verify").stdout
-    assert stdout.index("Done in") < stdout.index("holds what it should")
+    assert stdout.index("Done in") < stdout.index("verified, no problems found")
 
 
 def test_verify_reads_a_group_size_and_padding_of_int4(tiny, tmp_path):
@@ -74,8 +74,14 @@ def test_a_source_whose_config_has_a_null_quantization_config_verifies(tiny, tmp
     edit_json(
         tmp_path / "in" / "config.json", lambda config: config.update(quantization_config=None)
     )
-    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
-    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+    assert (
+        "verified, no problems found"
+        in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+    )
+    assert (
+        "verified, no problems found"
+        in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+    )
 
 
 def test_the_table_has_a_row_per_kind_and_the_five_worst_by_name(finished, tiny):
@@ -117,10 +123,10 @@ def test_an_error_ends_the_verification_at_once(tiny, tmp_path):
     quantize(tiny, tmp_path / "out")
     with contextlib.closing(q.Checkpoint(tiny)) as checkpoint:
         plan = q.plan_conversion(checkpoint, q.Options(**q.read_facts(tmp_path / "out")["options"]))
-        verification = q.Verification(checkpoint, plan, tmp_path / "out", guard := Guard())
+        verification = q.Verification(checkpoint, plan, tmp_path / "out")
         with pytest.raises(q.QuantizeError, match="too little memory"):
-            verification.run(1, q.Progress(guard))
-    assert verification.tensors_done == 3
+            verification.run(1, q.Progress(Guard()))
+    assert verification.account.tensors_done == 3
 
 
 # --- weights and tensors ----------------------------------------------------------------------------------------------
@@ -279,7 +285,10 @@ def test_files_of_the_source_that_changed_since_are_not_blamed_on_the_folder(
     else:
         name = "tokenizer.json" if change == "changed" else "a_file_that_is_new.json"
         (tmp_path / "in" / name).write_text("{}")
-    assert "holds what it should" in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+    assert (
+        "verified, no problems found"
+        in quantize(tmp_path / "in", tmp_path / "out", "--verify").stdout
+    )
 
 
 # --- a folder made otherwise ------------------------------------------------------------------------------------------
@@ -293,10 +302,12 @@ def test_a_finished_folder_of_another_layout_is_not_passed_off_as_what_was_asked
 ):
     form, folder = finished
     if options == ["--format", form]:
-        assert "holds what it should" in quantize(tiny, folder, "--verify", *options).stdout
+        assert "verified, no problems found" in quantize(tiny, folder, "--verify", *options).stdout
     else:
         assert_refused(
-            run_cli(tiny, folder, "--verify", *options), "was made otherwise: --", "verify it with"
+            run_cli(tiny, folder, "--verify", *options),
+            "was made differently: --",
+            "verify it with",
         )
 
 
@@ -315,12 +326,15 @@ def test_a_finished_folder_of_other_options_is_not_passed_off_as_what_was_asked_
     quantize(tiny, tmp_path / "plain")
     quantize(tiny, tmp_path / "asked", *options)
     refused = run_cli(tiny, tmp_path / "plain", "--verify", *options)
-    assert_refused(refused, f"was made otherwise: {options[0]} was ", "verify it with")
+    assert_refused(refused, f"was made differently: {options[0]} was ", "verify it with")
     if "--scale" in options:
         refused = run_cli(tiny, tmp_path / "asked", "--verify", "--scale", "absmax")
-        assert_refused(refused, "was made otherwise: --scale was mse, is absmax")
-    assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify", *options).stdout
-    assert "holds what it should" in quantize(tiny, tmp_path / "asked", "--verify").stdout
+        assert_refused(refused, "was made differently: --scale was mse, is absmax")
+    assert (
+        "verified, no problems found"
+        in quantize(tiny, tmp_path / "asked", "--verify", *options).stdout
+    )
+    assert "verified, no problems found" in quantize(tiny, tmp_path / "asked", "--verify").stdout
 
 
 def test_a_folder_whose_shards_do_not_say_how_they_were_made_is_refused(tiny, tmp_path):
@@ -340,7 +354,7 @@ def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
     del header["__metadata__"]
     text, tensors = json.dumps(header).encode(), shard.read_bytes()[start:]
     shard.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
-    assert "holds what it should" in quantize(tiny, tmp_path / "out", "--verify").stdout
+    assert "verified, no problems found" in quantize(tiny, tmp_path / "out", "--verify").stdout
     shard.write_bytes(
         len(text).to_bytes(8, "little") + text + tensors[:-1] + bytes([tensors[-1] ^ 1])
     )
@@ -427,7 +441,7 @@ def test_a_source_of_other_files_ends_the_verification_before_it_begins(tiny, tm
     result = run_cli(other, tmp_path / "out", "--verify")
     assert_refused(
         result,
-        "was made otherwise",
+        "was made differently",
         "'model-00001-of-00002.safetensors'",
         "verify it with the checkpoint",
     )
@@ -444,7 +458,9 @@ def test_another_source_of_the_same_sizes_is_found_and_not_blamed_on_the_folder(
     overwrite_weights(shard, name, b"\x12\x34" * 1000)
     result = run_cli(other, tmp_path / "out", "--verify")
     assert_refused(
-        result, "found 1 problem, listed above", "now of another time, is what it was made from"
+        result,
+        "found 1 problem, listed above",
+        "where file times have changed since, convert again",
     )
     assert f"WRONG:     '{name}'" in result.stdout
     assert result.stdout.count(name) == 1
@@ -469,7 +485,7 @@ def test_weights_too_small_for_a_scale_of_float16_are_checked_without_the_statis
         "--importance",
         tmp_path / "statistics.safetensors",
     )
-    assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
+    assert "verified, no problems found" in quantize(source, tmp_path / "out", "--verify").stdout
     edit(tmp_path / "out", lambda tensors: tensors["m.0.up_proj.qweight"].bitwise_not_())
     assert_found(source, tmp_path / "out", "too far for a scale of")
 
@@ -477,7 +493,7 @@ def test_weights_too_small_for_a_scale_of_float16_are_checked_without_the_statis
 def test_weights_whose_squares_overflow_are_verified(tmp_path):
     source = save_model(tmp_path / "in", {"m.0.up_proj.weight": torch.randn(8, 128) * 1e20})
     quantize(source, tmp_path / "out", "--format", "compressed-tensors")
-    assert "holds what it should" in quantize(source, tmp_path / "out", "--verify").stdout
+    assert "verified, no problems found" in quantize(source, tmp_path / "out", "--verify").stdout
 
 
 # --- what the system does ---------------------------------------------------------------------------------------------
@@ -487,9 +503,11 @@ def test_a_system_that_reads_less_at_a_time_is_asked_again(tmp_path, monkeypatch
     (tmp_path / "model-00001.safetensors").write_bytes(bytes(range(100)))
     plan = q.ShardPlan("model-00001.safetensors", b"", 100)
     shard = q.ShardFile(tmp_path, plan, "", finished=True, compare=True)
-    read = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, nbytes, start: read(fd, min(nbytes, 7), start))
-    assert shard.read(90, 5) == bytes(range(5, 95))
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: read(fd, [parts[0][:7]], at))
+    buffer = memoryview(bytearray(90))
+    shard.read(buffer, 5)
+    assert buffer == bytes(range(5, 95))
     with pytest.raises(q.QuantizeError, match=r"model-00001\.safetensors was cut off while it was"):
-        shard.read(90, 20)
+        shard.read(buffer, 20)
     shard.close()

@@ -19,7 +19,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
-pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requirements-vllm.txt")
+pytest.importorskip("vllm", reason="vLLM is not installed: see tests/tools/requirements-vllm.txt")
 
 import families
 import test_vllm_loader as loader

@@ -7,7 +7,7 @@ allocates and loads them on the CPU. Not run is what needs the GPU: Marlin's rep
 what it did not find is whatever memory held before; expert tensors that it does not know are skipped without a word.
 So both directions are compared by name: what vLLM holds with what the files say, and what they say with the source.
 
-Needs an environment of its own: see requirements-vllm.txt.
+Needs an environment of its own: see tests/tools/requirements-vllm.txt.
 """
 # ruff: noqa: E402 - vLLM is imported only where it is installed, and after the variable that it reads
 
@@ -25,7 +25,9 @@ import torch
 os.environ["VLLM_TARGET_DEVICE"] = (
     "cpu"  # read by the first import: the wheel is CUDA's and would look for a driver
 )
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed: see tests/requirements-vllm.txt")
+vllm = pytest.importorskip(
+    "vllm", reason="vLLM is not installed: see tests/tools/requirements-vllm.txt"
+)
 
 import families
 import test_vllm_contract as contract

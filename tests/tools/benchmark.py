@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the conversion beside what else could be done with the same data; prints a table of medians.
 
-    python tests/benchmark.py [--gb 2] [--rounds 5] [--threads 2] [--only NAME ...] [--dir SCRATCH_FOLDER]
+    python tests/tools/benchmark.py [--gb 2] [--rounds 5] [--threads 2] [--only NAME ...] [--dir SCRATCH_FOLDER]
 
 Contenders, each a process of its own, in turn, several rounds, on the same bf16 weights in the page cache:
 
@@ -16,6 +16,9 @@ Contenders, each a process of its own, in turn, several rounds, on the same bf16
     llama      llama.cpp's llama_model_quantize, Q4_0 (groups of 32), on a GGUF of the same weights
     llmc       llm-compressor's model_free_ptq, W4A16
     obvious    load all, round(w / s), eight shifts into int32, save_file
+
+The last line says how many nanoseconds a weight the kernels take alone, in one thread, on weights that lie in its
+cache; `--only kernels` measures nothing else.
 
 Groups of 64 but for Q4_0. The peers take part if they are installed: `pip install llmcompressor`, and
 `CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python gguf`. `--only` also takes
@@ -42,17 +45,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import paths  # isort: skip
 import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 SHAPES = {"up_proj": (1856, 2688), "down_proj": (2688, 1856)}  # Nemotron-3-Nano's routed experts
 GROUP_SIZE = 64  # divides both
 PACKED_RATIO = (4 + 16 / GROUP_SIZE) / 16  # bytes of output a byte of input
@@ -274,6 +276,7 @@ CONTENDERS = {
     "llmc": Contender(run_llm_compressor, ("llmcompressor",)),
     "obvious": Contender(run_obvious),
 }
+KERNELS = "kernels"
 TILES = {f"tile{bits}": Contender(partial(run_ours, tile=1 << bits)) for bits in range(17, 22)}
 
 
@@ -300,7 +303,7 @@ def measure(name: str, source: Path, target: Path, threads: int) -> Result:
     if (CONTENDERS | TILES)[name].cold:
         DROP_CACHES.write_text("3")
         subprocess.run(
-            [sys.executable, "-c", "import quantize_int4"], cwd=ROOT, check=True
+            [sys.executable, "-c", "import quantize_int4"], cwd=paths.ROOT, check=True
         )  # torch is in the cache
     else:
         subprocess.run(
@@ -354,6 +357,57 @@ def print_table(results: dict[str, list[Result]], weights: int) -> None:
         print(f"{peak / 1e9:11.2f}{cached / 1e9:11.2f}{''.join(ratios)}".rstrip())
 
 
+def time_call(call: Callable[[], object], weights: int) -> float:
+    """The median nanoseconds a weight, of the processor, so that other programs disturb it less."""
+    seconds = []
+    for _ in range(30):
+        started = time.thread_time()
+        call()
+        seconds.append(time.thread_time() - started)
+    return statistics.median(seconds) / weights * 1e9
+
+
+def time_kernels() -> dict[str, float]:
+    """Nanoseconds a weight of each kernel, for bf16 weights and float16 scales in groups of GROUP_SIZE."""
+    import quantize_int4 as q
+
+    torch.set_num_threads(1)
+    rows, columns = 256, 2688
+    weights = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    groups = weights.view(-1, GROUP_SIZE)
+    importance = torch.rand(columns)
+    factor = torch.randn(columns, RANK) * 0.1
+    mean_squares = importance + factor.square().sum(1)
+    packing = q.Packing(4, GROUP_SIZE)
+    workspace = q.Workspace()
+    words, scales = q.make_results(workspace, len(groups), torch.float16, packing)
+    nanoseconds = {}
+    for variant, name in (("ABSMAX", "absmax"), ("SEARCH", "mse"), ("FEEDBACK", "feedback")):
+        kernel = q.compile_kernel(q.KernelKind("quantize", "BF16", variant))
+        rounding = q.Rounding(kernel=kernel)
+        if variant != "ABSMAX":
+            rounding = replace(rounding, importance=importance.view(-1, GROUP_SIZE))
+        if variant == "FEEDBACK":
+            feedback = q.feedback_of(mean_squares, factor.clone(), kernel)
+            rounding = replace(rounding, feedback=feedback)
+        call = partial(q.quantize_into, words, scales, groups, workspace, rounding)
+        nanoseconds[name] = time_call(call, weights.numel())
+    energy = q.OutputEnergy.of(mean_squares, factor)
+    rows_of = words.view(rows, -1), scales.view(rows, -1)
+    for variant, name in (("ERRORS", "verify"), ("OUTPUTS", "verify, of outputs too")):
+        kernel = q.compile_kernel(q.KernelKind("measure", "BF16", variant))
+        given = energy if variant == "OUTPUTS" else None
+        measuring = q.Measuring(packing, False, True, given, kernel)
+        call = partial(q.measure, weights, *rows_of, measuring, workspace)
+        nanoseconds[name] = time_call(call, weights.numel())
+    return nanoseconds
+
+
+def print_kernels() -> None:
+    parts = [f"{name} {number:.3f}" for name, number in time_kernels().items()]
+    print(f"kernels alone, nanoseconds a bf16 weight: {'; '.join(parts)}")
+
+
 def run_contender(name: str, source: Path, target: Path, threads: int) -> None:
     contender = (CONTENDERS | TILES)[name]
     for module in contender.modules:
@@ -374,7 +428,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, *TILES])
+    parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, *TILES, KERNELS])
     parser.add_argument("--dir", type=Path)
     parser.add_argument(
         "--run", nargs=3, metavar=("NAME", "SOURCE", "TARGET"), help=argparse.SUPPRESS
@@ -387,7 +441,12 @@ def main() -> None:
     missing = {
         name: contender.missing for name, contender in CONTENDERS.items() if contender.missing
     }
-    names = args.only or [name for name in CONTENDERS if name not in missing]
+    if args.only == [KERNELS]:
+        print_kernels()
+        return
+    names = [name for name in args.only or () if name != KERNELS] or [
+        name for name in CONTENDERS if name not in missing
+    ]
     for name, what in missing.items() if not args.only else ():
         print(f"not run: {name}, which needs {what}")
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
@@ -401,7 +460,7 @@ def main() -> None:
             folders = [str(source), str(source.parent / FINISHED_NAME)]
             options = [f"--group_size={GROUP_SIZE}", "--min_free_gb=0"]
             subprocess.run(
-                [sys.executable, ROOT / "quantize_int4.py", *folders, *options],
+                [sys.executable, paths.ROOT / "quantize_int4.py", *folders, *options],
                 stdout=subprocess.DEVNULL,
             )
         results = {name: [] for name in names}
@@ -414,6 +473,7 @@ def main() -> None:
             f"{weights / 1e6:.0f} million bf16 weights, {args.threads} threads, median of {args.rounds} rounds"
         )
         print_table(results, weights)
+    print_kernels()
 
 
 if __name__ == "__main__":

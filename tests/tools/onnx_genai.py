@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Give a gptq folder to onnxruntime-genai's model builder and compare what it makes of it, weight by weight.
 
-    python tests/onnx_genai.py [--group_size 64]
+    python tests/tools/onnx_genai.py [--group_size 64]
 
 SmolLM2-135M-Instruct, as in quality.py, which names its packages. Needs tests/requirements.txt, and
 `pip install onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 onnx-ir==1.1.0`.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import paths  # isort: skip  # noqa: F401
 import onnx
 import onnxruntime_genai
 import torch
