@@ -1254,6 +1254,18 @@ def instruction_set() -> list[str]:
     return []
 
 
+@contextlib.contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let signals wait until this ends: a process that was just started has to be known first.
+
+    The process inherits this, so that SIGKILL alone ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Compilation:
     """A compiler at work on a kernel, in a folder of its own."""
 
@@ -1270,7 +1282,8 @@ class Compilation:
             self._problem = f"there is no C compiler {self._compiler[0]!r}"
             return
         try:
-            self._start()
+            with holding_signals():
+                self._start()
         except OSError as error:
             self._problem = str(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -90,6 +91,22 @@ def has_read_headers(run: Run, folder: Path) -> bool:
     return int(re.search(r"rchar: (\d+)", counts)[1]) >= sum(sizes)
 
 
+def pause_while_planning(many: Path, folder: Path, *options: str) -> Run:
+    """Start a run that is paused after it has read the headers and before it has printed a plan.
+
+    On a busy machine a run may be over before it is looked at: then another one is started."""
+    for _ in range(10):
+        run = start_cli(many, folder, *options)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            wait_until(lambda run=run: has_read_headers(run, many))
+            os.kill(run.pid, signal.SIGSTOP)
+            if not run.has_printed():
+                return run
+            os.kill(run.pid, signal.SIGCONT)
+        run.wait()
+    raise AssertionError("every run was over before it could be paused")
+
+
 def finished_folder(folder: Path) -> tuple[Path, dict[str, bytes]]:
     """A finished folder of another model, and its bytes."""
     quantize(save_model(folder / "other", WEIGHT), folder / "out")
@@ -100,9 +117,9 @@ def finished_folder(folder: Path) -> tuple[Path, dict[str, bytes]]:
 @pytest.mark.parametrize("options", [["--dry_run"], ["--dry_run", "--list"], ["--overwrite"]])
 def test_a_signal_stops_planning_at_once(many, tmp_path, options, signum):
     folder, before = finished_folder(tmp_path)
-    run = start_cli(many, folder, *options)
-    wait_until(lambda: has_read_headers(run, many))
+    run = pause_while_planning(many, folder, *options)
     os.kill(run.pid, signum)
+    os.kill(run.pid, signal.SIGCONT)
     result = run.wait()
     assert_refused(result, exit_code=128 + signum)
     assert result.stderr == f"error: stopped by {signum.name}\n"
@@ -114,22 +131,24 @@ def test_a_signal_at_any_moment_before_the_first_write_leaves_a_finished_folder_
     many, tmp_path
 ):
     folder, before = finished_folder(tmp_path)
-    stopped = 0
-    while True:
-        run = start_cli(many, folder, "--overwrite")
-        wait_until(lambda run=run: has_read_headers(run, many))
-        time.sleep(stopped * 0.05)
-        os.kill(run.pid, signal.SIGSTOP)
-        has_planned = run.has_printed()
+    run = pause_while_planning(many, folder, "--overwrite")
+    delay = 0.0
+    while not run.has_printed():
         os.kill(run.pid, signal.SIGINT)
         os.kill(run.pid, signal.SIGCONT)
-        result = run.wait()
-        if has_planned:
-            break
-        assert_refused(result, "stopped by SIGINT", exit_code=130)
+        assert_refused(run.wait(), "stopped by SIGINT", exit_code=130)
         assert folder_bytes(folder) == before
-        stopped += 1
-    assert stopped
+
+        run = start_cli(many, folder, "--overwrite")
+        delay += 0.05
+        # A run that is over has printed something.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            wait_until(lambda run=run: has_read_headers(run, many))
+            time.sleep(delay)
+            os.kill(run.pid, signal.SIGSTOP)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(run.pid, signal.SIGKILL)
+    run.wait()
 
 
 def test_an_error_before_the_first_write_leaves_a_finished_folder_as_it_was(tmp_path):
