@@ -170,6 +170,21 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
+def pause(pid: int) -> None:
+    """Stop a process, and wait until each of its threads stands still: one may be in a system call."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    wait_until(lambda: all(is_stopped(task) for task in tasks.iterdir()))
+
+
+def is_stopped(task: Path) -> bool:
+    """Tell whether a thread is stopped, or over. (proc(5), stat: the state follows the name)"""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] in "TZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def run_in_terminal(
     arguments: list[str],
     columns: int,

@@ -20,6 +20,7 @@ from conftest import (
     SCRIPT,
     assert_refused,
     command,
+    pause,
     plain,
     quantize,
     refuse,
@@ -99,7 +100,7 @@ def pause_while_planning(many: Path, folder: Path, *options: str) -> Run:
         run = start_cli(many, folder, *options)
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             wait_until(lambda run=run: has_read_headers(run, many))
-            os.kill(run.pid, signal.SIGSTOP)
+            pause(run.pid)
             if not run.has_printed():
                 return run
             os.kill(run.pid, signal.SIGCONT)
@@ -145,7 +146,7 @@ def test_a_signal_at_any_moment_before_the_first_write_leaves_a_finished_folder_
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             wait_until(lambda run=run: has_read_headers(run, many))
             time.sleep(delay)
-            os.kill(run.pid, signal.SIGSTOP)
+            pause(run.pid)
     with contextlib.suppress(ProcessLookupError):
         os.kill(run.pid, signal.SIGKILL)
     run.wait()
