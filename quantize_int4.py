@@ -5168,7 +5168,7 @@ def with_recipe(tensor: TensorPlan, options: Options, statistics: Importance | N
     if not packing:
         return tensor
 
-    # Engines decode 8 bits; the error is so small that nothing is gained by a search.
+    # The error of 8 bits is so small that a search gains nothing.
     searches = packing.bits == 4 and options.scale == "mse"
     rank = statistics.rank_of(tensor.source) if searches and statistics else None
     dtype = kernel_dtype(tensor.source)
@@ -8706,8 +8706,7 @@ class Packer:
 class Restorer:
     """Makes of a job's words the weights that they stand for."""
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint):
-        self._form = plan.options.form
+    def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
 
     def runs(self, job: Job, data: memoryview, workspace: Workspace) -> Iterator[Run]:
@@ -8731,7 +8730,7 @@ class Restorer:
         part = self._checkpoint.read(info, job.row * row_bytes, job.rows * row_bytes, memory)
         scales = torch.frombuffer(part, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, -1)
 
-        weights = dequantize(words, scales, job.tensor.packing, self._form.with_offset)
+        weights = dequantize(words, scales, job.tensor.packing, job.tensor.recipe.with_offset)
         dense = workspace.tensor("dense", FLOAT_DTYPES[output.dtype], job.rows, output.shape[1])
         dense.copy_(weights[:, : output.shape[1]])
         if not torch.isfinite(dense).all():
@@ -8906,7 +8905,7 @@ class Conversion:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], task: str):
         self.shards = OpenShards(checkpoint, plan, shards)
         self._checkpoint = checkpoint
-        self._maker = Restorer(plan, checkpoint) if plan.options.restore else Packer(plan)
+        self._maker = Restorer(checkpoint) if plan.options.restore else Packer(plan)
         self._jobs: list[Job] = []
         for tensor in plan.tensors:
             if any(shard.compare or not shard.finished for shard in self.shards.of(tensor)):
@@ -9258,6 +9257,7 @@ class Verification:
         measuring = Measuring(
             job.tensor.packing,
             job.tensor.recipe.with_offset,
+            # The recipe does not tell where the statistics are not given again.
             moved=job.tensor.packing.bits == 4 and FEEDBACK in self.plan.options.rule,
             energy=self._energy_of(info),
             kernel=self._kernels.get(job.tensor.recipe.measured_by),
