@@ -92,33 +92,36 @@ def has_read_headers(run: Run, folder: Path) -> bool:
     return int(re.search(r"rchar: (\d+)", counts)[1]) >= sum(sizes)
 
 
-def pause_while_planning(many: Path, folder: Path, *options: str) -> Run:
-    """Start a run that is paused after it has read the headers and before it has printed a plan.
-
-    On a busy machine a run may be over before it is looked at: then another one is started."""
-    for _ in range(10):
-        run = start_cli(many, folder, *options)
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            wait_until(lambda run=run: has_read_headers(run, many))
-            pause(run.pid)
-            if not run.has_printed():
-                return run
-            os.kill(run.pid, signal.SIGCONT)
-        run.wait()
-    raise AssertionError("every run was over before it could be paused")
-
-
 def finished_folder(folder: Path) -> tuple[Path, dict[str, bytes]]:
     """A finished folder of another model, and its bytes."""
     quantize(save_model(folder / "other", WEIGHT), folder / "out")
     return folder / "out", folder_bytes(folder / "out")
 
 
+def pause_while_planning(
+    many: Path, parent: Path, *options: str
+) -> tuple[Run, Path, dict[str, bytes]]:
+    """Start a run over a finished folder, paused after the headers and before the plan.
+
+    On a busy machine a run may be over before it is looked at. Then another one is started, over
+    another folder, since the first run may have replaced its own."""
+    for attempt in range(10):
+        folder, before = finished_folder(parent / str(attempt))
+        run = start_cli(many, folder, *options)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            wait_until(lambda run=run: has_read_headers(run, many))
+            pause(run.pid)
+            if not run.has_printed():
+                return run, folder, before
+            os.kill(run.pid, signal.SIGCONT)
+        run.wait()
+    raise AssertionError("every run was over before it could be paused")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("options", [["--dry_run"], ["--dry_run", "--list"], ["--overwrite"]])
 def test_a_signal_stops_planning_at_once(many, tmp_path, options, signum):
-    folder, before = finished_folder(tmp_path)
-    run = pause_while_planning(many, folder, *options)
+    run, folder, before = pause_while_planning(many, tmp_path, *options)
     os.kill(run.pid, signum)
     os.kill(run.pid, signal.SIGCONT)
     result = run.wait()
@@ -131,8 +134,7 @@ def test_a_signal_stops_planning_at_once(many, tmp_path, options, signum):
 def test_a_signal_at_any_moment_before_the_first_write_leaves_a_finished_folder_as_it_was(
     many, tmp_path
 ):
-    folder, before = finished_folder(tmp_path)
-    run = pause_while_planning(many, folder, "--overwrite")
+    run, folder, before = pause_while_planning(many, tmp_path, "--overwrite")
     delay = 0.0
     while not run.has_printed():
         os.kill(run.pid, signal.SIGINT)
