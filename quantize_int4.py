@@ -3211,6 +3211,9 @@ NO_WORDS = r"pos|wpe|type|bias"
 # Rows that an embedding or a head may have beyond vocab_size.
 EXTRA_WORDS = 64
 
+# Layers that predict further tokens.
+MTP_NAMES = re.compile(r"(^|\.)(mtp|nextn)")
+
 # Kinds of other layers, for the tables that are printed. The first pattern that matches counts.
 LAYER_KINDS = {
     "experts": r"\.experts\.\d+\.",
@@ -3932,10 +3935,163 @@ def expert_weights(
                 yield stack.part(part, shape, start)
 
 
+# The kind of a weight of a multimodal model that is not in its language model.
+TOWERS = "vision and audio"
+
+# Words in the paths of such weights, and in the keys of config.json under which they are described.
+TOWER_PATH = re.compile(
+    r"vis(ion|ual)|image|img|video|audio|speech|sound|vit(?![a-z])|(^|[._])(vq|mm_)|talker|wav"
+    r"|vocoder|projector|qformer|perceiver"
+)
+
+# Those that no other model has in a weight's path: DistilBERT's head is a `vocab_projector`.
+SURE_TOWER_PATH = re.compile(
+    r"vis(ion|ual)|image|img|video|audio|speech|sound|(^|[._])mm_|talker|vocoder"
+)
+
+# A weight in a numbered layer: the list of layers, the number, and the path inside the layer.
+NUMBERED_LAYER = re.compile(r"(?P<layers>.+?)\.(?P<number>\d+)\.(?P<inside>.+\..+)")
+
+# Names of embeddings of words, for checkpoints whose config.json does not tell their shape.
+WORD_EMBEDDING = re.compile(
+    r"(^|\.)(tok_embeddings|embed_tokens|word_embeddings|wte|embeddings?|token_embedding)"
+    r"\.(weight|embedding)$"
+)
+
+# Rows that the embedding of a multimodal model may have beyond vocab_size.
+EXTRA_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Where a checkpoint's language model is."""
+
+    # The path of the module that holds its embedding and its layers, with a dot at the end; or "".
+    root: str
+
+    # The paths of its lists of layers: `model.layers`, or `encoder.block` and `decoder.block`.
+    layers: frozenset[str]
+
+    def holds(self, name: str) -> bool:
+        """Check whether a tensor is the language model's."""
+        if MTP_NAMES.search(name):
+            return True
+        if not name.startswith(self.root) or TOWER_PATH.search(name[len(self.root) :]):
+            return False
+        layer = NUMBERED_LAYER.match(name, len(self.root))
+        return not layer or self.root + layer["layers"] in self.layers
+
+
+def find_towers(tensors: list[TensorInfo | OutputTensor], config: dict) -> set[str]:
+    """Name the tensors of a multimodal model that are not in its language model.
+
+    Returns an empty set for other models, and where no language model is found."""
+    matrices = [info.name for info in tensors if len(info.shape) == 2]
+    is_described = has_config_of_tower(config)
+    if not is_described and not any(map(SURE_TOWER_PATH.search, matrices)):
+        return set()
+    language_model = find_language_model(tensors, config)
+    if not language_model:
+        return set()
+
+    outside = {info.name for info in tensors if not language_model.holds(info.name)}
+    is_named = any(name in outside and SURE_TOWER_PATH.search(name) for name in matrices)
+    return outside if is_described or is_named else set()
+
+
+def has_config_of_tower(config: dict) -> bool:
+    """Check whether config.json, or its language model's part, describes a tower."""
+    for key, nested in config.items():
+        if not isinstance(nested, dict):
+            continue
+        if LANGUAGE_KEY.match(key):
+            if has_config_of_tower(nested):
+                return True
+        elif nested and TOWER_PATH.search(key):
+            return True
+    return False
+
+
+def find_language_model(
+    tensors: list[TensorInfo | OutputTensor], config: dict
+) -> LanguageModel | None:
+    """Find the language model: the nearest layers to an embedding of words, or to a head.
+
+    Lists with as many layers as config.json says come before others. Returns None if there are no
+    such layers."""
+    counts = set(config_counts(config, *LAYER_COUNTS, "encoder_layers", "decoder_layers"))
+    roots = []
+    lists: set[str] = set()
+    counted: set[str] = set()
+    for embedding in find_word_embeddings(tensors, config):
+        root, layers = find_nearest_layers(tensors, embedding)
+        roots.append(root)
+        lists |= layers.keys()
+        counted |= {path for path, numbers in layers.items() if len(numbers) in counts}
+    lists = counted or lists
+    if not lists:
+        return None
+
+    # A head often stands outside of the model, and an encoder's embedding inside of the encoder.
+    around = [root for root in roots if all(path.startswith(root) for path in lists)]
+    return LanguageModel(max(around, key=len, default=""), frozenset(lists))
+
+
+def find_word_embeddings(
+    tensors: list[TensorInfo | OutputTensor], config: dict
+) -> list[TensorInfo | OutputTensor]:
+    """Find the embeddings and heads of words: by their shape, or else the largest so named."""
+    words = config_integers(config, "vocab_size", "padded_vocab_size")
+    widths = config_integers(config, "hidden_size", "d_model", "n_embd")
+    plain = [info for info in tensors if len(info.shape) == 2 and not TOWER_PATH.search(info.name)]
+
+    found = []
+    for info in plain:
+        rows, columns = info.shape
+        has_rows = any(count <= rows <= count + EXTRA_TOKENS for count in words)
+        if has_rows and (columns in widths or not widths):
+            found.append(info)
+    if found:
+        return found
+
+    named = [info for info in plain if WORD_EMBEDDING.search(info.name)]
+    most_rows = max((info.shape[0] for info in named), default=0)
+    return [info for info in named if info.shape[0] == most_rows]
+
+
+def find_nearest_layers(
+    tensors: list[TensorInfo | OutputTensor], embedding: TensorInfo | OutputTensor
+) -> tuple[str, dict[str, set[str]]]:
+    """Find the innermost module around an embedding that has layers of its width.
+
+    Returns the module's path, with a dot at the end, and the numbers of its layers by the paths of
+    the lists that these are in, none if there are no such layers."""
+    width = embedding.shape[1]
+    parts = embedding.name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        root = "".join(f"{part}." for part in parts[:depth])
+        numbers: dict[str, set[str]] = {}
+        of_its_width = set()
+        for info in tensors:
+            if not info.name.startswith(root):
+                continue
+            layer = NUMBERED_LAYER.match(info.name, len(root))
+            if not layer or TOWER_PATH.search(layer["layers"]):
+                continue
+            path = root + layer["layers"]
+            numbers.setdefault(path, set()).add(layer["number"])
+            if len(info.shape) > 1 and width in info.shape:
+                of_its_width.add(path)
+        if of_its_width:
+            return root, {path: numbers[path] for path in of_its_width}
+    return "", {}
+
+
 def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[str, str]:
     """Find the kind of layer that each weight belongs to."""
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     names = {info.name for info in tensors}
+    towers = find_towers(tensors, config)
     counts = config_counts(config, *EXPERT_COUNTS)
     kinds: dict[str, str] = {}
     for info in weights:
@@ -3948,7 +4104,9 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
     experts = count_experts(tensors)
     for info in weights:
         if info.name not in kinds:
-            kinds[info.name] = kind_by_shape(info, vocabulary, experts)
+            kind = kind_by_shape(info, vocabulary, experts)
+            is_whole = kind in ("embeddings", "head", "routers")
+            kinds[info.name] = TOWERS if info.name in towers and not is_whole else kind
     return kinds
 
 
@@ -4340,9 +4498,22 @@ class ModuleNames:
         return self._by_tail[length].get(tail, [])
 
 
+# What engines also call such parts of a multimodal model, by their names in files.
+# (transformers 5.24.0, conversion_mapping.py; vLLM 0.33.0, `hf_to_vllm_mapper` of its models)
+BRANCHES_IN_ENGINES = {
+    "mlp1": "multi_modal_projector",
+    "vision_language_adapter": "multi_modal_projector",
+    "vision_model": "vision_tower",
+    "vision_encoder": "vision_tower",
+    "sound_encoder": "audio_tower",
+    "sound_projection": "embed_audio",
+}
+
+
 def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> list[str]:
     """Make regular expressions for the modules of one packing or, for None, of those that are
-    kept. One stands for all layer numbers where that matches no packed module of another.
+    kept. One stands for all layer numbers, or for a branch, where that matches no packed module of
+    another.
 
     They leave out the wrappers in front, in which files and engines differ (`backbone.`,
     `model.language_model.` in transformers, `language_model.model.` in vLLM), since engines do not
@@ -4355,9 +4526,62 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
         elif tensor.packing:
             rivals += [name.removesuffix(".weight") for name in names_of(tensor)]
 
+    patterns = [] if packing else patterns_of_branches(tensors, rivals)
+    for branch in map(re.compile, patterns):
+        entries = [entry for entry in entries if not branch.match(entry.module)]
+
     names = ModuleNames(rivals)
-    patterns = [pattern_of_module(entry, names) for entry in dict.fromkeys(entries)]
+    patterns += [pattern_of_module(entry, names) for entry in dict.fromkeys(entries)]
     return list(dict.fromkeys(patterns))
+
+
+def patterns_of_branches(tensors: list[TensorPlan], packed: list[str]) -> list[str]:
+    """Make a regular expression for each branch that is kept as a whole: a tower, or what --exclude
+    names.
+
+    Engines split, join and rename the layers of a tower more than those of a language model, and
+    each looks up names of its own. The name of the branch is in all of them."""
+    patterns = {}
+    for branch in find_kept_branches(tensors, packed):
+        name = branch.rpartition(".")[2]
+        for alias in (name, BRANCHES_IN_ENGINES.get(name, name)):
+            pattern = rf"(.*\.)?{re.escape(alias)}(\..*)?$"
+            if not any(map(re.compile(pattern).match, packed)):
+                patterns[pattern] = None
+    return list(patterns)
+
+
+def find_kept_branches(tensors: list[TensorPlan], packed: list[str]) -> list[str]:
+    """List the topmost modules that hold layers of a tower, or that --exclude names, and none of
+    `packed`. They are not in a numbered layer."""
+    modules_with_packed = set()
+    for module in packed:
+        parts = module.split(".")
+        modules_with_packed |= {".".join(parts[:depth]) for depth in range(1, len(parts) + 1)}
+
+    branches = {}
+    for tensor in tensors:
+        is_excluded = (tensor.kept_because or "").startswith("--exclude")
+        if tensor.packing or not (is_excluded or tensor.kind == TOWERS):
+            continue
+        for name in names_of(tensor):
+            branch = topmost_module_outside(name, modules_with_packed)
+            if branch:
+                branches[branch] = None
+    return list(branches)
+
+
+def topmost_module_outside(name: str, modules: Collection[str]) -> str | None:
+    """Return the topmost module around a tensor's own that is none of `modules`, nor in a numbered
+    layer; None if there is no such."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) - 1):
+        if parts[depth - 1].isdigit():
+            return None
+        module = ".".join(parts[:depth])
+        if module not in modules:
+            return module
+    return None
 
 
 def names_of(tensor: TensorPlan) -> list[str]:
@@ -4392,8 +4616,11 @@ def entries_of(tensor: TensorPlan) -> list[Entry]:
 
 def pattern_of_module(entry: Entry, packed: ModuleNames) -> str:
     """Make the shortest pattern, from the layers' container on, that matches the module under any
-    wrappers and none of `packed`. Where a tower has layers of the same names, either the tower's
-    name is in the pattern, or the pattern excludes it."""
+    wrappers and none of `packed`.
+
+    Where a tower, or the layers that predict further tokens, have layers of the same names as the
+    language model, their pattern has the branch's name in it, and the language model's excludes
+    that name. The other way round fails, since engines rename the wrappers of language models."""
     parts = entry.module.split(".")
     this_layer = [re.escape(part) for part in parts]
     any_layer = [r"\d+" if part.isdigit() else part for part in this_layer]
@@ -4419,19 +4646,20 @@ def pattern_of_module(entry: Entry, packed: ModuleNames) -> str:
     if not rivals:
         return of_this_layer if matches_any(of_any_layer, alike) else of_any_layer
 
-    parts_of_rivals = {part for rival in rivals for part in rival.split(".")}
-    others = {part for part in parts_of_rivals if not part.isdigit()} - {*parts, "model"}
-    unless = ""
-    if others:
-        unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)"
+    candidates = [of_any_layer, of_this_layer]
+    if TOWER_WORDS.search(".".join(parts[:container])) or MTP_NAMES.search(entry.module):
+        for begin in range(container - 1, -1, -1):
+            candidates += tails(begin)
+    else:
+        parts_of_rivals = {part for rival in rivals for part in rival.split(".")}
+        others = {part for part in parts_of_rivals if not part.isdigit()} - {*parts, "model"}
+        if others:
+            unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)"
+            candidates += tails(container, unless)
+        for begin in range(container - 1, -1, -1):
+            candidates += tails(begin)
 
-    longer = []
-    for begin in range(container - 1, -1, -1):
-        longer += tails(begin)
-    without = tails(container, unless)
-    in_tower = TOWER_WORDS.search(".".join(parts[:container]))
-    candidates = longer + without if in_tower else without + longer
-    for candidate in [of_any_layer, of_this_layer, *candidates]:
+    for candidate in candidates:
         if not matches_any(candidate, alike):
             return candidate
     raise QuantizeError(
@@ -4591,9 +4819,9 @@ class Engine:
     kernels: str = ""
     group_sizes: tuple[int, ...] = ()
     required: bool = False
-    # What it does not hold packed: kinds of layers by `find_kinds`, and GPT-2's Conv1D. It may
-    # hold all else, towers' layers among it.
-    whole_kinds: tuple[str, ...] = ("embeddings", "head", "routers", "Conv1D")
+    # What it does not hold packed: kinds of layers by `find_kinds`, and GPT-2's Conv1D. Of towers
+    # it holds some, and which depends on the model's class.
+    whole_kinds: tuple[str, ...] = ("embeddings", "head", "routers", "Conv1D", TOWERS)
     # Layers that it holds as one, and so in one precision.
     fused_layers: tuple[str, ...] = ()
     # Whether it holds all routed experts of a layer as one.
@@ -5359,7 +5587,9 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
     if not info.nbytes or info.shape[1] < size:
         return NARROW.format(size)
     # To ask for embeddings where they are whole is refused by a rule.
-    if kind in options.form.whole_kinds and kind != "embeddings":
+    is_whole = kind in options.form.whole_kinds and kind != "embeddings"
+    is_asked_for = kind == TOWERS and named_by(options.int8, info) is not None
+    if is_whole and not is_asked_for:
         return f"{kind} (whole for engines)"
     return None
 
@@ -5702,8 +5932,7 @@ FIRST_NORM = re.compile(
 # Layers that have no norm by design: ModernBERT's first one, which comes after the embeddings'
 # norm, and Inkling's last one for images.
 LAYER_WITHOUT_NORM = r"layers\.0\.attn_norm\.weight$|encoder_layers\.\d+\.layer_norm\.weight$"
-# Layers that predict further tokens, and keys of config.json that count them.
-MTP_NAMES = r"(^|\.)(mtp|nextn)"
+# Keys of config.json that count layers which predict further tokens.
 MTP_COUNTS = re.compile(
     r"num_nextn_predict_layers$|num_mtp_\w*$|mtp_\w*(num|layers|modules|depth)\w*$"
 )
@@ -6274,7 +6503,7 @@ def check_final_norm(draft: Draft) -> Iterator[str]:
     if not any(map(FIRST_NORM.match, inside)):
         return
     for info in draft.sources:
-        is_outside = not re.search(rf"\.\d+\.|{MTP_NAMES}", info.name)
+        is_outside = not re.search(rf"\.\d+\.|{MTP_NAMES.pattern}", info.name)
         is_norm = re.search(NORM_NAME, info.name) and not TOWER_WORDS.search(info.name)
         if is_outside and is_norm:
             return
@@ -6457,7 +6686,7 @@ def note_mtp(draft: Draft) -> Iterator[str]:
 
     counts = config_counts(draft.config, *LAYER_COUNTS)
     for info in draft.sources:
-        if re.search(MTP_NAMES, info.name):
+        if MTP_NAMES.search(info.name):
             return
         match = LAYER_PATTERN.match(info.name)
         is_beyond = match and counts and int(match[3]) >= min(counts)
