@@ -4509,6 +4509,9 @@ BRANCHES_IN_ENGINES = {
     "sound_projection": "embed_audio",
 }
 
+# Modules around a language model, which engines add, leave out and rename. No branch is named so.
+WRAPPERS = ("model", "language_model", "text_model", "llm", "thinker", "backbone", "transformer")
+
 
 def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> list[str]:
     """Make regular expressions for the modules of one packing or, for None, of those that are
@@ -4572,14 +4575,14 @@ def find_kept_branches(tensors: list[TensorPlan], packed: list[str]) -> list[str
 
 
 def topmost_module_outside(name: str, modules: Collection[str]) -> str | None:
-    """Return the topmost module around a tensor's own that is none of `modules`, nor in a numbered
-    layer; None if there is no such."""
+    """Return the topmost module around a tensor's own that is none of `modules`, no wrapper and not
+    in a numbered layer; None if there is no such."""
     parts = name.split(".")
     for depth in range(1, len(parts) - 1):
         if parts[depth - 1].isdigit():
             return None
         module = ".".join(parts[:depth])
-        if module not in modules:
+        if module not in modules and parts[depth - 1] not in WRAPPERS:
             return module
     return None
 
