@@ -90,7 +90,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import difflib
-import enum
 import errno
 import fcntl
 import functools
@@ -5382,7 +5381,7 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
         "sources": checkpoint.sources,
         "dtypes": {} if options.restore else dtypes_of_packed(tensors),
     }
-    # The times of the weights' files decide nothing: they call for a comparison.
+    # The times of the weights' files decide no byte. What was made at other times is refused.
     timeless = facts | {"sources": {name: size for name, (size, _) in facts["sources"].items()}}
     shapes = [(tensor.source.name, tensor.source.dtype, tensor.source.shape) for tensor in tensors]
     fingerprint = hashlib.sha256(json.dumps([timeless, hashes, shapes]).encode()).hexdigest()
@@ -6999,7 +6998,7 @@ def restoring_buffers(tensor: TensorPlan, block: BlockShape) -> dict[str, int]:
     (output,) = tensor.outputs
     scales = block.rows * (tensor.scales.nbytes // max(1, tensor.scales.shape[0]))
     dense = block.rows * output.shape[1] * (DTYPE_BITS[output.dtype] // 8)
-    return {"scales": scales + READ_MARGIN, "dense": dense, "found": dense}
+    return {"scales": scales + READ_MARGIN, "dense": dense}
 
 
 # ---- The plan as the user reads it ---------------------------------------------------------------
@@ -7039,9 +7038,6 @@ def print_files(plan: Plan, output: OutputFolder) -> None:
     if finished and not output.nothing_to_write:
         shards = count_of(len(plan.shards), "shard")
         say_paragraph("Resuming:", f"{finished:,} of {shards} finished by an earlier run")
-    if output.compare:
-        compared = count_of(len(output.compare), "shard")
-        say_paragraph("Comparing:", f"{compared} with source files whose times have changed")
     if output.remove:
         leftovers = quote_names(path.name for path in output.remove)
         say_paragraph("Removing:", f"{leftovers} of an earlier run")
@@ -7231,15 +7227,12 @@ class ShardFile:
         plan: ShardPlan,
         fingerprint: str,
         finished: bool,
-        compare: bool,
         before_writing: Callable[[], None] = lambda: None,
     ):
         self.final = folder / plan.name
         self.path = self.final if finished else unfinished_path(self.final, fingerprint)
         self.plan = plan
         self.finished = finished
-        # Whether what is there is compared with what would be written.
-        self.compare = compare
         self._before_writing = before_writing
         # Bytes by which its header is longer than planned: it may say more of sources and files.
         self.shift = 0
@@ -7252,26 +7245,19 @@ class ShardFile:
         """Return the file's descriptor; at first use the file is opened, or created."""
         with self._lock:
             if self._fd is None:
-                if self.finished:
-                    self._open_finished()
-                else:
-                    self._create()
+                flags = os.O_RDONLY
+                if not self.finished:
+                    self._before_writing()
+                    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+                self._fd = os.open(self.path, flags, 0o666)
+                self._pages = self._pages or PageCache(self._fd)
+                self._pages.fd = self._fd
+                # Before anything is read or written.
+                self._pages.ask()
+                if not self.finished:
+                    write_at(self._fd, memoryview(self.plan.header), 0)
+                    os.ftruncate(self._fd, self.plan.size)
             return self._fd
-
-    def _open_finished(self) -> None:
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if not self._pages:
-            self._pages = PageCache(self._fd)
-        self._pages.fd = self._fd
-        # Asked before the file is first read.
-        _ = self._pages.others
-
-    def _create(self) -> None:
-        self._before_writing()
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._fd = os.open(self.path, flags, 0o666)
-        write_at(self._fd, memoryview(self.plan.header), 0)
-        os.ftruncate(self._fd, self.plan.size)
 
     def write(self, buffer: memoryview, offset: int) -> None:
         with naming(self.path):
@@ -7296,10 +7282,7 @@ class ShardFile:
         if self._fd is not None:
             with naming(self.path):
                 sync_file(self._fd)
-            if self._pages:
-                self._pages.drop()
-            else:
-                drop_pages(self._fd, [])
+            self._pages.drop()
 
     def finish(self) -> None:
         """Sync the file, whose bytes are all in, and give it its final name."""
@@ -7308,9 +7291,8 @@ class ShardFile:
             self._open()
             self.sync()
             self.close()
-            if not self.finished:
-                os.rename(self.path, self.final)
-                sync_folder(self.final.parent)
+            os.rename(self.path, self.final)
+            sync_folder(self.final.parent)
         self.finished = True
         self.path = self.final
 
@@ -7321,47 +7303,12 @@ class ShardFile:
             os.close(fd)
 
 
-class EntryKind(enum.Enum):
-    """What an entry of the output folder is to this run."""
-
-    # Left by a run of the same sources and options.
-    LEFTOVER = enum.auto()
-    # Written by another run of this program.
-    OF_ANOTHER_RUN = enum.auto()
-    # Final, and as planned.
-    FINISHED = enum.auto()
-    # The same, but made when the sources had other times.
-    TO_COMPARE = enum.auto()
-    # The user's own, or changed since.
-    FOREIGN = enum.auto()
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What the shards in an output folder tell of the runs that wrote it."""
-
-    # The `__metadata__` of each shard, also of those that are not finished.
-    metadata: dict[Path, dict[str, str]]
-    # Finished shards of this program.
-    shards: set[Path]
-    # SHA-256 of the other files that the runs of these shards wrote, by name.
-    hashes: dict[str, set[str]]
-
-    @staticmethod
-    def read(entries: list[Path]) -> Marks:
-        """Read the marks of those entries that are named as shards."""
-        metadata = {}
-        shards = set()
-        hashes: dict[str, set[str]] = {}
-        for path in entries:
-            if not SHARD_PATTERN.match(path.name):
-                continue
-            metadata[path] = read_metadata(path)
-            if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in metadata[path]:
-                shards.add(path)
-                for name, digest in files_of_run(metadata[path]).items():
-                    hashes.setdefault(name, set()).add(digest)
-        return Marks(metadata, shards, hashes)
+# What an entry of the output folder is to a run. Finished: final, and as planned. A leftover: of
+# a run of the same sources and options. Foreign: the user's own, or changed since.
+FINISHED = "finished"
+LEFTOVER = "leftover"
+OF_ANOTHER_RUN = "of another run"
+FOREIGN = "foreign"
 
 
 @dataclass(frozen=True)
@@ -7370,8 +7317,6 @@ class Survey:
 
     # Names of files that need not be written again.
     finished: set[str]
-    # Names of those of them that are compared with what would be written.
-    compare: set[str]
     # Paths of what earlier runs left.
     remove: list[Path]
 
@@ -7386,11 +7331,9 @@ class OutputFolder:
         self.plan = plan
         self.overwrite = overwrite
         self._planned_shards = {shard.name: shard for shard in plan.shards}
-        self._facts = json.dumps(plan.facts)
 
         survey = self._survey()
         self.finished = survey.finished
-        self.compare = survey.compare
         self.remove = survey.remove
         all_names = plan.hashes.keys() | self._planned_shards.keys()
         self.nothing_to_write = not self.remove and self.finished == all_names
@@ -7401,80 +7344,90 @@ class OutputFolder:
         self._lock_fd: int | None = None
 
     def _survey(self) -> Survey:
-        """Decide what this run need not write again, what of it to compare, and what to remove.
+        """Decide what this run need not write again, and what it removes.
 
         The user's own files are refused, and so are those of another run unless --overwrite is
         given."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        marks = Marks.read(entries)
-        paths: dict[EntryKind, list[Path]] = {kind: [] for kind in EntryKind}
+        # The `__metadata__` of this program's shards, also of those that are not finished.
+        shards = {}
+        # Names and SHA-256 of the other files that their runs wrote.
+        written: set[tuple[str, str]] = set()
         for path in entries:
-            paths[self._classify(path, marks)].append(path)
+            metadata = read_metadata(path) if SHARD_PATTERN.match(path.name) else {}
+            if METADATA_KEY in metadata:
+                shards[path] = metadata
+                written |= files_of_run(metadata).items()
+        paths: dict[str, list[Path]] = {}
+        for path in entries:
+            paths.setdefault(self._classify(path, shards, written), []).append(path)
 
-        if paths[EntryKind.FOREIGN]:
-            names = quote_names(path.name for path in paths[EntryKind.FOREIGN])
+        if FOREIGN in paths:
+            names = quote_names(path.name for path in paths[FOREIGN])
             problem = "not written by this program or changed since"
             advice = "choose a new or empty folder, or move it away"
             raise QuantizeError(f"output folder {self.folder} holds {names}, {problem}: {advice}")
         if self.overwrite:
-            return Survey(set(), set(), list(itertools.chain(*paths.values())))
-        if paths[EntryKind.OF_ANOTHER_RUN]:
-            names = quote_names(path.name for path in paths[EntryKind.OF_ANOTHER_RUN])
-            problem = f"{names} of another run: {self._how_it_differs(paths, marks)}"
+            return Survey(set(), entries)
+        if OF_ANOTHER_RUN in paths:
+            names = quote_names(path.name for path in paths[OF_ANOTHER_RUN])
+            told = [shards[path] for path in paths[OF_ANOTHER_RUN] if path in shards]
+            problem = f"{names} of another run: {self._how_it_differs(told)}"
             advice = "--overwrite starts afresh, or choose another folder"
             raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
 
-        compare = {path.name for path in paths[EntryKind.TO_COMPARE]}
-        finished = {path.name for path in paths[EntryKind.FINISHED]} | compare
-        return Survey(finished, compare, paths[EntryKind.LEFTOVER])
+        finished = {path.name for path in paths.get(FINISHED, [])}
+        return Survey(finished, paths.get(LEFTOVER, []))
 
-    def _classify(self, path: Path, marks: Marks) -> EntryKind:
+    def _classify(
+        self, path: Path, shards: dict[Path, dict[str, str]], written: set[tuple[str, str]]
+    ) -> str:
         """Find out who wrote an entry of the folder, and whether it is as planned."""
-        planned = self._planned_shards.get(path.name)
-        is_ours = (
-            planned is not None
-            and path in marks.shards
-            and marks.metadata[path][METADATA_KEY] == self.plan.fingerprint
-        )
-        if is_ours and path.stat().st_size == planned.size:
+        name = path.name
+        planned = self._planned_shards.get(name)
+        if planned and path in shards and self._is_of_this_run(shards[path]):
             with open(path, "rb") as file:
                 header = file.read(len(planned.header))
-            if header == planned.header:
-                return EntryKind.FINISHED
-            # With the same facts, another header is damaged.
-            if marks.metadata[path].get(FACTS_KEY) != self._facts:
-                return EntryKind.TO_COMPARE
+            is_whole = header == planned.header and path.stat().st_size == planned.size
+            return FINISHED if is_whole else LEFTOVER
 
         digest = ""
-        has_hash = path.name in self.plan.hashes or path.name in marks.hashes
-        if has_hash and path.is_file():
+        names = self.plan.hashes.keys() | dict(written)
+        if name in names and path.is_file():
             digest = hash_file(path)
-        if digest == self.plan.hashes.get(path.name):
-            return EntryKind.FINISHED
-        unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
-        if is_ours or (unfinished and self.plan.fingerprint.startswith(unfinished[1])):
-            return EntryKind.LEFTOVER
+        if digest == self.plan.hashes.get(name):
+            return FINISHED
+        unfinished = UNFINISHED_PATTERN.fullmatch(name)
+        if unfinished and self.plan.fingerprint.startswith(unfinished[1]):
+            return LEFTOVER
         # The index follows from the shards.
-        is_index = path.name == INDEX_NAME and marks.shards
-        is_known = path in marks.shards or digest in marks.hashes.get(path.name, ())
-        if unfinished or is_known or is_index:
-            return EntryKind.OF_ANOTHER_RUN
-        return EntryKind.FOREIGN
+        is_index = name == INDEX_NAME and any(SHARD_PATTERN.fullmatch(key.name) for key in shards)
+        if unfinished or path in shards or (name, digest) in written or is_index:
+            return OF_ANOTHER_RUN
+        return FOREIGN
 
-    def _how_it_differs(self, paths: dict[EntryKind, list[Path]], marks: Marks) -> str:
-        """Describe how the other run's sources and options differ, as its first shard tells."""
-        for path in paths[EntryKind.OF_ANOTHER_RUN]:
-            facts = marks.metadata.get(path, {}).get(FACTS_KEY)
-            if facts is None:
-                continue
-            try:
-                difference = what_differs(parse_facts(facts), self.plan.facts)
-            except FactsError as error:
-                return str(error)
-            return difference or f"tensors, {CONFIG_NAME} or another file that is copied changed"
-        return "its options are not known"
+    def _is_of_this_run(self, metadata: dict[str, str]) -> bool:
+        """Return whether a shard is of this run's sources, of these times, and options."""
+        is_alike = metadata[METADATA_KEY] == self.plan.fingerprint
+        return is_alike and metadata.get(FACTS_KEY) == json.dumps(self.plan.facts)
+
+    def _how_it_differs(self, shards: list[dict[str, str]]) -> str:
+        """Describe how the sources and options of another run differ, as its first shard tells."""
+        told = [metadata for metadata in shards if FACTS_KEY in metadata]
+        if not told:
+            return "its options are not known"
+        try:
+            difference = what_differs(parse_facts(told[0][FACTS_KEY]), self.plan.facts)
+        except FactsError as error:
+            return str(error)
+        if told[0][METADATA_KEY] == self.plan.fingerprint:
+            difference = (
+                "the times of source files changed (--verify tells whether a finished INT4 folder"
+                " is still of them)"
+            )
+        return difference or f"tensors, {CONFIG_NAME} or another file that is copied changed"
 
     def room(self) -> tuple[int, int]:
         """Count the bytes that are still to write, and those that are free for it once leftovers
@@ -7527,7 +7480,7 @@ class OutputFolder:
         except OSError:
             # Some network file systems have no such locks.
             pass
-        if self._survey() != Survey(self.finished, self.compare, self.remove):
+        if self._survey() != Survey(self.finished, self.remove):
             problem = "changed since it was looked at: start again"
             raise QuantizeError(f"output folder {self.folder} {problem}")
 
@@ -7552,8 +7505,6 @@ class OutputFolder:
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name, the
         index last, once all else is on the disk."""
-        if self.nothing_to_write:
-            return
         self.make_way()
         for name, content in self.plan.other_files.items():
             if name in self.finished:
@@ -8854,7 +8805,10 @@ class OpenShards:
         """Sync a shard, and finish it when all its jobs are done."""
         if shard.jobs_left:
             shard.sync()
-        elif shard.compare or not shard.finished:
+        elif shard.finished:
+            shard.sync()
+            shard.close()
+        else:
             self._checkpoint.check_unchanged()
             shard.finish()
 
@@ -8900,7 +8854,7 @@ def run_jobs(
 
 
 class Conversion:
-    """One run that writes the shards of a plan, or compares what an earlier run wrote of them."""
+    """One run that writes the shards of a plan which are not finished."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], task: str):
         self.shards = OpenShards(checkpoint, plan, shards)
@@ -8908,7 +8862,7 @@ class Conversion:
         self._maker = Restorer(checkpoint) if plan.options.restore else Packer(plan)
         self._jobs: list[Job] = []
         for tensor in plan.tensors:
-            if any(shard.compare or not shard.finished for shard in self.shards.of(tensor)):
+            if not all(shard.finished for shard in self.shards.of(tensor)):
                 self._jobs += cut_into_jobs(tensor, plan.options.form)
         self.account = Account(self._jobs, task)
 
@@ -8925,17 +8879,9 @@ class Conversion:
         )
 
     def _write(self, job: Job, data: memoryview, workspace: Workspace) -> None:
-        """Write what a job's bytes become, or compare it with what an earlier run wrote."""
+        """Write what a job's bytes become."""
         for run in self._maker.runs(job, data, workspace):
             shard, offset = self.shards.locate(run)
-            if shard.compare:
-                found = workspace.buffer("found", len(run.data))
-                shard.read(found, offset)
-                if first_difference(found, run.data) is not None:
-                    made = f"since {shard.final.name} was made"
-                    problem = f"the source files changed {made}, or are another checkpoint's"
-                    remedy = "choose another folder, or --overwrite starts afresh"
-                    raise QuantizeError(f"{problem}: {remedy}")
             if not shard.finished:
                 shard.write(run.data, offset)
 
@@ -9155,10 +9101,7 @@ class Verification:
         self._wrong: dict[str, WrongRow] = {}  # by tensor: the first one
         self._lock = threading.Lock()
 
-        files = [
-            ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True)
-            for shard in plan.shards
-        ]
+        files = [ShardFile(folder, shard, plan.fingerprint, finished=True) for shard in plan.shards]
         self._shards = OpenShards(checkpoint, plan, files)
         sound = self._check_files()
         self._tensors: list[TensorPlan] = []
@@ -9306,7 +9249,6 @@ def check_shard(shard: ShardFile) -> str:
         with safe_open(shard.path, framework="pt"):
             found, start = read_header(shard.path)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        shard.compare = False
         return f"cannot be opened ({error})"
     finally:
         # There may be more shards than descriptors.
@@ -9730,15 +9672,14 @@ def print_and_convert(
             raise QuantizeError(f"output folder {output.folder}: {denial}")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
 
-        is_complete = output.nothing_to_write and not output.compare
         if args.dry_run:
             problems = [denial]
-            if not is_complete:
+            if not output.nothing_to_write:
                 needed = buffer_bytes(plan, args.threads)
                 problems += [output.lack_of_room(), progress.guard.shortage(needed)]
             print_dry_run(problems)
             return False
-        if is_complete:
+        if output.nothing_to_write:
             text = f"{shorten(str(args.output_dir), terminal_width() - 25)} is complete already."
             if not args.restore:
                 text += " It was not compared with the source; --verify does that."
@@ -9760,7 +9701,7 @@ def print_dry_run(problems: list[str]) -> None:
 def convert(
     checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int
 ) -> None:
-    """Write the planned output folder, or compare what is there."""
+    """Write the planned output folder."""
     problem = output.lack_of_room()
     if problem:
         raise QuantizeError(problem)
@@ -9773,34 +9714,26 @@ def convert(
             shard,
             plan.fingerprint,
             finished=shard.name in output.finished,
-            compare=shard.name in output.compare,
             before_writing=output.make_way,
         )
         shards.append(file)
     task = "restoring" if plan.options.restore else "quantizing"
     conversion = Conversion(checkpoint, plan, shards, task)
 
-    # Writing changes this.
-    only_compares = output.nothing_to_write
     say()
     output.prepare()
     progress.restart()
     with deferring_signals():
         write_output(plan, conversion, output, threads, progress)
 
-    if only_compares:
-        progress.mark("Compared")
-        seconds = format_seconds(time.monotonic() - progress.started)
-        say(f"Compared in {seconds}: the output matches the source files.", colour=GREEN)
-    else:
-        progress.mark("Written")
-        print_summary(plan, conversion.account, progress)
+    progress.mark("Written")
+    print_summary(plan, conversion.account, progress)
 
 
 def write_output(
     plan: Plan, conversion: Conversion, output: OutputFolder, threads: int, progress: Progress
 ) -> None:
-    """Write or compare all files.
+    """Write all files.
 
     An error says how much of the folder is kept, and nothing half-written stays."""
     try:
