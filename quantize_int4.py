@@ -132,9 +132,6 @@ __version__ = "1.0.0"
 
 # What every error begins with.
 ERROR = "error: "
-# Select graphic rendition (ECMA-48).
-BOLD_RED = "31;1"
-GREEN = "32"
 # On a terminal: back to the line's start, erase to its end (ECMA-48).
 CLEAR_LINE = "\r\033[K"
 SEE_HELP = " (see quantize_int4.py --help)"
@@ -151,14 +148,6 @@ def terminal_width() -> int:
     if is_terminal(sys.stdout) or os.environ.get("COLUMNS"):
         return shutil.get_terminal_size().columns
     return 80
-
-
-def paint(text: str, colour: str, stream: TextIO | None) -> str:
-    """Colour a text for a terminal that shows colours. For any other stream, return it as it is."""
-    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not colour or is_plain or not is_terminal(stream):
-        return text
-    return f"\033[{colour}m{text}\033[m"
 
 
 def printable(text: str) -> str:
@@ -187,48 +176,119 @@ class Parser(argparse.ArgumentParser):
                 ": quote a value with a space or a *, and give --exclude or --int8 once for each"
                 " pattern"
             )
-        self.exit(2, f"{paint(ERROR, BOLD_RED, sys.stderr)}{message}{SEE_HELP}\n")
+        self.exit(2, f"{ERROR}{message}{SEE_HELP}\n")
 
 
 def checked(
-    rule: str, convert: Callable, accept: Callable = lambda value: True
-) -> Callable[[str], object]:
-    """Return a function that converts an option's text, and refuses it as not what `rule` says."""
+    metavar: str, rule: str, convert: Callable, accept: Callable = lambda value: True
+) -> dict:
+    """Return settings of an option whose text is converted, and refused as not what `rule` says.
+
+    An empty text is always refused: it comes of a variable that is not set, and would be the
+    current folder, or match every name."""
 
     def parse(text: str) -> object:
         try:
             value = convert(text)
-            is_valid = accept(value)
+            is_valid = text and accept(value)
         except (ValueError, re.error):
             is_valid = False
         if not is_valid:
             raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
         return value
 
-    return parse
+    return {"metavar": metavar, "type": parse}
 
 
-def nonempty_path(text: str) -> Path:
-    """Return a path. The empty one would be the current folder, as where a variable is not set."""
-    if not text:
-        raise ValueError
-    return Path(text)
+@dataclass(frozen=True)
+class Option:
+    """A row of `OPTIONS`: its name, its help, and the settings by which argparse reads it."""
+
+    name: str
+    text: str
+    settings: dict
 
 
-def nonempty_pattern(text: str) -> str:
-    """Return a regular expression as it is. The empty one would match every name."""
-    if not text:
-        raise ValueError
-    return re.compile(text).pattern
-
-
-FOLDER = checked("the name of a folder", nonempty_path)
-FILE = checked("the name of a file", nonempty_path)
-PATTERN = checked("a regular expression", nonempty_pattern)
-MULTIPLE_OF_8 = checked("a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
-THREADS = checked("a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
-POSITIVE_GB = checked("a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
-GIGABYTES = checked("a number of gigabytes", float, lambda n: 0 <= n <= 1e9)
+FLAG = {"action": "store_true"}
+FOLDER = checked("DIR", "the name of a folder", Path)
+FILE = checked("FILE", "the name of a file", Path)
+GIGABYTES = checked("GB", "a number of gigabytes", float, lambda n: 0 <= n <= 1e9)
+POSITIVE_GB = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
+MULTIPLE_OF_8 = checked("N", "a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
+THREADS = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
+PATTERN = checked("REGEX", "a regular expression", lambda text: re.compile(text).pattern)
+PATTERNS = PATTERN | {"action": "append", "default": []}
+OPTIONS = (
+    Option("input_dir", "folder of the merged checkpoint (safetensors or torch pickles)", FOLDER),
+    Option("output_dir", "folder to write to: new, empty or left by an earlier run", FOLDER),
+    Option(
+        "config_dir",
+        "folder of config.json, the tokenizer and so on, if it is not --input_dir",
+        FOLDER,
+    ),
+    Option(
+        "format",
+        "layout of the output, see below: int4 (default), compressed-tensors or gptq",
+        {"metavar": "NAME"},
+    ),
+    Option(
+        "group_size",
+        "columns that share a scale, a multiple of 8 (default: 128; for engines see below)",
+        MULTIPLE_OF_8,
+    ),
+    Option(
+        "shard_size_gb",
+        "size limit of an output file, in 10^9 bytes; only a larger tensor exceeds it"
+        f" (default: {DEFAULT_SHARD_SIZE_GB})",
+        POSITIVE_GB,
+    ),
+    Option(
+        "exclude",
+        "keep tensors whose name matches this regular expression anywhere; may be repeated",
+        PATTERNS,
+    ),
+    Option(
+        "scale",
+        "how scales are chosen, see below (default: absmax; for engines: mse)",
+        {"choices": ("absmax", "mse")},
+    ),
+    Option(
+        "importance",
+        "activation statistics file (safetensors), see below; needs --scale mse",
+        FILE,
+    ),
+    Option(
+        "int8",
+        "use 8 bits for tensors whose name matches this regular expression anywhere"
+        " (compressed-tensors only); may be repeated",
+        PATTERNS,
+    ),
+    Option("quantize_embeddings", "quantize embeddings too (int4 only; default: keep them)", FLAG),
+    Option(
+        "min_free_gb",
+        "stop when less memory is available, in 10^9 bytes; container limits count (default: 10)",
+        GIGABYTES | {"default": 10.0},
+    ),
+    Option("threads", "worker threads (default: the cores that this process may use)", THREADS),
+    Option("dry_run", "print the plan and stop; write nothing", FLAG),
+    Option(
+        "list",
+        "with --dry_run: instead of the plan, print a line for each tensor, separated by tabs",
+        FLAG,
+    ),
+    Option(
+        "verify",
+        "compare every weight with the source, after writing or in a finished folder",
+        FLAG,
+    ),
+    Option("restore", "the reverse: decode a folder of any format into a plain checkpoint", FLAG),
+    Option(
+        "overwrite",
+        "replace what an earlier run left in the output folder, and nothing else",
+        FLAG,
+    ),
+    Option("debug", "show a traceback with an error", FLAG),
+)
 
 
 def make_parser() -> Parser:
@@ -240,84 +300,9 @@ def make_parser() -> Parser:
         argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1
     )
     # The two folders without their options.
-    parser.add_argument("folders", nargs="*", type=FOLDER, help=argparse.SUPPRESS)
-
-    def add(name: str, text: str, convert: Callable, metavar: str, **settings: object) -> None:
-        parser.add_argument(f"--{name}", help=text, type=convert, metavar=metavar, **settings)
-
-    def add_folder(name: str, text: str) -> None:
-        add(name, text, FOLDER, "DIR")
-
-    def add_patterns(name: str, text: str) -> None:
-        add(name, text, PATTERN, "REGEX", action="append", default=[])
-
-    def add_flag(name: str, text: str) -> None:
-        parser.add_argument(f"--{name}", help=text, action="store_true")
-
-    add_folder("input_dir", "folder of the merged checkpoint (safetensors or torch pickles)")
-    add_folder("output_dir", "folder to write to: new, empty or left by an earlier run")
-    add_folder(
-        "config_dir", "folder of config.json, the tokenizer and so on, if it is not --input_dir"
-    )
-    add(
-        "format",
-        "layout of the output, see below: int4 (default), compressed-tensors or gptq",
-        str,
-        "NAME",
-    )
-    add(
-        "group_size",
-        "columns that share a scale, a multiple of 8 (default: 128; for engines see below)",
-        MULTIPLE_OF_8,
-        "N",
-    )
-    add(
-        "shard_size_gb",
-        "size limit of an output file, in 10^9 bytes; only a larger tensor exceeds it"
-        f" (default: {DEFAULT_SHARD_SIZE_GB})",
-        POSITIVE_GB,
-        "GB",
-    )
-    add_patterns(
-        "exclude",
-        "keep tensors whose name matches this regular expression anywhere; may be repeated",
-    )
-    parser.add_argument(
-        "--scale",
-        help="how scales are chosen, see below (default: absmax; for engines: mse)",
-        choices=("absmax", "mse"),
-    )
-    add(
-        "importance",
-        "activation statistics file (safetensors), see below; needs --scale mse",
-        FILE,
-        "FILE",
-    )
-    add_patterns(
-        "int8",
-        "use 8 bits for tensors whose name matches this regular expression anywhere"
-        " (compressed-tensors only); may be repeated",
-    )
-    add_flag("quantize_embeddings", "quantize embeddings too (int4 only; default: keep them)")
-    add(
-        "min_free_gb",
-        "stop when less memory is available, in 10^9 bytes; container limits count (default: 10)",
-        GIGABYTES,
-        "GB",
-        default=10.0,
-    )
-    add("threads", "worker threads (default: the cores that this process may use)", THREADS, "N")
-    add_flag("dry_run", "print the plan and stop; write nothing")
-    add_flag(
-        "list",
-        "with --dry_run: instead of the plan, print a line for each tensor, separated by tabs",
-    )
-    add_flag(
-        "verify", "compare every weight with the source, after writing or in a finished folder"
-    )
-    add_flag("restore", "the reverse: decode a folder of any format into a plain checkpoint")
-    add_flag("overwrite", "replace what an earlier run left in the output folder, and nothing else")
-    add_flag("debug", "show a traceback with an error")
+    parser.add_argument("folders", nargs="*", type=FOLDER["type"], help=argparse.SUPPRESS)
+    for option in OPTIONS:
+        parser.add_argument(f"--{option.name}", help=option.text, **option.settings)
     parser.add_argument("--version", action="version", version=f"quantize_int4.py {__version__}")
     return parser
 
@@ -341,10 +326,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def with_underscores(argument: str) -> str:
     """Return an argument with underscores in its option's name. A value stays as it is."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = f"--{name[2:].replace('-', '_')}"
+    return name + equals + value
 
 
 def check_together(parser: Parser, args: argparse.Namespace) -> None:
@@ -1408,7 +1393,7 @@ if ARGUMENTS:
             else ""
         )
         what = f"{', '.join(missing)}: pip install {' '.join(missing)}"
-        sys.exit(f"{paint(ERROR, BOLD_RED, sys.stderr)}missing: {what}{cpu}")
+        sys.exit(f"{ERROR}missing: {what}{cpu}")
     with contextlib.suppress(OSError):
         print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
     atexit.register(end_compilations)
@@ -1721,10 +1706,10 @@ def quote_names(names: Iterable[str]) -> str:
 # ---- Words: lines, names and numbers as the user reads them --------------------------------------
 
 
-def say(text: str = "", before: str = "", end: str = "\n", colour: str = "") -> None:
+def say(text: str = "", before: str = "", end: str = "\n") -> None:
     """Print `before` as it is, then `text` with its control characters escaped."""
     try:
-        print(before + paint(printable(text), colour, sys.stdout), end=end, flush=True)
+        print(before + printable(text), end=end, flush=True)
     except OSError:
         # A reader that has gone or a full log must not end a long run. The stream stays open as
         # long as the process.
@@ -5729,14 +5714,12 @@ TRAINERS_NAMES = (
 REFUSED = "refused"
 WARNING = "warning"
 NOTE = "note"
-# What a rule looks at, and so from when on it can be asked.
+# What a rule applies to, and so from when on it can be asked.
 CHECKPOINT = "checkpoint"
 STACKS = "stacks of experts"
 TENSORS = "planned tensors"
-# Formats that a rule is for.
-EVERY_FORMAT = "every format"
-ENGINE_FORMATS = "formats for engines"
-OTHER_FORMATS = "formats for other readers"
+FOR_ENGINES = "planned tensors of a format for engines"
+FOR_OTHERS = "planned tensors of a format for other readers"
 
 
 @dataclass(frozen=True)
@@ -5768,16 +5751,28 @@ class Draft:
         return [tensor.source for tensor in self.tensors if tensor.packing]
 
     @functools.cached_property
+    def widths(self) -> set[int]:
+        """The bits of the packed weights' codes."""
+        return {tensor.packing.bits for tensor in self.tensors if tensor.packing}
+
+    @functools.cached_property
     def conv1d(self) -> list[TensorInfo]:
         """The packed weights of GPT-2's Conv1D, which lie as (in, out)."""
         inside = [info for info in self.packed if re.search(r"\.\d+\.", info.name)]
-        if oddity_with("conv1d", self.config).conv1d:
-            return inside
+        is_known = oddity_with("conv1d", self.config).conv1d
         for info in inside:
             rows, columns = info.shape
-            if info.name.endswith(".c_attn.weight") and columns == 3 * rows:
+            if is_known or (info.name.endswith(".c_attn.weight") and columns == 3 * rows):
                 return inside
         return []
+
+    @property
+    def nameable(self) -> list[TensorInfo]:
+        """What a pattern may name: all tensors, and the experts of stacks that stay whole."""
+        infos = list(self.sources)
+        for stack in self.stacks.values():
+            infos += stack.weights
+        return infos
 
     @functools.cached_property
     def layers(self) -> dict[str, dict[int, set[str]]]:
@@ -5786,9 +5781,8 @@ class Draft:
         for info in self.sources:
             match = LAYER_PATTERN.match(info.name)
             if match:
-                container = f"{match[1]}.{match[2]}".lstrip(".")
-                names = layers.setdefault(container, {}).setdefault(int(match[3]), set())
-                names.add(info.name[match.end() :])
+                numbers = layers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), {})
+                numbers.setdefault(int(match[3]), set()).add(info.name[match.end() :])
         return layers
 
     @functools.cached_property
@@ -5810,23 +5804,23 @@ class Rule:
     messages where it is broken."""
 
     severity: str
-    subject: str
-    formats: str
+    applies_to: str
     check: Callable[[Draft], Iterator[str]]
 
 
 def messages(draft: Draft, severity: str, subject: str = TENSORS) -> Iterator[str]:
     """Yield what the rules of a severity and subject have to say of a draft."""
-    formats = (EVERY_FORMAT, ENGINE_FORMATS if draft.form.for_engines else OTHER_FORMATS)
+    subjects = [subject]
+    if subject == TENSORS:
+        subjects.append(FOR_ENGINES if draft.form.for_engines else FOR_OTHERS)
     for rule in RULES:
-        if (rule.severity, rule.subject) == (severity, subject) and rule.formats in formats:
+        if rule.severity == severity and rule.applies_to in subjects:
             yield from rule.check(draft)
 
 
 def refuse(draft: Draft, subject: str) -> None:
     """Raise the first message of the rules by which a draft is refused."""
-    message = next(messages(draft, REFUSED, subject), None)
-    if message:
+    for message in messages(draft, REFUSED, subject):
         raise QuantizeError(message)
 
 
@@ -5908,12 +5902,9 @@ PACKED_PART = (
 
 def check_int8(draft: Draft) -> Iterator[str]:
     """Check that the format has two widths if --int8 asks for them."""
-    form = draft.form
-    if draft.options.int8 and not form.has_two_widths:
-        reason = "its words hold codes of 4 bits alone"
-        if form.for_engines:
-            reason = f"not all of {form.name}'s readers know two widths"
-        yield f"--int8 is not for {form.name}: {reason}: use --format compressed-tensors"
+    if draft.options.int8 and not draft.form.has_two_widths:
+        reason = "not all of its readers know two widths"
+        yield f"--int8 is not for {draft.form.name}: {reason}: use --format compressed-tensors"
 
 
 def check_fitness(draft: Draft) -> Iterator[str]:
@@ -5936,18 +5927,15 @@ def check_low_rank_updates(draft: Draft) -> Iterator[str]:
     infos = draft.checkpoint.tensors
     inside: dict[str, list[TensorInfo]] = {}
     for name, info in infos.items():
-        if len(info.shape) != 2:
-            continue
         for end in re.finditer(r"\.", name):
             owner = f"{name[: end.start()]}.weight"
-            if owner in infos and owner != name:
+            if len(info.shape) == 2 and owner in infos and owner != name:
                 inside.setdefault(owner, []).append(info)
     for owner, parts in inside.items():
-        shape = infos[owner].shape
         for down, up in itertools.permutations(parts, 2):
+            product = (up.shape[0], down.shape[1])
             rank = down.shape[0]
-            is_pair = up.shape[1] == rank and (up.shape[0], down.shape[1]) == shape
-            if is_pair and rank < min(shape):
+            if product == infos[owner].shape and rank == up.shape[1] < min(product):
                 yield describe_unfit(down, ADAPTER)
 
 
@@ -5993,11 +5981,8 @@ def check_stacks(draft: Draft) -> Iterator[str]:
 
 def check_exclude(draft: Draft) -> Iterator[str]:
     """Check that each pattern of --exclude matches something, be it an expert of a kept stack."""
-    infos = list(draft.sources)
-    for stack in draft.stacks.values():
-        infos += stack.weights
     for pattern in draft.options.exclude:
-        if not any(named_by([pattern], info) for info in infos):
+        if not any(named_by([pattern], info) for info in draft.nameable):
             yield describe_useless_pattern(draft, "--exclude", pattern)
 
 
@@ -6016,9 +6001,7 @@ def check_int8_patterns(draft: Draft) -> Iterator[str]:
 
 def describe_useless_pattern(draft: Draft, option: str, pattern: str) -> str:
     """Describe a pattern that matches nothing, with what may have been meant."""
-    names = [info.name for info in draft.sources]
-    for stack in draft.stacks.values():
-        names += [weight.name for weight in stack.weights]
+    names = [info.name for info in draft.nameable]
     parts = re.findall(r"[^,\s]+", pattern)
     if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
         joined = shlex.quote("|".join(parts))
@@ -6059,8 +6042,8 @@ def check_output_names(draft: Draft) -> Iterator[str]:
 
 
 def check_embeddings(draft: Draft) -> Iterator[str]:
-    """Check that engines hold packed embeddings if --quantize_embeddings asks for them."""
-    if draft.options.quantize_embeddings and "embeddings" in draft.form.whole_kinds:
+    """Check that --quantize_embeddings is not given: no engine holds them packed."""
+    if draft.options.quantize_embeddings:
         name = draft.form.name
         yield f"--quantize_embeddings: no engine reads them packed as {name}; int4 can"
 
@@ -6069,10 +6052,10 @@ def check_group_size(draft: Draft) -> Iterator[str]:
     """Check that engines' kernels have the group size."""
     sizes = draft.form.group_sizes
     if draft.options.group_size not in sizes:
-        required = [engine for engine in draft.form.engines if engine.required]
-        kernels = list_in_words(engine.kernels for engine in required)
+        required = [engine.kernels for engine in draft.form.engines if engine.required]
+        kernels = f"engines' kernels ({list_in_words(required)})"
         size = f"--group_size {draft.options.group_size}"
-        yield f"{size}: engines' kernels ({kernels}) have {list_in_words(reversed(sizes))}"
+        yield f"{size}: {kernels} have {list_in_words(reversed(sizes))}"
 
 
 def check_config(draft: Draft) -> Iterator[str]:
@@ -6084,7 +6067,7 @@ def check_config(draft: Draft) -> Iterator[str]:
 
 def check_conv1d(draft: Draft) -> Iterator[str]:
     """Check that no weight of GPT-2's Conv1D is packed."""
-    if draft.conv1d and "Conv1D" in draft.form.whole_kinds:
+    if draft.conv1d:
         yield describe_weights(
             draft.conv1d,
             "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
@@ -6095,19 +6078,18 @@ def check_names_in_memory(draft: Draft) -> Iterator[str]:
     """Check that the names in memory, under which an engine looks up entries of config.json, are
     known of each weight that needs an entry."""
     converting = [engine for engine in draft.form.engines if engine.converts_tensors]
-    widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
+    least = min(draft.widths)
     renamed = []
     for tensor in draft.tensors:
-        usual = tensor.packing and tensor.packing.bits == min(widths)
+        usual = tensor.packing and tensor.packing.bits == least
         if tensor.in_memory is None and not usual:
             renamed.append(tensor.source)
     if converting and renamed:
-        form = "kept" if len(widths) == 1 else "kept or in 8 bits"
         yield describe_weights(
             renamed,
-            f"{form} while {converting[0].label} calls them otherwise than the file does, so"
-            f" that no entry of {CONFIG_NAME} would tell it: drop the option that means them, or"
-            " use --format int4",
+            f"kept or in 8 bits while {converting[0].label} calls them otherwise than the file"
+            f" does, so that no entry of {CONFIG_NAME} would tell it: drop the option that means"
+            " them, or use --format int4",
         )
 
 
@@ -6120,15 +6102,11 @@ def check_columns(draft: Draft) -> Iterator[str]:
     if not ragged:
         return
     sizes = draft.form.group_sizes
-    fitting = []
-    for size in sizes:
-        if not any(info.shape[1] % size for info in draft.packed):
-            fitting.append(size)
     remedy = f"none of {', '.join(map(str, sizes))} divides all: --exclude them"
-    if fitting:
-        remedy = f"--group_size {fitting[0]} divides all"
-    size = draft.options.group_size
-    problem = f"with columns that are no multiple of --group_size {size}"
+    for size in reversed(sizes):
+        if not any(info.shape[1] % size for info in draft.packed):
+            remedy = f"--group_size {size} divides all"
+    problem = f"with columns that are no multiple of --group_size {draft.options.group_size}"
     yield describe_weights(ragged, f"{problem}: {remedy}")
 
 
@@ -6179,7 +6157,7 @@ def wholes_of(tensor: TensorPlan, form: Format) -> list[str]:
 
 
 def describe_fate(tensor: TensorPlan) -> str:
-    """Describe what becomes of a tensor, for a comparison."""
+    """Describe what becomes of a tensor beside others."""
     if tensor.packing:
         return f"{tensor.source.name!r} gets {tensor.packing.bits} bits"
     return f"{tensor.source.name!r} is kept ({tensor.kept_because})"
@@ -6239,27 +6217,37 @@ def check_norms_and_biases(draft: Draft) -> Iterator[str]:
     vectors = set()
     for info in draft.sources:
         match = LAYER_PATTERN.match(info.name)
-        name = info.name[match.end() :] if match else ""
-        if len(info.shape) == 1 and name.endswith((".weight", ".bias")):
-            vectors.add(name)
+        if match and len(info.shape) == 1 and info.name.endswith((".weight", ".bias")):
+            vectors.add(info.name[match.end() :])
 
     missing = []
     for container, layers in draft.layers.items():
-        if container.endswith("experts"):
-            continue
-        kinds = Counter(map(frozenset, layers.values()))
-        for number, names in layers.items():
-            # Layers that are not rare are a kind of their own.
-            is_rare = kinds[frozenset(names)] <= max(1, len(layers) // 20)
-            fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
-            if is_rare and len(fuller) == 1:
-                lost = [f"{container}.{number}.{name}" for name in sorted(fuller[0] - names)]
-                missing += [name for name in lost if not re.search(LAYER_WITHOUT_NORM, name)]
+        if not container.endswith("experts"):
+            missing += missing_vectors(container, layers, vectors)
     if missing:
         yield (
             f"NORMS OR BIASES ARE MISSING: {len(missing):,} that the other layers of their kind"
             f" have are not in the checkpoint: {quote_names(missing)}. {ONES_OR_ZEROS}"
         )
+
+
+def missing_vectors(
+    container: str, layers: dict[int, set[str]], vectors: set[str]
+) -> Iterator[str]:
+    """Name the vectors that a layer lacks and the only fuller kind of layer has beyond it."""
+    kinds = Counter(map(frozenset, layers.values()))
+    for number, names in layers.items():
+        fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
+        if are_few(kinds[frozenset(names)], len(layers)) and len(fuller) == 1:
+            for name in sorted(fuller[0] - names):
+                missing = f"{container}.{number}.{name}"
+                if not re.search(LAYER_WITHOUT_NORM, missing):
+                    yield missing
+
+
+def are_few(count: int, total: int) -> bool:
+    """Return whether blocks that lack something are too few to be a kind of their own."""
+    return count <= max(1, total // 20)
 
 
 def check_final_norm(draft: Draft) -> Iterator[str]:
@@ -6269,18 +6257,17 @@ def check_final_norm(draft: Draft) -> Iterator[str]:
     container = draft.largest_container
     if not draft.generates_text or post_norm or TOWER_WORDS.search(container):
         return
-    inside = set().union(*draft.layers.get(container, {}).values())
-    if not any(map(FIRST_NORM.match, inside)):
-        return
     for info in draft.sources:
         is_outside = not re.search(rf"\.\d+\.|{MTP_NAMES}", info.name)
         is_norm = re.search(NORM_NAME, info.name) and not TOWER_WORDS.search(info.name)
         if is_outside and is_norm:
             return
-    yield (
-        f"THE FINAL NORM IS MISSING: the layers of {container!r} have norms, but none comes after"
-        f" them. {ONES_OR_ZEROS}"
-    )
+    inside = set().union(*draft.layers.get(container, {}).values())
+    if any(map(FIRST_NORM.match, inside)):
+        yield (
+            f"THE FINAL NORM IS MISSING: the layers of {container!r} have norms, but none comes"
+            f" after them. {ONES_OR_ZEROS}"
+        )
 
 
 def check_weights(draft: Draft) -> Iterator[str]:
@@ -6303,8 +6290,7 @@ def check_weights(draft: Draft) -> Iterator[str]:
             missing += [f"{container}.{n}" for n in range(count) if n not in numbers]
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         lacking = [number for number, names in numbers.items() if names < usual]
-        # If many lack them, these are a kind of their own.
-        if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):
+        if len(numbers) > 2 and are_few(len(lacking), len(numbers)):
             for number in lacking:
                 lost = sorted(usual - numbers[number])
                 missing += [f"{container}.{number}.{module}{name}" for name in lost]
@@ -6316,37 +6302,32 @@ def check_weights(draft: Draft) -> Iterator[str]:
 
 
 def missing_ends(draft: Draft) -> dict[str, str]:
-    """Return what is wrong with a model that generates text and lacks its head or embedding, by
-    the part that is missing."""
-    missing: dict[str, str] = {}
-    if not draft.generates_text:
-        return missing
+    """Return which of head and embedding a model that generates text lacks, and by what entry of
+    config.json."""
+    missing = {}
     ties = config_booleans(draft.config, "tie_word_embeddings")
     if ties and not any(ties) and "head" not in draft.kinds.values():
-        missing["head"] = (
-            f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
-        )
+        missing["head"] = "tie_word_embeddings false"
     embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
-    of_words = [name for name in embeddings if not re.search(NO_WORDS, name)]
-    if config_integers(draft.config, "vocab_size") and not of_words:
-        missing["embedding"] = (
-            f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
-        )
-    return missing
+    has_vocabulary = config_integers(draft.config, "vocab_size")
+    if has_vocabulary and all(re.search(NO_WORDS, name) for name in embeddings):
+        missing["embedding"] = "a vocab_size"
+    return missing if draft.generates_text else {}
 
 
 def check_ends(draft: Draft) -> Iterator[str]:
     """Check that head and embedding are there."""
-    for part, problem in missing_ends(draft).items():
+    for part, entry in missing_ends(draft).items():
+        problem = f"{CONFIG_NAME} has {entry}, but the checkpoint has no {part}"
         yield f"THE {part.upper()} IS MISSING: {problem}"
 
 
 def check_ends_for_engines(draft: Draft) -> Iterator[str]:
     """Check that head and embedding are there, without which no engine serves a model."""
-    for problem in missing_ends(draft).values():
-        yield (
-            f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
-        )
+    for part, entry in missing_ends(draft).items():
+        problem = f"{CONFIG_NAME} has {entry}, but the checkpoint has no {part}"
+        remedy = f"save the whole model, or mend {CONFIG_NAME}"
+        yield f"{problem}, which loaders would make up: {remedy}"
 
 
 def check_names_of_trainers(draft: Draft) -> Iterator[str]:
@@ -6383,8 +6364,8 @@ def note_stale_quantization(draft: Draft) -> Iterator[str]:
 def note_statistics(draft: Draft) -> Iterator[str]:
     """Count what statistics there are for."""
     if draft.statistics:
-        tensors = [tensor for tensor in draft.tensors if tensor.packing]
-        yield draft.statistics.describe([t.source for t in tensors if t.packing.bits == 4])
+        four_bits = [t.source for t in draft.tensors if t.packing and t.packing.bits == 4]
+        yield draft.statistics.describe(four_bits)
 
 
 def note_group_size(draft: Draft) -> Iterator[str]:
@@ -6444,35 +6425,28 @@ def note_kept_stacks(draft: Draft) -> Iterator[str]:
 
 def note_mtp(draft: Draft) -> Iterator[str]:
     """Note that layers which predict further tokens are missing, if config.json promises some."""
-    parts = [draft.config]
-    parts += [value for value in draft.config.values() if isinstance(value, dict)]
     promised = []
-    for part in parts:
-        for key, value in part.items():
-            if MTP_COUNTS.match(key) and type(value) is int and value > 0:
-                promised.append(key)
-    if not promised:
-        return
+    for part in [draft.config, *draft.config.values()]:
+        if isinstance(part, dict):
+            promised += [key for key in part if MTP_COUNTS.match(key) and as_count(part[key])]
 
-    counts = config_counts(draft.config, *LAYER_COUNTS)
+    count = min(config_counts(draft.config, *LAYER_COUNTS), default=math.inf)
     for info in draft.sources:
-        if re.search(MTP_NAMES, info.name):
-            return
         match = LAYER_PATTERN.match(info.name)
-        is_beyond = match and counts and int(match[3]) >= min(counts)
-        if is_beyond and not re.search(TOWER_NAMES, info.name):
+        is_beyond = match and int(match[3]) >= count and not re.search(TOWER_NAMES, info.name)
+        if is_beyond or re.search(MTP_NAMES, info.name):
             return
-    yield (
-        f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the"
-        " checkpoint has none: speculative decoding with them will not work (transformers'"
-        " save_pretrained leaves them out)"
-    )
+    if promised:
+        yield (
+            f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the"
+            " checkpoint has none: speculative decoding with them will not work (transformers'"
+            " save_pretrained leaves them out)"
+        )
 
 
 def note_two_widths(draft: Draft) -> Iterator[str]:
     """Warn of ways to load layers of two widths that decode them wrongly."""
-    widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
-    if len(widths) > 1:
+    if len(draft.widths) > 1:
         yield (
             f"two widths: {ENGINES['transformers'].label} with run_compressed=False or"
             " dequantize=True decodes all layers as if they had one; load the folder without"
@@ -6539,12 +6513,10 @@ def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
     computed = []
     for tensor in draft.tensors:
         name = tensor.source.name
-        if not tensor.packing:
-            continue
-        is_split = len(tensor.in_memory or ()) > 1
-        if is_split or any(
-            re.search(scope, name) and re.search(row.computed, name) for scope, row in rows
-        ):
+        is_computed = len(tensor.in_memory or ()) > 1
+        for scope, row in rows:
+            is_computed |= bool(re.search(scope, name) and re.search(row.computed, name))
+        if is_computed and tensor.packing:
             computed.append(tensor.source)
     return computed
 
@@ -6557,42 +6529,42 @@ def is_expert(tensor: TensorPlan) -> bool:
 
 # The first refusal ends the run. Warnings and notes are printed in this order.
 RULES = (
-    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_int8),
-    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_fitness),
-    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_low_rank_updates),
-    Rule(REFUSED, STACKS, EVERY_FORMAT, check_stacks),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_exclude),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_int8_patterns),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_that_something_is_packed),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_output_names),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_embeddings),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_group_size),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_config),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_conv1d),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_names_in_memory),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_columns),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_rows),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_fused_layers),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_ends_for_engines),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_layers),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_norms_and_biases),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_final_norm),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_weights),
-    Rule(WARNING, TENSORS, OTHER_FORMATS, check_ends),
-    Rule(WARNING, TENSORS, ENGINE_FORMATS, check_names_of_trainers),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_checkpoint),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_stale_quantization),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_statistics),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_group_size),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_engines_without_group_size),
-    Rule(NOTE, TENSORS, OTHER_FORMATS, note_no_engine),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_delicate_layers),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_conv1d),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_kept_stacks),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_mtp),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_two_widths),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_experts),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_transformers),
+    Rule(REFUSED, CHECKPOINT, check_int8),
+    Rule(REFUSED, CHECKPOINT, check_fitness),
+    Rule(REFUSED, CHECKPOINT, check_low_rank_updates),
+    Rule(REFUSED, STACKS, check_stacks),
+    Rule(REFUSED, TENSORS, check_exclude),
+    Rule(REFUSED, TENSORS, check_int8_patterns),
+    Rule(REFUSED, TENSORS, check_that_something_is_packed),
+    Rule(REFUSED, TENSORS, check_output_names),
+    Rule(REFUSED, FOR_ENGINES, check_embeddings),
+    Rule(REFUSED, FOR_ENGINES, check_group_size),
+    Rule(REFUSED, FOR_ENGINES, check_config),
+    Rule(REFUSED, FOR_ENGINES, check_conv1d),
+    Rule(REFUSED, FOR_ENGINES, check_names_in_memory),
+    Rule(REFUSED, FOR_ENGINES, check_columns),
+    Rule(REFUSED, FOR_ENGINES, check_rows),
+    Rule(REFUSED, FOR_ENGINES, check_fused_layers),
+    Rule(REFUSED, FOR_ENGINES, check_ends_for_engines),
+    Rule(WARNING, TENSORS, check_layers),
+    Rule(WARNING, TENSORS, check_norms_and_biases),
+    Rule(WARNING, TENSORS, check_final_norm),
+    Rule(WARNING, TENSORS, check_weights),
+    Rule(WARNING, FOR_OTHERS, check_ends),
+    Rule(WARNING, FOR_ENGINES, check_names_of_trainers),
+    Rule(NOTE, TENSORS, note_checkpoint),
+    Rule(NOTE, TENSORS, note_stale_quantization),
+    Rule(NOTE, TENSORS, note_statistics),
+    Rule(NOTE, FOR_ENGINES, note_group_size),
+    Rule(NOTE, FOR_ENGINES, note_engines_without_group_size),
+    Rule(NOTE, FOR_OTHERS, note_no_engine),
+    Rule(NOTE, TENSORS, note_delicate_layers),
+    Rule(NOTE, TENSORS, note_conv1d),
+    Rule(NOTE, TENSORS, note_kept_stacks),
+    Rule(NOTE, TENSORS, note_mtp),
+    Rule(NOTE, TENSORS, note_two_widths),
+    Rule(NOTE, FOR_ENGINES, note_experts),
+    Rule(NOTE, FOR_ENGINES, note_transformers),
 )
 
 
@@ -7029,9 +7001,8 @@ def print_plan(
 def print_files(plan: Plan, output: OutputFolder) -> None:
     """Print what becomes of files beside the weights, and of those of an earlier run."""
     copied = [name for name, content in plan.other_files.items() if isinstance(content, Path)]
-    written = sorted(plan.other_files.keys() - copied)
     say_paragraph("Copied:", ", ".join(copied) or "no other files")
-    say_paragraph("Written:", ", ".join(written))
+    say_paragraph("Written:", ", ".join(sorted(plan.other_files.keys() - copied)))
     say_paragraph("Left out:", ", ".join(plan.left_out))
 
     finished = sum(shard.name in output.finished for shard in plan.shards)
@@ -7147,8 +7118,6 @@ def print_list(plan: Plan) -> None:
 # ---- Output folder: what may be there, and how files become final --------------------------------
 
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
-# Of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER.
-SYNC_AND_WAIT = 7
 
 
 def write_at(fd: int, buffer: memoryview, offset: int) -> None:
@@ -7160,53 +7129,36 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
         offset += count
 
 
-def sync_file(fd: int) -> None:
-    """Make what was written to a file survive a power cut."""
-    # fsync alone may take minutes on a slow disk, and no signal ends it. So the file is synced
-    # piece by piece before, where the system can. (sync_file_range(2))
-    with contextlib.suppress(AttributeError):
-        sync_range = ctypes.CDLL(None).sync_file_range
-        nbytes = 2 * COPY_BYTES
-        for start in range(0, os.fstat(fd).st_size, nbytes):
-            check_signals()
-            sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(nbytes), SYNC_AND_WAIT)
-    os.fsync(fd)
-
-
 MEMCMP = ctypes.CDLL(None).memcmp
 MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 def first_difference(found: memoryview, expected: memoryview) -> int | None:
-    """Return where bytes of the same number begin to differ; None if they are equal."""
-    if are_equal(found, expected):
-        return None
-    for number, (byte, expected_byte) in enumerate(zip(found, expected)):
-        if byte != expected_byte:
-            return number
-    return None
-
-
-def are_equal(found: memoryview, expected: memoryview) -> bool:
-    """Compare bytes of the same number.
+    """Return where bytes of the same number begin to differ; None if they are equal.
 
     The interpreter lock is released meanwhile, unless `expected` is read-only."""
-    if not len(found) or expected.readonly:
-        return found == expected
-    found_start = ctypes.addressof(ctypes.c_char.from_buffer(found))
-    expected_start = ctypes.addressof(ctypes.c_char.from_buffer(expected))
-    return MEMCMP(found_start, expected_start, len(found)) == 0
+    if expected.readonly or not len(found):
+        are_equal = found == expected
+    else:
+        found_start = ctypes.addressof(ctypes.c_char.from_buffer(found))
+        expected_start = ctypes.addressof(ctypes.c_char.from_buffer(expected))
+        are_equal = MEMCMP(found_start, expected_start, len(found)) == 0
+    if are_equal:
+        return None
+    pairs = enumerate(zip(found, expected))
+    return next(number for number, (byte, other) in pairs if byte != other)
 
 
 def sync_folder(folder: Path) -> None:
     """Make a folder's new and renamed entries survive a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     except OSError as error:
         # Some mounts cannot sync a folder, and need not.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise OSError(error.errno, error.strerror, str(folder)) from None
+            raise
     finally:
         os.close(fd)
 
@@ -7281,7 +7233,7 @@ class ShardFile:
         """Bring what was written so far to the disk, and let the page cache forget it."""
         if self._fd is not None:
             with naming(self.path):
-                sync_file(self._fd)
+                os.fsync(self._fd)
             self._pages.drop()
 
     def finish(self) -> None:
@@ -7513,25 +7465,16 @@ class OutputFolder:
                 sync_folder(self.folder)
             check_signals()
             temporary = unfinished_path(self.folder / name, self.plan.fingerprint)
-            if isinstance(content, Path):
-                with reading(content) as source:
-                    digest = write_copy(source, temporary)
-            else:
-                digest = write_copy(io.BytesIO(content), temporary)
+            source = reading(content) if isinstance(content, Path) else io.BytesIO(content)
+            with source as file:
+                digest = write_copy(file, temporary)
             if digest != self.plan.hashes[name]:
-                raise QuantizeError(self._describe_change(content))
+                afresh = "the same command starts afresh"
+                if not self.overwrite:
+                    afresh = "put it back as it was, or give --overwrite to start afresh"
+                raise QuantizeError(f"{content} changed since the plan was made: {afresh}")
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
-
-    def _describe_change(self, source: Path) -> str:
-        """Describe what to do about a file that changed since it was hashed for the plan."""
-        now = "starts afresh with it as it is now"
-        if self.overwrite:
-            advice = f"the same command {now}"
-        else:
-            as_it_was = "put it back as it was and the same command continues"
-            advice = f"{as_it_was}, or --overwrite {now}"
-        return f"{source} changed since the plan was made: {advice}"
 
     def close(self) -> None:
         if self._lock_fd is not None:
@@ -7540,24 +7483,19 @@ class OutputFolder:
 
 def first_existing(folder: Path) -> Path:
     """Return the folder, or the nearest one above it that exists."""
-    for path in (folder, *folder.absolute().parents):
-        if path.exists():
-            return path
-    return Path("/")
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def write_copy(source: BinaryIO, target: Path) -> str:
     """Write a file's bytes to another, and to the disk; returns their SHA-256, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(target, "wb", buffering=0) as file:
-        offset = 0
+    with naming(target), open(target, "wb") as file:
         while data := source.read(COPY_BYTES):
+            check_signals()
             digest.update(data)
-            with naming(target):
-                write_at(file.fileno(), memoryview(data), offset)
-            offset += len(data)
-        with naming(target):
-            os.fsync(file.fileno())
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
         drop_pages(file.fileno(), [])
     return digest.hexdigest()
 
@@ -9305,22 +9243,14 @@ MIDWAY = {
 }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The machine's memory at a moment of the run."""
-
-    name: str
-    memory: MemoryReading
-
-
 class Progress:
     """Shows how far the work is: one updating line on a terminal, else a line every ten seconds."""
 
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
-        self.stages = [Stage("Baseline", guard.read())]
+        # The machine's memory at each stage, by name.
+        self.stages = {"Baseline": guard.read()}
         self.cached = cached_bytes()
-        self._is_past_midway = False
         self.restart()
 
     def restart(self) -> None:
@@ -9332,13 +9262,13 @@ class Progress:
 
     def mark(self, stage: str) -> None:
         """Note the memory at a stage, for the table at the end."""
-        self.stages.append(Stage(stage, self.guard.read()))
+        self.stages[stage] = self.guard.read()
 
     def show(self, account: Account) -> None:
         """Print how far the work is if the last line is old enough; note the memory half-way."""
-        if not self._is_past_midway and account.nbytes_done * 2 >= account.nbytes:
-            self._is_past_midway = True
-            self.mark(MIDWAY[account.task])
+        midway = MIDWAY[account.task]
+        if midway not in self.stages and account.nbytes_done * 2 >= account.nbytes:
+            self.mark(midway)
 
         now = time.monotonic()
         if now < self._next:
@@ -9346,11 +9276,13 @@ class Progress:
         on_terminal = is_terminal(sys.stdout)
         self._next = now + PROGRESS_INTERVAL_S[on_terminal]
 
-        line = join_what_fits(self._describe(account, now - self.started))
+        parts = self._describe(account, now - self.started)
+        while len("  ".join(parts)) >= terminal_width():
+            parts.pop()
         if on_terminal:
-            say(line, before=CLEAR_LINE, end="")
+            say("  ".join(parts), before=CLEAR_LINE, end="")
         else:
-            say(line)
+            say("  ".join(parts))
 
     def _describe(self, account: Account, elapsed: float) -> list[str]:
         """Return the parts of the line, the most important first."""
@@ -9378,17 +9310,6 @@ class Progress:
         ]
 
 
-def join_what_fits(parts: list[str]) -> str:
-    """Join as many parts as fit in a line of the terminal, from the first one on."""
-    line = ""
-    for part in parts:
-        longer = f"{line}  {part}" if line else part
-        if len(longer) >= terminal_width():
-            break
-        line = longer
-    return line
-
-
 def cached_bytes() -> int:
     """Return how many bytes of files the page cache holds; 0 where the system does not tell."""
     return getattr(psutil.virtual_memory(), "cached", 0)
@@ -9407,7 +9328,7 @@ def print_summary(plan: Plan, account: Account, progress: Progress) -> None:
     """Print what was done, how long it took and how much memory it used."""
     seconds = time.monotonic() - progress.started
     rate = format_bytes(account.nbytes / max(seconds, 1e-9))
-    say(f"Done in {format_seconds(seconds)}, {rate}/s", colour=GREEN)
+    say(f"Done in {format_seconds(seconds)}, {rate}/s")
     say_paragraph("Result:", describe_result(plan))
     print_memory(progress)
 
@@ -9438,10 +9359,9 @@ def print_memory(progress: Progress) -> None:
         say_paragraph("GPU:", f"its programs see {free} free now")
 
     say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}", before="\n")
-    for stage in progress.stages:
-        used = format_bytes(stage.memory.used)
-        available = format_bytes(stage.memory.available)
-        say(f"{stage.name:<34}{used:>12}{available:>12}")
+    for stage, memory in progress.stages.items():
+        used = format_bytes(memory.used)
+        say(f"{stage:<34}{used:>12}{format_bytes(memory.available):>12}")
 
 
 def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
@@ -9449,28 +9369,23 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     name = folder.resolve().name
-    for label, text in next_steps(plan, verified):
-        if label == "Load" and plan.fails_in_transformers:
-            reason = f"not with transformers (5.24), which {plan.fails_in_transformers}"
-            say_paragraph(f"  {label}:", reason)
-            continue
+    copy = "rsync -a --partial {name} HOST:"
+    steps = dict(plan.options.form.next_steps)
+    if plan.options.restore:
+        steps = {"Try": LOAD_STEP}
+    elif verified:
+        steps["Copy"] = copy
+    else:
+        steps["Check"] = f"the same command with --verify; then copy it: {copy}"
+    if plan.fails_in_transformers:
+        engine = ENGINES["transformers"]
+        steps[engine.verb] = f"not with {engine.label}, which {plan.fails_in_transformers}"
 
+    for label, text in steps.items():
         text = text.replace("{loader}", plan.loader)
         text = text.replace("{path}", repr(name))
         text = text.replace("{name}", shlex.quote(name))
         say_paragraph(f"  {label}:", text, is_command=True)
-
-
-def next_steps(plan: Plan, verified: bool) -> list[tuple[str, str]]:
-    """List labels and commands for a finished folder, called {name} in them."""
-    if plan.options.restore:
-        return [("Try", LOAD_STEP)]
-
-    copy = "rsync -a --partial {name} HOST:"
-    last = ("Check", f"the same command with --verify; then copy it: {copy}")
-    if verified:
-        last = ("Copy", copy)
-    return [*plan.options.form.next_steps, last]
 
 
 def print_verification(verification: Verification) -> None:
@@ -9488,7 +9403,7 @@ def print_verification(verification: Verification) -> None:
         say_paragraph("WRONG:", problem)
     if not verification.problems:
         folder = shorten(str(verification.folder), terminal_width() - 40)
-        say(f"  {folder}: verified, no problems found.", colour=GREEN)
+        say(f"  {folder}: verified, no problems found.")
 
 
 def print_errors(verification: Verification) -> None:
@@ -9530,18 +9445,15 @@ def print_errors_of_kind(kind: str, errors: list[list[float]]) -> None:
 
 def print_worst(errors: dict[str, list[float]]) -> None:
     """Print the names of the five weights with the largest errors."""
-    names = sorted(errors, key=lambda name: errors[name][0], reverse=True)
-    for name in names[:5]:
+    for name in sorted(errors, key=lambda name: errors[name][0], reverse=True)[:5]:
         error = three_digits(errors[name][0])
         say(f"  worst: {error}  {shorten(name, terminal_width() - 18)}")
 
 
 def print_bounds(rule: str) -> None:
     """Print how closely codes are checked without the statistics that they were chosen by."""
+    reach = 0.5 + (MAX_CHANGE if FEEDBACK in rule else 0)
     use = rule.partition(" ")[2]
-    reach = 0.5
-    if FEEDBACK in rule:
-        reach += MAX_CHANGE
     say_paragraph(
         "Note:",
         f"4-bit codes {use} are checked only within bounds: a code inside the range must lie"
@@ -9677,7 +9589,9 @@ def print_and_convert(
             if not output.nothing_to_write:
                 needed = buffer_bytes(plan, args.threads)
                 problems += [output.lack_of_room(), progress.guard.shortage(needed)]
-            print_dry_run(problems)
+            for problem in filter(None, problems):
+                say_paragraph("WARNING:", f"the run itself would stop: {problem}")
+            say("Dry run: nothing was written.")
             return False
         if output.nothing_to_write:
             text = f"{shorten(str(args.output_dir), terminal_width() - 25)} is complete already."
@@ -9688,14 +9602,6 @@ def print_and_convert(
 
         convert(checkpoint, plan, output, progress, args.threads)
         return True
-
-
-def print_dry_run(problems: list[str]) -> None:
-    """Print what would stop the run itself; empty texts are no problems."""
-    for problem in problems:
-        if problem:
-            say_paragraph("WARNING:", f"the run itself would stop: {problem}")
-    say("Dry run: nothing was written.")
 
 
 def convert(
@@ -9844,7 +9750,7 @@ def print_error(message: str) -> None:
     # A name in a damaged header may be as long as the header.
     message = printable(message[:2000])
     with contextlib.suppress(OSError):
-        print(paint(ERROR, BOLD_RED, sys.stderr) + message, file=sys.stderr, flush=True)
+        print(ERROR + message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
