@@ -334,16 +334,8 @@ def with_underscores(argument: str) -> str:
 
 def check_together(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with a usage error if the options make no sense together."""
-    decides_layout = (
-        args.format,
-        args.group_size,
-        args.exclude,
-        args.int8,
-        args.scale,
-        args.importance,
-        args.quantize_embeddings,
-    )
-    if args.restore and (args.verify or any(decides_layout)):
+    names = "verify format group_size exclude int8 scale importance quantize_embeddings"
+    if args.restore and any(getattr(args, name) for name in names.split()):
         parser.error(
             "--restore takes the layout from the folder: leave out --verify and the options that"
             " decide the layout, such as --format"
@@ -5979,15 +5971,12 @@ def check_stacks(draft: Draft) -> Iterator[str]:
 # What the options make of it.
 
 
-def check_exclude(draft: Draft) -> Iterator[str]:
-    """Check that each pattern of --exclude matches something, be it an expert of a kept stack."""
+def check_patterns(draft: Draft) -> Iterator[str]:
+    """Check that each pattern of --exclude matches something, be it an expert of a kept stack, and
+    each of --int8 something that is packed."""
     for pattern in draft.options.exclude:
         if not any(named_by([pattern], info) for info in draft.nameable):
             yield describe_useless_pattern(draft, "--exclude", pattern)
-
-
-def check_int8_patterns(draft: Draft) -> Iterator[str]:
-    """Check that each pattern of --int8 matches something that is packed."""
     for pattern in draft.options.int8:
         matched = [tensor for tensor in draft.tensors if named_by([pattern], tensor.source)]
         if not matched:
@@ -6067,30 +6056,29 @@ def check_config(draft: Draft) -> Iterator[str]:
 
 def check_conv1d(draft: Draft) -> Iterator[str]:
     """Check that no weight of GPT-2's Conv1D is packed."""
-    if draft.conv1d:
-        yield describe_weights(
-            draft.conv1d,
-            "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
-        )
+    yield from describe_weights(
+        draft.conv1d,
+        "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
+    )
 
 
 def check_names_in_memory(draft: Draft) -> Iterator[str]:
     """Check that the names in memory, under which an engine looks up entries of config.json, are
     known of each weight that needs an entry."""
-    converting = [engine for engine in draft.form.engines if engine.converts_tensors]
     least = min(draft.widths)
     renamed = []
     for tensor in draft.tensors:
         usual = tensor.packing and tensor.packing.bits == least
         if tensor.in_memory is None and not usual:
             renamed.append(tensor.source)
-    if converting and renamed:
-        yield describe_weights(
-            renamed,
-            f"kept or in 8 bits while {converting[0].label} calls them otherwise than the file"
-            f" does, so that no entry of {CONFIG_NAME} would tell it: drop the option that means"
-            " them, or use --format int4",
-        )
+    for engine in draft.form.engines:
+        if engine.converts_tensors:
+            yield from describe_weights(
+                renamed,
+                f"kept or in 8 bits while {engine.label} calls them otherwise than the file does,"
+                f" so that no entry of {CONFIG_NAME} would tell it: drop the option that means"
+                " them, or use --format int4",
+            )
 
 
 def check_columns(draft: Draft) -> Iterator[str]:
@@ -6099,27 +6087,23 @@ def check_columns(draft: Draft) -> Iterator[str]:
     for tensor in draft.tensors:
         if tensor.packing and tensor.source.shape[1] % tensor.packing.group_size:
             ragged.append(tensor.source)
-    if not ragged:
-        return
     sizes = draft.form.group_sizes
     remedy = f"none of {', '.join(map(str, sizes))} divides all: --exclude them"
     for size in reversed(sizes):
         if not any(info.shape[1] % size for info in draft.packed):
             remedy = f"--group_size {size} divides all"
     problem = f"with columns that are no multiple of --group_size {draft.options.group_size}"
-    yield describe_weights(ragged, f"{problem}: {remedy}")
+    yield from describe_weights(ragged, f"{problem}: {remedy}")
 
 
 def check_rows(draft: Draft) -> Iterator[str]:
     """Check that all rows fill the format's words."""
     multiple = draft.form.row_multiple
     ragged = [info for info in draft.packed if info.shape[0] % multiple]
-    if ragged:
-        yield describe_weights(
-            ragged,
-            f"with rows that are no multiple of {multiple}: --exclude them, or use"
-            " compressed-tensors",
-        )
+    yield from describe_weights(
+        ragged,
+        f"with rows that are no multiple of {multiple}: --exclude them, or use compressed-tensors",
+    )
 
 
 def check_fused_layers(draft: Draft) -> Iterator[str]:
@@ -6163,10 +6147,11 @@ def describe_fate(tensor: TensorPlan) -> str:
     return f"{tensor.source.name!r} is kept ({tensor.kept_because})"
 
 
-def describe_weights(infos: list[TensorInfo], problem: str) -> str:
-    """Count the weights that have a problem, and give one as an example."""
-    weights = count_of(len(infos), "weight")
-    return f"{weights} {problem}; e.g. {infos[0].name!r} {infos[0].shape}"
+def describe_weights(infos: list[TensorInfo], problem: str) -> Iterator[str]:
+    """Count the weights that have a problem, if there are some, with one as an example."""
+    if infos:
+        weights = count_of(len(infos), "weight")
+        yield f"{weights} {problem}; e.g. {infos[0].name!r} {infos[0].shape}"
 
 
 def list_in_words(items: Iterable[object]) -> str:
@@ -6234,7 +6219,8 @@ def check_norms_and_biases(draft: Draft) -> Iterator[str]:
 def missing_vectors(
     container: str, layers: dict[int, set[str]], vectors: set[str]
 ) -> Iterator[str]:
-    """Name the vectors that a layer lacks and the only fuller kind of layer has beyond it."""
+    """Name what layers of a rare kind lack, where exactly one other kind has all that they have,
+    and beyond that only vectors."""
     kinds = Counter(map(frozenset, layers.values()))
     for number, names in layers.items():
         fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
@@ -6273,17 +6259,9 @@ def check_final_norm(draft: Draft) -> Iterator[str]:
 def check_weights(draft: Draft) -> Iterator[str]:
     """Check that each layer and expert has the weights that the others of its kind have, and that
     all experts that config.json counts are there."""
-    # By container and module: the names of weights by the container's number.
-    blocks: dict[tuple[str, str], dict[int, set[str]]] = {}
-    for info in draft.sources:
-        match = re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)
-        if match and len(info.shape) == 2:
-            numbers = blocks.setdefault((match[1], match[3]), {})
-            numbers.setdefault(int(match[2]), set()).add(match[4])
-
     missing = []
     experts = min(config_counts(draft.config, *EXPERT_COUNTS), default=0)
-    for (container, module), numbers in blocks.items():
+    for (container, module), numbers in weights_by_block(draft.sources).items():
         if container.endswith("experts"):
             counted = 0 if re.search(TOWER_NAMES, container) else experts
             count = max(*numbers, counted - 1) + 1
@@ -6301,33 +6279,42 @@ def check_weights(draft: Draft) -> Iterator[str]:
         )
 
 
-def missing_ends(draft: Draft) -> dict[str, str]:
-    """Return which of head and embedding a model that generates text lacks, and by what entry of
-    config.json."""
-    missing = {}
+def weights_by_block(infos: list[TensorInfo]) -> dict[tuple[str, str], dict[int, set[str]]]:
+    """Return the names of weights by a container and a module in it, and by the number between."""
+    blocks: dict[tuple[str, str], dict[int, set[str]]] = {}
+    for info in infos:
+        match = re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)
+        if match and len(info.shape) == 2:
+            numbers = blocks.setdefault((match[1], match[3]), {})
+            numbers.setdefault(int(match[2]), set()).add(match[4])
+    return blocks
+
+
+def missing_ends(draft: Draft) -> Iterator[str]:
+    """Describe which of head and embedding a model that generates text lacks."""
+    if not draft.generates_text:
+        return
     ties = config_booleans(draft.config, "tie_word_embeddings")
     if ties and not any(ties) and "head" not in draft.kinds.values():
-        missing["head"] = "tie_word_embeddings false"
+        yield f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
     embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
     has_vocabulary = config_integers(draft.config, "vocab_size")
     if has_vocabulary and all(re.search(NO_WORDS, name) for name in embeddings):
-        missing["embedding"] = "a vocab_size"
-    return missing if draft.generates_text else {}
+        yield f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
 
 
 def check_ends(draft: Draft) -> Iterator[str]:
     """Check that head and embedding are there."""
-    for part, entry in missing_ends(draft).items():
-        problem = f"{CONFIG_NAME} has {entry}, but the checkpoint has no {part}"
-        yield f"THE {part.upper()} IS MISSING: {problem}"
+    for problem in missing_ends(draft):
+        yield f"HEAD OR EMBEDDING IS MISSING: {problem}"
 
 
 def check_ends_for_engines(draft: Draft) -> Iterator[str]:
     """Check that head and embedding are there, without which no engine serves a model."""
-    for part, entry in missing_ends(draft).items():
-        problem = f"{CONFIG_NAME} has {entry}, but the checkpoint has no {part}"
-        remedy = f"save the whole model, or mend {CONFIG_NAME}"
-        yield f"{problem}, which loaders would make up: {remedy}"
+    for problem in missing_ends(draft):
+        yield (
+            f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
+        )
 
 
 def check_names_of_trainers(draft: Draft) -> Iterator[str]:
@@ -6350,12 +6337,9 @@ def check_names_of_trainers(draft: Draft) -> Iterator[str]:
 
 
 def note_checkpoint(draft: Draft) -> Iterator[str]:
-    """Repeat what was noted when the checkpoint was read."""
+    """Repeat what was noted when the checkpoint was read, and name what said that the model is
+    quantized, which it is not."""
     yield from draft.checkpoint.notes
-
-
-def note_stale_quantization(draft: Draft) -> Iterator[str]:
-    """Name what said that the model is quantized, which it is not."""
     if draft.checkpoint.quantization:
         stale = " and ".join(draft.checkpoint.quantization)
         yield f"left out as stale, since no tensor is packed: {stale}"
@@ -6369,16 +6353,12 @@ def note_statistics(draft: Draft) -> Iterator[str]:
 
 
 def note_group_size(draft: Draft) -> Iterator[str]:
-    """State the group size where it was not asked for."""
+    """State the group size where it was not asked for, and name the engines, of those that are
+    not required, that do not have it."""
+    size = draft.options.group_size
     if draft.group_size_is_chosen:
         sizes = list_in_words(draft.form.group_sizes)
-        size = draft.options.group_size
         yield f"groups of {size}: the largest of {sizes} that divides all columns"
-
-
-def note_engines_without_group_size(draft: Draft) -> Iterator[str]:
-    """Name the engines, of those that are not required, that have no groups of this size."""
-    size = draft.options.group_size
     for engine in draft.form.engines:
         if not engine.required and engine.group_sizes and size not in engine.group_sizes:
             sizes = list_in_words(engine.group_sizes)
@@ -6533,8 +6513,7 @@ RULES = (
     Rule(REFUSED, CHECKPOINT, check_fitness),
     Rule(REFUSED, CHECKPOINT, check_low_rank_updates),
     Rule(REFUSED, STACKS, check_stacks),
-    Rule(REFUSED, TENSORS, check_exclude),
-    Rule(REFUSED, TENSORS, check_int8_patterns),
+    Rule(REFUSED, TENSORS, check_patterns),
     Rule(REFUSED, TENSORS, check_that_something_is_packed),
     Rule(REFUSED, TENSORS, check_output_names),
     Rule(REFUSED, FOR_ENGINES, check_embeddings),
@@ -6553,10 +6532,8 @@ RULES = (
     Rule(WARNING, FOR_OTHERS, check_ends),
     Rule(WARNING, FOR_ENGINES, check_names_of_trainers),
     Rule(NOTE, TENSORS, note_checkpoint),
-    Rule(NOTE, TENSORS, note_stale_quantization),
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_group_size),
-    Rule(NOTE, FOR_ENGINES, note_engines_without_group_size),
     Rule(NOTE, FOR_OTHERS, note_no_engine),
     Rule(NOTE, TENSORS, note_delicate_layers),
     Rule(NOTE, TENSORS, note_conv1d),
@@ -6982,11 +6959,13 @@ def print_plan(
     """Print what a run will do, and what the user should know before it."""
     options = plan.options
     choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
-    threads_used = count_of(threads, "thread")
-    how = f"format {options.format}, groups of {options.group_size}, {choice}, {threads_used}"
     say_paragraph("From:", str(checkpoint.folder))
     say_paragraph("To:", str(output.folder))
-    say_paragraph("How:", how)
+    say_paragraph(
+        "How:",
+        f"format {options.format}, groups of {options.group_size}, {choice},"
+        f" {count_of(threads, 'thread')}",
+    )
     print_table(plan, checkpoint)
     say()
 
@@ -7018,27 +6997,27 @@ def print_needs(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: i
     """Print how much disk and memory a run needs, and how much there is."""
     needed, free = output.room()
     shortage = ": not enough" if needed > free else ""
-    disk = f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}"
-    say_paragraph("Disk:", disk)
-
-    peak = format_bytes(guard.own() + buffer_bytes(plan, threads))
-    available = format_bytes(guard.read().available)
-    least = format_bytes(guard.min_free)
-    memory = f"about {peak} at the peak; {available} available, stops below {least}"
-    say_paragraph("Memory:", memory)
-
+    say_paragraph("Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
+    peak = guard.own() + buffer_bytes(plan, threads)
+    say_paragraph(
+        "Memory:",
+        f"about {format_bytes(peak)} at the peak; {format_bytes(guard.read().available)} available,"
+        f" stops below {format_bytes(guard.min_free)}",
+    )
     if shares_memory_with_gpu():
         free = format_bytes(psutil.virtual_memory().free)
-        seen = f"{free} free now, the page cache not counted"
-        say_paragraph("GPU:", f"shares this memory; its programs see {seen}")
+        say_paragraph(
+            "GPU:",
+            f"shares this memory; its programs see {free} free now, the page cache not counted",
+        )
 
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     """Print how many tensors there are of each packing and kind, and how large they are."""
     say(f"{'Plan':<35}{'tensors':>8}{'size':>10}", before="\n")
     inputs = len(checkpoint.tensors)
-    files = count_of(len(checkpoint.files), "file")
-    print_row("input", inputs, format_bytes(size_of(plan.tensors)), files)
+    size = format_bytes(size_of(plan.tensors))
+    print_row("input", inputs, size, count_of(len(checkpoint.files), "file"))
     if plan.stacks:
         weights = count_of(len(plan.tensors) - inputs + plan.stacks, "weight")
         print_row("  of these stacks of experts", plan.stacks, "", f"read as {weights}")
@@ -7053,8 +7032,8 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
 
     outputs = sum(len(tensor.outputs) for tensor in plan.tensors)
     shards = count_of(len(plan.shards), "shard")
-    shard_size = format_bytes(plan.options.shard_size_gb * GB)
-    print_row("output", outputs, format_bytes(plan.total_size), f"{shards}, up to {shard_size}")
+    note = f"{shards}, up to {format_bytes(plan.options.shard_size_gb * GB)}"
+    print_row("output", outputs, format_bytes(plan.total_size), note)
 
 
 def print_row(label: str, count: int, size: str, note: str = "") -> None:
@@ -7071,8 +7050,8 @@ def print_packed(plan: Plan, packing: Packing) -> None:
     if packing.bits == 8:
         label += f", by {packing.group_size}"
     after = sum(output.nbytes for tensor in tensors for output in tensor.outputs)
-    note = f"become {format_bytes(after)}"
-    print_row(label, len(tensors), format_bytes(size_of(tensors)), note)
+    size = format_bytes(size_of(tensors))
+    print_row(label, len(tensors), size, f"become {format_bytes(after)}")
     print_kinds(tensors)
 
     # Of tensors that are restored, the padding is cut off.
@@ -7223,9 +7202,10 @@ class ShardFile:
             while len(buffer):
                 count = os.preadv(fd, [buffer], position)
                 if not count:
-                    problem = "was cut off while it was read"
-                    advice = "find out by what, then convert again"
-                    raise QuantizeError(f"{self.path} {problem}: {advice}")
+                    raise QuantizeError(
+                        f"{self.path} was cut off while it was read: find out by what, then convert"
+                        " again"
+                    )
                 buffer = buffer[count:]
                 position += count
 
@@ -7289,7 +7269,9 @@ class OutputFolder:
         self.remove = survey.remove
         all_names = plan.hashes.keys() | self._planned_shards.keys()
         self.nothing_to_write = not self.remove and self.finished == all_names
-        self.existing = first_existing(folder)
+        # The folder, or the nearest one above it that exists.
+        parents = folder.absolute().parents
+        self.existing = next(path for path in (folder, *parents) if path.exists())
         self.is_as_it_was = True
         self._has_made_way = False
         self._lock = threading.Lock()
@@ -7303,6 +7285,28 @@ class OutputFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        paths = self._by_kind(entries)
+        if FOREIGN in paths:
+            names = quote_names(path.name for path in paths[FOREIGN])
+            raise QuantizeError(
+                f"output folder {self.folder} holds {names}, not written by this program or changed"
+                " since: choose a new or empty folder, or move it away"
+            )
+        if self.overwrite:
+            return Survey(set(), entries)
+        if OF_ANOTHER_RUN in paths:
+            names = quote_names(path.name for path in paths[OF_ANOTHER_RUN])
+            difference = self._how_it_differs(paths[OF_ANOTHER_RUN])
+            raise QuantizeError(
+                f"output folder {self.folder} holds {names} of another run: {difference}:"
+                " --overwrite starts afresh, or choose another folder"
+            )
+
+        finished = {path.name for path in paths.get(FINISHED, [])}
+        return Survey(finished, paths.get(LEFTOVER, []))
+
+    def _by_kind(self, entries: list[Path]) -> dict[str, list[Path]]:
+        """Sort the folder's entries by what they are to this run."""
         # The `__metadata__` of this program's shards, also of those that are not finished.
         shards = {}
         # Names and SHA-256 of the other files that their runs wrote.
@@ -7312,26 +7316,11 @@ class OutputFolder:
             if METADATA_KEY in metadata:
                 shards[path] = metadata
                 written |= files_of_run(metadata).items()
+
         paths: dict[str, list[Path]] = {}
         for path in entries:
             paths.setdefault(self._classify(path, shards, written), []).append(path)
-
-        if FOREIGN in paths:
-            names = quote_names(path.name for path in paths[FOREIGN])
-            problem = "not written by this program or changed since"
-            advice = "choose a new or empty folder, or move it away"
-            raise QuantizeError(f"output folder {self.folder} holds {names}, {problem}: {advice}")
-        if self.overwrite:
-            return Survey(set(), entries)
-        if OF_ANOTHER_RUN in paths:
-            names = quote_names(path.name for path in paths[OF_ANOTHER_RUN])
-            told = [shards[path] for path in paths[OF_ANOTHER_RUN] if path in shards]
-            problem = f"{names} of another run: {self._how_it_differs(told)}"
-            advice = "--overwrite starts afresh, or choose another folder"
-            raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
-
-        finished = {path.name for path in paths.get(FINISHED, [])}
-        return Survey(finished, paths.get(LEFTOVER, []))
+        return paths
 
     def _classify(
         self, path: Path, shards: dict[Path, dict[str, str]], written: set[tuple[str, str]]
@@ -7342,8 +7331,9 @@ class OutputFolder:
         if planned and path in shards and self._is_of_this_run(shards[path]):
             with open(path, "rb") as file:
                 header = file.read(len(planned.header))
-            is_whole = header == planned.header and path.stat().st_size == planned.size
-            return FINISHED if is_whole else LEFTOVER
+            if header == planned.header and path.stat().st_size == planned.size:
+                return FINISHED
+            return LEFTOVER
 
         digest = ""
         names = self.plan.hashes.keys() | dict(written)
@@ -7355,31 +7345,32 @@ class OutputFolder:
         if unfinished and self.plan.fingerprint.startswith(unfinished[1]):
             return LEFTOVER
         # The index follows from the shards.
-        is_index = name == INDEX_NAME and any(SHARD_PATTERN.fullmatch(key.name) for key in shards)
+        is_index = name == INDEX_NAME and shards
         if unfinished or path in shards or (name, digest) in written or is_index:
             return OF_ANOTHER_RUN
         return FOREIGN
 
     def _is_of_this_run(self, metadata: dict[str, str]) -> bool:
-        """Return whether a shard is of this run's sources, of these times, and options."""
+        """Return whether a shard was made with this run's options, of sources of the same times."""
         is_alike = metadata[METADATA_KEY] == self.plan.fingerprint
         return is_alike and metadata.get(FACTS_KEY) == json.dumps(self.plan.facts)
 
-    def _how_it_differs(self, shards: list[dict[str, str]]) -> str:
+    def _how_it_differs(self, paths: list[Path]) -> str:
         """Describe how the sources and options of another run differ, as its first shard tells."""
-        told = [metadata for metadata in shards if FACTS_KEY in metadata]
-        if not told:
-            return "its options are not known"
-        try:
-            difference = what_differs(parse_facts(told[0][FACTS_KEY]), self.plan.facts)
-        except FactsError as error:
-            return str(error)
-        if told[0][METADATA_KEY] == self.plan.fingerprint:
-            difference = (
-                "the times of source files changed (--verify tells whether a finished INT4 folder"
-                " is still of them)"
-            )
-        return difference or f"tensors, {CONFIG_NAME} or another file that is copied changed"
+        for metadata in map(read_metadata, paths):
+            if FACTS_KEY not in metadata:
+                continue
+            try:
+                difference = what_differs(parse_facts(metadata[FACTS_KEY]), self.plan.facts)
+            except FactsError as error:
+                return str(error)
+            if metadata.get(METADATA_KEY) == self.plan.fingerprint:
+                difference = (
+                    "the times of source files changed (--verify tells whether a finished INT4"
+                    " folder is still of them)"
+                )
+            return difference or f"tensors, {CONFIG_NAME} or another file that is copied changed"
+        return "its options are not known"
 
     def room(self) -> tuple[int, int]:
         """Count the bytes that are still to write, and those that are free for it once leftovers
@@ -7406,17 +7397,21 @@ class OutputFolder:
             return ""
         if os.statvfs(self.existing).f_flag & os.ST_RDONLY:
             return f"{self.existing} {READ_ONLY}"
-        problem = f"Permission denied: {self.existing} is not writable"
-        return f"{problem}, choose another or change its owner"
+        return (
+            f"Permission denied: {self.existing} is not writable, choose another or change its"
+            " owner"
+        )
 
     def lack_of_room(self) -> str:
         """Describe by how much the disk is too small for what is to be written, if it is."""
         needed, free = self.room()
         if needed <= free:
             return ""
-        problem = f"{format_bytes(needed)} to write, but the disk of {self.folder} has"
-        problem += f" {format_bytes(free)} free"
-        return f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
+        return (
+            f"{format_bytes(needed)} to write, but the disk of {self.folder} has"
+            f" {format_bytes(free)} free: make room for {format_bytes(needed - free)} more or"
+            " choose another disk"
+        )
 
     def prepare(self) -> None:
         """Create and lock the folder, and look at it again.
@@ -7427,14 +7422,16 @@ class OutputFolder:
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            problem = "another run is writing to it, wait for it"
-            raise QuantizeError(f"output folder {self.folder}: {problem}") from None
+            raise QuantizeError(
+                f"output folder {self.folder}: another run is writing to it, wait for it"
+            ) from None
         except OSError:
             # Some network file systems have no such locks.
             pass
         if self._survey() != Survey(self.finished, self.remove):
-            problem = "changed since it was looked at: start again"
-            raise QuantizeError(f"output folder {self.folder} {problem}")
+            raise QuantizeError(
+                f"output folder {self.folder} changed since it was looked at: start again"
+            )
 
     def make_way(self) -> None:
         """Remove leftovers, the index first: without it a folder is unfinished.
@@ -7479,11 +7476,6 @@ class OutputFolder:
     def close(self) -> None:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
-
-
-def first_existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def write_copy(source: BinaryIO, target: Path) -> str:
@@ -9256,9 +9248,7 @@ class Progress:
     def restart(self) -> None:
         """Count time from here."""
         self.started = time.monotonic()
-        self._next = self.started
-        if not is_terminal(sys.stdout):
-            self._next += PROGRESS_INTERVAL_S[False]
+        self._next = self.started + PROGRESS_INTERVAL_S[is_terminal(sys.stdout)]
 
     def mark(self, stage: str) -> None:
         """Note the memory at a stage, for the table at the end."""
@@ -9296,17 +9286,14 @@ class Progress:
             left = math.ceil(elapsed / share * (1 - share) / 5) * 5
             parts.append(f"about {format_time_left(left)} left")
 
-        done = format_bytes(account.nbytes_done)
-        rate = format_bytes(account.nbytes_done / max(elapsed, 1e-9))
+        done = account.nbytes_done
         memory = self.guard.read()
-        used = format_bytes(memory.used)
-        available = format_bytes(memory.available)
         return [
             *parts,
-            f"{done} of {format_bytes(account.nbytes)}",
-            f"{rate}/s",
+            f"{format_bytes(done)} of {format_bytes(account.nbytes)}",
+            f"{format_bytes(done / max(elapsed, 1e-9))}/s",
             f"{account.tensors_done:,}/{tensors}",
-            f"RAM {used} used, {available} available",
+            f"RAM {format_bytes(memory.used)} used, {format_bytes(memory.available)} available",
         ]
 
 
@@ -9325,26 +9312,24 @@ def format_time_left(seconds: float) -> str:
 
 
 def print_summary(plan: Plan, account: Account, progress: Progress) -> None:
-    """Print what was done, how long it took and how much memory it used."""
+    """Print how long it took, what it made and how much memory it used."""
     seconds = time.monotonic() - progress.started
     rate = format_bytes(account.nbytes / max(seconds, 1e-9))
     say(f"Done in {format_seconds(seconds)}, {rate}/s")
-    say_paragraph("Result:", describe_result(plan))
-    print_memory(progress)
 
-
-def describe_result(plan: Plan) -> str:
-    """Return the sizes before and after, and how many tensors were quantized or restored."""
     before = size_of(plan.tensors)
-    after = plan.total_size
+    packed = sum(tensor.packing is not None for tensor in plan.tensors)
     verb = "restored"
     smaller = ""
     if not plan.options.restore:
         verb = "quantized"
-        smaller = f" ({three_digits(before / max(after, 1))} times smaller)"
-    packed = sum(tensor.packing is not None for tensor in plan.tensors)
-    counts = f"{count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept"
-    return f"{format_bytes(before)} became {format_bytes(after)}{smaller}; {counts}"
+        smaller = f" ({three_digits(before / max(plan.total_size, 1))} times smaller)"
+    say_paragraph(
+        "Result:",
+        f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller};"
+        f" {count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept",
+    )
+    print_memory(progress)
 
 
 def print_memory(progress: Progress) -> None:
@@ -9393,7 +9378,10 @@ def print_verification(verification: Verification) -> None:
     say()
     print_errors(verification)
     say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
-    print_worst(verification.errors)
+    errors = verification.errors
+    for name in sorted(errors, key=lambda name: errors[name][0], reverse=True)[:5]:
+        error = three_digits(errors[name][0])
+        say(f"  worst: {error}  {shorten(name, terminal_width() - 18)}")
     if verification.clipped:
         print_clipped(verification.clipped)
     if verification.blind:
@@ -9443,16 +9431,11 @@ def print_errors_of_kind(kind: str, errors: list[list[float]]) -> None:
     say(line)
 
 
-def print_worst(errors: dict[str, list[float]]) -> None:
-    """Print the names of the five weights with the largest errors."""
-    for name in sorted(errors, key=lambda name: errors[name][0], reverse=True)[:5]:
-        error = three_digits(errors[name][0])
-        say(f"  worst: {error}  {shorten(name, terminal_width() - 18)}")
-
-
 def print_bounds(rule: str) -> None:
     """Print how closely codes are checked without the statistics that they were chosen by."""
-    reach = 0.5 + (MAX_CHANGE if FEEDBACK in rule else 0)
+    reach = 0.5
+    if FEEDBACK in rule:
+        reach += MAX_CHANGE
     use = rule.partition(" ")[2]
     say_paragraph(
         "Note:",
@@ -9467,9 +9450,12 @@ def print_clipped(clipped: dict[str, Measured]) -> None:
     count = sum(measured.clipped for measured in clipped.values())
     farthest = max(clipped, key=lambda name: clipped[name].reach)
     reach = three_digits(clipped[farthest].reach)
-    weights = f"{count_of(count, 'weight')} {'lies' if count == 1 else 'lie'}"
-    text = f"{weights} more than {FAR_SCALES} scales from what is decoded, up to {reach}"
-    say_paragraph("  clipped:", f"{text} in {farthest}")
+    verb = "lies" if count == 1 else "lie"
+    say_paragraph(
+        "  clipped:",
+        f"{count_of(count, 'weight')} {verb} more than {FAR_SCALES} scales from what is decoded, up"
+        f" to {reach} in {farthest}",
+    )
 
 
 # ---- Command: what is done, in which order -------------------------------------------------------
@@ -9481,13 +9467,15 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress(guard)
     args.threads = args.threads or usable_cores()
     check_folders(args)
-    finished = is_to_be_verified_only(args)
+    # Of a folder that is finished, --verify writes nothing.
+    is_finished = (args.output_dir / INDEX_NAME).exists()
+    only_verify = args.verify and is_finished and not args.overwrite and not args.dry_run
     with contextlib.closing(Checkpoint(args.input_dir, args.config_dir)) as checkpoint:
-        plan = plan_as_asked(args, checkpoint, finished)
+        plan = plan_as_asked(args, checkpoint, only_verify)
         if args.list:
             print_list(plan)
             return
-        if finished:
+        if only_verify:
             verify(args, checkpoint, plan, progress)
             return
 
@@ -9509,13 +9497,6 @@ def check_folders(args: argparse.Namespace) -> None:
             )
 
 
-def is_to_be_verified_only(args: argparse.Namespace) -> bool:
-    """Return whether nothing is to be written: --verify, of a folder that is finished."""
-    if not args.verify or args.overwrite or args.dry_run:
-        return False
-    return (args.output_dir / INDEX_NAME).exists()
-
-
 def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bool) -> Plan:
     """Plan what the arguments ask for.
 
@@ -9535,11 +9516,12 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
 
     if finished:
         options = options_of_finished(args.output_dir, asked, checkpoint)
-        return plan_conversion(checkpoint, options, statistics)
-    asked["format"] = args.format or "int4"
-    asked["scale"] = scale
-    asked["shard_size_gb"] = args.shard_size_gb or DEFAULT_SHARD_SIZE_GB
-    return plan_conversion(checkpoint, Options(**asked), statistics)
+    else:
+        asked["format"] = args.format or "int4"
+        asked["scale"] = scale
+        asked["shard_size_gb"] = args.shard_size_gb or DEFAULT_SHARD_SIZE_GB
+        options = Options(**asked)
+    return plan_conversion(checkpoint, options, statistics)
 
 
 def plan_restoration_as_asked(args: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
@@ -9560,16 +9542,19 @@ def options_of_finished(folder: Path, asked: dict, checkpoint: Checkpoint) -> Op
     It is an error if the options that are given, or the checkpoint, are others."""
     made = read_facts(folder)
     if made["options"]["restore"]:
-        problem = "holds a restored checkpoint, and --verify is for what it was restored from"
-        raise QuantizeError(f"{folder} {problem}")
+        raise QuantizeError(
+            f"{folder} holds a restored checkpoint, and --verify is for what it was restored from"
+        )
 
     given = {name: value for name, value in asked.items() if value}
     options = made["options"] | given
     now = {"version": FORMAT_VERSION, "options": options, "sources": checkpoint.sources}
     differences = what_differs(made, now)
     if differences:
-        remedy = "verify it with the checkpoint, the options and the version that it was made with"
-        raise QuantizeError(f"{folder} was made differently: {differences}: {remedy}")
+        raise QuantizeError(
+            f"{folder} was made differently: {differences}: verify it with the checkpoint, the"
+            " options and the version that it was made with"
+        )
     return Options(**options)
 
 
@@ -9615,14 +9600,8 @@ def convert(
 
     shards = []
     for shard in plan.shards:
-        file = ShardFile(
-            output.folder,
-            shard,
-            plan.fingerprint,
-            finished=shard.name in output.finished,
-            before_writing=output.make_way,
-        )
-        shards.append(file)
+        finished = shard.name in output.finished
+        shards.append(ShardFile(output.folder, shard, plan.fingerprint, finished, output.make_way))
     task = "restoring" if plan.options.restore else "quantizing"
     conversion = Conversion(checkpoint, plan, shards, task)
 
@@ -9669,11 +9648,11 @@ def describe_kept(output: OutputFolder, shards: list[ShardFile]) -> str:
 
     count = sum(shard.finished for shard in shards)
     verb = "is" if count == 1 else "are"
-    command = "the same command"
-    if output.overwrite:
-        command += " without --overwrite"
-    finished = f"{count:,} of {count_of(len(shards), 'shard')} {verb} finished and kept"
-    return f"{finished}, {command} continues"
+    how = " without --overwrite" if output.overwrite else ""
+    return (
+        f"{count:,} of {count_of(len(shards), 'shard')} {verb} finished and kept, the same"
+        f" command{how} continues"
+    )
 
 
 def verify(
@@ -9681,8 +9660,10 @@ def verify(
 ) -> None:
     """Compare a finished folder with its source."""
     say()
-    task = f"by decoding every weight and comparing it with {checkpoint.folder}"
-    say_paragraph("Verifying", f"{args.output_dir} {task}")
+    say_paragraph(
+        "Verifying",
+        f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}",
+    )
     verification = Verification(checkpoint, plan, args.output_dir)
     progress.restart()
     try:
@@ -9695,8 +9676,10 @@ def verify(
         count = count_of(len(verification.problems), "problem")
         remedy = "convert again into another folder"
         if read_facts(args.output_dir)["sources"] != checkpoint.sources:
-            source = f"{checkpoint.folder}, where file times have changed since"
-            remedy = f"if it was made from {source}, {remedy}"
+            remedy = (
+                f"if it was made from {checkpoint.folder}, where file times have changed since,"
+                f" {remedy}"
+            )
         raise QuantizeError(
             f"verification of {args.output_dir} found {count}, listed above: {remedy}"
         )

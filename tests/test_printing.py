@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from checkpoints import save_model
-from conftest import command, plain, quantize, run_in_terminal
+from conftest import command, quantize, run_in_terminal
 from folders import folder_bytes
 
 import quantize_int4 as q
@@ -43,7 +43,7 @@ def test_no_line_is_wider_than_the_terminal(awkward, tmp_path):
     for options, columns in ((["--verify"], 60), (["--dry_run"], 60), (["--help"], 80), ([], 60)):
         text, code = run_in_terminal(command(awkward, tmp_path / "out", *options), 60)
         assert code == 0
-        lines = [line.rpartition("\r\033[K")[2] for line in plain(text).split("\n")]
+        lines = [line.rpartition("\r\033[K")[2] for line in text.split("\n")]
         assert max(map(len, lines)) <= columns
 
 
