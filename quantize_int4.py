@@ -90,7 +90,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import difflib
-import enum
 import errno
 import fcntl
 import functools
@@ -133,9 +132,6 @@ __version__ = "1.0.0"
 
 # What every error begins with.
 ERROR = "error: "
-# Select graphic rendition (ECMA-48).
-BOLD_RED = "31;1"
-GREEN = "32"
 # On a terminal: back to the line's start, erase to its end (ECMA-48).
 CLEAR_LINE = "\r\033[K"
 SEE_HELP = " (see quantize_int4.py --help)"
@@ -152,14 +148,6 @@ def terminal_width() -> int:
     if is_terminal(sys.stdout) or os.environ.get("COLUMNS"):
         return shutil.get_terminal_size().columns
     return 80
-
-
-def paint(text: str, colour: str, stream: TextIO | None) -> str:
-    """Colour a text for a terminal that shows colours. For any other stream, return it as it is."""
-    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if not colour or is_plain or not is_terminal(stream):
-        return text
-    return f"\033[{colour}m{text}\033[m"
 
 
 def printable(text: str) -> str:
@@ -188,48 +176,119 @@ class Parser(argparse.ArgumentParser):
                 ": quote a value with a space or a *, and give --exclude or --int8 once for each"
                 " pattern"
             )
-        self.exit(2, f"{paint(ERROR, BOLD_RED, sys.stderr)}{message}{SEE_HELP}\n")
+        self.exit(2, f"{ERROR}{message}{SEE_HELP}\n")
 
 
 def checked(
-    rule: str, convert: Callable, accept: Callable = lambda value: True
-) -> Callable[[str], object]:
-    """Return a function that converts an option's text, and refuses it as not what `rule` says."""
+    metavar: str, rule: str, convert: Callable, accept: Callable = lambda value: True
+) -> dict:
+    """Return settings of an option whose text is converted, and refused as not what `rule` says.
+
+    An empty text is always refused: it comes of a variable that is not set, and would be the
+    current folder, or match every name."""
 
     def parse(text: str) -> object:
         try:
             value = convert(text)
-            is_valid = accept(value)
+            is_valid = text and accept(value)
         except (ValueError, re.error):
             is_valid = False
         if not is_valid:
             raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
         return value
 
-    return parse
+    return {"metavar": metavar, "type": parse}
 
 
-def nonempty_path(text: str) -> Path:
-    """Return a path. The empty one would be the current folder, as where a variable is not set."""
-    if not text:
-        raise ValueError
-    return Path(text)
+@dataclass(frozen=True)
+class Option:
+    """A row of `OPTIONS`: its name, its help, and the settings by which argparse reads it."""
+
+    name: str
+    text: str
+    settings: dict
 
 
-def nonempty_pattern(text: str) -> str:
-    """Return a regular expression as it is. The empty one would match every name."""
-    if not text:
-        raise ValueError
-    return re.compile(text).pattern
-
-
-FOLDER = checked("the name of a folder", nonempty_path)
-FILE = checked("the name of a file", nonempty_path)
-PATTERN = checked("a regular expression", nonempty_pattern)
-MULTIPLE_OF_8 = checked("a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
-THREADS = checked("a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
-POSITIVE_GB = checked("a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
-GIGABYTES = checked("a number of gigabytes", float, lambda n: 0 <= n <= 1e9)
+FLAG = {"action": "store_true"}
+FOLDER = checked("DIR", "the name of a folder", Path)
+FILE = checked("FILE", "the name of a file", Path)
+GIGABYTES = checked("GB", "a number of gigabytes", float, lambda n: 0 <= n <= 1e9)
+POSITIVE_GB = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
+MULTIPLE_OF_8 = checked("N", "a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
+THREADS = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
+PATTERN = checked("REGEX", "a regular expression", lambda text: re.compile(text).pattern)
+PATTERNS = PATTERN | {"action": "append", "default": []}
+OPTIONS = (
+    Option("input_dir", "folder of the merged checkpoint (safetensors or torch pickles)", FOLDER),
+    Option("output_dir", "folder to write to: new, empty or left by an earlier run", FOLDER),
+    Option(
+        "config_dir",
+        "folder of config.json, the tokenizer and so on, if it is not --input_dir",
+        FOLDER,
+    ),
+    Option(
+        "format",
+        "layout of the output, see below: int4 (default), compressed-tensors or gptq",
+        {"metavar": "NAME"},
+    ),
+    Option(
+        "group_size",
+        "columns that share a scale, a multiple of 8 (default: 128; for engines see below)",
+        MULTIPLE_OF_8,
+    ),
+    Option(
+        "shard_size_gb",
+        "size limit of an output file, in 10^9 bytes; only a larger tensor exceeds it"
+        f" (default: {DEFAULT_SHARD_SIZE_GB})",
+        POSITIVE_GB,
+    ),
+    Option(
+        "exclude",
+        "keep tensors whose name matches this regular expression anywhere; may be repeated",
+        PATTERNS,
+    ),
+    Option(
+        "scale",
+        "how scales are chosen, see below (default: absmax; for engines: mse)",
+        {"choices": ("absmax", "mse")},
+    ),
+    Option(
+        "importance",
+        "activation statistics file (safetensors), see below; needs --scale mse",
+        FILE,
+    ),
+    Option(
+        "int8",
+        "use 8 bits for tensors whose name matches this regular expression anywhere"
+        " (compressed-tensors only); may be repeated",
+        PATTERNS,
+    ),
+    Option("quantize_embeddings", "quantize embeddings too (int4 only; default: keep them)", FLAG),
+    Option(
+        "min_free_gb",
+        "stop when less memory is available, in 10^9 bytes; container limits count (default: 10)",
+        GIGABYTES | {"default": 10.0},
+    ),
+    Option("threads", "worker threads (default: the cores that this process may use)", THREADS),
+    Option("dry_run", "print the plan and stop; write nothing", FLAG),
+    Option(
+        "list",
+        "with --dry_run: instead of the plan, print a line for each tensor, separated by tabs",
+        FLAG,
+    ),
+    Option(
+        "verify",
+        "compare every weight with the source, after writing or in a finished folder",
+        FLAG,
+    ),
+    Option("restore", "the reverse: decode a folder of any format into a plain checkpoint", FLAG),
+    Option(
+        "overwrite",
+        "replace what an earlier run left in the output folder, and nothing else",
+        FLAG,
+    ),
+    Option("debug", "show a traceback with an error", FLAG),
+)
 
 
 def make_parser() -> Parser:
@@ -241,84 +300,9 @@ def make_parser() -> Parser:
         argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1
     )
     # The two folders without their options.
-    parser.add_argument("folders", nargs="*", type=FOLDER, help=argparse.SUPPRESS)
-
-    def add(name: str, text: str, convert: Callable, metavar: str, **settings: object) -> None:
-        parser.add_argument(f"--{name}", help=text, type=convert, metavar=metavar, **settings)
-
-    def add_folder(name: str, text: str) -> None:
-        add(name, text, FOLDER, "DIR")
-
-    def add_patterns(name: str, text: str) -> None:
-        add(name, text, PATTERN, "REGEX", action="append", default=[])
-
-    def add_flag(name: str, text: str) -> None:
-        parser.add_argument(f"--{name}", help=text, action="store_true")
-
-    add_folder("input_dir", "folder of the merged checkpoint (safetensors or torch pickles)")
-    add_folder("output_dir", "folder to write to: new, empty or left by an earlier run")
-    add_folder(
-        "config_dir", "folder of config.json, the tokenizer and so on, if it is not --input_dir"
-    )
-    add(
-        "format",
-        "layout of the output, see below: int4 (default), compressed-tensors or gptq",
-        str,
-        "NAME",
-    )
-    add(
-        "group_size",
-        "columns that share a scale, a multiple of 8 (default: 128; for engines see below)",
-        MULTIPLE_OF_8,
-        "N",
-    )
-    add(
-        "shard_size_gb",
-        "size limit of an output file, in 10^9 bytes; only a larger tensor exceeds it"
-        f" (default: {DEFAULT_SHARD_SIZE_GB})",
-        POSITIVE_GB,
-        "GB",
-    )
-    add_patterns(
-        "exclude",
-        "keep tensors whose name matches this regular expression anywhere; may be repeated",
-    )
-    parser.add_argument(
-        "--scale",
-        help="how scales are chosen, see below (default: absmax; for engines: mse)",
-        choices=("absmax", "mse"),
-    )
-    add(
-        "importance",
-        "activation statistics file (safetensors), see below; needs --scale mse",
-        FILE,
-        "FILE",
-    )
-    add_patterns(
-        "int8",
-        "use 8 bits for tensors whose name matches this regular expression anywhere"
-        " (compressed-tensors only); may be repeated",
-    )
-    add_flag("quantize_embeddings", "quantize embeddings too (int4 only; default: keep them)")
-    add(
-        "min_free_gb",
-        "stop when less memory is available, in 10^9 bytes; container limits count (default: 10)",
-        GIGABYTES,
-        "GB",
-        default=10.0,
-    )
-    add("threads", "worker threads (default: the cores that this process may use)", THREADS, "N")
-    add_flag("dry_run", "print the plan and stop; write nothing")
-    add_flag(
-        "list",
-        "with --dry_run: instead of the plan, print a line for each tensor, separated by tabs",
-    )
-    add_flag(
-        "verify", "compare every weight with the source, after writing or in a finished folder"
-    )
-    add_flag("restore", "the reverse: decode a folder of any format into a plain checkpoint")
-    add_flag("overwrite", "replace what an earlier run left in the output folder, and nothing else")
-    add_flag("debug", "show a traceback with an error")
+    parser.add_argument("folders", nargs="*", type=FOLDER["type"], help=argparse.SUPPRESS)
+    for option in OPTIONS:
+        parser.add_argument(f"--{option.name}", help=option.text, **option.settings)
     parser.add_argument("--version", action="version", version=f"quantize_int4.py {__version__}")
     return parser
 
@@ -342,24 +326,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def with_underscores(argument: str) -> str:
     """Return an argument with underscores in its option's name. A value stays as it is."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = f"--{name[2:].replace('-', '_')}"
+    return name + equals + value
 
 
 def check_together(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with a usage error if the options make no sense together."""
-    decides_layout = (
-        args.format,
-        args.group_size,
-        args.exclude,
-        args.int8,
-        args.scale,
-        args.importance,
-        args.quantize_embeddings,
-    )
-    if args.restore and (args.verify or any(decides_layout)):
+    names = "verify format group_size exclude int8 scale importance quantize_embeddings"
+    if args.restore and any(getattr(args, name) for name in names.split()):
         parser.error(
             "--restore takes the layout from the folder: leave out --verify and the options that"
             " decide the layout, such as --format"
@@ -1409,7 +1385,7 @@ if ARGUMENTS:
             else ""
         )
         what = f"{', '.join(missing)}: pip install {' '.join(missing)}"
-        sys.exit(f"{paint(ERROR, BOLD_RED, sys.stderr)}missing: {what}{cpu}")
+        sys.exit(f"{ERROR}missing: {what}{cpu}")
     with contextlib.suppress(OSError):
         print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
     atexit.register(end_compilations)
@@ -1722,10 +1698,10 @@ def quote_names(names: Iterable[str]) -> str:
 # ---- Words: lines, names and numbers as the user reads them --------------------------------------
 
 
-def say(text: str = "", before: str = "", end: str = "\n", colour: str = "") -> None:
+def say(text: str = "", before: str = "", end: str = "\n") -> None:
     """Print `before` as it is, then `text` with its control characters escaped."""
     try:
-        print(before + paint(printable(text), colour, sys.stdout), end=end, flush=True)
+        print(before + printable(text), end=end, flush=True)
     except OSError:
         # A reader that has gone or a full log must not end a long run. The stream stays open as
         # long as the process.
@@ -5615,7 +5591,7 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
         "sources": checkpoint.sources,
         "dtypes": {} if options.restore else dtypes_of_packed(tensors),
     }
-    # The times of the weights' files decide nothing: they call for a comparison.
+    # The times of the weights' files decide no byte. What was made at other times is refused.
     timeless = facts | {"sources": {name: size for name, (size, _) in facts["sources"].items()}}
     shapes = [(tensor.source.name, tensor.source.dtype, tensor.source.shape) for tensor in tensors]
     fingerprint = hashlib.sha256(json.dumps([timeless, hashes, shapes]).encode()).hexdigest()
@@ -5962,14 +5938,12 @@ TRAINERS_NAMES = (
 REFUSED = "refused"
 WARNING = "warning"
 NOTE = "note"
-# What a rule looks at, and so from when on it can be asked.
+# What a rule applies to, and so from when on it can be asked.
 CHECKPOINT = "checkpoint"
 STACKS = "stacks of experts"
 TENSORS = "planned tensors"
-# Formats that a rule is for.
-EVERY_FORMAT = "every format"
-ENGINE_FORMATS = "formats for engines"
-OTHER_FORMATS = "formats for other readers"
+FOR_ENGINES = "planned tensors of a format for engines"
+FOR_OTHERS = "planned tensors of a format for other readers"
 
 
 @dataclass(frozen=True)
@@ -6001,16 +5975,28 @@ class Draft:
         return [tensor.source for tensor in self.tensors if tensor.packing]
 
     @functools.cached_property
+    def widths(self) -> set[int]:
+        """The bits of the packed weights' codes."""
+        return {tensor.packing.bits for tensor in self.tensors if tensor.packing}
+
+    @functools.cached_property
     def conv1d(self) -> list[TensorInfo]:
         """The packed weights of GPT-2's Conv1D, which lie as (in, out)."""
         inside = [info for info in self.packed if re.search(r"\.\d+\.", info.name)]
-        if oddity_with("conv1d", self.config).conv1d:
-            return inside
+        is_known = oddity_with("conv1d", self.config).conv1d
         for info in inside:
             rows, columns = info.shape
-            if info.name.endswith(".c_attn.weight") and columns == 3 * rows:
+            if is_known or (info.name.endswith(".c_attn.weight") and columns == 3 * rows):
                 return inside
         return []
+
+    @property
+    def nameable(self) -> list[TensorInfo]:
+        """What a pattern may name: all tensors, and the experts of stacks that stay whole."""
+        infos = list(self.sources)
+        for stack in self.stacks.values():
+            infos += stack.weights
+        return infos
 
     @functools.cached_property
     def layers(self) -> dict[str, dict[int, set[str]]]:
@@ -6019,9 +6005,8 @@ class Draft:
         for info in self.sources:
             match = LAYER_PATTERN.match(info.name)
             if match:
-                container = f"{match[1]}.{match[2]}".lstrip(".")
-                names = layers.setdefault(container, {}).setdefault(int(match[3]), set())
-                names.add(info.name[match.end() :])
+                numbers = layers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), {})
+                numbers.setdefault(int(match[3]), set()).add(info.name[match.end() :])
         return layers
 
     @functools.cached_property
@@ -6043,23 +6028,23 @@ class Rule:
     messages where it is broken."""
 
     severity: str
-    subject: str
-    formats: str
+    applies_to: str
     check: Callable[[Draft], Iterator[str]]
 
 
 def messages(draft: Draft, severity: str, subject: str = TENSORS) -> Iterator[str]:
     """Yield what the rules of a severity and subject have to say of a draft."""
-    formats = (EVERY_FORMAT, ENGINE_FORMATS if draft.form.for_engines else OTHER_FORMATS)
+    subjects = [subject]
+    if subject == TENSORS:
+        subjects.append(FOR_ENGINES if draft.form.for_engines else FOR_OTHERS)
     for rule in RULES:
-        if (rule.severity, rule.subject) == (severity, subject) and rule.formats in formats:
+        if rule.severity == severity and rule.applies_to in subjects:
             yield from rule.check(draft)
 
 
 def refuse(draft: Draft, subject: str) -> None:
     """Raise the first message of the rules by which a draft is refused."""
-    message = next(messages(draft, REFUSED, subject), None)
-    if message:
+    for message in messages(draft, REFUSED, subject):
         raise QuantizeError(message)
 
 
@@ -6141,12 +6126,9 @@ PACKED_PART = (
 
 def check_int8(draft: Draft) -> Iterator[str]:
     """Check that the format has two widths if --int8 asks for them."""
-    form = draft.form
-    if draft.options.int8 and not form.has_two_widths:
-        reason = "its words hold codes of 4 bits alone"
-        if form.for_engines:
-            reason = f"not all of {form.name}'s readers know two widths"
-        yield f"--int8 is not for {form.name}: {reason}: use --format compressed-tensors"
+    if draft.options.int8 and not draft.form.has_two_widths:
+        reason = "not all of its readers know two widths"
+        yield f"--int8 is not for {draft.form.name}: {reason}: use --format compressed-tensors"
 
 
 def check_fitness(draft: Draft) -> Iterator[str]:
@@ -6169,18 +6151,15 @@ def check_low_rank_updates(draft: Draft) -> Iterator[str]:
     infos = draft.checkpoint.tensors
     inside: dict[str, list[TensorInfo]] = {}
     for name, info in infos.items():
-        if len(info.shape) != 2:
-            continue
         for end in re.finditer(r"\.", name):
             owner = f"{name[: end.start()]}.weight"
-            if owner in infos and owner != name:
+            if len(info.shape) == 2 and owner in infos and owner != name:
                 inside.setdefault(owner, []).append(info)
     for owner, parts in inside.items():
-        shape = infos[owner].shape
         for down, up in itertools.permutations(parts, 2):
+            product = (up.shape[0], down.shape[1])
             rank = down.shape[0]
-            is_pair = up.shape[1] == rank and (up.shape[0], down.shape[1]) == shape
-            if is_pair and rank < min(shape):
+            if product == infos[owner].shape and rank == up.shape[1] < min(product):
                 yield describe_unfit(down, ADAPTER)
 
 
@@ -6224,18 +6203,12 @@ def check_stacks(draft: Draft) -> Iterator[str]:
 # What the options make of it.
 
 
-def check_exclude(draft: Draft) -> Iterator[str]:
-    """Check that each pattern of --exclude matches something, be it an expert of a kept stack."""
-    infos = list(draft.sources)
-    for stack in draft.stacks.values():
-        infos += stack.weights
+def check_patterns(draft: Draft) -> Iterator[str]:
+    """Check that each pattern of --exclude matches something, be it an expert of a kept stack, and
+    each of --int8 something that is packed."""
     for pattern in draft.options.exclude:
-        if not any(named_by([pattern], info) for info in infos):
+        if not any(named_by([pattern], info) for info in draft.nameable):
             yield describe_useless_pattern(draft, "--exclude", pattern)
-
-
-def check_int8_patterns(draft: Draft) -> Iterator[str]:
-    """Check that each pattern of --int8 matches something that is packed."""
     for pattern in draft.options.int8:
         matched = [tensor for tensor in draft.tensors if named_by([pattern], tensor.source)]
         if not matched:
@@ -6249,9 +6222,7 @@ def check_int8_patterns(draft: Draft) -> Iterator[str]:
 
 def describe_useless_pattern(draft: Draft, option: str, pattern: str) -> str:
     """Describe a pattern that matches nothing, with what may have been meant."""
-    names = [info.name for info in draft.sources]
-    for stack in draft.stacks.values():
-        names += [weight.name for weight in stack.weights]
+    names = [info.name for info in draft.nameable]
     parts = re.findall(r"[^,\s]+", pattern)
     if len(parts) > 1 and all(any(part in name for name in names) for part in parts):
         joined = shlex.quote("|".join(parts))
@@ -6292,8 +6263,8 @@ def check_output_names(draft: Draft) -> Iterator[str]:
 
 
 def check_embeddings(draft: Draft) -> Iterator[str]:
-    """Check that engines hold packed embeddings if --quantize_embeddings asks for them."""
-    if draft.options.quantize_embeddings and "embeddings" in draft.form.whole_kinds:
+    """Check that --quantize_embeddings is not given: no engine holds them packed."""
+    if draft.options.quantize_embeddings:
         name = draft.form.name
         yield f"--quantize_embeddings: no engine reads them packed as {name}; int4 can"
 
@@ -6302,10 +6273,10 @@ def check_group_size(draft: Draft) -> Iterator[str]:
     """Check that engines' kernels have the group size."""
     sizes = draft.form.group_sizes
     if draft.options.group_size not in sizes:
-        required = [engine for engine in draft.form.engines if engine.required]
-        kernels = list_in_words(engine.kernels for engine in required)
+        required = [engine.kernels for engine in draft.form.engines if engine.required]
+        kernels = f"engines' kernels ({list_in_words(required)})"
         size = f"--group_size {draft.options.group_size}"
-        yield f"{size}: engines' kernels ({kernels}) have {list_in_words(reversed(sizes))}"
+        yield f"{size}: {kernels} have {list_in_words(reversed(sizes))}"
 
 
 def check_config(draft: Draft) -> Iterator[str]:
@@ -6317,31 +6288,29 @@ def check_config(draft: Draft) -> Iterator[str]:
 
 def check_conv1d(draft: Draft) -> Iterator[str]:
     """Check that no weight of GPT-2's Conv1D is packed."""
-    if draft.conv1d and "Conv1D" in draft.form.whole_kinds:
-        yield describe_weights(
-            draft.conv1d,
-            "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
-        )
+    yield from describe_weights(
+        draft.conv1d,
+        "of GPT-2's Conv1D, and so (in, out), which no engine reads packed; int4 can hold them",
+    )
 
 
 def check_names_in_memory(draft: Draft) -> Iterator[str]:
     """Check that the names in memory, under which an engine looks up entries of config.json, are
     known of each weight that needs an entry."""
-    converting = [engine for engine in draft.form.engines if engine.converts_tensors]
-    widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
+    least = min(draft.widths)
     renamed = []
     for tensor in draft.tensors:
-        usual = tensor.packing and tensor.packing.bits == min(widths)
+        usual = tensor.packing and tensor.packing.bits == least
         if tensor.in_memory is None and not usual:
             renamed.append(tensor.source)
-    if converting and renamed:
-        form = "kept" if len(widths) == 1 else "kept or in 8 bits"
-        yield describe_weights(
-            renamed,
-            f"{form} while {converting[0].label} calls them otherwise than the file does, so"
-            f" that no entry of {CONFIG_NAME} would tell it: drop the option that means them, or"
-            " use --format int4",
-        )
+    for engine in draft.form.engines:
+        if engine.converts_tensors:
+            yield from describe_weights(
+                renamed,
+                f"kept or in 8 bits while {engine.label} calls them otherwise than the file does,"
+                f" so that no entry of {CONFIG_NAME} would tell it: drop the option that means"
+                " them, or use --format int4",
+            )
 
 
 def check_columns(draft: Draft) -> Iterator[str]:
@@ -6350,31 +6319,23 @@ def check_columns(draft: Draft) -> Iterator[str]:
     for tensor in draft.tensors:
         if tensor.packing and tensor.source.shape[1] % tensor.packing.group_size:
             ragged.append(tensor.source)
-    if not ragged:
-        return
     sizes = draft.form.group_sizes
-    fitting = []
-    for size in sizes:
-        if not any(info.shape[1] % size for info in draft.packed):
-            fitting.append(size)
     remedy = f"none of {', '.join(map(str, sizes))} divides all: --exclude them"
-    if fitting:
-        remedy = f"--group_size {fitting[0]} divides all"
-    size = draft.options.group_size
-    problem = f"with columns that are no multiple of --group_size {size}"
-    yield describe_weights(ragged, f"{problem}: {remedy}")
+    for size in reversed(sizes):
+        if not any(info.shape[1] % size for info in draft.packed):
+            remedy = f"--group_size {size} divides all"
+    problem = f"with columns that are no multiple of --group_size {draft.options.group_size}"
+    yield from describe_weights(ragged, f"{problem}: {remedy}")
 
 
 def check_rows(draft: Draft) -> Iterator[str]:
     """Check that all rows fill the format's words."""
     multiple = draft.form.row_multiple
     ragged = [info for info in draft.packed if info.shape[0] % multiple]
-    if ragged:
-        yield describe_weights(
-            ragged,
-            f"with rows that are no multiple of {multiple}: --exclude them, or use"
-            " compressed-tensors",
-        )
+    yield from describe_weights(
+        ragged,
+        f"with rows that are no multiple of {multiple}: --exclude them, or use compressed-tensors",
+    )
 
 
 def check_fused_layers(draft: Draft) -> Iterator[str]:
@@ -6412,16 +6373,17 @@ def wholes_of(tensor: TensorPlan, form: Format) -> list[str]:
 
 
 def describe_fate(tensor: TensorPlan) -> str:
-    """Describe what becomes of a tensor, for a comparison."""
+    """Describe what becomes of a tensor beside others."""
     if tensor.packing:
         return f"{tensor.source.name!r} gets {tensor.packing.bits} bits"
     return f"{tensor.source.name!r} is kept ({tensor.kept_because})"
 
 
-def describe_weights(infos: list[TensorInfo], problem: str) -> str:
-    """Count the weights that have a problem, and give one as an example."""
-    weights = count_of(len(infos), "weight")
-    return f"{weights} {problem}; e.g. {infos[0].name!r} {infos[0].shape}"
+def describe_weights(infos: list[TensorInfo], problem: str) -> Iterator[str]:
+    """Count the weights that have a problem, if there are some, with one as an example."""
+    if infos:
+        weights = count_of(len(infos), "weight")
+        yield f"{weights} {problem}; e.g. {infos[0].name!r} {infos[0].shape}"
 
 
 def list_in_words(items: Iterable[object]) -> str:
@@ -6472,27 +6434,38 @@ def check_norms_and_biases(draft: Draft) -> Iterator[str]:
     vectors = set()
     for info in draft.sources:
         match = LAYER_PATTERN.match(info.name)
-        name = info.name[match.end() :] if match else ""
-        if len(info.shape) == 1 and name.endswith((".weight", ".bias")):
-            vectors.add(name)
+        if match and len(info.shape) == 1 and info.name.endswith((".weight", ".bias")):
+            vectors.add(info.name[match.end() :])
 
     missing = []
     for container, layers in draft.layers.items():
-        if container.endswith("experts"):
-            continue
-        kinds = Counter(map(frozenset, layers.values()))
-        for number, names in layers.items():
-            # Layers that are not rare are a kind of their own.
-            is_rare = kinds[frozenset(names)] <= max(1, len(layers) // 20)
-            fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
-            if is_rare and len(fuller) == 1:
-                lost = [f"{container}.{number}.{name}" for name in sorted(fuller[0] - names)]
-                missing += [name for name in lost if not re.search(LAYER_WITHOUT_NORM, name)]
+        if not container.endswith("experts"):
+            missing += missing_vectors(container, layers, vectors)
     if missing:
         yield (
             f"NORMS OR BIASES ARE MISSING: {len(missing):,} that the other layers of their kind"
             f" have are not in the checkpoint: {quote_names(missing)}. {ONES_OR_ZEROS}"
         )
+
+
+def missing_vectors(
+    container: str, layers: dict[int, set[str]], vectors: set[str]
+) -> Iterator[str]:
+    """Name what layers of a rare kind lack, where exactly one other kind has all that they have,
+    and beyond that only vectors."""
+    kinds = Counter(map(frozenset, layers.values()))
+    for number, names in layers.items():
+        fuller = [kind for kind in kinds if kind > names and kind - names <= vectors]
+        if are_few(kinds[frozenset(names)], len(layers)) and len(fuller) == 1:
+            for name in sorted(fuller[0] - names):
+                missing = f"{container}.{number}.{name}"
+                if not re.search(LAYER_WITHOUT_NORM, missing):
+                    yield missing
+
+
+def are_few(count: int, total: int) -> bool:
+    """Return whether blocks that lack something are too few to be a kind of their own."""
+    return count <= max(1, total // 20)
 
 
 def check_final_norm(draft: Draft) -> Iterator[str]:
@@ -6502,42 +6475,32 @@ def check_final_norm(draft: Draft) -> Iterator[str]:
     container = draft.largest_container
     if not draft.generates_text or post_norm or TOWER_WORDS.search(container):
         return
-    inside = set().union(*draft.layers.get(container, {}).values())
-    if not any(map(FIRST_NORM.match, inside)):
-        return
     for info in draft.sources:
         is_outside = not re.search(rf"\.\d+\.|{MTP_NAMES.pattern}", info.name)
         is_norm = re.search(NORM_NAME, info.name) and not TOWER_WORDS.search(info.name)
         if is_outside and is_norm:
             return
-    yield (
-        f"THE FINAL NORM IS MISSING: the layers of {container!r} have norms, but none comes after"
-        f" them. {ONES_OR_ZEROS}"
-    )
+    inside = set().union(*draft.layers.get(container, {}).values())
+    if any(map(FIRST_NORM.match, inside)):
+        yield (
+            f"THE FINAL NORM IS MISSING: the layers of {container!r} have norms, but none comes"
+            f" after them. {ONES_OR_ZEROS}"
+        )
 
 
 def check_weights(draft: Draft) -> Iterator[str]:
     """Check that each layer and expert has the weights that the others of its kind have, and that
     all experts that config.json counts are there."""
-    # By container and module: the names of weights by the container's number.
-    blocks: dict[tuple[str, str], dict[int, set[str]]] = {}
-    for info in draft.sources:
-        match = re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)
-        if match and len(info.shape) == 2:
-            numbers = blocks.setdefault((match[1], match[3]), {})
-            numbers.setdefault(int(match[2]), set()).add(match[4])
-
     missing = []
     experts = min(config_counts(draft.config, *EXPERT_COUNTS), default=0)
-    for (container, module), numbers in blocks.items():
+    for (container, module), numbers in weights_by_block(draft.sources).items():
         if container.endswith("experts"):
             counted = 0 if re.search(TOWER_NAMES, container) else experts
             count = max(*numbers, counted - 1) + 1
             missing += [f"{container}.{n}" for n in range(count) if n not in numbers]
         usual = Counter(map(frozenset, numbers.values())).most_common(1)[0][0]
         lacking = [number for number, names in numbers.items() if names < usual]
-        # If many lack them, these are a kind of their own.
-        if len(numbers) > 2 and len(lacking) <= max(1, len(numbers) // 20):
+        if len(numbers) > 2 and are_few(len(lacking), len(numbers)):
             for number in lacking:
                 lost = sorted(usual - numbers[number])
                 missing += [f"{container}.{number}.{module}{name}" for name in lost]
@@ -6548,35 +6511,39 @@ def check_weights(draft: Draft) -> Iterator[str]:
         )
 
 
-def missing_ends(draft: Draft) -> dict[str, str]:
-    """Return what is wrong with a model that generates text and lacks its head or embedding, by
-    the part that is missing."""
-    missing: dict[str, str] = {}
+def weights_by_block(infos: list[TensorInfo]) -> dict[tuple[str, str], dict[int, set[str]]]:
+    """Return the names of weights by a container and a module in it, and by the number between."""
+    blocks: dict[tuple[str, str], dict[int, set[str]]] = {}
+    for info in infos:
+        match = re.match(r"(.*)\.(\d+)\.((?:\D*\.)?)(\w+)\.weight$", info.name)
+        if match and len(info.shape) == 2:
+            numbers = blocks.setdefault((match[1], match[3]), {})
+            numbers.setdefault(int(match[2]), set()).add(match[4])
+    return blocks
+
+
+def missing_ends(draft: Draft) -> Iterator[str]:
+    """Describe which of head and embedding a model that generates text lacks."""
     if not draft.generates_text:
-        return missing
+        return
     ties = config_booleans(draft.config, "tie_word_embeddings")
     if ties and not any(ties) and "head" not in draft.kinds.values():
-        missing["head"] = (
-            f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
-        )
+        yield f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
     embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
-    of_words = [name for name in embeddings if not re.search(NO_WORDS, name)]
-    if config_integers(draft.config, "vocab_size") and not of_words:
-        missing["embedding"] = (
-            f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
-        )
-    return missing
+    has_vocabulary = config_integers(draft.config, "vocab_size")
+    if has_vocabulary and all(re.search(NO_WORDS, name) for name in embeddings):
+        yield f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
 
 
 def check_ends(draft: Draft) -> Iterator[str]:
     """Check that head and embedding are there."""
-    for part, problem in missing_ends(draft).items():
-        yield f"THE {part.upper()} IS MISSING: {problem}"
+    for problem in missing_ends(draft):
+        yield f"HEAD OR EMBEDDING IS MISSING: {problem}"
 
 
 def check_ends_for_engines(draft: Draft) -> Iterator[str]:
     """Check that head and embedding are there, without which no engine serves a model."""
-    for problem in missing_ends(draft).values():
+    for problem in missing_ends(draft):
         yield (
             f"{problem}, which loaders would make up: save the whole model, or mend {CONFIG_NAME}"
         )
@@ -6602,12 +6569,9 @@ def check_names_of_trainers(draft: Draft) -> Iterator[str]:
 
 
 def note_checkpoint(draft: Draft) -> Iterator[str]:
-    """Repeat what was noted when the checkpoint was read."""
+    """Repeat what was noted when the checkpoint was read, and name what said that the model is
+    quantized, which it is not."""
     yield from draft.checkpoint.notes
-
-
-def note_stale_quantization(draft: Draft) -> Iterator[str]:
-    """Name what said that the model is quantized, which it is not."""
     if draft.checkpoint.quantization:
         stale = " and ".join(draft.checkpoint.quantization)
         yield f"left out as stale, since no tensor is packed: {stale}"
@@ -6616,21 +6580,17 @@ def note_stale_quantization(draft: Draft) -> Iterator[str]:
 def note_statistics(draft: Draft) -> Iterator[str]:
     """Count what statistics there are for."""
     if draft.statistics:
-        tensors = [tensor for tensor in draft.tensors if tensor.packing]
-        yield draft.statistics.describe([t.source for t in tensors if t.packing.bits == 4])
+        four_bits = [t.source for t in draft.tensors if t.packing and t.packing.bits == 4]
+        yield draft.statistics.describe(four_bits)
 
 
 def note_group_size(draft: Draft) -> Iterator[str]:
-    """State the group size where it was not asked for."""
+    """State the group size where it was not asked for, and name the engines, of those that are
+    not required, that do not have it."""
+    size = draft.options.group_size
     if draft.group_size_is_chosen:
         sizes = list_in_words(draft.form.group_sizes)
-        size = draft.options.group_size
         yield f"groups of {size}: the largest of {sizes} that divides all columns"
-
-
-def note_engines_without_group_size(draft: Draft) -> Iterator[str]:
-    """Name the engines, of those that are not required, that have no groups of this size."""
-    size = draft.options.group_size
     for engine in draft.form.engines:
         if not engine.required and engine.group_sizes and size not in engine.group_sizes:
             sizes = list_in_words(engine.group_sizes)
@@ -6677,35 +6637,28 @@ def note_kept_stacks(draft: Draft) -> Iterator[str]:
 
 def note_mtp(draft: Draft) -> Iterator[str]:
     """Note that layers which predict further tokens are missing, if config.json promises some."""
-    parts = [draft.config]
-    parts += [value for value in draft.config.values() if isinstance(value, dict)]
     promised = []
-    for part in parts:
-        for key, value in part.items():
-            if MTP_COUNTS.match(key) and type(value) is int and value > 0:
-                promised.append(key)
-    if not promised:
-        return
+    for part in [draft.config, *draft.config.values()]:
+        if isinstance(part, dict):
+            promised += [key for key in part if MTP_COUNTS.match(key) and as_count(part[key])]
 
-    counts = config_counts(draft.config, *LAYER_COUNTS)
+    count = min(config_counts(draft.config, *LAYER_COUNTS), default=math.inf)
     for info in draft.sources:
-        if MTP_NAMES.search(info.name):
-            return
         match = LAYER_PATTERN.match(info.name)
-        is_beyond = match and counts and int(match[3]) >= min(counts)
-        if is_beyond and not re.search(TOWER_NAMES, info.name):
+        is_beyond = match and int(match[3]) >= count and not re.search(TOWER_NAMES, info.name)
+        if is_beyond or MTP_NAMES.search(info.name):
             return
-    yield (
-        f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the"
-        " checkpoint has none: speculative decoding with them will not work (transformers'"
-        " save_pretrained leaves them out)"
-    )
+    if promised:
+        yield (
+            f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the"
+            " checkpoint has none: speculative decoding with them will not work (transformers'"
+            " save_pretrained leaves them out)"
+        )
 
 
 def note_two_widths(draft: Draft) -> Iterator[str]:
     """Warn of ways to load layers of two widths that decode them wrongly."""
-    widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
-    if len(widths) > 1:
+    if len(draft.widths) > 1:
         yield (
             f"two widths: {ENGINES['transformers'].label} with run_compressed=False or"
             " dequantize=True decodes all layers as if they had one; load the folder without"
@@ -6772,12 +6725,10 @@ def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
     computed = []
     for tensor in draft.tensors:
         name = tensor.source.name
-        if not tensor.packing:
-            continue
-        is_split = len(tensor.in_memory or ()) > 1
-        if is_split or any(
-            re.search(scope, name) and re.search(row.computed, name) for scope, row in rows
-        ):
+        is_computed = len(tensor.in_memory or ()) > 1
+        for scope, row in rows:
+            is_computed |= bool(re.search(scope, name) and re.search(row.computed, name))
+        if is_computed and tensor.packing:
             computed.append(tensor.source)
     return computed
 
@@ -6790,42 +6741,39 @@ def is_expert(tensor: TensorPlan) -> bool:
 
 # The first refusal ends the run. Warnings and notes are printed in this order.
 RULES = (
-    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_int8),
-    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_fitness),
-    Rule(REFUSED, CHECKPOINT, EVERY_FORMAT, check_low_rank_updates),
-    Rule(REFUSED, STACKS, EVERY_FORMAT, check_stacks),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_exclude),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_int8_patterns),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_that_something_is_packed),
-    Rule(REFUSED, TENSORS, EVERY_FORMAT, check_output_names),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_embeddings),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_group_size),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_config),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_conv1d),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_names_in_memory),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_columns),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_rows),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_fused_layers),
-    Rule(REFUSED, TENSORS, ENGINE_FORMATS, check_ends_for_engines),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_layers),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_norms_and_biases),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_final_norm),
-    Rule(WARNING, TENSORS, EVERY_FORMAT, check_weights),
-    Rule(WARNING, TENSORS, OTHER_FORMATS, check_ends),
-    Rule(WARNING, TENSORS, ENGINE_FORMATS, check_names_of_trainers),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_checkpoint),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_stale_quantization),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_statistics),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_group_size),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_engines_without_group_size),
-    Rule(NOTE, TENSORS, OTHER_FORMATS, note_no_engine),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_delicate_layers),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_conv1d),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_kept_stacks),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_mtp),
-    Rule(NOTE, TENSORS, EVERY_FORMAT, note_two_widths),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_experts),
-    Rule(NOTE, TENSORS, ENGINE_FORMATS, note_transformers),
+    Rule(REFUSED, CHECKPOINT, check_int8),
+    Rule(REFUSED, CHECKPOINT, check_fitness),
+    Rule(REFUSED, CHECKPOINT, check_low_rank_updates),
+    Rule(REFUSED, STACKS, check_stacks),
+    Rule(REFUSED, TENSORS, check_patterns),
+    Rule(REFUSED, TENSORS, check_that_something_is_packed),
+    Rule(REFUSED, TENSORS, check_output_names),
+    Rule(REFUSED, FOR_ENGINES, check_embeddings),
+    Rule(REFUSED, FOR_ENGINES, check_group_size),
+    Rule(REFUSED, FOR_ENGINES, check_config),
+    Rule(REFUSED, FOR_ENGINES, check_conv1d),
+    Rule(REFUSED, FOR_ENGINES, check_names_in_memory),
+    Rule(REFUSED, FOR_ENGINES, check_columns),
+    Rule(REFUSED, FOR_ENGINES, check_rows),
+    Rule(REFUSED, FOR_ENGINES, check_fused_layers),
+    Rule(REFUSED, FOR_ENGINES, check_ends_for_engines),
+    Rule(WARNING, TENSORS, check_layers),
+    Rule(WARNING, TENSORS, check_norms_and_biases),
+    Rule(WARNING, TENSORS, check_final_norm),
+    Rule(WARNING, TENSORS, check_weights),
+    Rule(WARNING, FOR_OTHERS, check_ends),
+    Rule(WARNING, FOR_ENGINES, check_names_of_trainers),
+    Rule(NOTE, TENSORS, note_checkpoint),
+    Rule(NOTE, TENSORS, note_statistics),
+    Rule(NOTE, FOR_ENGINES, note_group_size),
+    Rule(NOTE, FOR_OTHERS, note_no_engine),
+    Rule(NOTE, TENSORS, note_delicate_layers),
+    Rule(NOTE, TENSORS, note_conv1d),
+    Rule(NOTE, TENSORS, note_kept_stacks),
+    Rule(NOTE, TENSORS, note_mtp),
+    Rule(NOTE, TENSORS, note_two_widths),
+    Rule(NOTE, FOR_ENGINES, note_experts),
+    Rule(NOTE, FOR_ENGINES, note_transformers),
 )
 
 
@@ -7231,7 +7179,7 @@ def restoring_buffers(tensor: TensorPlan, block: BlockShape) -> dict[str, int]:
     (output,) = tensor.outputs
     scales = block.rows * (tensor.scales.nbytes // max(1, tensor.scales.shape[0]))
     dense = block.rows * output.shape[1] * (DTYPE_BITS[output.dtype] // 8)
-    return {"scales": scales + READ_MARGIN, "dense": dense, "found": dense}
+    return {"scales": scales + READ_MARGIN, "dense": dense}
 
 
 # ---- The plan as the user reads it ---------------------------------------------------------------
@@ -7243,11 +7191,13 @@ def print_plan(
     """Print what a run will do, and what the user should know before it."""
     options = plan.options
     choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
-    threads_used = count_of(threads, "thread")
-    how = f"format {options.format}, groups of {options.group_size}, {choice}, {threads_used}"
     say_paragraph("From:", str(checkpoint.folder))
     say_paragraph("To:", str(output.folder))
-    say_paragraph("How:", how)
+    say_paragraph(
+        "How:",
+        f"format {options.format}, groups of {options.group_size}, {choice},"
+        f" {count_of(threads, 'thread')}",
+    )
     print_table(plan, checkpoint)
     say()
 
@@ -7262,18 +7212,14 @@ def print_plan(
 def print_files(plan: Plan, output: OutputFolder) -> None:
     """Print what becomes of files beside the weights, and of those of an earlier run."""
     copied = [name for name, content in plan.other_files.items() if isinstance(content, Path)]
-    written = sorted(plan.other_files.keys() - copied)
     say_paragraph("Copied:", ", ".join(copied) or "no other files")
-    say_paragraph("Written:", ", ".join(written))
+    say_paragraph("Written:", ", ".join(sorted(plan.other_files.keys() - copied)))
     say_paragraph("Left out:", ", ".join(plan.left_out))
 
     finished = sum(shard.name in output.finished for shard in plan.shards)
     if finished and not output.nothing_to_write:
         shards = count_of(len(plan.shards), "shard")
         say_paragraph("Resuming:", f"{finished:,} of {shards} finished by an earlier run")
-    if output.compare:
-        compared = count_of(len(output.compare), "shard")
-        say_paragraph("Comparing:", f"{compared} with source files whose times have changed")
     if output.remove:
         leftovers = quote_names(path.name for path in output.remove)
         say_paragraph("Removing:", f"{leftovers} of an earlier run")
@@ -7283,27 +7229,27 @@ def print_needs(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: i
     """Print how much disk and memory a run needs, and how much there is."""
     needed, free = output.room()
     shortage = ": not enough" if needed > free else ""
-    disk = f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}"
-    say_paragraph("Disk:", disk)
-
-    peak = format_bytes(guard.own() + buffer_bytes(plan, threads))
-    available = format_bytes(guard.read().available)
-    least = format_bytes(guard.min_free)
-    memory = f"about {peak} at the peak; {available} available, stops below {least}"
-    say_paragraph("Memory:", memory)
-
+    say_paragraph("Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
+    peak = guard.own() + buffer_bytes(plan, threads)
+    say_paragraph(
+        "Memory:",
+        f"about {format_bytes(peak)} at the peak; {format_bytes(guard.read().available)} available,"
+        f" stops below {format_bytes(guard.min_free)}",
+    )
     if shares_memory_with_gpu():
         free = format_bytes(psutil.virtual_memory().free)
-        seen = f"{free} free now, the page cache not counted"
-        say_paragraph("GPU:", f"shares this memory; its programs see {seen}")
+        say_paragraph(
+            "GPU:",
+            f"shares this memory; its programs see {free} free now, the page cache not counted",
+        )
 
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     """Print how many tensors there are of each packing and kind, and how large they are."""
     say(f"{'Plan':<35}{'tensors':>8}{'size':>10}", before="\n")
     inputs = len(checkpoint.tensors)
-    files = count_of(len(checkpoint.files), "file")
-    print_row("input", inputs, format_bytes(size_of(plan.tensors)), files)
+    size = format_bytes(size_of(plan.tensors))
+    print_row("input", inputs, size, count_of(len(checkpoint.files), "file"))
     if plan.stacks:
         weights = count_of(len(plan.tensors) - inputs + plan.stacks, "weight")
         print_row("  of these stacks of experts", plan.stacks, "", f"read as {weights}")
@@ -7318,8 +7264,8 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
 
     outputs = sum(len(tensor.outputs) for tensor in plan.tensors)
     shards = count_of(len(plan.shards), "shard")
-    shard_size = format_bytes(plan.options.shard_size_gb * GB)
-    print_row("output", outputs, format_bytes(plan.total_size), f"{shards}, up to {shard_size}")
+    note = f"{shards}, up to {format_bytes(plan.options.shard_size_gb * GB)}"
+    print_row("output", outputs, format_bytes(plan.total_size), note)
 
 
 def print_row(label: str, count: int, size: str, note: str = "") -> None:
@@ -7336,8 +7282,8 @@ def print_packed(plan: Plan, packing: Packing) -> None:
     if packing.bits == 8:
         label += f", by {packing.group_size}"
     after = sum(output.nbytes for tensor in tensors for output in tensor.outputs)
-    note = f"become {format_bytes(after)}"
-    print_row(label, len(tensors), format_bytes(size_of(tensors)), note)
+    size = format_bytes(size_of(tensors))
+    print_row(label, len(tensors), size, f"become {format_bytes(after)}")
     print_kinds(tensors)
 
     # Of tensors that are restored, the padding is cut off.
@@ -7383,8 +7329,6 @@ def print_list(plan: Plan) -> None:
 # ---- Output folder: what may be there, and how files become final --------------------------------
 
 SHARD_PATTERN = re.compile(r"model-\d{5}\.safetensors")
-# Of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER.
-SYNC_AND_WAIT = 7
 
 
 def write_at(fd: int, buffer: memoryview, offset: int) -> None:
@@ -7396,16 +7340,19 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
         offset += count
 
 
+# Of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER.
+SYNC_AND_WAIT = 7
+
+
 def sync_file(fd: int) -> None:
     """Make what was written to a file survive a power cut."""
     # fsync alone may take minutes on a slow disk, and no signal ends it. So the file is synced
-    # piece by piece before, where the system can. (sync_file_range(2))
-    with contextlib.suppress(AttributeError):
-        sync_range = ctypes.CDLL(None).sync_file_range
-        nbytes = 2 * COPY_BYTES
-        for start in range(0, os.fstat(fd).st_size, nbytes):
-            check_signals()
-            sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(nbytes), SYNC_AND_WAIT)
+    # piece by piece before. (sync_file_range(2))
+    sync_range = ctypes.CDLL(None).sync_file_range
+    nbytes = 2 * COPY_BYTES
+    for start in range(0, os.fstat(fd).st_size, nbytes):
+        check_signals()
+        sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(nbytes), SYNC_AND_WAIT)
     os.fsync(fd)
 
 
@@ -7414,35 +7361,31 @@ MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 def first_difference(found: memoryview, expected: memoryview) -> int | None:
-    """Return where bytes of the same number begin to differ; None if they are equal."""
-    if are_equal(found, expected):
-        return None
-    for number, (byte, expected_byte) in enumerate(zip(found, expected)):
-        if byte != expected_byte:
-            return number
-    return None
-
-
-def are_equal(found: memoryview, expected: memoryview) -> bool:
-    """Compare bytes of the same number.
+    """Return where bytes of the same number begin to differ; None if they are equal.
 
     The interpreter lock is released meanwhile, unless `expected` is read-only."""
-    if not len(found) or expected.readonly:
-        return found == expected
-    found_start = ctypes.addressof(ctypes.c_char.from_buffer(found))
-    expected_start = ctypes.addressof(ctypes.c_char.from_buffer(expected))
-    return MEMCMP(found_start, expected_start, len(found)) == 0
+    if expected.readonly or not len(found):
+        are_equal = found == expected
+    else:
+        found_start = ctypes.addressof(ctypes.c_char.from_buffer(found))
+        expected_start = ctypes.addressof(ctypes.c_char.from_buffer(expected))
+        are_equal = MEMCMP(found_start, expected_start, len(found)) == 0
+    if are_equal:
+        return None
+    pairs = enumerate(zip(found, expected))
+    return next(number for number, (byte, other) in pairs if byte != other)
 
 
 def sync_folder(folder: Path) -> None:
     """Make a folder's new and renamed entries survive a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     except OSError as error:
         # Some mounts cannot sync a folder, and need not.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise OSError(error.errno, error.strerror, str(folder)) from None
+            raise
     finally:
         os.close(fd)
 
@@ -7463,15 +7406,12 @@ class ShardFile:
         plan: ShardPlan,
         fingerprint: str,
         finished: bool,
-        compare: bool,
         before_writing: Callable[[], None] = lambda: None,
     ):
         self.final = folder / plan.name
         self.path = self.final if finished else unfinished_path(self.final, fingerprint)
         self.plan = plan
         self.finished = finished
-        # Whether what is there is compared with what would be written.
-        self.compare = compare
         self._before_writing = before_writing
         # Bytes by which its header is longer than planned: it may say more of sources and files.
         self.shift = 0
@@ -7484,26 +7424,19 @@ class ShardFile:
         """Return the file's descriptor; at first use the file is opened, or created."""
         with self._lock:
             if self._fd is None:
-                if self.finished:
-                    self._open_finished()
-                else:
-                    self._create()
+                flags = os.O_RDONLY
+                if not self.finished:
+                    self._before_writing()
+                    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+                self._fd = os.open(self.path, flags, 0o666)
+                self._pages = self._pages or PageCache(self._fd)
+                self._pages.fd = self._fd
+                # Before anything is read or written.
+                self._pages.ask()
+                if not self.finished:
+                    write_at(self._fd, memoryview(self.plan.header), 0)
+                    os.ftruncate(self._fd, self.plan.size)
             return self._fd
-
-    def _open_finished(self) -> None:
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if not self._pages:
-            self._pages = PageCache(self._fd)
-        self._pages.fd = self._fd
-        # Asked before the file is first read.
-        _ = self._pages.others
-
-    def _create(self) -> None:
-        self._before_writing()
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._fd = os.open(self.path, flags, 0o666)
-        write_at(self._fd, memoryview(self.plan.header), 0)
-        os.ftruncate(self._fd, self.plan.size)
 
     def write(self, buffer: memoryview, offset: int) -> None:
         with naming(self.path):
@@ -7517,9 +7450,10 @@ class ShardFile:
             while len(buffer):
                 count = os.preadv(fd, [buffer], position)
                 if not count:
-                    problem = "was cut off while it was read"
-                    advice = "find out by what, then convert again"
-                    raise QuantizeError(f"{self.path} {problem}: {advice}")
+                    raise QuantizeError(
+                        f"{self.path} was cut off while it was read: find out by what, then convert"
+                        " again"
+                    )
                 buffer = buffer[count:]
                 position += count
 
@@ -7528,10 +7462,7 @@ class ShardFile:
         if self._fd is not None:
             with naming(self.path):
                 sync_file(self._fd)
-            if self._pages:
-                self._pages.drop()
-            else:
-                drop_pages(self._fd, [])
+            self._pages.drop()
 
     def finish(self) -> None:
         """Sync the file, whose bytes are all in, and give it its final name."""
@@ -7540,9 +7471,8 @@ class ShardFile:
             self._open()
             self.sync()
             self.close()
-            if not self.finished:
-                os.rename(self.path, self.final)
-                sync_folder(self.final.parent)
+            os.rename(self.path, self.final)
+            sync_folder(self.final.parent)
         self.finished = True
         self.path = self.final
 
@@ -7553,47 +7483,12 @@ class ShardFile:
             os.close(fd)
 
 
-class EntryKind(enum.Enum):
-    """What an entry of the output folder is to this run."""
-
-    # Left by a run of the same sources and options.
-    LEFTOVER = enum.auto()
-    # Written by another run of this program.
-    OF_ANOTHER_RUN = enum.auto()
-    # Final, and as planned.
-    FINISHED = enum.auto()
-    # The same, but made when the sources had other times.
-    TO_COMPARE = enum.auto()
-    # The user's own, or changed since.
-    FOREIGN = enum.auto()
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What the shards in an output folder tell of the runs that wrote it."""
-
-    # The `__metadata__` of each shard, also of those that are not finished.
-    metadata: dict[Path, dict[str, str]]
-    # Finished shards of this program.
-    shards: set[Path]
-    # SHA-256 of the other files that the runs of these shards wrote, by name.
-    hashes: dict[str, set[str]]
-
-    @staticmethod
-    def read(entries: list[Path]) -> Marks:
-        """Read the marks of those entries that are named as shards."""
-        metadata = {}
-        shards = set()
-        hashes: dict[str, set[str]] = {}
-        for path in entries:
-            if not SHARD_PATTERN.match(path.name):
-                continue
-            metadata[path] = read_metadata(path)
-            if SHARD_PATTERN.fullmatch(path.name) and METADATA_KEY in metadata[path]:
-                shards.add(path)
-                for name, digest in files_of_run(metadata[path]).items():
-                    hashes.setdefault(name, set()).add(digest)
-        return Marks(metadata, shards, hashes)
+# What an entry of the output folder is to a run. Finished: final, and as planned. A leftover: of
+# a run of the same sources and options. Foreign: the user's own, or changed since.
+FINISHED = "finished"
+LEFTOVER = "leftover"
+OF_ANOTHER_RUN = "of another run"
+FOREIGN = "foreign"
 
 
 @dataclass(frozen=True)
@@ -7602,8 +7497,6 @@ class Survey:
 
     # Names of files that need not be written again.
     finished: set[str]
-    # Names of those of them that are compared with what would be written.
-    compare: set[str]
     # Paths of what earlier runs left.
     remove: list[Path]
 
@@ -7618,93 +7511,112 @@ class OutputFolder:
         self.plan = plan
         self.overwrite = overwrite
         self._planned_shards = {shard.name: shard for shard in plan.shards}
-        self._facts = json.dumps(plan.facts)
 
         survey = self._survey()
         self.finished = survey.finished
-        self.compare = survey.compare
         self.remove = survey.remove
         all_names = plan.hashes.keys() | self._planned_shards.keys()
         self.nothing_to_write = not self.remove and self.finished == all_names
-        self.existing = first_existing(folder)
+        # The folder, or the nearest one above it that exists.
+        parents = folder.absolute().parents
+        self.existing = next(path for path in (folder, *parents) if path.exists())
         self.is_as_it_was = True
         self._has_made_way = False
         self._lock = threading.Lock()
         self._lock_fd: int | None = None
 
     def _survey(self) -> Survey:
-        """Decide what this run need not write again, what of it to compare, and what to remove.
+        """Decide what this run need not write again, and what it removes.
 
         The user's own files are refused, and so are those of another run unless --overwrite is
         given."""
         if self.folder.exists() and not self.folder.is_dir():
             raise QuantizeError(f"output folder {self.folder}: is a file")
         entries = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        marks = Marks.read(entries)
-        paths: dict[EntryKind, list[Path]] = {kind: [] for kind in EntryKind}
-        for path in entries:
-            paths[self._classify(path, marks)].append(path)
-
-        if paths[EntryKind.FOREIGN]:
-            names = quote_names(path.name for path in paths[EntryKind.FOREIGN])
-            problem = "not written by this program or changed since"
-            advice = "choose a new or empty folder, or move it away"
-            raise QuantizeError(f"output folder {self.folder} holds {names}, {problem}: {advice}")
+        paths = self._by_kind(entries)
+        if FOREIGN in paths:
+            names = quote_names(path.name for path in paths[FOREIGN])
+            raise QuantizeError(
+                f"output folder {self.folder} holds {names}, not written by this program or changed"
+                " since: choose a new or empty folder, or move it away"
+            )
         if self.overwrite:
-            return Survey(set(), set(), list(itertools.chain(*paths.values())))
-        if paths[EntryKind.OF_ANOTHER_RUN]:
-            names = quote_names(path.name for path in paths[EntryKind.OF_ANOTHER_RUN])
-            problem = f"{names} of another run: {self._how_it_differs(paths, marks)}"
-            advice = "--overwrite starts afresh, or choose another folder"
-            raise QuantizeError(f"output folder {self.folder} holds {problem}: {advice}")
+            return Survey(set(), entries)
+        if OF_ANOTHER_RUN in paths:
+            names = quote_names(path.name for path in paths[OF_ANOTHER_RUN])
+            difference = self._how_it_differs(paths[OF_ANOTHER_RUN])
+            raise QuantizeError(
+                f"output folder {self.folder} holds {names} of another run: {difference}:"
+                " --overwrite starts afresh, or choose another folder"
+            )
 
-        compare = {path.name for path in paths[EntryKind.TO_COMPARE]}
-        finished = {path.name for path in paths[EntryKind.FINISHED]} | compare
-        return Survey(finished, compare, paths[EntryKind.LEFTOVER])
+        finished = {path.name for path in paths.get(FINISHED, [])}
+        return Survey(finished, paths.get(LEFTOVER, []))
 
-    def _classify(self, path: Path, marks: Marks) -> EntryKind:
+    def _by_kind(self, entries: list[Path]) -> dict[str, list[Path]]:
+        """Sort the folder's entries by what they are to this run."""
+        # The `__metadata__` of this program's shards, also of those that are not finished.
+        shards = {}
+        # Names and SHA-256 of the other files that their runs wrote.
+        written: set[tuple[str, str]] = set()
+        for path in entries:
+            metadata = read_metadata(path) if SHARD_PATTERN.match(path.name) else {}
+            if METADATA_KEY in metadata:
+                shards[path] = metadata
+                written |= files_of_run(metadata).items()
+
+        paths: dict[str, list[Path]] = {}
+        for path in entries:
+            paths.setdefault(self._classify(path, shards, written), []).append(path)
+        return paths
+
+    def _classify(
+        self, path: Path, shards: dict[Path, dict[str, str]], written: set[tuple[str, str]]
+    ) -> str:
         """Find out who wrote an entry of the folder, and whether it is as planned."""
-        planned = self._planned_shards.get(path.name)
-        is_ours = (
-            planned is not None
-            and path in marks.shards
-            and marks.metadata[path][METADATA_KEY] == self.plan.fingerprint
-        )
-        if is_ours and path.stat().st_size == planned.size:
+        name = path.name
+        planned = self._planned_shards.get(name)
+        if planned and path in shards and self._is_of_this_run(shards[path]):
             with open(path, "rb") as file:
                 header = file.read(len(planned.header))
-            if header == planned.header:
-                return EntryKind.FINISHED
-            # With the same facts, another header is damaged.
-            if marks.metadata[path].get(FACTS_KEY) != self._facts:
-                return EntryKind.TO_COMPARE
+            if header == planned.header and path.stat().st_size == planned.size:
+                return FINISHED
+            return LEFTOVER
 
         digest = ""
-        has_hash = path.name in self.plan.hashes or path.name in marks.hashes
-        if has_hash and path.is_file():
+        names = self.plan.hashes.keys() | dict(written)
+        if name in names and path.is_file():
             digest = hash_file(path)
-        if digest == self.plan.hashes.get(path.name):
-            return EntryKind.FINISHED
-        unfinished = UNFINISHED_PATTERN.fullmatch(path.name)
-        if is_ours or (unfinished and self.plan.fingerprint.startswith(unfinished[1])):
-            return EntryKind.LEFTOVER
+        if digest == self.plan.hashes.get(name):
+            return FINISHED
+        unfinished = UNFINISHED_PATTERN.fullmatch(name)
+        if unfinished and self.plan.fingerprint.startswith(unfinished[1]):
+            return LEFTOVER
         # The index follows from the shards.
-        is_index = path.name == INDEX_NAME and marks.shards
-        is_known = path in marks.shards or digest in marks.hashes.get(path.name, ())
-        if unfinished or is_known or is_index:
-            return EntryKind.OF_ANOTHER_RUN
-        return EntryKind.FOREIGN
+        is_index = name == INDEX_NAME and shards
+        if unfinished or path in shards or (name, digest) in written or is_index:
+            return OF_ANOTHER_RUN
+        return FOREIGN
 
-    def _how_it_differs(self, paths: dict[EntryKind, list[Path]], marks: Marks) -> str:
-        """Describe how the other run's sources and options differ, as its first shard tells."""
-        for path in paths[EntryKind.OF_ANOTHER_RUN]:
-            facts = marks.metadata.get(path, {}).get(FACTS_KEY)
-            if facts is None:
+    def _is_of_this_run(self, metadata: dict[str, str]) -> bool:
+        """Return whether a shard was made with this run's options, of sources of the same times."""
+        is_alike = metadata[METADATA_KEY] == self.plan.fingerprint
+        return is_alike and metadata.get(FACTS_KEY) == json.dumps(self.plan.facts)
+
+    def _how_it_differs(self, paths: list[Path]) -> str:
+        """Describe how the sources and options of another run differ, as its first shard tells."""
+        for metadata in map(read_metadata, paths):
+            if FACTS_KEY not in metadata:
                 continue
             try:
-                difference = what_differs(parse_facts(facts), self.plan.facts)
+                difference = what_differs(parse_facts(metadata[FACTS_KEY]), self.plan.facts)
             except FactsError as error:
                 return str(error)
+            if metadata.get(METADATA_KEY) == self.plan.fingerprint:
+                difference = (
+                    "the times of source files changed (--verify tells whether a finished INT4"
+                    " folder is still of them)"
+                )
             return difference or f"tensors, {CONFIG_NAME} or another file that is copied changed"
         return "its options are not known"
 
@@ -7733,17 +7645,21 @@ class OutputFolder:
             return ""
         if os.statvfs(self.existing).f_flag & os.ST_RDONLY:
             return f"{self.existing} {READ_ONLY}"
-        problem = f"Permission denied: {self.existing} is not writable"
-        return f"{problem}, choose another or change its owner"
+        return (
+            f"Permission denied: {self.existing} is not writable, choose another or change its"
+            " owner"
+        )
 
     def lack_of_room(self) -> str:
         """Describe by how much the disk is too small for what is to be written, if it is."""
         needed, free = self.room()
         if needed <= free:
             return ""
-        problem = f"{format_bytes(needed)} to write, but the disk of {self.folder} has"
-        problem += f" {format_bytes(free)} free"
-        return f"{problem}: make room for {format_bytes(needed - free)} more or choose another disk"
+        return (
+            f"{format_bytes(needed)} to write, but the disk of {self.folder} has"
+            f" {format_bytes(free)} free: make room for {format_bytes(needed - free)} more or"
+            " choose another disk"
+        )
 
     def prepare(self) -> None:
         """Create and lock the folder, and look at it again.
@@ -7754,14 +7670,16 @@ class OutputFolder:
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            problem = "another run is writing to it, wait for it"
-            raise QuantizeError(f"output folder {self.folder}: {problem}") from None
+            raise QuantizeError(
+                f"output folder {self.folder}: another run is writing to it, wait for it"
+            ) from None
         except OSError:
             # Some network file systems have no such locks.
             pass
-        if self._survey() != Survey(self.finished, self.compare, self.remove):
-            problem = "changed since it was looked at: start again"
-            raise QuantizeError(f"output folder {self.folder} {problem}")
+        if self._survey() != Survey(self.finished, self.remove):
+            raise QuantizeError(
+                f"output folder {self.folder} changed since it was looked at: start again"
+            )
 
     def make_way(self) -> None:
         """Remove leftovers, the index first: without it a folder is unfinished.
@@ -7784,8 +7702,6 @@ class OutputFolder:
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name, the
         index last, once all else is on the disk."""
-        if self.nothing_to_write:
-            return
         self.make_way()
         for name, content in self.plan.other_files.items():
             if name in self.finished:
@@ -7794,51 +7710,32 @@ class OutputFolder:
                 sync_folder(self.folder)
             check_signals()
             temporary = unfinished_path(self.folder / name, self.plan.fingerprint)
-            if isinstance(content, Path):
-                with reading(content) as source:
-                    digest = write_copy(source, temporary)
-            else:
-                digest = write_copy(io.BytesIO(content), temporary)
+            source = reading(content) if isinstance(content, Path) else io.BytesIO(content)
+            with source as file:
+                digest = write_copy(file, temporary)
             if digest != self.plan.hashes[name]:
-                raise QuantizeError(self._describe_change(content))
+                afresh = "the same command starts afresh"
+                if not self.overwrite:
+                    afresh = "put it back as it was, or give --overwrite to start afresh"
+                raise QuantizeError(f"{content} changed since the plan was made: {afresh}")
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
-
-    def _describe_change(self, source: Path) -> str:
-        """Describe what to do about a file that changed since it was hashed for the plan."""
-        now = "starts afresh with it as it is now"
-        if self.overwrite:
-            advice = f"the same command {now}"
-        else:
-            as_it_was = "put it back as it was and the same command continues"
-            advice = f"{as_it_was}, or --overwrite {now}"
-        return f"{source} changed since the plan was made: {advice}"
 
     def close(self) -> None:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
 
 
-def first_existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    for path in (folder, *folder.absolute().parents):
-        if path.exists():
-            return path
-    return Path("/")
-
-
 def write_copy(source: BinaryIO, target: Path) -> str:
     """Write a file's bytes to another, and to the disk; returns their SHA-256, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(target, "wb", buffering=0) as file:
-        offset = 0
+    with naming(target), open(target, "wb") as file:
         while data := source.read(COPY_BYTES):
+            check_signals()
             digest.update(data)
-            with naming(target):
-                write_at(file.fileno(), memoryview(data), offset)
-            offset += len(data)
-        with naming(target):
-            os.fsync(file.fileno())
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
         drop_pages(file.fileno(), [])
     return digest.hexdigest()
 
@@ -9086,7 +8983,10 @@ class OpenShards:
         """Sync a shard, and finish it when all its jobs are done."""
         if shard.jobs_left:
             shard.sync()
-        elif shard.compare or not shard.finished:
+        elif shard.finished:
+            shard.sync()
+            shard.close()
+        else:
             self._checkpoint.check_unchanged()
             shard.finish()
 
@@ -9132,7 +9032,7 @@ def run_jobs(
 
 
 class Conversion:
-    """One run that writes the shards of a plan, or compares what an earlier run wrote of them."""
+    """One run that writes the shards of a plan which are not finished."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], task: str):
         self.shards = OpenShards(checkpoint, plan, shards)
@@ -9140,7 +9040,7 @@ class Conversion:
         self._maker = Restorer(checkpoint) if plan.options.restore else Packer(plan)
         self._jobs: list[Job] = []
         for tensor in plan.tensors:
-            if any(shard.compare or not shard.finished for shard in self.shards.of(tensor)):
+            if not all(shard.finished for shard in self.shards.of(tensor)):
                 self._jobs += cut_into_jobs(tensor, plan.options.form)
         self.account = Account(self._jobs, task)
 
@@ -9157,17 +9057,9 @@ class Conversion:
         )
 
     def _write(self, job: Job, data: memoryview, workspace: Workspace) -> None:
-        """Write what a job's bytes become, or compare it with what an earlier run wrote."""
+        """Write what a job's bytes become."""
         for run in self._maker.runs(job, data, workspace):
             shard, offset = self.shards.locate(run)
-            if shard.compare:
-                found = workspace.buffer("found", len(run.data))
-                shard.read(found, offset)
-                if first_difference(found, run.data) is not None:
-                    made = f"since {shard.final.name} was made"
-                    problem = f"the source files changed {made}, or are another checkpoint's"
-                    remedy = "choose another folder, or --overwrite starts afresh"
-                    raise QuantizeError(f"{problem}: {remedy}")
             if not shard.finished:
                 shard.write(run.data, offset)
 
@@ -9387,10 +9279,7 @@ class Verification:
         self._wrong: dict[str, WrongRow] = {}  # by tensor: the first one
         self._lock = threading.Lock()
 
-        files = [
-            ShardFile(folder, shard, plan.fingerprint, finished=True, compare=True)
-            for shard in plan.shards
-        ]
+        files = [ShardFile(folder, shard, plan.fingerprint, finished=True) for shard in plan.shards]
         self._shards = OpenShards(checkpoint, plan, files)
         sound = self._check_files()
         self._tensors: list[TensorPlan] = []
@@ -9538,7 +9427,6 @@ def check_shard(shard: ShardFile) -> str:
         with safe_open(shard.path, framework="pt"):
             found, start = read_header(shard.path)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        shard.compare = False
         return f"cannot be opened ({error})"
     finally:
         # There may be more shards than descriptors.
@@ -9595,40 +9483,30 @@ MIDWAY = {
 }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The machine's memory at a moment of the run."""
-
-    name: str
-    memory: MemoryReading
-
-
 class Progress:
     """Shows how far the work is: one updating line on a terminal, else a line every ten seconds."""
 
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
-        self.stages = [Stage("Baseline", guard.read())]
+        # The machine's memory at each stage, by name.
+        self.stages = {"Baseline": guard.read()}
         self.cached = cached_bytes()
-        self._is_past_midway = False
         self.restart()
 
     def restart(self) -> None:
         """Count time from here."""
         self.started = time.monotonic()
-        self._next = self.started
-        if not is_terminal(sys.stdout):
-            self._next += PROGRESS_INTERVAL_S[False]
+        self._next = self.started + PROGRESS_INTERVAL_S[is_terminal(sys.stdout)]
 
     def mark(self, stage: str) -> None:
         """Note the memory at a stage, for the table at the end."""
-        self.stages.append(Stage(stage, self.guard.read()))
+        self.stages[stage] = self.guard.read()
 
     def show(self, account: Account) -> None:
         """Print how far the work is if the last line is old enough; note the memory half-way."""
-        if not self._is_past_midway and account.nbytes_done * 2 >= account.nbytes:
-            self._is_past_midway = True
-            self.mark(MIDWAY[account.task])
+        midway = MIDWAY[account.task]
+        if midway not in self.stages and account.nbytes_done * 2 >= account.nbytes:
+            self.mark(midway)
 
         now = time.monotonic()
         if now < self._next:
@@ -9636,11 +9514,13 @@ class Progress:
         on_terminal = is_terminal(sys.stdout)
         self._next = now + PROGRESS_INTERVAL_S[on_terminal]
 
-        line = join_what_fits(self._describe(account, now - self.started))
+        parts = self._describe(account, now - self.started)
+        while len("  ".join(parts)) >= terminal_width():
+            parts.pop()
         if on_terminal:
-            say(line, before=CLEAR_LINE, end="")
+            say("  ".join(parts), before=CLEAR_LINE, end="")
         else:
-            say(line)
+            say("  ".join(parts))
 
     def _describe(self, account: Account, elapsed: float) -> list[str]:
         """Return the parts of the line, the most important first."""
@@ -9654,29 +9534,15 @@ class Progress:
             left = math.ceil(elapsed / share * (1 - share) / 5) * 5
             parts.append(f"about {format_time_left(left)} left")
 
-        done = format_bytes(account.nbytes_done)
-        rate = format_bytes(account.nbytes_done / max(elapsed, 1e-9))
+        done = account.nbytes_done
         memory = self.guard.read()
-        used = format_bytes(memory.used)
-        available = format_bytes(memory.available)
         return [
             *parts,
-            f"{done} of {format_bytes(account.nbytes)}",
-            f"{rate}/s",
+            f"{format_bytes(done)} of {format_bytes(account.nbytes)}",
+            f"{format_bytes(done / max(elapsed, 1e-9))}/s",
             f"{account.tensors_done:,}/{tensors}",
-            f"RAM {used} used, {available} available",
+            f"RAM {format_bytes(memory.used)} used, {format_bytes(memory.available)} available",
         ]
-
-
-def join_what_fits(parts: list[str]) -> str:
-    """Join as many parts as fit in a line of the terminal, from the first one on."""
-    line = ""
-    for part in parts:
-        longer = f"{line}  {part}" if line else part
-        if len(longer) >= terminal_width():
-            break
-        line = longer
-    return line
 
 
 def cached_bytes() -> int:
@@ -9694,26 +9560,24 @@ def format_time_left(seconds: float) -> str:
 
 
 def print_summary(plan: Plan, account: Account, progress: Progress) -> None:
-    """Print what was done, how long it took and how much memory it used."""
+    """Print how long it took, what it made and how much memory it used."""
     seconds = time.monotonic() - progress.started
     rate = format_bytes(account.nbytes / max(seconds, 1e-9))
-    say(f"Done in {format_seconds(seconds)}, {rate}/s", colour=GREEN)
-    say_paragraph("Result:", describe_result(plan))
-    print_memory(progress)
+    say(f"Done in {format_seconds(seconds)}, {rate}/s")
 
-
-def describe_result(plan: Plan) -> str:
-    """Return the sizes before and after, and how many tensors were quantized or restored."""
     before = size_of(plan.tensors)
-    after = plan.total_size
+    packed = sum(tensor.packing is not None for tensor in plan.tensors)
     verb = "restored"
     smaller = ""
     if not plan.options.restore:
         verb = "quantized"
-        smaller = f" ({three_digits(before / max(after, 1))} times smaller)"
-    packed = sum(tensor.packing is not None for tensor in plan.tensors)
-    counts = f"{count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept"
-    return f"{format_bytes(before)} became {format_bytes(after)}{smaller}; {counts}"
+        smaller = f" ({three_digits(before / max(plan.total_size, 1))} times smaller)"
+    say_paragraph(
+        "Result:",
+        f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller};"
+        f" {count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept",
+    )
+    print_memory(progress)
 
 
 def print_memory(progress: Progress) -> None:
@@ -9728,10 +9592,9 @@ def print_memory(progress: Progress) -> None:
         say_paragraph("GPU:", f"its programs see {free} free now")
 
     say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}", before="\n")
-    for stage in progress.stages:
-        used = format_bytes(stage.memory.used)
-        available = format_bytes(stage.memory.available)
-        say(f"{stage.name:<34}{used:>12}{available:>12}")
+    for stage, memory in progress.stages.items():
+        used = format_bytes(memory.used)
+        say(f"{stage:<34}{used:>12}{format_bytes(memory.available):>12}")
 
 
 def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
@@ -9739,28 +9602,23 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
     say()
     say_paragraph("Next, in", f"{folder.resolve().parent}:")
     name = folder.resolve().name
-    for label, text in next_steps(plan, verified):
-        if label == "Load" and plan.fails_in_transformers:
-            reason = f"not with transformers (5.24), which {plan.fails_in_transformers}"
-            say_paragraph(f"  {label}:", reason)
-            continue
+    copy = "rsync -a --partial {name} HOST:"
+    steps = dict(plan.options.form.next_steps)
+    if plan.options.restore:
+        steps = {"Try": LOAD_STEP}
+    elif verified:
+        steps["Copy"] = copy
+    else:
+        steps["Check"] = f"the same command with --verify; then copy it: {copy}"
+    if plan.fails_in_transformers:
+        engine = ENGINES["transformers"]
+        steps[engine.verb] = f"not with {engine.label}, which {plan.fails_in_transformers}"
 
+    for label, text in steps.items():
         text = text.replace("{loader}", plan.loader)
         text = text.replace("{path}", repr(name))
         text = text.replace("{name}", shlex.quote(name))
         say_paragraph(f"  {label}:", text, is_command=True)
-
-
-def next_steps(plan: Plan, verified: bool) -> list[tuple[str, str]]:
-    """List labels and commands for a finished folder, called {name} in them."""
-    if plan.options.restore:
-        return [("Try", LOAD_STEP)]
-
-    copy = "rsync -a --partial {name} HOST:"
-    last = ("Check", f"the same command with --verify; then copy it: {copy}")
-    if verified:
-        last = ("Copy", copy)
-    return [*plan.options.form.next_steps, last]
 
 
 def print_verification(verification: Verification) -> None:
@@ -9768,7 +9626,10 @@ def print_verification(verification: Verification) -> None:
     say()
     print_errors(verification)
     say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
-    print_worst(verification.errors)
+    errors = verification.errors
+    for name in sorted(errors, key=lambda name: errors[name][0], reverse=True)[:5]:
+        error = three_digits(errors[name][0])
+        say(f"  worst: {error}  {shorten(name, terminal_width() - 18)}")
     if verification.clipped:
         print_clipped(verification.clipped)
     if verification.blind:
@@ -9778,7 +9639,7 @@ def print_verification(verification: Verification) -> None:
         say_paragraph("WRONG:", problem)
     if not verification.problems:
         folder = shorten(str(verification.folder), terminal_width() - 40)
-        say(f"  {folder}: verified, no problems found.", colour=GREEN)
+        say(f"  {folder}: verified, no problems found.")
 
 
 def print_errors(verification: Verification) -> None:
@@ -9818,20 +9679,12 @@ def print_errors_of_kind(kind: str, errors: list[list[float]]) -> None:
     say(line)
 
 
-def print_worst(errors: dict[str, list[float]]) -> None:
-    """Print the names of the five weights with the largest errors."""
-    names = sorted(errors, key=lambda name: errors[name][0], reverse=True)
-    for name in names[:5]:
-        error = three_digits(errors[name][0])
-        say(f"  worst: {error}  {shorten(name, terminal_width() - 18)}")
-
-
 def print_bounds(rule: str) -> None:
     """Print how closely codes are checked without the statistics that they were chosen by."""
-    use = rule.partition(" ")[2]
     reach = 0.5
     if FEEDBACK in rule:
         reach += MAX_CHANGE
+    use = rule.partition(" ")[2]
     say_paragraph(
         "Note:",
         f"4-bit codes {use} are checked only within bounds: a code inside the range must lie"
@@ -9845,9 +9698,12 @@ def print_clipped(clipped: dict[str, Measured]) -> None:
     count = sum(measured.clipped for measured in clipped.values())
     farthest = max(clipped, key=lambda name: clipped[name].reach)
     reach = three_digits(clipped[farthest].reach)
-    weights = f"{count_of(count, 'weight')} {'lies' if count == 1 else 'lie'}"
-    text = f"{weights} more than {FAR_SCALES} scales from what is decoded, up to {reach}"
-    say_paragraph("  clipped:", f"{text} in {farthest}")
+    verb = "lies" if count == 1 else "lie"
+    say_paragraph(
+        "  clipped:",
+        f"{count_of(count, 'weight')} {verb} more than {FAR_SCALES} scales from what is decoded, up"
+        f" to {reach} in {farthest}",
+    )
 
 
 # ---- Command: what is done, in which order -------------------------------------------------------
@@ -9859,13 +9715,15 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress(guard)
     args.threads = args.threads or usable_cores()
     check_folders(args)
-    finished = is_to_be_verified_only(args)
+    # Of a folder that is finished, --verify writes nothing.
+    is_finished = (args.output_dir / INDEX_NAME).exists()
+    only_verify = args.verify and is_finished and not args.overwrite and not args.dry_run
     with contextlib.closing(Checkpoint(args.input_dir, args.config_dir)) as checkpoint:
-        plan = plan_as_asked(args, checkpoint, finished)
+        plan = plan_as_asked(args, checkpoint, only_verify)
         if args.list:
             print_list(plan)
             return
-        if finished:
+        if only_verify:
             verify(args, checkpoint, plan, progress)
             return
 
@@ -9887,13 +9745,6 @@ def check_folders(args: argparse.Namespace) -> None:
             )
 
 
-def is_to_be_verified_only(args: argparse.Namespace) -> bool:
-    """Return whether nothing is to be written: --verify, of a folder that is finished."""
-    if not args.verify or args.overwrite or args.dry_run:
-        return False
-    return (args.output_dir / INDEX_NAME).exists()
-
-
 def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bool) -> Plan:
     """Plan what the arguments ask for.
 
@@ -9913,11 +9764,12 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
 
     if finished:
         options = options_of_finished(args.output_dir, asked, checkpoint)
-        return plan_conversion(checkpoint, options, statistics)
-    asked["format"] = args.format or "int4"
-    asked["scale"] = scale
-    asked["shard_size_gb"] = args.shard_size_gb or DEFAULT_SHARD_SIZE_GB
-    return plan_conversion(checkpoint, Options(**asked), statistics)
+    else:
+        asked["format"] = args.format or "int4"
+        asked["scale"] = scale
+        asked["shard_size_gb"] = args.shard_size_gb or DEFAULT_SHARD_SIZE_GB
+        options = Options(**asked)
+    return plan_conversion(checkpoint, options, statistics)
 
 
 def plan_restoration_as_asked(args: argparse.Namespace, checkpoint: Checkpoint) -> Plan:
@@ -9938,16 +9790,19 @@ def options_of_finished(folder: Path, asked: dict, checkpoint: Checkpoint) -> Op
     It is an error if the options that are given, or the checkpoint, are others."""
     made = read_facts(folder)
     if made["options"]["restore"]:
-        problem = "holds a restored checkpoint, and --verify is for what it was restored from"
-        raise QuantizeError(f"{folder} {problem}")
+        raise QuantizeError(
+            f"{folder} holds a restored checkpoint, and --verify is for what it was restored from"
+        )
 
     given = {name: value for name, value in asked.items() if value}
     options = made["options"] | given
     now = {"version": FORMAT_VERSION, "options": options, "sources": checkpoint.sources}
     differences = what_differs(made, now)
     if differences:
-        remedy = "verify it with the checkpoint, the options and the version that it was made with"
-        raise QuantizeError(f"{folder} was made differently: {differences}: {remedy}")
+        raise QuantizeError(
+            f"{folder} was made differently: {differences}: verify it with the checkpoint, the"
+            " options and the version that it was made with"
+        )
     return Options(**options)
 
 
@@ -9962,15 +9817,16 @@ def print_and_convert(
             raise QuantizeError(f"output folder {output.folder}: {denial}")
         print_plan(plan, checkpoint, output, progress.guard, args.threads)
 
-        is_complete = output.nothing_to_write and not output.compare
         if args.dry_run:
             problems = [denial]
-            if not is_complete:
+            if not output.nothing_to_write:
                 needed = buffer_bytes(plan, args.threads)
                 problems += [output.lack_of_room(), progress.guard.shortage(needed)]
-            print_dry_run(problems)
+            for problem in filter(None, problems):
+                say_paragraph("WARNING:", f"the run itself would stop: {problem}")
+            say("Dry run: nothing was written.")
             return False
-        if is_complete:
+        if output.nothing_to_write:
             text = f"{shorten(str(args.output_dir), terminal_width() - 25)} is complete already."
             if not args.restore:
                 text += " It was not compared with the source; --verify does that."
@@ -9981,18 +9837,10 @@ def print_and_convert(
         return True
 
 
-def print_dry_run(problems: list[str]) -> None:
-    """Print what would stop the run itself; empty texts are no problems."""
-    for problem in problems:
-        if problem:
-            say_paragraph("WARNING:", f"the run itself would stop: {problem}")
-    say("Dry run: nothing was written.")
-
-
 def convert(
     checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int
 ) -> None:
-    """Write the planned output folder, or compare what is there."""
+    """Write the planned output folder."""
     problem = output.lack_of_room()
     if problem:
         raise QuantizeError(problem)
@@ -10000,39 +9848,25 @@ def convert(
 
     shards = []
     for shard in plan.shards:
-        file = ShardFile(
-            output.folder,
-            shard,
-            plan.fingerprint,
-            finished=shard.name in output.finished,
-            compare=shard.name in output.compare,
-            before_writing=output.make_way,
-        )
-        shards.append(file)
+        finished = shard.name in output.finished
+        shards.append(ShardFile(output.folder, shard, plan.fingerprint, finished, output.make_way))
     task = "restoring" if plan.options.restore else "quantizing"
     conversion = Conversion(checkpoint, plan, shards, task)
 
-    # Writing changes this.
-    only_compares = output.nothing_to_write
     say()
     output.prepare()
     progress.restart()
     with deferring_signals():
         write_output(plan, conversion, output, threads, progress)
 
-    if only_compares:
-        progress.mark("Compared")
-        seconds = format_seconds(time.monotonic() - progress.started)
-        say(f"Compared in {seconds}: the output matches the source files.", colour=GREEN)
-    else:
-        progress.mark("Written")
-        print_summary(plan, conversion.account, progress)
+    progress.mark("Written")
+    print_summary(plan, conversion.account, progress)
 
 
 def write_output(
     plan: Plan, conversion: Conversion, output: OutputFolder, threads: int, progress: Progress
 ) -> None:
-    """Write or compare all files.
+    """Write all files.
 
     An error says how much of the folder is kept, and nothing half-written stays."""
     try:
@@ -10062,11 +9896,11 @@ def describe_kept(output: OutputFolder, shards: list[ShardFile]) -> str:
 
     count = sum(shard.finished for shard in shards)
     verb = "is" if count == 1 else "are"
-    command = "the same command"
-    if output.overwrite:
-        command += " without --overwrite"
-    finished = f"{count:,} of {count_of(len(shards), 'shard')} {verb} finished and kept"
-    return f"{finished}, {command} continues"
+    how = " without --overwrite" if output.overwrite else ""
+    return (
+        f"{count:,} of {count_of(len(shards), 'shard')} {verb} finished and kept, the same"
+        f" command{how} continues"
+    )
 
 
 def verify(
@@ -10074,8 +9908,10 @@ def verify(
 ) -> None:
     """Compare a finished folder with its source."""
     say()
-    task = f"by decoding every weight and comparing it with {checkpoint.folder}"
-    say_paragraph("Verifying", f"{args.output_dir} {task}")
+    say_paragraph(
+        "Verifying",
+        f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}",
+    )
     verification = Verification(checkpoint, plan, args.output_dir)
     progress.restart()
     try:
@@ -10088,8 +9924,10 @@ def verify(
         count = count_of(len(verification.problems), "problem")
         remedy = "convert again into another folder"
         if read_facts(args.output_dir)["sources"] != checkpoint.sources:
-            source = f"{checkpoint.folder}, where file times have changed since"
-            remedy = f"if it was made from {source}, {remedy}"
+            remedy = (
+                f"if it was made from {checkpoint.folder}, where file times have changed since,"
+                f" {remedy}"
+            )
         raise QuantizeError(
             f"verification of {args.output_dir} found {count}, listed above: {remedy}"
         )
@@ -10143,7 +9981,7 @@ def print_error(message: str) -> None:
     # A name in a damaged header may be as long as the header.
     message = printable(message[:2000])
     with contextlib.suppress(OSError):
-        print(paint(ERROR, BOLD_RED, sys.stderr) + message, file=sys.stderr, flush=True)
+        print(ERROR + message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

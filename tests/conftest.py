@@ -188,14 +188,12 @@ def is_stopped(task: Path) -> bool:
 def run_in_terminal(
     arguments: list[str],
     columns: int,
-    environment: dict[str, str] | None = None,
     interrupt_at: str | None = None,
 ) -> tuple[str, int]:
     """What a terminal of so many columns is sent, and the exit code; Ctrl-C once it has shown `interrupt_at`."""
     pid, master = pty.fork()
     if pid == 0:
-        os.environ.pop("NO_COLOR", None)
-        os.environ |= {"COLUMNS": str(columns), "TERM": "xterm"} | (environment or {})
+        os.environ |= {"COLUMNS": str(columns), "TERM": "xterm"}
         os.execv(arguments[0], arguments)
     text = ""
     while True:
@@ -209,11 +207,6 @@ def run_in_terminal(
             interrupt_at = None
     os.close(master)
     return text.replace("\r\n", "\n"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def plain(text: str) -> str:
-    """The text without its colours."""
-    return re.sub(r"\033\[[\d;]*m", "", text)
 
 
 def peak_anonymous(arguments: list[str]) -> int:
