@@ -4814,6 +4814,10 @@ class Engine:
     # experts that are kept.
     two_widths: tuple[str, ...] = ()
     kept_experts: tuple[str, ...] = ()
+    # Types of models that it does not compute in float16, and by format those that it does not
+    # load.
+    no_float16: tuple[str, ...] = ()
+    not_loaded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # By format: how it misreads packed experts.
     misreads_experts: Mapping[str, str] = field(default_factory=dict)
     # By format: the command that loads a finished folder {name}; and what that is called.
@@ -4855,10 +4859,13 @@ ENGINES = {
             fuses_experts=True,
             two_widths=("compressed-tensors", "gptq"),
             kept_experts=("compressed-tensors",),
+            # `_FLOAT16_NOT_SUPPORTED_MODELS` in config/model.py of 0.33.0.
+            no_float16=("gemma2", "gemma3", "gemma3_text", "glm4"),
+            not_loaded={"gptq": ("whisper",)},
             misreads_experts={"gptq": "vLLM before 0.29"},
             commands={
                 "compressed-tensors": "vllm serve {name} --max-model-len 8192",
-                "gptq": "vllm serve {name} --dtype float16 --max-model-len 8192",
+                "gptq": "vllm serve {name} --dtype {dtype} --max-model-len 8192",
             },
             verb="Serve",
         ),
@@ -5286,6 +5293,8 @@ class Plan:
     left_out: list[str]
     # The class of transformers that loads the whole model.
     loader: str
+    # The dtype for `vllm serve` where the format's scales have one of their own.
+    serving_dtype: str = "float16"
     notes: Collection[str] = ()
     warnings: Collection[str] = ()
     statistics: Importance | None = None
@@ -5338,6 +5347,7 @@ def plan_conversion(
         warnings=warnings,
         statistics=statistics,
         stacks=len(separated),
+        serving_dtype="bfloat16" if types_without_float16(draft) else "float16",
         fails_in_transformers=reason_transformers_fails(draft),
     )
 
@@ -6656,6 +6666,80 @@ def note_mtp(draft: Draft) -> Iterator[str]:
         )
 
 
+def types_without_float16(draft: Draft) -> list[str]:
+    """List the model's types that vLLM does not compute in float16."""
+    types = config_strings(draft.config, "model_type")
+    return [model_type for model_type in types if model_type in ENGINES["vLLM"].no_float16]
+
+
+def check_types_for_engines(draft: Draft) -> Iterator[str]:
+    """Check that engines load models of this type from the format."""
+    name = draft.form.name
+    for engine in draft.form.engines:
+        for model_type in config_strings(draft.config, "model_type"):
+            if model_type in engine.not_loaded.get(name, ()):
+                yield (
+                    f"{engine.name} does not load models of type {model_type} from {name}:"
+                    " use --format compressed-tensors"
+                )
+
+
+def warn_of_float16(draft: Draft) -> Iterator[str]:
+    """Warn that the model is computed in another dtype than the format's scales have."""
+    types = types_without_float16(draft)
+    if types and draft.form.scale_dtype == "F16":
+        yield (
+            f"vLLM does not compute {types[0]} in float16, and in bfloat16 it rounds the float16"
+            f" scales of {draft.form.name}: --format compressed-tensors has scales of the model's"
+            " own dtype"
+        )
+
+
+def warn_of_packed_towers(draft: Draft) -> Iterator[str]:
+    """Warn that not all engines hold towers packed."""
+    towers = [tensor for tensor in draft.tensors if tensor.packing and tensor.kind == TOWERS]
+    if towers:
+        yield (
+            f"--int8 packs {count_of(len(towers), 'layer')} of {TOWERS}, e.g."
+            f" {towers[0].source.name!r}: vLLM holds some models' as plain layers and then does not"
+            " load the folder; without --int8 for these all of them are kept"
+        )
+
+
+def warn_of_small_language_model(draft: Draft) -> Iterator[str]:
+    """Warn where what is taken for the language model is the smaller part."""
+    towers = [tensor for tensor in draft.tensors if tensor.kind == TOWERS and not tensor.packing]
+    kept = sum(tensor.source.nbytes for tensor in towers)
+    packed = sum(info.nbytes for info in draft.packed)
+    if kept > packed:
+        yield (
+            f"what is kept as {TOWERS} ({format_bytes(kept)}, e.g. {towers[0].source.name!r}) is"
+            f" more than what is quantized ({format_bytes(packed)}, e.g. {draft.packed[0].name!r}):"
+            " if that is not the language model, name what is with --int8"
+        )
+
+
+def note_packed_towers(draft: Draft) -> Iterator[str]:
+    """Note that towers are quantized, too."""
+    towers = [tensor for tensor in draft.tensors if tensor.packing and tensor.kind == TOWERS]
+    if towers:
+        size = format_bytes(sum(tensor.source.nbytes for tensor in towers))
+        yield (
+            f"{count_of(len(towers), 'layer')} of {TOWERS} ({size}) are quantized, too; the formats"
+            f" for engines keep them, and so does --exclude {pattern_of_branches(towers)}"
+        )
+
+
+def pattern_of_branches(tensors: list[TensorPlan]) -> str:
+    """Make a pattern for --exclude that means the modules around these tensors."""
+    branches = {}
+    for tensor in tensors:
+        parts = tensor.source.name.split(".")
+        names = [part for part in parts[:-1] if part not in WRAPPERS]
+        branches[re.escape(names[0])] = None
+    return shlex.quote(rf"(^|\.)({'|'.join(branches)})\.")
+
+
 def note_two_widths(draft: Draft) -> Iterator[str]:
     """Warn of ways to load layers of two widths that decode them wrongly."""
     if len(draft.widths) > 1:
@@ -6750,6 +6834,7 @@ RULES = (
     Rule(REFUSED, TENSORS, check_output_names),
     Rule(REFUSED, FOR_ENGINES, check_embeddings),
     Rule(REFUSED, FOR_ENGINES, check_group_size),
+    Rule(REFUSED, FOR_ENGINES, check_types_for_engines),
     Rule(REFUSED, FOR_ENGINES, check_config),
     Rule(REFUSED, FOR_ENGINES, check_conv1d),
     Rule(REFUSED, FOR_ENGINES, check_names_in_memory),
@@ -6763,10 +6848,14 @@ RULES = (
     Rule(WARNING, TENSORS, check_weights),
     Rule(WARNING, FOR_OTHERS, check_ends),
     Rule(WARNING, FOR_ENGINES, check_names_of_trainers),
+    Rule(WARNING, FOR_ENGINES, warn_of_small_language_model),
+    Rule(WARNING, FOR_ENGINES, warn_of_packed_towers),
+    Rule(WARNING, FOR_ENGINES, warn_of_float16),
     Rule(NOTE, TENSORS, note_checkpoint),
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_group_size),
     Rule(NOTE, FOR_OTHERS, note_no_engine),
+    Rule(NOTE, FOR_OTHERS, note_packed_towers),
     Rule(NOTE, TENSORS, note_delicate_layers),
     Rule(NOTE, TENSORS, note_conv1d),
     Rule(NOTE, TENSORS, note_kept_stacks),
@@ -7246,7 +7335,7 @@ def print_needs(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: i
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     """Print how many tensors there are of each packing and kind, and how large they are."""
-    say(f"{'Plan':<35}{'tensors':>8}{'size':>10}", before="\n")
+    say(f"{'Plan':<38}{'tensors':>7}{'size':>9}", before="\n")
     inputs = len(checkpoint.tensors)
     size = format_bytes(size_of(plan.tensors))
     print_row("input", inputs, size, count_of(len(checkpoint.files), "file"))
@@ -7270,8 +7359,8 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
 
 def print_row(label: str, count: int, size: str, note: str = "") -> None:
     """Print a row of the plan's table."""
-    note = shorten(note, terminal_width() - 56)
-    say(f"{shorten(label, 35):<35}{count:>8,}{size:>10}  {note}".rstrip())
+    note = shorten(note, terminal_width() - 57)
+    say(f"{shorten(label, 38):<38}{count:>7,}{size:>9}  {note}".rstrip())
 
 
 def print_packed(plan: Plan, packing: Packing) -> None:
@@ -9616,6 +9705,7 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 
     for label, text in steps.items():
         text = text.replace("{loader}", plan.loader)
+        text = text.replace("{dtype}", plan.serving_dtype)
         text = text.replace("{path}", repr(name))
         text = text.replace("{name}", shlex.quote(name))
         say_paragraph(f"  {label}:", text, is_command=True)
