@@ -70,7 +70,7 @@ def test_what_is_quantized_is_listed_by_kind_and_delicate_layers_are_noted_with_
     pattern = re.search(r"head and routers in 4 bits.* --exclude '(.*)' keeps them", plan)[1]
     plan = quantize(tiny, tmp_path / "out", "--dry_run", "--exclude", pattern).stdout
     assert not re.search(r"^  (head|routers) ", plan, re.MULTILINE)
-    assert "quantized to 4 bits                      26 " in plan
+    assert "quantized to 4 bits                        26 " in plan
 
 
 def plan_counts(stdout: str) -> tuple[int, int, int]:
@@ -557,3 +557,73 @@ def test_a_missing_embedding_is_refused_for_engines_and_warned_of_in_int4(tmp_pa
     result = run_cli(source, tmp_path / "out", "--format", "compressed-tensors")
     assert_refused(result, "no embedding")
     assert "HEAD OR EMBEDDING IS MISSING" in quantize(source, tmp_path / "out").stdout
+
+
+def multimodal(folder, tower_rows=64, **config):
+    """A language model of two layers, and a tower of one."""
+    tensors = {
+        "model.embed_tokens.weight": random(320, 128),
+        "visual.blocks.0.attn.proj.weight": random(tower_rows, 128),
+        "visual.merger.mlp.0.weight": random(64, 72),
+    }
+    for number in range(2):
+        tensors[f"model.layers.{number}.mlp.up_proj.weight"] = random(64, 128)
+    settings = {"vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 2}
+    return save_model(folder, tensors, vision_config={"depth": 1}, **settings, **config)
+
+
+def test_the_plan_has_a_row_for_what_is_kept_beside_the_language_model(tmp_path):
+    source = multimodal(tmp_path / "in")
+    result = quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--dry_run")
+    row = r"vision and audio \(whole for engines\) +2 +25\.6 kB"
+    assert re.search(row, result.stdout)
+    assert "groups of 128" in result.stdout  # though the tower has 72 columns
+
+
+def test_int4_packs_towers_and_names_the_exclude_that_keeps_them(tmp_path):
+    source = multimodal(tmp_path / "in")
+    result = quantize(source, tmp_path / "out", "--group_size", 64)
+    assert "visual.merger.mlp.0.qweight" in read_tensors(tmp_path / "out")
+    pattern = re.search(r"--exclude '(.*?visual.*?)'", result.stdout)[1]
+    quantize(source, tmp_path / "kept", "--group_size", 64, "--exclude", pattern)
+    kept = read_tensors(tmp_path / "kept")
+    assert {"visual.merger.mlp.0.weight", "visual.blocks.0.attn.proj.weight"} <= kept.keys()
+    assert "model.layers.0.mlp.up_proj.qweight" in kept
+
+
+def test_int8_packs_the_towers_that_it_names_with_a_warning(tmp_path):
+    source = multimodal(tmp_path / "in")
+    options = ["--format", "compressed-tensors", "--int8", r"visual\.blocks"]
+    result = quantize(source, tmp_path / "out", *options)
+    tensors = read_tensors(tmp_path / "out")
+    assert "visual.blocks.0.attn.proj.weight_packed" in tensors
+    assert "visual.merger.mlp.0.weight" in tensors
+    assert "WARNING:   --int8 packs 1 layer of vision and audio" in result.stdout
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(64, False), (256, True)])
+def test_a_tower_that_outweighs_the_language_model_is_a_warning(tmp_path, rows, warned):
+    source = multimodal(tmp_path / "in", tower_rows=rows)
+    result = quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--dry_run")
+    assert ("is more than what is quantized" in result.stdout) == warned
+
+
+@pytest.mark.parametrize(
+    ("form", "model_type", "warned"),
+    [("gptq", "gemma3", True), ("gptq", "qwen3", False), ("compressed-tensors", "gemma3", False)],
+)
+def test_gptq_is_warned_of_where_vllm_does_not_compute_in_float16(
+    tmp_path, form, model_type, warned
+):
+    source = multimodal(tmp_path / "in", model_type=model_type)
+    result = quantize(source, tmp_path / "out", "--format", form)
+    assert ("does not compute gemma3 in float16" in result.stdout) == warned
+    assert ("--dtype float16" in result.stdout) == (form == "gptq" and not warned)
+    assert ("--dtype bfloat16" in result.stdout) == warned
+
+
+def test_whisper_is_refused_as_gptq(tmp_path):
+    layers = {f"model.decoder.layers.{n}.fc1.weight": random(64, 128) for n in range(2)}
+    source = save_model(tmp_path / "in", layers, model_type="whisper")
+    refuse(source, tmp_path / "out", "whisper from gptq", options=["--format", "gptq"])
+    quantize(source, tmp_path / "out", "--format", "compressed-tensors")
