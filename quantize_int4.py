@@ -6756,6 +6756,8 @@ def usable_cores(system: Path = Path("/")) -> int:
 JOB_WEIGHTS = 1 << 22
 # The same where the job's words, half a byte a weight, are staged to be transposed.
 TRANSPOSED_JOB_WEIGHTS = 1 << 24
+# The time that a byte takes that is kept, beside one that is quantized by --scale mse.
+KEPT_EFFORT = 0.2
 
 
 @dataclass(frozen=True)
@@ -6773,26 +6775,9 @@ class Job:
     nbytes: int
 
     @property
-    def kind(self) -> str:
-        """Return the kind of work, a key of COSTS."""
-        return kind_of_work(self.tensor)
-
-
-# The relative time that a byte of input takes, by kind of work, until it is measured.
-COSTS = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}
-
-
-def kind_of_work(tensor: TensorPlan) -> str:
-    """Return what is done with a tensor: a key of COSTS."""
-    if not tensor.packing:
-        return "kept"
-    if tensor.scales:
-        return "restored"
-    if tensor.packing.bits == 8:
-        return "8 bits"
-    if tensor.recipe.has_feedback:
-        return "feedback"
-    return "mse" if tensor.recipe.searches else "absmax"
+    def effort(self) -> float:
+        """Return about how long it takes, beside others."""
+        return self.nbytes * (1.0 if self.tensor.packing else KEPT_EFFORT)
 
 
 @dataclass(frozen=True)
@@ -6840,61 +6825,29 @@ def cut_into_jobs(tensor: TensorPlan, form: Format) -> Iterator[Job]:
             yield Job(tensor, row, row_count, column, column_count, offset, nbytes)
 
 
-@dataclass
-class Work:
-    """How much of one kind of work there is, and how much of it is done."""
-
-    cost: float
-    nbytes: int = 0
-    nbytes_done: int = 0
-    seconds: float = 0.0  # in one thread
-
-
 class Account:
     """What there is to do, and how far it is."""
 
     def __init__(self, jobs: list[Job], task: str):
         self.task = task
-        self.work: dict[str, Work] = {}
-        for job in jobs:
-            kind = job.kind
-            self.work.setdefault(kind, Work(COSTS[kind])).nbytes += job.nbytes
+        self.nbytes = sum(job.nbytes for job in jobs)
+        self.nbytes_done = 0
+        self.effort = sum(job.effort for job in jobs)
+        self.effort_done = 0.0
         self._jobs_left = Counter(job.tensor.source.name for job in jobs)
         self.tensors = len(self._jobs_left)
         self.tensors_done = 0
         self._lock = threading.Lock()
 
-    def book(self, job: Job, seconds: float) -> None:
+    def book(self, job: Job) -> None:
         """Count a job as done."""
         name = job.tensor.source.name
         with self._lock:
-            self.work[job.kind].nbytes_done += job.nbytes
-            self.work[job.kind].seconds += seconds
+            self.nbytes_done += job.nbytes
+            self.effort_done += job.effort
             self._jobs_left[name] -= 1
             if not self._jobs_left[name]:
                 self.tensors_done += 1
-
-    @property
-    def nbytes(self) -> int:
-        return sum(work.nbytes for work in self.work.values())
-
-    @property
-    def nbytes_done(self) -> int:
-        return sum(work.nbytes_done for work in self.work.values())
-
-    def share_done(self) -> float:
-        """Estimate the part of the time that is over: a kind not begun takes what COSTS guesses."""
-        spent = sum(work.seconds for work in self.work.values())
-        guess = sum(work.cost * work.nbytes_done for work in self.work.values())
-        if not guess:
-            return 0.0
-        total = 0.0
-        for work in self.work.values():
-            per_byte = work.cost * spent / guess
-            if work.nbytes_done:
-                per_byte = work.seconds / work.nbytes_done
-            total += work.nbytes * per_byte
-        return min(1.0, spent / (total or 1.0))
 
 
 def rows_of_tile(columns: int) -> int:
@@ -7666,7 +7619,7 @@ class Pipeline:
         read: Callable[[Job, memoryview], memoryview],
         is_cached: Callable[[Job], bool],
         handle: Callable[[Job, memoryview, Workspace], None],
-        book: Callable[[Job, float], None],
+        book: Callable[[Job], None],
     ):
         """Take what is done with a job.
 
@@ -7674,7 +7627,7 @@ class Pipeline:
             job's bytes
         is_cached: whether a job's bytes are in memory already
         handle: work on a job's bytes, with the buffers of one worker
-        book: count a job as done, with the seconds that it took"""
+        book: count a job as done"""
         self._jobs = iter(jobs)
         self._read = read
         self._is_cached = is_cached
@@ -7744,10 +7697,9 @@ class Pipeline:
                 return
             job, ahead = taken
             buffer, data = ahead.result() if ahead else self._read_job(job)
-            started = time.monotonic()
             self._handle(job, data, workspace)
             self._free_buffers.append(buffer)
-            self._book(job, time.monotonic() - started)
+            self._book(job)
 
     def _take(self) -> tuple[Job, concurrent.futures.Future | None] | None:
         """Take the next job, for one worker alone; meanwhile the disk is read for those after it.
@@ -8874,8 +8826,8 @@ def run_jobs(
 ) -> None:
     """Do jobs, and finish each shard after its last one."""
 
-    def book(job: Job, seconds: float) -> None:
-        account.book(job, seconds)
+    def book(job: Job) -> None:
+        account.book(job)
         for shard in shards.book(job):
             pipeline.in_background(shards.sync, shard)
 
@@ -9416,7 +9368,7 @@ class Progress:
         if account.nbytes_done == account.nbytes:
             return [f"{account.task}: {tensors} done, waiting for the disk"]
 
-        share = account.share_done()
+        share = account.effort_done / account.effort
         parts = [f"{account.task}  {share:.0%}"]
         if elapsed >= 2 and share >= 0.02:
             left = math.ceil(elapsed / share * (1 - share) / 5) * 5
