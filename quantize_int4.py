@@ -1812,6 +1812,8 @@ def count_of(count: int, noun: str) -> str:
 
 # The number of this system call, on all processors.
 CACHESTAT = 451
+# The flag of preadv2(2). Python itself knows it only where it was built with new headers.
+RWF_NOWAIT = 8
 # Bytes of a file that mincore is asked about at a time.
 MINCORE_BYTES = 1 << 30
 # Bytes of a file for each of which one page is asked for, where mincore does not tell.
@@ -1827,38 +1829,20 @@ Ranges = list[tuple[int, int]]
 LEAST_GAP = 1 << 16
 
 
-class CacheRange(ctypes.Structure):
-    """The part of a file that cachestat(2) is asked about; a length of 0 is all."""
-
-    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
-
-
-class CacheStatistics(ctypes.Structure):
-    """What cachestat(2) says of it, in pages."""
-
-    _fields_ = (
-        ("cached", ctypes.c_uint64),
-        ("dirty", ctypes.c_uint64),
-        ("written_back", ctypes.c_uint64),
-        ("evicted", ctypes.c_uint64),
-        ("recently_evicted", ctypes.c_uint64),
-    )
-
-
 def count_cached_pages(fd: int) -> int | None:
-    """Count a file's pages in the page cache, ten times as fast as mincore. (cachestat(2), 6.5)"""
-    whole, counts = CacheRange(), CacheStatistics()
-    with contextlib.suppress(OSError, AttributeError):
-        syscall = ctypes.CDLL(None).syscall
-        number = ctypes.c_long(CACHESTAT)
-        pointers = ctypes.byref(whole), ctypes.byref(counts)
-        if syscall(number, ctypes.c_int(fd), *pointers, ctypes.c_uint(0)) == 0:
-            return counts.cached
-    return None
+    """Count a file's pages in the page cache, far faster than mincore; None where the system
+    cannot. (cachestat(2), Linux 6.5)"""
+    # Offset and length, of which 0 is all.
+    part = (ctypes.c_uint64 * 2)()
+    # The first is the number of pages.
+    counts = (ctypes.c_uint64 * 5)()
+    number = ctypes.c_long(CACHESTAT)
+    failed = LIBC.syscall(number, ctypes.c_int(fd), part, counts, ctypes.c_uint(0))
+    return None if failed else counts[0]
 
 
 def cached_ranges(fd: int) -> Ranges:
-    """List the parts of a file in the page cache; the whole file if the system does not tell."""
+    """List the parts of a file in the page cache. Raises OSError if the system does not tell."""
     size = os.fstat(fd).st_size
     count = count_cached_pages(fd)
     if count == 0:
@@ -1867,15 +1851,12 @@ def cached_ranges(fd: int) -> Ranges:
         return [(0, size)]
 
     ranges = []
-    try:
-        for start in range(0, size, MINCORE_BYTES):
-            resident = resident_pages(fd, start, min(MINCORE_BYTES, size - start))
-            for run in re.finditer(rb"\x01+", resident):
-                first = start + run.start() * mmap.PAGESIZE
-                end = start + run.end() * mmap.PAGESIZE
-                ranges.append((first, min(end, size)))
-    except OSError:
-        return [(0, size)]
+    for start in range(0, size, MINCORE_BYTES):
+        resident = resident_pages(fd, start, min(MINCORE_BYTES, size - start))
+        for run in re.finditer(rb"\x01+", resident):
+            first = start + run.start() * mmap.PAGESIZE
+            end = start + run.end() * mmap.PAGESIZE
+            ranges.append((first, min(end, size)))
     return ranges
 
 
@@ -1901,8 +1882,7 @@ def mincore_tells(fd: int) -> bool:
     Since Linux 5.2 it says that all is, of a file that one neither owns nor may write."""
     if os.fstat(fd).st_uid == os.geteuid():
         return True
-    effective = os.access in os.supports_effective_ids
-    return os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=effective)
+    return os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=True)
 
 
 def within(ranges: Ranges, start: int, end: int) -> Ranges:
@@ -1936,12 +1916,8 @@ def asked_ranges(fd: int) -> Ranges:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     for position in range(0, size, ASK_BYTES):
         check_signals()
-        if not is_resident(fd, position):
-            continue
-        start = position
-        if ranges and ranges[-1][1] == position:
-            start = ranges.pop()[0]
-        ranges.append((start, min(position + ASK_BYTES, size)))
+        if is_resident(fd, position):
+            ranges.append((position, min(position + ASK_BYTES, size)))
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
 
     # Drop what was fetched. What is still on its way will go with what is read.
@@ -1955,17 +1931,10 @@ def is_resident(fd: int, position: int) -> bool:
     Raises OSError where there are no such reads. (preadv2(2), RWF_NOWAIT)"""
     byte = ctypes.create_string_buffer(1)
     vector = (ctypes.c_size_t * 2)(ctypes.addressof(byte), 1)
-    try:
-        preadv2 = LIBC.preadv2
-        flags = os.RWF_NOWAIT
-    except AttributeError:
-        # An old C library, or no Linux.
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-
     times = []
     for _ in range(2):
         started = time.perf_counter_ns()
-        count = preadv2(fd, vector, 1, ctypes.c_int64(position), flags)
+        count = LIBC.preadv2(fd, vector, 1, ctypes.c_int64(position), RWF_NOWAIT)
         times.append(time.perf_counter_ns() - started)
         if count < 0 and ctypes.get_errno() != errno.EAGAIN:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -1981,36 +1950,24 @@ class PageCache:
     """What others have of a file in the page cache, and so a run leaves there."""
 
     def __init__(self, fd: int):
-        self.fd = fd
-        self.is_asked = False
-        self._is_known = False
+        """Ask what is there, before this run reads any of it.
 
-    @functools.cached_property
-    def others(self) -> Ranges:
-        """What was there before this run read tensors.
-
-        It is asked for before the first is read, and not earlier, since it takes 10 ms a gigabyte,
-        and ten times as long if mincore does not tell. If nothing tells, all that is there
-        stays."""
+        This takes up to 20 ms a gigabyte, and ten times as long if mincore does not tell. If
+        nothing tells, all that is there stays."""
         try:
-            ranges = cached_ranges(self.fd) if mincore_tells(self.fd) else asked_ranges(self.fd)
+            self._others = cached_ranges(fd) if mincore_tells(fd) else asked_ranges(fd)
             self._is_known = True
         except OSError:
-            ranges = [(0, os.fstat(self.fd).st_size)]
-        self.is_asked = True
-        return ranges
-
-    def ask(self) -> None:
-        """Ask for what others have, if that was not done before."""
-        _ = self.others
+            self._others = [(0, os.fstat(fd).st_size)]
+            self._is_known = False
 
     def holds(self, start: int, end: int) -> bool:
         """Check whether any of a part is known to have been there."""
-        return bool(within(self.others, start, end)) and self._is_known
+        return bool(within(self._others, start, end)) and self._is_known
 
-    def drop(self, start: int = 0, end: int = 1 << 62) -> None:
+    def drop(self, fd: int, start: int = 0, end: int = 1 << 62) -> None:
         """Let the page cache forget a part but for what others have there."""
-        drop_pages(self.fd, self.others, start, end)
+        drop_pages(fd, self._others, start, end)
 
 
 @contextlib.contextmanager
@@ -2018,17 +1975,14 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is read once, and leave the page cache as it was."""
     with open(path, "rb") as file:
         pages = PageCache(file.fileno())
-        pages.ask()
         yield file
-        pages.drop()
+        pages.drop(file.fileno())
 
 
 # ---- Checkpoint: what is in the input folder, and its bytes --------------------------------------
 
-# To read around the page cache, where the system can.
-O_DIRECT = getattr(os, "O_DIRECT", 0)
-# Files of the input that stay open. Each takes two descriptors.
-MAX_IDLE_FILES = 16
+# To read around the page cache.
+O_DIRECT = os.O_DIRECT
 # What a file begins with whose content is still in Git LFS.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Objects and lists inside one another. No model's config has ten.
@@ -2251,11 +2205,6 @@ def parts_of(value: dict | list) -> list[dict | list]:
 
 # Files of tensors.
 
-# The files that are open although nobody reads them now, the latest last. The lock is for these and
-# for the descriptors of all files.
-IDLE_FILES: list[WeightsFile] = []
-IDLE_FILES_LOCK = threading.RLock()
-
 
 class WeightsFile:
     """A file of tensors: safetensors, or a state dict that torch.save wrote.
@@ -2281,81 +2230,44 @@ class WeightsFile:
         else:
             self.infos = read_tensor_infos(path)
 
-        # Descriptors, to read through the page cache and around it, are None while the file is
-        # closed. The second is always None on systems that cannot read around it.
-        self.fd: int | None = None
-        self._direct_fd: int | None = None
-
-        # What others have of the file in the page cache; None until it is first opened.
-        self.pages: PageCache | None = None
-
-        # Threads that read the file now.
-        self._readers = 0
+        # None until tensors are read.
+        self._pages: PageCache | None = None
 
         # Bytes of scattered reads since the page cache last forgot them.
         self._not_dropped = 0
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[None]:
-        """Hold the file open.
+    def _opened(self, flags: int = 0) -> Iterator[int]:
+        """Open the file for one read, and check that it is as it was at first.
 
-        Only the last few of the files that nobody reads stay open, since a checkpoint may have more
-        files than the system lets a process open."""
-        with IDLE_FILES_LOCK:
-            if self in IDLE_FILES:
-                IDLE_FILES.remove(self)
-            if self.fd is None:
-                self._open()
-            self._readers += 1
+        It does not stay open, since a checkpoint may have more files than the system lets a process
+        open."""
+        fd = os.open(self.path, os.O_RDONLY | flags)
         try:
-            yield
+            if file_state(fd) != self.state:
+                raise self._change_error()
+            yield fd
         finally:
-            with IDLE_FILES_LOCK:
-                self._readers -= 1
-                if not self._readers:
-                    IDLE_FILES.append(self)
-                while len(IDLE_FILES) > MAX_IDLE_FILES:
-                    IDLE_FILES[0]._close_descriptors()
+            os.close(fd)
 
-    def _open(self) -> None:
-        """Open the file, and check that it is as it was at first."""
-        self.fd = os.open(self.path, os.O_RDONLY)
-        if self.pages is None:
-            self.pages = PageCache(self.fd)
-        self.pages.fd = self.fd
-        self.check_unchanged()
-        if O_DIRECT:
-            # Some file systems refuse this.
-            with contextlib.suppress(OSError):
-                self._direct_fd = os.open(self.path, os.O_RDONLY | O_DIRECT)
-
-    def _close_descriptors(self) -> None:
-        """Close the file until it is read again."""
-        if self in IDLE_FILES:
-            IDLE_FILES.remove(self)
-        self.drop_read()
-        if self.fd is not None:
-            os.close(self.fd)
-        if self._direct_fd is not None:
-            os.close(self._direct_fd)
-        self.fd = None
-        self._direct_fd = None
+    def _cached_before(self) -> PageCache:
+        """Return what others have of the file in the page cache, asked for before the first
+        read."""
+        if self._pages is None:
+            with self._opened() as fd:
+                self._pages = PageCache(fd)
+        return self._pages
 
     def close(self) -> None:
         """Close the file for good."""
         # The page cache cannot forget what is mapped.
         if self._pickle:
             self._pickle.close()
-        with IDLE_FILES_LOCK:
-            self._close_descriptors()
+        self.drop_read()
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was first seen."""
-        with IDLE_FILES_LOCK:
-            states = {file_state(self.path)}
-            if self.fd is not None:
-                states.add(file_state(self.fd))
-        if states != {self.state}:
+        if file_state(self.path) != self.state:
             raise self._change_error()
 
     def _change_error(self) -> QuantizeError:
@@ -2371,14 +2283,14 @@ class WeightsFile:
         start = offset
         if isinstance(location, InFile):
             start += location.offset
-        with self._opened():
-            return self.pages.holds(start, start + nbytes)
+        return self._cached_before().holds(start, start + nbytes)
 
     def drop_read(self) -> None:
         """Let the page cache forget all that this run read, with pages that two tensors share."""
-        with IDLE_FILES_LOCK:
-            if self.fd is not None and self.pages.is_asked:
-                self.pages.drop()
+        if self._pages:
+            # The file may be gone.
+            with contextlib.suppress(OSError), open(self.path, "rb") as file:
+                self._pages.drop(file.fileno())
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -2389,19 +2301,18 @@ class WeightsFile:
         asked for. The page cache is left as it was."""
         if memory is None:
             memory = memoryview(bytearray(nbytes))
-        with self._opened():
-            # What others have in the page cache is asked for before the first read.
-            self.pages.ask()
-            location = info.location
-            if isinstance(location, InFile):
-                return self._read_piece(location.offset + offset, nbytes, memory)
-            buffer = memory[:nbytes]
+        location = info.location
+        if isinstance(location, InFile):
+            return self._read_piece(location.offset + offset, nbytes, memory)
+        buffer = memory[:nbytes]
+        self._cached_before()
+        with self._opened() as fd:
             if isinstance(location, Transposed):
-                self._read_transposed(info, offset, buffer)
+                self._read_transposed(fd, info, offset, buffer)
             else:
-                self._copy_mapped(location.skip(offset), buffer)
-            self._drop_later(nbytes)
-            return buffer
+                self._pickle.copy(location.skip(offset), buffer)
+        self._drop_later(nbytes)
+        return buffer
 
     def _drop_later(self, nbytes: int) -> None:
         """Let the page cache forget scattered bytes once there are many of them.
@@ -2414,47 +2325,37 @@ class WeightsFile:
 
     def _read_piece(self, start: int, nbytes: int, memory: memoryview) -> memoryview:
         """Read bytes from `start` of the file on, around the page cache where that is possible."""
-        may_read_around = self._may_read_around(start, nbytes, memory)
-        if may_read_around and self._read_around(start, nbytes, memory):
-            skip = start % DIRECT_BLOCK
-            return memory[skip : skip + nbytes]
+        pages = self._cached_before()
+        has_room = len(memory) >= nbytes + READ_MARGIN
+        # Bytes keep their place within a block, and torch needs whole numbers to be aligned.
+        if has_room and start % 8 == 0 and not pages.holds(start, start + nbytes):
+            # Some file systems do not open a file so, or do not read it then.
+            with contextlib.suppress(OSError), self._opened(O_DIRECT) as fd:
+                return self._read_around(fd, start, nbytes, memory)
         buffer = memory[:nbytes]
-        self._read_through_cache(start, buffer)
-        self.pages.drop(start, start + nbytes)
+        with self._opened() as fd:
+            self._read_through_cache(fd, start, buffer)
+            pages.drop(fd, start, start + nbytes)
         return buffer
 
-    def _may_read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
-        """Check whether bytes are to be read around the page cache."""
-        if self._direct_fd is None or len(memory) < nbytes + READ_MARGIN:
-            return False
-        # Such bytes keep their place within a block, and torch needs whole numbers to be aligned.
-        if start % 8:
-            return False
-        return not self.pages.holds(start, start + nbytes)
+    def _read_around(self, fd: int, start: int, nbytes: int, memory: memoryview) -> memoryview:
+        """Read whole blocks of the file into `memory`, around the page cache. (open(2), O_DIRECT)
 
-    def _read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
-        """Fill `memory` with whole blocks of the file, around the page cache. (open(2), O_DIRECT)
-
-        Returns whether that worked. It takes a tenth of the processor's time of a read through the
-        cache, which finds and frees each page."""
+        It takes a tenth of the processor's time of a read through the cache, which finds and frees
+        each page."""
         skip = start % DIRECT_BLOCK
         end = -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK
         done = 0
         while done < skip + nbytes:
             check_signals()
             chunk = memory[done : min(done + COPY_BYTES, end)]
-            try:
-                count = os.preadv(self._direct_fd, [chunk], start - skip + done)
-            except OSError:
-                # Some file systems open a file so and then do not read it.
-                return False
+            count = os.preadv(fd, [chunk], start - skip + done)
+            if not count:
+                raise self._change_error()
             done += count
-            # The file ends here, within the last block.
-            if count < len(chunk):
-                break
-        return done >= skip + nbytes
+        return memory[skip : skip + nbytes]
 
-    def _read_through_cache(self, start: int, buffer: memoryview) -> None:
+    def _read_through_cache(self, fd: int, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from `start` of the file on.
 
         This is as fast as a map of the file. If the file is cut or fails, it is an error and no
@@ -2462,19 +2363,13 @@ class WeightsFile:
         with naming(self.path):
             while buffer:
                 check_signals()
-                count = os.preadv(self.fd, [buffer[:COPY_BYTES]], start)
+                count = os.preadv(fd, [buffer[:COPY_BYTES]], start)
                 if not count:
                     raise self._change_error()
                 buffer = buffer[count:]
                 start += count
 
-    def _copy_mapped(self, location: InMap, buffer: memoryview) -> None:
-        """Fill `buffer` from the map of a pickle."""
-        # Reading the map beyond the file's end would be a SIGBUS.
-        self.check_unchanged()
-        self._pickle.copy(location, buffer)
-
-    def _read_transposed(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+    def _read_transposed(self, fd: int, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from a matrix that lies transposed: a part of each column."""
         # Integers keep all bits.
         dtype = getattr(torch, f"int{DTYPE_BITS[info.dtype]}")
@@ -2490,9 +2385,9 @@ class WeightsFile:
             start = column * info.location.stride + first_row * dtype.itemsize
             location = info.location.columns.skip(start)
             if isinstance(location, InFile):
-                self._read_through_cache(location.offset, part)
+                self._read_through_cache(fd, location.offset, part)
             else:
-                self._copy_mapped(location, part)
+                self._pickle.copy(location, part)
 
         matrix = torch.frombuffer(parts, dtype=dtype).view(columns, rows).T
         copy_bytes(matrix, skip, buffer)
@@ -7215,9 +7110,6 @@ class ShardFile:
         self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         if not self._pages:
             self._pages = PageCache(self._fd)
-        self._pages.fd = self._fd
-        # Asked before the file is first read.
-        _ = self._pages.others
 
     def _create(self) -> None:
         self._before_writing()
@@ -7250,7 +7142,7 @@ class ShardFile:
             with naming(self.path):
                 sync_file(self._fd)
             if self._pages:
-                self._pages.drop()
+                self._pages.drop(self._fd)
             else:
                 drop_pages(self._fd, [])
 
