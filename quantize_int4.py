@@ -6534,7 +6534,7 @@ class MemoryGuard:
         """Count the anonymous memory of this process: all but mapped files, which the kernel takes
         back at will."""
         info = self._process.memory_info()
-        return info.rss - getattr(info, "shared", 0)
+        return info.rss - info.shared
 
     def shortage(self, needed: int = 0) -> str:
         """Describe that less than `min_free` is available, or would be once `needed` bytes are
@@ -6581,7 +6581,7 @@ def read_cgroups(
     v2, v1: the ends of the files' names by the version of control groups; the first one holds the
         limit"""
     membership = system / "proc/self/cgroup"
-    # Without this file the system is no Linux, and has no such limits.
+    # Without this file the kernel has no control groups.
     if not membership.exists():
         return
     root = system / "sys/fs/cgroup"
@@ -6634,10 +6634,7 @@ def usable_cores(system: Path = Path("/")) -> int:
     """Count the cores that this process may use, by its affinity and its CPU quotas.
 
     `docker run --cpus` sets such a quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     for texts in read_cgroups(system, "cpu", ["max"], ["cfs_quota_us", "cfs_period_us"]):
         # Version 2 has both numbers in one file.
         quota, period = " ".join(texts).split()
@@ -6677,7 +6674,7 @@ class Job:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The largest blocks that a tensor is cut into, and the bytes of an element."""
+    """The largest block that a tensor is cut into, and the bytes of an element."""
 
     rows: int
     columns: int
@@ -6690,27 +6687,28 @@ def block_shape(tensor: TensorPlan, form: Format) -> BlockShape:
     A block is of whole rows. Only a row that is longer than a tile is cut, between groups, and only
     where its parts can be quantized apart, without statistics."""
     if not tensor.packing:
-        return BlockShape(1, COPY_BYTES, 1)
+        return BlockShape(1, min(COPY_BYTES, tensor.source.nbytes), 1)
 
-    _, columns = tensor.source.shape
+    rows, columns = tensor.source.shape
     itemsize = DTYPE_BITS[tensor.source.dtype] // 8
-    if tensor.scales:
-        # A quarter of a tile: torch makes several temporary tensors of the decoded weights.
-        words = TILE_WEIGHTS // 4 // tensor.packing.codes_per_word
-        return BlockShape(max(1, words // columns), columns, itemsize)
-
     group_size = tensor.packing.group_size
     longest = max(1, TILE_WEIGHTS // group_size) * group_size
-    if columns > longest and not tensor.recipe.has_statistics:
+    if tensor.scales:
+        # A quarter of a tile: torch makes several temporary tensors of the decoded weights.
+        weights = TILE_WEIGHTS // 4 // tensor.packing.codes_per_word
+    elif columns > longest and not tensor.recipe.has_statistics:
         return BlockShape(1, longest, itemsize)
-    weights = TRANSPOSED_JOB_WEIGHTS if form.transposed else JOB_WEIGHTS
-    return BlockShape(max(1, weights // columns), columns, itemsize)
+    else:
+        weights = TRANSPOSED_JOB_WEIGHTS if form.transposed else JOB_WEIGHTS
+    return BlockShape(min(rows, max(1, weights // columns)), columns, itemsize)
 
 
 def cut_into_jobs(tensor: TensorPlan, form: Format) -> Iterator[Job]:
     """Cut a tensor into jobs, in the order of its bytes. A tensor without elements has none."""
+    if not tensor.source.nbytes:
+        return
     block = block_shape(tensor, form)
-    rows, columns = (1, tensor.source.nbytes) if not tensor.packing else tensor.source.shape
+    rows, columns = tensor.source.shape if tensor.packing else (1, tensor.source.nbytes)
     for row in range(0, rows, block.rows):
         for column in range(0, columns, block.columns):
             row_count = min(block.rows, rows - row)
@@ -6764,7 +6762,7 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     largest: dict[str, int] = {}
     largest_job = 0
     for tensor in list_unlike(plan.tensors):
-        block = largest_block(tensor, form)
+        block = block_shape(tensor, form)
         largest_job = max(largest_job, block.rows * block.columns * block.itemsize)
         for role, nbytes in worker_buffers(tensor, form).items():
             largest[role] = max(largest.get(role, 0), nbytes)
@@ -6783,24 +6781,18 @@ def list_unlike(tensors: list[TensorPlan]) -> list[TensorPlan]:
     """List one of all tensors that are alike: a model has a hundred thousand, of a dozen shapes."""
     unlike = {}
     for tensor in tensors:
-        outputs = tuple((output.dtype, output.shape) for output in tensor.outputs)
-        key = (tensor.source.dtype, tensor.source.shape, tensor.packing, tensor.recipe, outputs)
-        unlike[key] = tensor
+        source = tensor.source
+        output = tensor.outputs[0]
+        become = (tensor.packing, tensor.recipe, output.dtype, output.shape)
+        unlike[source.dtype, source.shape, become] = tensor
     return list(unlike.values())
-
-
-def largest_block(tensor: TensorPlan, form: Format) -> BlockShape:
-    """Return the shape of the largest block that there is of a tensor."""
-    block = block_shape(tensor, form)
-    rows, columns = tensor.source.shape if tensor.packing else (1, tensor.source.nbytes)
-    return BlockShape(min(block.rows, rows), min(block.columns, columns), block.itemsize)
 
 
 def worker_buffers(tensor: TensorPlan, form: Format) -> dict[str, int]:
     """Return the bytes of the buffers of a `Workspace` that a tensor needs at the most, by role.
 
     Some of them are needed only where there is no kernel, or to compare with what is there."""
-    block = largest_block(tensor, form)
+    block = block_shape(tensor, form)
     if not tensor.packing:
         return {"found": block.columns}
     if tensor.scales:
@@ -6810,7 +6802,7 @@ def worker_buffers(tensor: TensorPlan, form: Format) -> dict[str, int]:
     columns = packing.columns_of(block.columns)
     words = columns // packing.codes_per_word * torch.int32.itemsize
     scales = columns // packing.group_size * (DTYPE_BITS[tensor.outputs[1].dtype] // 8)
-    tile_rows = min(block.rows, rows_of_tile(block.columns)) if block.columns else 0
+    tile_rows = min(block.rows, rows_of_tile(block.columns))
 
     buffers = {}
     for role, dtype in TILE_BUFFERS.items():
@@ -6845,7 +6837,7 @@ def width_in_tile(role: str, tensor: TensorPlan, columns: int) -> int:
 def restoring_buffers(tensor: TensorPlan, block: BlockShape) -> dict[str, int]:
     """Return what `worker_buffers` does, for a weight that is restored."""
     (output,) = tensor.outputs
-    scales = block.rows * (tensor.scales.nbytes // max(1, tensor.scales.shape[0]))
+    scales = block.rows * (tensor.scales.nbytes // tensor.scales.shape[0])
     dense = block.rows * output.shape[1] * (DTYPE_BITS[output.dtype] // 8)
     return {"scales": scales + READ_MARGIN, "dense": dense, "found": dense}
 
@@ -9221,7 +9213,7 @@ class Progress:
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
         self.stages = [Stage("Baseline", guard.read())]
-        self.cached = cached_bytes()
+        self.cached = psutil.virtual_memory().cached
         self._is_past_midway = False
         self.restart()
 
@@ -9291,11 +9283,6 @@ def join_what_fits(parts: list[str]) -> str:
     return line
 
 
-def cached_bytes() -> int:
-    """Return how many bytes of files the page cache holds; 0 where the system does not tell."""
-    return getattr(psutil.virtual_memory(), "cached", 0)
-
-
 def format_time_left(seconds: float) -> str:
     """Return a time in the largest unit that is no guess: 25 s, 12 min, 2 h."""
     if seconds >= 5400:
@@ -9332,7 +9319,7 @@ def print_memory(progress: Progress) -> None:
     """Print this process's peak, and the machine's memory at each stage."""
     peak = format_bytes(progress.guard.own_peak)
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
-    growth = cached_bytes() - progress.cached
+    growth = psutil.virtual_memory().cached - progress.cached
     extra = format_bytes(growth) if growth > 0 else "no"
     say_paragraph("Cache:", f"the page cache holds {extra} more than before")
     if shares_memory_with_gpu():
