@@ -2922,7 +2922,7 @@ MAX_INTEGER = 1 << 24
 MAX_COUNT = 10_000
 
 
-def config_values(config: dict, *keys: str) -> list:
+def raw_values(config: dict, *keys: str) -> list:
     """List the values of these keys in config.json, then those in its language model's config.
 
     That is the entry `text_config` or one of a similar name."""
@@ -2934,7 +2934,7 @@ def config_values(config: dict, *keys: str) -> list:
         values += [entry for entry in entries if entry is not None]
     for key, nested in config.items():
         if isinstance(nested, dict) and LANGUAGE_KEY.match(key):
-            values += config_values(nested, *keys)
+            values += raw_values(nested, *keys)
     return values
 
 
@@ -2961,37 +2961,20 @@ def as_boolean(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def converted_values(config: dict, keys: tuple[str, ...], convert: Callable) -> list:
-    """List the values of these keys that are of the right kind.
+def config_values(config: dict, *keys: str) -> list:
+    """List the values of these keys that are of the kind that CONFIG_KEYS says.
 
     `odd_config_values` names the others."""
-    converted = [convert(value) for value in config_values(config, *keys)]
-    return [value for value in converted if value is not None]
-
-
-def config_integers(config: dict, *keys: str) -> list[int]:
-    """List the integers that config.json has under these keys."""
-    return converted_values(config, keys, as_integer)
-
-
-def config_counts(config: dict, *keys: str) -> list[int]:
-    """List the counts of layers or experts that config.json has under these keys."""
-    return converted_values(config, keys, as_count)
-
-
-def config_strings(config: dict, *keys: str) -> list[str]:
-    """List the strings that config.json has under these keys."""
-    return converted_values(config, keys, as_string)
-
-
-def config_booleans(config: dict, *keys: str) -> list[bool]:
-    """List the booleans that config.json has under these keys."""
-    return converted_values(config, keys, as_boolean)
+    values = []
+    for convert, known in CONFIG_KEYS.items():
+        of_kind = [key for key in keys if key in known]
+        values += map(convert, raw_values(config, *of_kind))
+    return [value for value in values if value is not None]
 
 
 def architectures_of(config: dict) -> list[str]:
     """List the classes that config.json names for the whole model, and not those for its parts."""
-    return config_strings(only(config, "architectures"), "architectures")
+    return config_values(only(config, "architectures"), "architectures")
 
 
 def only(config: dict, key: str) -> dict:
@@ -3004,7 +2987,7 @@ def odd_config_values(config: dict) -> list[str]:
     odd = []
     for convert, keys in CONFIG_KEYS.items():
         for key in keys:
-            wrong = [value for value in config_values(config, key) if convert(value) is None]
+            wrong = [value for value in raw_values(config, key) if convert(value) is None]
             if wrong:
                 odd.append(f"{key} {shorten(json.dumps(wrong[0]), 40)}")
     return odd
@@ -3015,7 +2998,7 @@ def model_dtype(config: dict) -> str | None:
 
     Returns None if config.json names none."""
     dtypes = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
-    for name in config_strings(config, "dtype", "torch_dtype"):
+    for name in config_values(config, "dtype", "torch_dtype"):
         name = name.removeprefix("torch.")
         if name in dtypes:
             return dtypes[name]
@@ -3593,7 +3576,7 @@ def oddity_with(field_name: str, config: dict) -> Oddity:
     """Find the row about the model's type, or else its language model's, that has this field.
 
     Returns an empty row if there is none."""
-    for model_type in config_strings(config, "model_type"):
+    for model_type in config_values(config, "model_type"):
         for row in ODDITIES:
             if getattr(row, field_name) and row.is_about(model_type):
                 return row
@@ -3640,7 +3623,7 @@ def rename_or_split(names: list[str], pattern: str, replacements: list[str]) -> 
 
 def separate_experts_in_engines(config: dict) -> str:
     """Return why engines would not load the experts that a stack is read as; "" if they would."""
-    types = config_strings(config, "model_type")
+    types = config_values(config, "model_type")
     row = oddity_with("tells_experts", config)
     if not row.tells_experts:
         model = f"model_type {types[0]!r}" if types else f"no model_type in {CONFIG_NAME}"
@@ -3680,7 +3663,7 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
     """Find every tensor that holds a layer's routed experts together, by its name."""
     config = checkpoint.config
     oddity = oddity_with("projections", config)
-    counts = config_counts(config, *EXPERT_COUNTS)
+    counts = config_values(config, *EXPERT_COUNTS)
     problem_in_engines = separate_experts_in_engines(config) if for_engines else ""
     stacks: dict[str, ExpertStack] = {}
 
@@ -3790,8 +3773,8 @@ def layout_by_config(rows: int, columns: int, config: dict, oddity: Oddity) -> S
 
     `rows` and `columns` are those of down_proj: H and I or, transposed, I and H. Their shapes
     alone do not tell which."""
-    hidden = config_integers(config, "hidden_size", "moe_latent_size")
-    widths = config_integers(config, *EXPERT_WIDTHS)
+    hidden = config_values(config, "hidden_size", "moe_latent_size")
+    widths = config_values(config, *EXPERT_WIDTHS)
     may_be_straight = rows in hidden and columns in widths
     may_be_transposed = columns in hidden and rows in widths
     if may_be_straight == may_be_transposed and not oddity.projections:
@@ -3831,7 +3814,7 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
     """Find the kind of layer that each weight belongs to."""
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     names = {info.name for info in tensors}
-    counts = config_counts(config, *EXPERT_COUNTS)
+    counts = config_values(config, *EXPERT_COUNTS)
     kinds: dict[str, str] = {}
     for info in weights:
         kind = kind_by_name(info, names, counts)
@@ -3894,8 +3877,8 @@ class Vocabulary:
     @staticmethod
     def of(embeddings: list[TensorInfo | OutputTensor], config: dict) -> Vocabulary:
         """Find the numbers in config.json, and in the shapes of embeddings."""
-        words = config_integers(config, "vocab_size", "padded_vocab_size")
-        widths = set(config_integers(config, "hidden_size", "d_model", "n_embd"))
+        words = config_values(config, "vocab_size", "padded_vocab_size")
+        widths = set(config_values(config, "hidden_size", "d_model", "n_embd"))
         for info in embeddings:
             if not re.search(NO_WORDS, info.name):
                 words.append(info.shape[0])
@@ -4435,10 +4418,10 @@ def loading_class(config: dict) -> str:
         key for key, value in config.items() if isinstance(value, dict) and key.endswith("_config")
     ]
     if not architecture:
-        pairs = config_booleans(only(config, "is_encoder_decoder"), "is_encoder_decoder")
+        pairs = config_values(only(config, "is_encoder_decoder"), "is_encoder_decoder")
         architecture = CONDITIONAL if towers or any(pairs) else "ForCausalLM"
 
-    types = set(config_strings(only(config, "model_type"), "model_type"))
+    types = set(config_values(only(config, "model_type"), "model_type"))
     for row in LOADERS:
         is_of_type = not row.model_types or types & {*row.model_types.split()}
         if is_of_type and re.search(f"({row.architectures})$", architecture):
@@ -6122,7 +6105,7 @@ def count_layers(draft: Draft, container: str) -> int:
     """Return how many layers of a container config.json counts; 0 if it does not say."""
     part = re.search("decoder|encoder", container)
     keys = [f"{part[0]}_layers", f"num_{part[0]}_layers"] if part else []
-    counts = config_counts(draft.config, *keys) or config_counts(draft.config, *LAYER_COUNTS)
+    counts = config_values(draft.config, *keys) or config_values(draft.config, *LAYER_COUNTS)
     count = min(counts, default=0)
     halved = oddity_with("halved", draft.config).halved
     if halved and any(re.search(halved, info.name) for info in draft.sources):
@@ -6161,7 +6144,7 @@ def check_norms_and_biases(draft: Draft) -> Iterator[str]:
 def check_final_norm(draft: Draft) -> Iterator[str]:
     """Check that a model that generates text has a final norm if its layers have norms before
     attention or mixer."""
-    post_norm = "openai-gpt" in config_strings(draft.config, "model_type")
+    post_norm = "openai-gpt" in config_values(draft.config, "model_type")
     container = draft.largest_container
     if not draft.generates_text or post_norm or TOWER_WORDS.search(container):
         return
@@ -6191,7 +6174,7 @@ def check_weights(draft: Draft) -> Iterator[str]:
             numbers.setdefault(int(match[2]), set()).add(match[4])
 
     missing = []
-    experts = min(config_counts(draft.config, *EXPERT_COUNTS), default=0)
+    experts = min(config_values(draft.config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in blocks.items():
         if container.endswith("experts"):
             counted = 0 if re.search(TOWER_NAMES, container) else experts
@@ -6217,14 +6200,14 @@ def missing_ends(draft: Draft) -> dict[str, str]:
     missing: dict[str, str] = {}
     if not draft.generates_text:
         return missing
-    ties = config_booleans(draft.config, "tie_word_embeddings")
+    ties = config_values(draft.config, "tie_word_embeddings")
     if ties and not any(ties) and "head" not in draft.kinds.values():
         missing["head"] = (
             f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
         )
     embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
     of_words = [name for name in embeddings if not re.search(NO_WORDS, name)]
-    if config_integers(draft.config, "vocab_size") and not of_words:
+    if config_values(draft.config, "vocab_size") and not of_words:
         missing["embedding"] = (
             f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
         )
@@ -6248,7 +6231,7 @@ def check_ends_for_engines(draft: Draft) -> Iterator[str]:
 def check_names_of_trainers(draft: Draft) -> Iterator[str]:
     """Check that names are not of a trainer's own format, which no loader of the model that
     config.json names knows."""
-    types = config_strings(draft.config, "model_type")
+    types = config_values(draft.config, "model_type")
     if not types:
         return
     for pattern, whose, remedy, model_types in TRAINERS_NAMES:
@@ -6350,7 +6333,7 @@ def note_mtp(draft: Draft) -> Iterator[str]:
     if not promised:
         return
 
-    counts = config_counts(draft.config, *LAYER_COUNTS)
+    counts = config_values(draft.config, *LAYER_COUNTS)
     for info in draft.sources:
         if re.search(MTP_NAMES, info.name):
             return
