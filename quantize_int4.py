@@ -1693,21 +1693,12 @@ def converting_memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not is_lack_of_memory(error):
+        lacks = "can't allocate memory|can't start new thread|Cannot allocate memory"
+        if not isinstance(error, MemoryError) and not re.search(lacks, str(error)):
             raise
         problem = "no memory for another thread" if "thread" in str(error) else "out of memory"
         advice = "stop other programs, raise the limits of the container or of ulimit"
         raise QuantizeError(f"{problem}: {advice}, or use fewer --threads", 3) from error
-
-
-def is_lack_of_memory(error: Exception) -> bool:
-    """Return whether an error means that memory could not be had."""
-    if isinstance(error, MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    message = "can't allocate memory|can't start new thread"
-    return isinstance(error, RuntimeError) and bool(re.search(message, str(error)))
 
 
 def quote_names(names: Iterable[str]) -> str:
@@ -2261,8 +2252,7 @@ class WeightsFile:
     def close(self) -> None:
         """Close the file for good."""
         # The page cache cannot forget what is mapped.
-        if self._pickle:
-            self._pickle.close()
+        self._pickle = None
         self.drop_read()
 
     def check_unchanged(self) -> None:
@@ -2487,10 +2477,6 @@ class MappedPickle:
             rows = (rows.to(torch.float32) * self._factors[location.tensor]).to(tensor.dtype)
         copy_bytes(rows, skip, buffer)
 
-    def close(self) -> None:
-        """Let go of the map."""
-        self._tensors.clear()
-
 
 def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
     """Map the tensors of a pickled state dict, and note what else it holds."""
@@ -2677,13 +2663,12 @@ class Checkpoint:
         if not dropped:
             return
 
-        short_names = {name: ".".join(parts[len(outer) :]) for name, parts in modules.items()}
-        counts = Counter(short_names.values())
-        twins = [name for name, short_name in short_names.items() if counts[short_name] > 1]
-        if twins:
-            raise QuantizeError(TWO_COPIES.format(quote_names(twins)))
-        tensors = {}
-        for name, short_name in short_names.items():
+        tensors: dict[str, TensorInfo] = {}
+        for name, parts in modules.items():
+            short_name = ".".join(parts[len(outer) :])
+            if short_name in tensors:
+                twins = quote_names([tensors[short_name].name_in_file, name])
+                raise QuantizeError(TWO_COPIES.format(twins))
             tensors[short_name] = replace(self.tensors[name], name=short_name)
         self.tensors = tensors
 
@@ -2701,24 +2686,20 @@ class Checkpoint:
 
     def _find_outer_wrappers(self, names: list[list[str]]) -> list[str]:
         """Find the modules that the whole model was put into, from names as lists of modules."""
-        prefix = shared_prefix([name[:-1] for name in names])
+        # Of lists, too, this returns what all begin with.
+        prefix = os.path.commonprefix([name[:-1] for name in names])  # noqa: RUF071
 
         # A language model, body and head, may have been put into anything. But where config.json
         # has configs for a model's parts, it may be one of them, as `thinker` of Qwen-Omni.
-        has_parts = False
-        for key, value in self.config.items():
-            if isinstance(value, dict) and key.endswith("_config"):
-                has_parts = True
+        has_parts = any(
+            key.endswith("_config") and isinstance(value, dict)
+            for key, value in self.config.items()
+        )
         if not has_parts and {name[len(prefix)] for name in names} == {"model", "lm_head"}:
             return prefix
 
         # Else it is only data parallelism's `module` that is known to be none of the model's own.
-        wrappers = []
-        for module in prefix:
-            if module != "module":
-                break
-            wrappers.append(module)
-        return wrappers
+        return list(itertools.takewhile(lambda module: module == "module", prefix))
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -2744,15 +2725,6 @@ class Checkpoint:
         """Let the page cache forget all that this run read."""
         for file in self.files.values():
             file.drop_read()
-
-
-def shared_prefix(lists: list[list[str]]) -> list[str]:
-    """Return what all these lists begin with."""
-    prefix = lists[0] if lists else []
-    for each in lists:
-        while each[: len(prefix)] != prefix:
-            prefix = prefix[:-1]
-    return prefix
 
 
 def check_model_folder(folder: Path) -> None:
@@ -2826,9 +2798,9 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
     pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
 
-    index = folder / "pytorch_model.bin.index.json"
-    if safetensors or INDEX_NAME in names:
-        index = folder / INDEX_NAME
+    index = folder / INDEX_NAME
+    if not safetensors and not index.exists():
+        index = folder / "pytorch_model.bin.index.json"
     if index.exists():
         weight_map = read_weight_map(index, [*safetensors, *pickles])
         return sorted(set(weight_map.values())), weight_map
@@ -3008,13 +2980,11 @@ def model_dtype(config: dict) -> str | None:
 def pop_quantization(value: dict | list, place: str = "") -> dict[str, object]:
     """Remove the entries about quantization from a JSON value, and return them by their places."""
     entries: dict[str, object] = {}
-    if isinstance(value, dict):
-        for key in QUANTIZATION_KEYS:
-            if key in value:
-                entries[place + key] = value.pop(key)
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in parts:
-        if isinstance(part, dict | list):
+    parts = dict(value if isinstance(value, dict) else enumerate(value))
+    for key, part in parts.items():
+        if key in QUANTIZATION_KEYS:
+            entries[place + key] = value.pop(key)
+        elif isinstance(part, dict | list):
             entries |= pop_quantization(part, f"{place}{key}.")
     return entries
 
