@@ -1650,14 +1650,13 @@ def why_unreadable(path: Path) -> str:
             remedy = f"chmod a+x {shlex.quote(str(folder))}"
             return describe_denial(f"folder {folder}", folder, remedy)
 
-    if not real.exists():
+    needed = os.R_OK
+    if path.is_dir():
+        needed |= os.X_OK
+    if not real.exists() or os.access(path, needed):
         return ""
     if path.is_dir():
-        if os.access(path, os.R_OK | os.X_OK):
-            return ""
         return describe_denial("it", path, f"chmod a+rx {shlex.quote(str(path))}")
-    if os.access(path, os.R_OK):
-        return ""
     return describe_denial("it", path, f"chmod a+r {unreadable_files(path)}")
 
 
@@ -2181,17 +2180,12 @@ def read_json(path: Path) -> dict:
     for _ in range(MAX_JSON_DEPTH):
         deeper = []
         for whole in level:
-            deeper += parts_of(whole)
+            parts = whole.values() if isinstance(whole, dict) else whole
+            deeper += [part for part in parts if isinstance(part, dict | list)]
         level = deeper
     if level:
         raise QuantizeError(too_deep)
     return value
-
-
-def parts_of(value: dict | list) -> list[dict | list]:
-    """List the objects and lists that a JSON value holds directly."""
-    parts = value.values() if isinstance(value, dict) else value
-    return [part for part in parts if isinstance(part, dict | list)]
 
 
 # Files of tensors.
@@ -2550,7 +2544,7 @@ def resolve_quantizers(
 
     factors = {}
     cancelled = 0
-    understood = {name for name in quantizers if name.endswith("._amax")}
+    unknown = {name for name in quantizers if not name.endswith("._amax")}
     for name, data in quantizers.items():
         module = name.removesuffix(".input_quantizer._pre_quant_scale")
         weight = tensors.get(f"{module}.weight")
@@ -2561,15 +2555,14 @@ def resolve_quantizers(
             rule = "scales must be positive and finite to be undone"
             raise QuantizeError(f"tensor {name!r} ({path.name}): {rule}")
         twin = f"{module}.weight_quantizer._pre_quant_scale"
-        understood |= {name, twin}
+        unknown -= {name, twin}
         if twin in quantizers:
             cancelled += 1
         else:
             factors[f"{module}.weight"] = scale
 
-    unknown = sorted(quantizers.keys() - understood)
     if unknown:
-        names = quote_names(unknown)
+        names = quote_names(sorted(unknown))
         problem = f"tensors of quantizers whose effect on the weights is unknown, {names}"
         raise QuantizeError(f"{path.name}: {problem}: give the checkpoint from before ModelOpt")
     scales = f"multiplied back into {len(factors):,} weights, cancelled in {cancelled:,}"
