@@ -2781,13 +2781,7 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     names = sorted(
         path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_"))
     )
-    safetensors = [name for name in names if name.endswith(".safetensors")]
-
-    # Mistral's own copy of the weights lies beside Hugging Face's. `plan_other_files` names what is
-    # left out.
-    hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
-    safetensors = hugging_face or safetensors
-
+    safetensors = safetensors_of_model(names)
     pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
     pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
 
@@ -2803,6 +2797,15 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     if problem:
         raise QuantizeError(f"input folder {folder}: {problem}")
     return weights, {}
+
+
+def safetensors_of_model(names: list[str]) -> list[str]:
+    """List the safetensors files, but not Mistral's own copy of the weights beside Hugging Face's.
+
+    `plan_other_files` names what is left out."""
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
+    return hugging_face or safetensors
 
 
 def why_no_weights(folder: Path, names: list[str]) -> str:
