@@ -1626,14 +1626,13 @@ def why_unreadable(path: Path) -> str:
             remedy = f"chmod a+x {shlex.quote(str(folder))}"
             return describe_denial(f"folder {folder}", folder, remedy)
 
-    if not real.exists():
+    needed = os.R_OK
+    if path.is_dir():
+        needed |= os.X_OK
+    if not real.exists() or os.access(path, needed):
         return ""
     if path.is_dir():
-        if os.access(path, os.R_OK | os.X_OK):
-            return ""
         return describe_denial("it", path, f"chmod a+rx {shlex.quote(str(path))}")
-    if os.access(path, os.R_OK):
-        return ""
     return describe_denial("it", path, f"chmod a+r {unreadable_files(path)}")
 
 
@@ -1669,21 +1668,12 @@ def converting_memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if not is_lack_of_memory(error):
+        lacks = "can't allocate memory|can't start new thread|Cannot allocate memory"
+        if not isinstance(error, MemoryError) and not re.search(lacks, str(error)):
             raise
         problem = "no memory for another thread" if "thread" in str(error) else "out of memory"
         advice = "stop other programs, raise the limits of the container or of ulimit"
         raise QuantizeError(f"{problem}: {advice}, or use fewer --threads", 3) from error
-
-
-def is_lack_of_memory(error: Exception) -> bool:
-    """Return whether an error means that memory could not be had."""
-    if isinstance(error, MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    message = "can't allocate memory|can't start new thread"
-    return isinstance(error, RuntimeError) and bool(re.search(message, str(error)))
 
 
 def quote_names(names: Iterable[str]) -> str:
@@ -1788,6 +1778,8 @@ def count_of(count: int, noun: str) -> str:
 
 # The number of this system call, on all processors.
 CACHESTAT = 451
+# The flag of preadv2(2). Python itself knows it only where it was built with new headers.
+RWF_NOWAIT = 8
 # Bytes of a file that mincore is asked about at a time.
 MINCORE_BYTES = 1 << 30
 # Bytes of a file for each of which one page is asked for, where mincore does not tell.
@@ -1803,38 +1795,20 @@ Ranges = list[tuple[int, int]]
 LEAST_GAP = 1 << 16
 
 
-class CacheRange(ctypes.Structure):
-    """The part of a file that cachestat(2) is asked about; a length of 0 is all."""
-
-    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
-
-
-class CacheStatistics(ctypes.Structure):
-    """What cachestat(2) says of it, in pages."""
-
-    _fields_ = (
-        ("cached", ctypes.c_uint64),
-        ("dirty", ctypes.c_uint64),
-        ("written_back", ctypes.c_uint64),
-        ("evicted", ctypes.c_uint64),
-        ("recently_evicted", ctypes.c_uint64),
-    )
-
-
 def count_cached_pages(fd: int) -> int | None:
-    """Count a file's pages in the page cache, ten times as fast as mincore. (cachestat(2), 6.5)"""
-    whole, counts = CacheRange(), CacheStatistics()
-    with contextlib.suppress(OSError, AttributeError):
-        syscall = ctypes.CDLL(None).syscall
-        number = ctypes.c_long(CACHESTAT)
-        pointers = ctypes.byref(whole), ctypes.byref(counts)
-        if syscall(number, ctypes.c_int(fd), *pointers, ctypes.c_uint(0)) == 0:
-            return counts.cached
-    return None
+    """Count a file's pages in the page cache, far faster than mincore; None where the system
+    cannot. (cachestat(2), Linux 6.5)"""
+    # Offset and length, of which 0 is all.
+    part = (ctypes.c_uint64 * 2)()
+    # The first is the number of pages.
+    counts = (ctypes.c_uint64 * 5)()
+    number = ctypes.c_long(CACHESTAT)
+    failed = LIBC.syscall(number, ctypes.c_int(fd), part, counts, ctypes.c_uint(0))
+    return None if failed else counts[0]
 
 
 def cached_ranges(fd: int) -> Ranges:
-    """List the parts of a file in the page cache; the whole file if the system does not tell."""
+    """List the parts of a file in the page cache. Raises OSError if the system does not tell."""
     size = os.fstat(fd).st_size
     count = count_cached_pages(fd)
     if count == 0:
@@ -1843,15 +1817,12 @@ def cached_ranges(fd: int) -> Ranges:
         return [(0, size)]
 
     ranges = []
-    try:
-        for start in range(0, size, MINCORE_BYTES):
-            resident = resident_pages(fd, start, min(MINCORE_BYTES, size - start))
-            for run in re.finditer(rb"\x01+", resident):
-                first = start + run.start() * mmap.PAGESIZE
-                end = start + run.end() * mmap.PAGESIZE
-                ranges.append((first, min(end, size)))
-    except OSError:
-        return [(0, size)]
+    for start in range(0, size, MINCORE_BYTES):
+        resident = resident_pages(fd, start, min(MINCORE_BYTES, size - start))
+        for run in re.finditer(rb"\x01+", resident):
+            first = start + run.start() * mmap.PAGESIZE
+            end = start + run.end() * mmap.PAGESIZE
+            ranges.append((first, min(end, size)))
     return ranges
 
 
@@ -1877,8 +1848,7 @@ def mincore_tells(fd: int) -> bool:
     Since Linux 5.2 it says that all is, of a file that one neither owns nor may write."""
     if os.fstat(fd).st_uid == os.geteuid():
         return True
-    effective = os.access in os.supports_effective_ids
-    return os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=effective)
+    return os.access(f"/proc/self/fd/{fd}", os.W_OK, effective_ids=True)
 
 
 def within(ranges: Ranges, start: int, end: int) -> Ranges:
@@ -1912,12 +1882,8 @@ def asked_ranges(fd: int) -> Ranges:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     for position in range(0, size, ASK_BYTES):
         check_signals()
-        if not is_resident(fd, position):
-            continue
-        start = position
-        if ranges and ranges[-1][1] == position:
-            start = ranges.pop()[0]
-        ranges.append((start, min(position + ASK_BYTES, size)))
+        if is_resident(fd, position):
+            ranges.append((position, min(position + ASK_BYTES, size)))
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
 
     # Drop what was fetched. What is still on its way will go with what is read.
@@ -1931,17 +1897,10 @@ def is_resident(fd: int, position: int) -> bool:
     Raises OSError where there are no such reads. (preadv2(2), RWF_NOWAIT)"""
     byte = ctypes.create_string_buffer(1)
     vector = (ctypes.c_size_t * 2)(ctypes.addressof(byte), 1)
-    try:
-        preadv2 = LIBC.preadv2
-        flags = os.RWF_NOWAIT
-    except AttributeError:
-        # An old C library, or no Linux.
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-
     times = []
     for _ in range(2):
         started = time.perf_counter_ns()
-        count = preadv2(fd, vector, 1, ctypes.c_int64(position), flags)
+        count = LIBC.preadv2(fd, vector, 1, ctypes.c_int64(position), RWF_NOWAIT)
         times.append(time.perf_counter_ns() - started)
         if count < 0 and ctypes.get_errno() != errno.EAGAIN:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -1957,36 +1916,24 @@ class PageCache:
     """What others have of a file in the page cache, and so a run leaves there."""
 
     def __init__(self, fd: int):
-        self.fd = fd
-        self.is_asked = False
-        self._is_known = False
+        """Ask what is there, before this run reads any of it.
 
-    @functools.cached_property
-    def others(self) -> Ranges:
-        """What was there before this run read tensors.
-
-        It is asked for before the first is read, and not earlier, since it takes 10 ms a gigabyte,
-        and ten times as long if mincore does not tell. If nothing tells, all that is there
-        stays."""
+        This takes up to 20 ms a gigabyte, and ten times as long if mincore does not tell. If
+        nothing tells, all that is there stays."""
         try:
-            ranges = cached_ranges(self.fd) if mincore_tells(self.fd) else asked_ranges(self.fd)
+            self._others = cached_ranges(fd) if mincore_tells(fd) else asked_ranges(fd)
             self._is_known = True
         except OSError:
-            ranges = [(0, os.fstat(self.fd).st_size)]
-        self.is_asked = True
-        return ranges
-
-    def ask(self) -> None:
-        """Ask for what others have, if that was not done before."""
-        _ = self.others
+            self._others = [(0, os.fstat(fd).st_size)]
+            self._is_known = False
 
     def holds(self, start: int, end: int) -> bool:
         """Check whether any of a part is known to have been there."""
-        return bool(within(self.others, start, end)) and self._is_known
+        return bool(within(self._others, start, end)) and self._is_known
 
-    def drop(self, start: int = 0, end: int = 1 << 62) -> None:
+    def drop(self, fd: int, start: int = 0, end: int = 1 << 62) -> None:
         """Let the page cache forget a part but for what others have there."""
-        drop_pages(self.fd, self.others, start, end)
+        drop_pages(fd, self._others, start, end)
 
 
 @contextlib.contextmanager
@@ -1994,17 +1941,14 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     """Open a file that is read once, and leave the page cache as it was."""
     with open(path, "rb") as file:
         pages = PageCache(file.fileno())
-        pages.ask()
         yield file
-        pages.drop()
+        pages.drop(file.fileno())
 
 
 # ---- Checkpoint: what is in the input folder, and its bytes --------------------------------------
 
-# To read around the page cache, where the system can.
-O_DIRECT = getattr(os, "O_DIRECT", 0)
-# Files of the input that stay open. Each takes two descriptors.
-MAX_IDLE_FILES = 16
+# To read around the page cache.
+O_DIRECT = os.O_DIRECT
 # What a file begins with whose content is still in Git LFS.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Objects and lists inside one another. No model's config has ten.
@@ -2212,25 +2156,15 @@ def read_json(path: Path) -> dict:
     for _ in range(MAX_JSON_DEPTH):
         deeper = []
         for whole in level:
-            deeper += parts_of(whole)
+            parts = whole.values() if isinstance(whole, dict) else whole
+            deeper += [part for part in parts if isinstance(part, dict | list)]
         level = deeper
     if level:
         raise QuantizeError(too_deep)
     return value
 
 
-def parts_of(value: dict | list) -> list[dict | list]:
-    """List the objects and lists that a JSON value holds directly."""
-    parts = value.values() if isinstance(value, dict) else value
-    return [part for part in parts if isinstance(part, dict | list)]
-
-
 # Files of tensors.
-
-# The files that are open although nobody reads them now, the latest last. The lock is for these and
-# for the descriptors of all files.
-IDLE_FILES: list[WeightsFile] = []
-IDLE_FILES_LOCK = threading.RLock()
 
 
 class WeightsFile:
@@ -2257,81 +2191,43 @@ class WeightsFile:
         else:
             self.infos = read_tensor_infos(path)
 
-        # Descriptors, to read through the page cache and around it, are None while the file is
-        # closed. The second is always None on systems that cannot read around it.
-        self.fd: int | None = None
-        self._direct_fd: int | None = None
-
-        # What others have of the file in the page cache; None until it is first opened.
-        self.pages: PageCache | None = None
-
-        # Threads that read the file now.
-        self._readers = 0
+        # None until tensors are read.
+        self._pages: PageCache | None = None
 
         # Bytes of scattered reads since the page cache last forgot them.
         self._not_dropped = 0
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[None]:
-        """Hold the file open.
+    def _opened(self, flags: int = 0) -> Iterator[int]:
+        """Open the file for one read, and check that it is as it was at first.
 
-        Only the last few of the files that nobody reads stay open, since a checkpoint may have more
-        files than the system lets a process open."""
-        with IDLE_FILES_LOCK:
-            if self in IDLE_FILES:
-                IDLE_FILES.remove(self)
-            if self.fd is None:
-                self._open()
-            self._readers += 1
+        It does not stay open, since a checkpoint may have more files than the system lets a process
+        open."""
+        fd = os.open(self.path, os.O_RDONLY | flags)
         try:
-            yield
+            if file_state(fd) != self.state:
+                raise self._change_error()
+            yield fd
         finally:
-            with IDLE_FILES_LOCK:
-                self._readers -= 1
-                if not self._readers:
-                    IDLE_FILES.append(self)
-                while len(IDLE_FILES) > MAX_IDLE_FILES:
-                    IDLE_FILES[0]._close_descriptors()
+            os.close(fd)
 
-    def _open(self) -> None:
-        """Open the file, and check that it is as it was at first."""
-        self.fd = os.open(self.path, os.O_RDONLY)
-        if self.pages is None:
-            self.pages = PageCache(self.fd)
-        self.pages.fd = self.fd
-        self.check_unchanged()
-        if O_DIRECT:
-            # Some file systems refuse this.
-            with contextlib.suppress(OSError):
-                self._direct_fd = os.open(self.path, os.O_RDONLY | O_DIRECT)
-
-    def _close_descriptors(self) -> None:
-        """Close the file until it is read again."""
-        if self in IDLE_FILES:
-            IDLE_FILES.remove(self)
-        self.drop_read()
-        if self.fd is not None:
-            os.close(self.fd)
-        if self._direct_fd is not None:
-            os.close(self._direct_fd)
-        self.fd = None
-        self._direct_fd = None
+    def _cached_before(self) -> PageCache:
+        """Return what others have of the file in the page cache, asked for before the first
+        read."""
+        if self._pages is None:
+            with self._opened() as fd:
+                self._pages = PageCache(fd)
+        return self._pages
 
     def close(self) -> None:
         """Close the file for good."""
         # The page cache cannot forget what is mapped.
-        if self._pickle:
-            self._pickle.close()
-        with IDLE_FILES_LOCK:
-            self._close_descriptors()
+        self._pickle = None
+        self.drop_read()
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was first seen."""
-        with IDLE_FILES_LOCK:
-            states = {file_state(self.path)}
-            if self.fd is not None:
-                states.add(file_state(self.fd))
-        if states != {self.state}:
+        if file_state(self.path) != self.state:
             raise self._change_error()
 
     def _change_error(self) -> QuantizeError:
@@ -2347,14 +2243,14 @@ class WeightsFile:
         start = offset
         if isinstance(location, InFile):
             start += location.offset
-        with self._opened():
-            return self.pages.holds(start, start + nbytes)
+        return self._cached_before().holds(start, start + nbytes)
 
     def drop_read(self) -> None:
         """Let the page cache forget all that this run read, with pages that two tensors share."""
-        with IDLE_FILES_LOCK:
-            if self.fd is not None and self.pages.is_asked:
-                self.pages.drop()
+        if self._pages:
+            # The file may be gone.
+            with contextlib.suppress(OSError), open(self.path, "rb") as file:
+                self._pages.drop(file.fileno())
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -2365,19 +2261,18 @@ class WeightsFile:
         asked for. The page cache is left as it was."""
         if memory is None:
             memory = memoryview(bytearray(nbytes))
-        with self._opened():
-            # What others have in the page cache is asked for before the first read.
-            self.pages.ask()
-            location = info.location
-            if isinstance(location, InFile):
-                return self._read_piece(location.offset + offset, nbytes, memory)
-            buffer = memory[:nbytes]
+        location = info.location
+        if isinstance(location, InFile):
+            return self._read_piece(location.offset + offset, nbytes, memory)
+        buffer = memory[:nbytes]
+        self._cached_before()
+        with self._opened() as fd:
             if isinstance(location, Transposed):
-                self._read_transposed(info, offset, buffer)
+                self._read_transposed(fd, info, offset, buffer)
             else:
-                self._copy_mapped(location.skip(offset), buffer)
-            self._drop_later(nbytes)
-            return buffer
+                self._pickle.copy(location.skip(offset), buffer)
+        self._drop_later(nbytes)
+        return buffer
 
     def _drop_later(self, nbytes: int) -> None:
         """Let the page cache forget scattered bytes once there are many of them.
@@ -2390,47 +2285,37 @@ class WeightsFile:
 
     def _read_piece(self, start: int, nbytes: int, memory: memoryview) -> memoryview:
         """Read bytes from `start` of the file on, around the page cache where that is possible."""
-        may_read_around = self._may_read_around(start, nbytes, memory)
-        if may_read_around and self._read_around(start, nbytes, memory):
-            skip = start % DIRECT_BLOCK
-            return memory[skip : skip + nbytes]
+        pages = self._cached_before()
+        has_room = len(memory) >= nbytes + READ_MARGIN
+        # Bytes keep their place within a block, and torch needs whole numbers to be aligned.
+        if has_room and start % 8 == 0 and not pages.holds(start, start + nbytes):
+            # Some file systems do not open a file so, or do not read it then.
+            with contextlib.suppress(OSError), self._opened(O_DIRECT) as fd:
+                return self._read_around(fd, start, nbytes, memory)
         buffer = memory[:nbytes]
-        self._read_through_cache(start, buffer)
-        self.pages.drop(start, start + nbytes)
+        with self._opened() as fd:
+            self._read_through_cache(fd, start, buffer)
+            pages.drop(fd, start, start + nbytes)
         return buffer
 
-    def _may_read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
-        """Check whether bytes are to be read around the page cache."""
-        if self._direct_fd is None or len(memory) < nbytes + READ_MARGIN:
-            return False
-        # Such bytes keep their place within a block, and torch needs whole numbers to be aligned.
-        if start % 8:
-            return False
-        return not self.pages.holds(start, start + nbytes)
+    def _read_around(self, fd: int, start: int, nbytes: int, memory: memoryview) -> memoryview:
+        """Read whole blocks of the file into `memory`, around the page cache. (open(2), O_DIRECT)
 
-    def _read_around(self, start: int, nbytes: int, memory: memoryview) -> bool:
-        """Fill `memory` with whole blocks of the file, around the page cache. (open(2), O_DIRECT)
-
-        Returns whether that worked. It takes a tenth of the processor's time of a read through the
-        cache, which finds and frees each page."""
+        It takes a tenth of the processor's time of a read through the cache, which finds and frees
+        each page."""
         skip = start % DIRECT_BLOCK
         end = -(-(skip + nbytes) // DIRECT_BLOCK) * DIRECT_BLOCK
         done = 0
         while done < skip + nbytes:
             check_signals()
             chunk = memory[done : min(done + COPY_BYTES, end)]
-            try:
-                count = os.preadv(self._direct_fd, [chunk], start - skip + done)
-            except OSError:
-                # Some file systems open a file so and then do not read it.
-                return False
+            count = os.preadv(fd, [chunk], start - skip + done)
+            if not count:
+                raise self._change_error()
             done += count
-            # The file ends here, within the last block.
-            if count < len(chunk):
-                break
-        return done >= skip + nbytes
+        return memory[skip : skip + nbytes]
 
-    def _read_through_cache(self, start: int, buffer: memoryview) -> None:
+    def _read_through_cache(self, fd: int, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from `start` of the file on.
 
         This is as fast as a map of the file. If the file is cut or fails, it is an error and no
@@ -2438,19 +2323,13 @@ class WeightsFile:
         with naming(self.path):
             while buffer:
                 check_signals()
-                count = os.preadv(self.fd, [buffer[:COPY_BYTES]], start)
+                count = os.preadv(fd, [buffer[:COPY_BYTES]], start)
                 if not count:
                     raise self._change_error()
                 buffer = buffer[count:]
                 start += count
 
-    def _copy_mapped(self, location: InMap, buffer: memoryview) -> None:
-        """Fill `buffer` from the map of a pickle."""
-        # Reading the map beyond the file's end would be a SIGBUS.
-        self.check_unchanged()
-        self._pickle.copy(location, buffer)
-
-    def _read_transposed(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+    def _read_transposed(self, fd: int, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from a matrix that lies transposed: a part of each column."""
         # Integers keep all bits.
         dtype = getattr(torch, f"int{DTYPE_BITS[info.dtype]}")
@@ -2466,9 +2345,9 @@ class WeightsFile:
             start = column * info.location.stride + first_row * dtype.itemsize
             location = info.location.columns.skip(start)
             if isinstance(location, InFile):
-                self._read_through_cache(location.offset, part)
+                self._read_through_cache(fd, location.offset, part)
             else:
-                self._copy_mapped(location, part)
+                self._pickle.copy(location, part)
 
         matrix = torch.frombuffer(parts, dtype=dtype).view(columns, rows).T
         copy_bytes(matrix, skip, buffer)
@@ -2568,10 +2447,6 @@ class MappedPickle:
             rows = (rows.to(torch.float32) * self._factors[location.tensor]).to(tensor.dtype)
         copy_bytes(rows, skip, buffer)
 
-    def close(self) -> None:
-        """Let go of the map."""
-        self._tensors.clear()
-
 
 def load_state_dict(path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
     """Map the tensors of a pickled state dict, and note what else it holds."""
@@ -2645,7 +2520,7 @@ def resolve_quantizers(
 
     factors = {}
     cancelled = 0
-    understood = {name for name in quantizers if name.endswith("._amax")}
+    unknown = {name for name in quantizers if not name.endswith("._amax")}
     for name, data in quantizers.items():
         module = name.removesuffix(".input_quantizer._pre_quant_scale")
         weight = tensors.get(f"{module}.weight")
@@ -2656,15 +2531,14 @@ def resolve_quantizers(
             rule = "scales must be positive and finite to be undone"
             raise QuantizeError(f"tensor {name!r} ({path.name}): {rule}")
         twin = f"{module}.weight_quantizer._pre_quant_scale"
-        understood |= {name, twin}
+        unknown -= {name, twin}
         if twin in quantizers:
             cancelled += 1
         else:
             factors[f"{module}.weight"] = scale
 
-    unknown = sorted(quantizers.keys() - understood)
     if unknown:
-        names = quote_names(unknown)
+        names = quote_names(sorted(unknown))
         problem = f"tensors of quantizers whose effect on the weights is unknown, {names}"
         raise QuantizeError(f"{path.name}: {problem}: give the checkpoint from before ModelOpt")
     scales = f"multiplied back into {len(factors):,} weights, cancelled in {cancelled:,}"
@@ -2758,13 +2632,12 @@ class Checkpoint:
         if not dropped:
             return
 
-        short_names = {name: ".".join(parts[len(outer) :]) for name, parts in modules.items()}
-        counts = Counter(short_names.values())
-        twins = [name for name, short_name in short_names.items() if counts[short_name] > 1]
-        if twins:
-            raise QuantizeError(TWO_COPIES.format(quote_names(twins)))
-        tensors = {}
-        for name, short_name in short_names.items():
+        tensors: dict[str, TensorInfo] = {}
+        for name, parts in modules.items():
+            short_name = ".".join(parts[len(outer) :])
+            if short_name in tensors:
+                twins = quote_names([tensors[short_name].name_in_file, name])
+                raise QuantizeError(TWO_COPIES.format(twins))
             tensors[short_name] = replace(self.tensors[name], name=short_name)
         self.tensors = tensors
 
@@ -2782,24 +2655,20 @@ class Checkpoint:
 
     def _find_outer_wrappers(self, names: list[list[str]]) -> list[str]:
         """Find the modules that the whole model was put into, from names as lists of modules."""
-        prefix = shared_prefix([name[:-1] for name in names])
+        # Of lists, too, this returns what all begin with.
+        prefix = os.path.commonprefix([name[:-1] for name in names])  # noqa: RUF071
 
         # A language model, body and head, may have been put into anything. But where config.json
         # has configs for a model's parts, it may be one of them, as `thinker` of Qwen-Omni.
-        has_parts = False
-        for key, value in self.config.items():
-            if isinstance(value, dict) and key.endswith("_config"):
-                has_parts = True
+        has_parts = any(
+            key.endswith("_config") and isinstance(value, dict)
+            for key, value in self.config.items()
+        )
         if not has_parts and {name[len(prefix)] for name in names} == {"model", "lm_head"}:
             return prefix
 
         # Else it is only data parallelism's `module` that is known to be none of the model's own.
-        wrappers = []
-        for module in prefix:
-            if module != "module":
-                break
-            wrappers.append(module)
-        return wrappers
+        return list(itertools.takewhile(lambda module: module == "module", prefix))
 
     def read(
         self, info: TensorInfo, offset: int, nbytes: int, memory: memoryview | None = None
@@ -2825,15 +2694,6 @@ class Checkpoint:
         """Let the page cache forget all that this run read."""
         for file in self.files.values():
             file.drop_read()
-
-
-def shared_prefix(lists: list[list[str]]) -> list[str]:
-    """Return what all these lists begin with."""
-    prefix = lists[0] if lists else []
-    for each in lists:
-        while each[: len(prefix)] != prefix:
-            prefix = prefix[:-1]
-    return prefix
 
 
 def check_model_folder(folder: Path) -> None:
@@ -2897,19 +2757,13 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     names = sorted(
         path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_"))
     )
-    safetensors = [name for name in names if name.endswith(".safetensors")]
-
-    # Mistral's own copy of the weights lies beside Hugging Face's. `plan_other_files` names what is
-    # left out.
-    hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
-    safetensors = hugging_face or safetensors
-
+    safetensors = safetensors_of_model(names)
     pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
     pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
 
-    index = folder / "pytorch_model.bin.index.json"
-    if safetensors or INDEX_NAME in names:
-        index = folder / INDEX_NAME
+    index = folder / INDEX_NAME
+    if not safetensors and not index.exists():
+        index = folder / "pytorch_model.bin.index.json"
     if index.exists():
         weight_map = read_weight_map(index, [*safetensors, *pickles])
         return sorted(set(weight_map.values())), weight_map
@@ -2919,6 +2773,15 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     if problem:
         raise QuantizeError(f"input folder {folder}: {problem}")
     return weights, {}
+
+
+def safetensors_of_model(names: list[str]) -> list[str]:
+    """List the safetensors files, but not Mistral's own copy of the weights beside Hugging Face's.
+
+    `plan_other_files` names what is left out."""
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
+    return hugging_face or safetensors
 
 
 def why_no_weights(folder: Path, names: list[str]) -> str:
@@ -3003,7 +2866,7 @@ MAX_INTEGER = 1 << 24
 MAX_COUNT = 10_000
 
 
-def config_values(config: dict, *keys: str) -> list:
+def raw_values(config: dict, *keys: str) -> list:
     """List the values of these keys in config.json, then those in its language model's config.
 
     That is the entry `text_config` or one of a similar name."""
@@ -3015,7 +2878,7 @@ def config_values(config: dict, *keys: str) -> list:
         values += [entry for entry in entries if entry is not None]
     for key, nested in config.items():
         if isinstance(nested, dict) and LANGUAGE_KEY.match(key):
-            values += config_values(nested, *keys)
+            values += raw_values(nested, *keys)
     return values
 
 
@@ -3042,37 +2905,20 @@ def as_boolean(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def converted_values(config: dict, keys: tuple[str, ...], convert: Callable) -> list:
-    """List the values of these keys that are of the right kind.
+def config_values(config: dict, *keys: str) -> list:
+    """List the values of these keys that are of the kind that CONFIG_KEYS says.
 
     `odd_config_values` names the others."""
-    converted = [convert(value) for value in config_values(config, *keys)]
-    return [value for value in converted if value is not None]
-
-
-def config_integers(config: dict, *keys: str) -> list[int]:
-    """List the integers that config.json has under these keys."""
-    return converted_values(config, keys, as_integer)
-
-
-def config_counts(config: dict, *keys: str) -> list[int]:
-    """List the counts of layers or experts that config.json has under these keys."""
-    return converted_values(config, keys, as_count)
-
-
-def config_strings(config: dict, *keys: str) -> list[str]:
-    """List the strings that config.json has under these keys."""
-    return converted_values(config, keys, as_string)
-
-
-def config_booleans(config: dict, *keys: str) -> list[bool]:
-    """List the booleans that config.json has under these keys."""
-    return converted_values(config, keys, as_boolean)
+    values = []
+    for convert, known in CONFIG_KEYS.items():
+        of_kind = [key for key in keys if key in known]
+        values += map(convert, raw_values(config, *of_kind))
+    return [value for value in values if value is not None]
 
 
 def architectures_of(config: dict) -> list[str]:
     """List the classes that config.json names for the whole model, and not those for its parts."""
-    return config_strings(only(config, "architectures"), "architectures")
+    return config_values(only(config, "architectures"), "architectures")
 
 
 def only(config: dict, key: str) -> dict:
@@ -3085,7 +2931,7 @@ def odd_config_values(config: dict) -> list[str]:
     odd = []
     for convert, keys in CONFIG_KEYS.items():
         for key in keys:
-            wrong = [value for value in config_values(config, key) if convert(value) is None]
+            wrong = [value for value in raw_values(config, key) if convert(value) is None]
             if wrong:
                 odd.append(f"{key} {shorten(json.dumps(wrong[0]), 40)}")
     return odd
@@ -3096,7 +2942,7 @@ def model_dtype(config: dict) -> str | None:
 
     Returns None if config.json names none."""
     dtypes = {"bfloat16": "BF16", "float16": "F16", "half": "F16"}
-    for name in config_strings(config, "dtype", "torch_dtype"):
+    for name in config_values(config, "dtype", "torch_dtype"):
         name = name.removeprefix("torch.")
         if name in dtypes:
             return dtypes[name]
@@ -3106,13 +2952,11 @@ def model_dtype(config: dict) -> str | None:
 def pop_quantization(value: dict | list, place: str = "") -> dict[str, object]:
     """Remove the entries about quantization from a JSON value, and return them by their places."""
     entries: dict[str, object] = {}
-    if isinstance(value, dict):
-        for key in QUANTIZATION_KEYS:
-            if key in value:
-                entries[place + key] = value.pop(key)
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in parts:
-        if isinstance(part, dict | list):
+    parts = dict(value if isinstance(value, dict) else enumerate(value))
+    for key, part in parts.items():
+        if key in QUANTIZATION_KEYS:
+            entries[place + key] = value.pop(key)
+        elif isinstance(part, dict | list):
             entries |= pop_quantization(part, f"{place}{key}.")
     return entries
 
@@ -3677,7 +3521,7 @@ def oddity_with(field_name: str, config: dict) -> Oddity:
     """Find the row about the model's type, or else its language model's, that has this field.
 
     Returns an empty row if there is none."""
-    for model_type in config_strings(config, "model_type"):
+    for model_type in config_values(config, "model_type"):
         for row in ODDITIES:
             if getattr(row, field_name) and row.is_about(model_type):
                 return row
@@ -3724,7 +3568,7 @@ def rename_or_split(names: list[str], pattern: str, replacements: list[str]) -> 
 
 def separate_experts_in_engines(config: dict) -> str:
     """Return why engines would not load the experts that a stack is read as; "" if they would."""
-    types = config_strings(config, "model_type")
+    types = config_values(config, "model_type")
     row = oddity_with("tells_experts", config)
     if not row.tells_experts:
         model = f"model_type {types[0]!r}" if types else f"no model_type in {CONFIG_NAME}"
@@ -3764,7 +3608,7 @@ def find_expert_stacks(checkpoint: Checkpoint, for_engines: bool) -> dict[str, E
     """Find every tensor that holds a layer's routed experts together, by its name."""
     config = checkpoint.config
     oddity = oddity_with("projections", config)
-    counts = config_counts(config, *EXPERT_COUNTS)
+    counts = config_values(config, *EXPERT_COUNTS)
     problem_in_engines = separate_experts_in_engines(config) if for_engines else ""
     stacks: dict[str, ExpertStack] = {}
 
@@ -3874,8 +3718,8 @@ def layout_by_config(rows: int, columns: int, config: dict, oddity: Oddity) -> S
 
     `rows` and `columns` are those of down_proj: H and I or, transposed, I and H. Their shapes
     alone do not tell which."""
-    hidden = config_integers(config, "hidden_size", "moe_latent_size")
-    widths = config_integers(config, *EXPERT_WIDTHS)
+    hidden = config_values(config, "hidden_size", "moe_latent_size")
+    widths = config_values(config, *EXPERT_WIDTHS)
     may_be_straight = rows in hidden and columns in widths
     may_be_transposed = columns in hidden and rows in widths
     if may_be_straight == may_be_transposed and not oddity.projections:
@@ -3995,7 +3839,7 @@ def find_language_model(
 
     Lists with as many layers as config.json says come before others. Returns None if there are no
     such layers."""
-    counts = set(config_counts(config, *LAYER_COUNTS, "encoder_layers", "decoder_layers"))
+    counts = set(config_values(config, *LAYER_COUNTS, "encoder_layers", "decoder_layers"))
     roots = []
     lists: set[str] = set()
     counted: set[str] = set()
@@ -4017,8 +3861,8 @@ def find_word_embeddings(
     tensors: list[TensorInfo | OutputTensor], config: dict
 ) -> list[TensorInfo | OutputTensor]:
     """Find the embeddings and heads of words: by their shape, or else the largest so named."""
-    words = config_integers(config, "vocab_size", "padded_vocab_size")
-    widths = config_integers(config, "hidden_size", "d_model", "n_embd")
+    words = config_values(config, "vocab_size", "padded_vocab_size")
+    widths = config_values(config, "hidden_size", "d_model", "n_embd")
     plain = [info for info in tensors if len(info.shape) == 2 and not TOWER_PATH.search(info.name)]
 
     found = []
@@ -4068,7 +3912,7 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     names = {info.name for info in tensors}
     towers = find_towers(tensors, config)
-    counts = config_counts(config, *EXPERT_COUNTS)
+    counts = config_values(config, *EXPERT_COUNTS)
     kinds: dict[str, str] = {}
     for info in weights:
         kind = kind_by_name(info, names, counts)
@@ -4133,8 +3977,8 @@ class Vocabulary:
     @staticmethod
     def of(embeddings: list[TensorInfo | OutputTensor], config: dict) -> Vocabulary:
         """Find the numbers in config.json, and in the shapes of embeddings."""
-        words = config_integers(config, "vocab_size", "padded_vocab_size")
-        widths = set(config_integers(config, "hidden_size", "d_model", "n_embd"))
+        words = config_values(config, "vocab_size", "padded_vocab_size")
+        widths = set(config_values(config, "hidden_size", "d_model", "n_embd"))
         for info in embeddings:
             if not re.search(NO_WORDS, info.name):
                 words.append(info.shape[0])
@@ -4747,10 +4591,10 @@ def loading_class(config: dict) -> str:
         key for key, value in config.items() if isinstance(value, dict) and key.endswith("_config")
     ]
     if not architecture:
-        pairs = config_booleans(only(config, "is_encoder_decoder"), "is_encoder_decoder")
+        pairs = config_values(only(config, "is_encoder_decoder"), "is_encoder_decoder")
         architecture = CONDITIONAL if towers or any(pairs) else "ForCausalLM"
 
-    types = set(config_strings(only(config, "model_type"), "model_type"))
+    types = set(config_values(only(config, "model_type"), "model_type"))
     for row in LOADERS:
         is_of_type = not row.model_types or types & {*row.model_types.split()}
         if is_of_type and re.search(f"({row.architectures})$", architecture):
@@ -6431,7 +6275,7 @@ def count_layers(draft: Draft, container: str) -> int:
     """Return how many layers of a container config.json counts; 0 if it does not say."""
     part = re.search("decoder|encoder", container)
     keys = [f"{part[0]}_layers", f"num_{part[0]}_layers"] if part else []
-    counts = config_counts(draft.config, *keys) or config_counts(draft.config, *LAYER_COUNTS)
+    counts = config_values(draft.config, *keys) or config_values(draft.config, *LAYER_COUNTS)
     count = min(counts, default=0)
     halved = oddity_with("halved", draft.config).halved
     if halved and any(re.search(halved, info.name) for info in draft.sources):
@@ -6481,7 +6325,7 @@ def are_few(count: int, total: int) -> bool:
 def check_final_norm(draft: Draft) -> Iterator[str]:
     """Check that a model that generates text has a final norm if its layers have norms before
     attention or mixer."""
-    post_norm = "openai-gpt" in config_strings(draft.config, "model_type")
+    post_norm = "openai-gpt" in config_values(draft.config, "model_type")
     container = draft.largest_container
     if not draft.generates_text or post_norm or TOWER_WORDS.search(container):
         return
@@ -6502,7 +6346,7 @@ def check_weights(draft: Draft) -> Iterator[str]:
     """Check that each layer and expert has the weights that the others of its kind have, and that
     all experts that config.json counts are there."""
     missing = []
-    experts = min(config_counts(draft.config, *EXPERT_COUNTS), default=0)
+    experts = min(config_values(draft.config, *EXPERT_COUNTS), default=0)
     for (container, module), numbers in weights_by_block(draft.sources).items():
         if container.endswith("experts"):
             counted = 0 if re.search(TOWER_NAMES, container) else experts
@@ -6536,11 +6380,11 @@ def missing_ends(draft: Draft) -> Iterator[str]:
     """Describe which of head and embedding a model that generates text lacks."""
     if not draft.generates_text:
         return
-    ties = config_booleans(draft.config, "tie_word_embeddings")
+    ties = config_values(draft.config, "tie_word_embeddings")
     if ties and not any(ties) and "head" not in draft.kinds.values():
         yield f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
     embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
-    has_vocabulary = config_integers(draft.config, "vocab_size")
+    has_vocabulary = config_values(draft.config, "vocab_size")
     if has_vocabulary and all(re.search(NO_WORDS, name) for name in embeddings):
         yield f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
 
@@ -6562,7 +6406,7 @@ def check_ends_for_engines(draft: Draft) -> Iterator[str]:
 def check_names_of_trainers(draft: Draft) -> Iterator[str]:
     """Check that names are not of a trainer's own format, which no loader of the model that
     config.json names knows."""
-    types = config_strings(draft.config, "model_type")
+    types = config_values(draft.config, "model_type")
     if not types:
         return
     for pattern, whose, remedy, model_types in TRAINERS_NAMES:
@@ -6652,7 +6496,7 @@ def note_mtp(draft: Draft) -> Iterator[str]:
         if isinstance(part, dict):
             promised += [key for key in part if MTP_COUNTS.match(key) and as_count(part[key])]
 
-    count = min(config_counts(draft.config, *LAYER_COUNTS), default=math.inf)
+    count = min(config_values(draft.config, *LAYER_COUNTS), default=math.inf)
     for info in draft.sources:
         match = LAYER_PATTERN.match(info.name)
         is_beyond = match and int(match[3]) >= count and not re.search(TOWER_NAMES, info.name)
@@ -6668,7 +6512,7 @@ def note_mtp(draft: Draft) -> Iterator[str]:
 
 def types_without_float16(draft: Draft) -> list[str]:
     """List the model's types that vLLM does not compute in float16."""
-    types = config_strings(draft.config, "model_type")
+    types = config_values(draft.config, "model_type")
     return [model_type for model_type in types if model_type in ENGINES["vLLM"].no_float16]
 
 
@@ -6676,7 +6520,7 @@ def check_types_for_engines(draft: Draft) -> Iterator[str]:
     """Check that engines load models of this type from the format."""
     name = draft.form.name
     for engine in draft.form.engines:
-        for model_type in config_strings(draft.config, "model_type"):
+        for model_type in config_values(draft.config, "model_type"):
             if model_type in engine.not_loaded.get(name, ()):
                 yield (
                     f"{engine.name} does not load models of type {model_type} from {name}:"
@@ -6908,7 +6752,7 @@ class MemoryGuard:
         """Count the anonymous memory of this process: all but mapped files, which the kernel takes
         back at will."""
         info = self._process.memory_info()
-        return info.rss - getattr(info, "shared", 0)
+        return info.rss - info.shared
 
     def shortage(self, needed: int = 0) -> str:
         """Describe that less than `min_free` is available, or would be once `needed` bytes are
@@ -6955,7 +6799,7 @@ def read_cgroups(
     v2, v1: the ends of the files' names by the version of control groups; the first one holds the
         limit"""
     membership = system / "proc/self/cgroup"
-    # Without this file the system is no Linux, and has no such limits.
+    # Without this file the kernel has no control groups.
     if not membership.exists():
         return
     root = system / "sys/fs/cgroup"
@@ -7008,10 +6852,7 @@ def usable_cores(system: Path = Path("/")) -> int:
     """Count the cores that this process may use, by its affinity and its CPU quotas.
 
     `docker run --cpus` sets such a quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     for texts in read_cgroups(system, "cpu", ["max"], ["cfs_quota_us", "cfs_period_us"]):
         # Version 2 has both numbers in one file.
         quota, period = " ".join(texts).split()
@@ -7025,6 +6866,8 @@ def usable_cores(system: Path = Path("/")) -> int:
 JOB_WEIGHTS = 1 << 22
 # The same where the job's words, half a byte a weight, are staged to be transposed.
 TRANSPOSED_JOB_WEIGHTS = 1 << 24
+# The time that a byte takes that is kept, beside one that is quantized by --scale mse.
+KEPT_EFFORT = 0.2
 
 
 @dataclass(frozen=True)
@@ -7042,31 +6885,14 @@ class Job:
     nbytes: int
 
     @property
-    def kind(self) -> str:
-        """Return the kind of work, a key of COSTS."""
-        return kind_of_work(self.tensor)
-
-
-# The relative time that a byte of input takes, by kind of work, until it is measured.
-COSTS = {"kept": 1, "absmax": 1.2, "8 bits": 4, "restored": 4, "mse": 5, "feedback": 16}
-
-
-def kind_of_work(tensor: TensorPlan) -> str:
-    """Return what is done with a tensor: a key of COSTS."""
-    if not tensor.packing:
-        return "kept"
-    if tensor.scales:
-        return "restored"
-    if tensor.packing.bits == 8:
-        return "8 bits"
-    if tensor.recipe.has_feedback:
-        return "feedback"
-    return "mse" if tensor.recipe.searches else "absmax"
+    def effort(self) -> float:
+        """Return about how long it takes, beside others."""
+        return self.nbytes * (1.0 if self.tensor.packing else KEPT_EFFORT)
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The largest blocks that a tensor is cut into, and the bytes of an element."""
+    """The largest block that a tensor is cut into, and the bytes of an element."""
 
     rows: int
     columns: int
@@ -7079,27 +6905,28 @@ def block_shape(tensor: TensorPlan, form: Format) -> BlockShape:
     A block is of whole rows. Only a row that is longer than a tile is cut, between groups, and only
     where its parts can be quantized apart, without statistics."""
     if not tensor.packing:
-        return BlockShape(1, COPY_BYTES, 1)
+        return BlockShape(1, min(COPY_BYTES, tensor.source.nbytes), 1)
 
-    _, columns = tensor.source.shape
+    rows, columns = tensor.source.shape
     itemsize = DTYPE_BITS[tensor.source.dtype] // 8
-    if tensor.scales:
-        # A quarter of a tile: torch makes several temporary tensors of the decoded weights.
-        words = TILE_WEIGHTS // 4 // tensor.packing.codes_per_word
-        return BlockShape(max(1, words // columns), columns, itemsize)
-
     group_size = tensor.packing.group_size
     longest = max(1, TILE_WEIGHTS // group_size) * group_size
-    if columns > longest and not tensor.recipe.has_statistics:
+    if tensor.scales:
+        # A quarter of a tile: torch makes several temporary tensors of the decoded weights.
+        weights = TILE_WEIGHTS // 4 // tensor.packing.codes_per_word
+    elif columns > longest and not tensor.recipe.has_statistics:
         return BlockShape(1, longest, itemsize)
-    weights = TRANSPOSED_JOB_WEIGHTS if form.transposed else JOB_WEIGHTS
-    return BlockShape(max(1, weights // columns), columns, itemsize)
+    else:
+        weights = TRANSPOSED_JOB_WEIGHTS if form.transposed else JOB_WEIGHTS
+    return BlockShape(min(rows, max(1, weights // columns)), columns, itemsize)
 
 
 def cut_into_jobs(tensor: TensorPlan, form: Format) -> Iterator[Job]:
     """Cut a tensor into jobs, in the order of its bytes. A tensor without elements has none."""
+    if not tensor.source.nbytes:
+        return
     block = block_shape(tensor, form)
-    rows, columns = (1, tensor.source.nbytes) if not tensor.packing else tensor.source.shape
+    rows, columns = tensor.source.shape if tensor.packing else (1, tensor.source.nbytes)
     for row in range(0, rows, block.rows):
         for column in range(0, columns, block.columns):
             row_count = min(block.rows, rows - row)
@@ -7109,61 +6936,29 @@ def cut_into_jobs(tensor: TensorPlan, form: Format) -> Iterator[Job]:
             yield Job(tensor, row, row_count, column, column_count, offset, nbytes)
 
 
-@dataclass
-class Work:
-    """How much of one kind of work there is, and how much of it is done."""
-
-    cost: float
-    nbytes: int = 0
-    nbytes_done: int = 0
-    seconds: float = 0.0  # in one thread
-
-
 class Account:
     """What there is to do, and how far it is."""
 
     def __init__(self, jobs: list[Job], task: str):
         self.task = task
-        self.work: dict[str, Work] = {}
-        for job in jobs:
-            kind = job.kind
-            self.work.setdefault(kind, Work(COSTS[kind])).nbytes += job.nbytes
+        self.nbytes = sum(job.nbytes for job in jobs)
+        self.nbytes_done = 0
+        self.effort = sum(job.effort for job in jobs)
+        self.effort_done = 0.0
         self._jobs_left = Counter(job.tensor.source.name for job in jobs)
         self.tensors = len(self._jobs_left)
         self.tensors_done = 0
         self._lock = threading.Lock()
 
-    def book(self, job: Job, seconds: float) -> None:
+    def book(self, job: Job) -> None:
         """Count a job as done."""
         name = job.tensor.source.name
         with self._lock:
-            self.work[job.kind].nbytes_done += job.nbytes
-            self.work[job.kind].seconds += seconds
+            self.nbytes_done += job.nbytes
+            self.effort_done += job.effort
             self._jobs_left[name] -= 1
             if not self._jobs_left[name]:
                 self.tensors_done += 1
-
-    @property
-    def nbytes(self) -> int:
-        return sum(work.nbytes for work in self.work.values())
-
-    @property
-    def nbytes_done(self) -> int:
-        return sum(work.nbytes_done for work in self.work.values())
-
-    def share_done(self) -> float:
-        """Estimate the part of the time that is over: a kind not begun takes what COSTS guesses."""
-        spent = sum(work.seconds for work in self.work.values())
-        guess = sum(work.cost * work.nbytes_done for work in self.work.values())
-        if not guess:
-            return 0.0
-        total = 0.0
-        for work in self.work.values():
-            per_byte = work.cost * spent / guess
-            if work.nbytes_done:
-                per_byte = work.seconds / work.nbytes_done
-            total += work.nbytes * per_byte
-        return min(1.0, spent / (total or 1.0))
 
 
 def rows_of_tile(columns: int) -> int:
@@ -7185,7 +6980,7 @@ def buffer_bytes(plan: Plan, threads: int) -> int:
     largest: dict[str, int] = {}
     largest_job = 0
     for tensor in list_unlike(plan.tensors):
-        block = largest_block(tensor, form)
+        block = block_shape(tensor, form)
         largest_job = max(largest_job, block.rows * block.columns * block.itemsize)
         for role, nbytes in worker_buffers(tensor, form).items():
             largest[role] = max(largest.get(role, 0), nbytes)
@@ -7204,24 +6999,18 @@ def list_unlike(tensors: list[TensorPlan]) -> list[TensorPlan]:
     """List one of all tensors that are alike: a model has a hundred thousand, of a dozen shapes."""
     unlike = {}
     for tensor in tensors:
-        outputs = tuple((output.dtype, output.shape) for output in tensor.outputs)
-        key = (tensor.source.dtype, tensor.source.shape, tensor.packing, tensor.recipe, outputs)
-        unlike[key] = tensor
+        source = tensor.source
+        output = tensor.outputs[0]
+        become = (tensor.packing, tensor.recipe, output.dtype, output.shape)
+        unlike[source.dtype, source.shape, become] = tensor
     return list(unlike.values())
-
-
-def largest_block(tensor: TensorPlan, form: Format) -> BlockShape:
-    """Return the shape of the largest block that there is of a tensor."""
-    block = block_shape(tensor, form)
-    rows, columns = tensor.source.shape if tensor.packing else (1, tensor.source.nbytes)
-    return BlockShape(min(block.rows, rows), min(block.columns, columns), block.itemsize)
 
 
 def worker_buffers(tensor: TensorPlan, form: Format) -> dict[str, int]:
     """Return the bytes of the buffers of a `Workspace` that a tensor needs at the most, by role.
 
     Some of them are needed only where there is no kernel, or to compare with what is there."""
-    block = largest_block(tensor, form)
+    block = block_shape(tensor, form)
     if not tensor.packing:
         return {"found": block.columns}
     if tensor.scales:
@@ -7231,7 +7020,7 @@ def worker_buffers(tensor: TensorPlan, form: Format) -> dict[str, int]:
     columns = packing.columns_of(block.columns)
     words = columns // packing.codes_per_word * torch.int32.itemsize
     scales = columns // packing.group_size * (DTYPE_BITS[tensor.outputs[1].dtype] // 8)
-    tile_rows = min(block.rows, rows_of_tile(block.columns)) if block.columns else 0
+    tile_rows = min(block.rows, rows_of_tile(block.columns))
 
     buffers = {}
     for role, dtype in TILE_BUFFERS.items():
@@ -7266,7 +7055,7 @@ def width_in_tile(role: str, tensor: TensorPlan, columns: int) -> int:
 def restoring_buffers(tensor: TensorPlan, block: BlockShape) -> dict[str, int]:
     """Return what `worker_buffers` does, for a weight that is restored."""
     (output,) = tensor.outputs
-    scales = block.rows * (tensor.scales.nbytes // max(1, tensor.scales.shape[0]))
+    scales = block.rows * (tensor.scales.nbytes // tensor.scales.shape[0])
     dense = block.rows * output.shape[1] * (DTYPE_BITS[output.dtype] // 8)
     return {"scales": scales + READ_MARGIN, "dense": dense}
 
@@ -7884,7 +7673,7 @@ class Pipeline:
         read: Callable[[Job, memoryview], memoryview],
         is_cached: Callable[[Job], bool],
         handle: Callable[[Job, memoryview, Workspace], None],
-        book: Callable[[Job, float], None],
+        book: Callable[[Job], None],
     ):
         """Take what is done with a job.
 
@@ -7892,7 +7681,7 @@ class Pipeline:
             job's bytes
         is_cached: whether a job's bytes are in memory already
         handle: work on a job's bytes, with the buffers of one worker
-        book: count a job as done, with the seconds that it took"""
+        book: count a job as done"""
         self._jobs = iter(jobs)
         self._read = read
         self._is_cached = is_cached
@@ -7962,10 +7751,9 @@ class Pipeline:
                 return
             job, ahead = taken
             buffer, data = ahead.result() if ahead else self._read_job(job)
-            started = time.monotonic()
             self._handle(job, data, workspace)
             self._free_buffers.append(buffer)
-            self._book(job, time.monotonic() - started)
+            self._book(job)
 
     def _take(self) -> tuple[Job, concurrent.futures.Future | None] | None:
         """Take the next job, for one worker alone; meanwhile the disk is read for those after it.
@@ -9095,8 +8883,8 @@ def run_jobs(
 ) -> None:
     """Do jobs, and finish each shard after its last one."""
 
-    def book(job: Job, seconds: float) -> None:
-        account.book(job, seconds)
+    def book(job: Job) -> None:
+        account.book(job)
         for shard in shards.book(job):
             pipeline.in_background(shards.sync, shard)
 
@@ -9617,7 +9405,7 @@ class Progress:
         if account.nbytes_done == account.nbytes:
             return [f"{account.task}: {tensors} done, waiting for the disk"]
 
-        share = account.share_done()
+        share = account.effort_done / account.effort
         parts = [f"{account.task}  {share:.0%}"]
         if elapsed >= 2 and share >= 0.02:
             left = math.ceil(elapsed / share * (1 - share) / 5) * 5
@@ -9673,7 +9461,7 @@ def print_memory(progress: Progress) -> None:
     """Print this process's peak, and the machine's memory at each stage."""
     peak = format_bytes(progress.guard.own_peak)
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
-    growth = cached_bytes() - progress.cached
+    growth = psutil.virtual_memory().cached - progress.cached
     extra = format_bytes(growth) if growth > 0 else "no"
     say_paragraph("Cache:", f"the page cache holds {extra} more than before")
     if shares_memory_with_gpu():

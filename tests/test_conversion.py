@@ -338,7 +338,7 @@ def test_more_files_than_descriptors_are_converted_verified_and_restored(tmp_pat
     tensors = {f"m.{i}.weight": torch.randn(8, 128).bfloat16() for i in range(100)}
     write_checkpoint(tmp_path / "in", tensors, shards=100)
     small = ["--shard_size_gb", 1e-6]
-    setting = {"constants": {"MAX_WAITING_SHARDS": 8, "MAX_IDLE_FILES": 8}, "open_files": 60}
+    setting = {"constants": {"MAX_WAITING_SHARDS": 8}, "open_files": 60}
     quantize(tmp_path / "in", tmp_path / "out", *small, **setting)
     assert len(finished_shards(tmp_path / "out")) > 100
     quantize(tmp_path / "in", tmp_path / "out", "--verify", **setting)

@@ -75,7 +75,7 @@ def test_nothing_that_a_run_reads_or_writes_stays_cached(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_nor_what_it_reads_through_the_cache_for_lack_of_another_way(checkpoint, tmp_path, direct):
-    quantize(checkpoint, tmp_path / "out", constants={} if direct else {"O_DIRECT": 0})
+    quantize(checkpoint, tmp_path / "out", constants={} if direct else {"O_DIRECT": os.O_DIRECTORY})
     assert cached_bytes(*checkpoint.iterdir()) < HEADERS
     quantize(checkpoint, tmp_path / "other", "--threads", 1)
     assert_same_tensors(tmp_path / "out", tmp_path / "other")
@@ -157,7 +157,7 @@ def foreign(checkpoint) -> Iterator[Path]:
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_nothing_stays_cached_of_a_checkpoint_of_another_user(foreign, tmp_path, direct):
-    constants = {} if direct else {"O_DIRECT": 0}
+    constants = {} if direct else {"O_DIRECT": os.O_DIRECTORY}
     quantize(foreign / "in", foreign / "out", constants=constants, **AS_NOBODY)
     assert cached_bytes(*(foreign / "in").iterdir()) < HEADERS
     assert cached_bytes(*(foreign / "out").iterdir()) < HEADERS
@@ -184,7 +184,7 @@ def test_what_others_had_of_another_users_files_in_the_cache_stays_there(foreign
     before = cached_bytes(first), cached_bytes(second)
     assert before[0] >= first.stat().st_size
     assert 4 * MB <= before[1] < 6 * MB
-    constants = {} if direct else {"O_DIRECT": 0}
+    constants = {} if direct else {"O_DIRECT": os.O_DIRECTORY}
     quantize(foreign / "in", foreign / "out", constants=constants, **AS_NOBODY)
     for path, was in zip((first, second), before):
         assert abs(cached_bytes(path) - was) < HEADERS

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,19 +203,25 @@ def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch, capsys):
-    """What is shown after some seconds, in so many columns, of work by its kinds, as in `q.Work`."""
+    """What is shown after some seconds, in so many columns, when `done` of `total` jobs are done.
+
+    A job is 10 million bytes. The first `kept` jobs are of tensors that are kept."""
     monkeypatch.setattr(q, "PROGRESS_INTERVAL_S", {True: 0, False: 0})
     progress = q.Progress(q.MemoryGuard(0))
 
-    def show(seconds: float, columns: int = 200, **work: list) -> str:
+    def show(seconds: float, done: int, total: int, kept: int = 0, columns: int = 200) -> str:
         monkeypatch.setenv("COLUMNS", str(columns))
+        jobs = []
+        for number in range(total):
+            packing = None if number < kept else q.Packing(4, 128)
+            tensor = SimpleNamespace(source=SimpleNamespace(name=str(number)), packing=packing)
+            jobs.append(q.Job(tensor, 0, 1, 0, 1, 0, 10**7))
+        account = q.Account(jobs, "quantizing")
+        for job in jobs[:done]:
+            account.book(job)
         progress.restart()
         with monkeypatch.context() as later:
             later.setattr(time, "monotonic", lambda: progress.started + seconds)
-            account = q.Account([], "quantizing")
-            account.tensors = 10
-            account.tensors_done = 1
-            account.work = {kind: q.Work(*figures) for kind, figures in work.items()}
             progress.show(account)
         return capsys.readouterr().out.rstrip("\n")
 
@@ -222,28 +229,26 @@ def shown(monkeypatch, capsys):
 
 
 def test_on_a_narrow_terminal_the_memory_goes_first(shown):
-    lines = [shown(10.0, columns, mse=[5, 10**9, 10**8, 1.0]) for columns in (201, 80, 41)]
+    lines = [shown(10.0, 10, 100, columns=columns) for columns in (201, 80, 41)]
     assert all("quantizing  10%  about 90 s left" in line for line in lines)
+    assert "100 MB of 1.00 GB  10.0 MB/s  10/100 tensors" in lines[0]
     assert ["RAM" in line for line in lines] == [True, False, False]
     assert ["/s" in line for line in lines] == [True, True, False]
     assert all(len(line) < columns for line, columns in zip(lines, (201, 80, 41)))
 
 
-def test_the_estimate_weighs_kinds_of_work_by_what_they_cost(shown):
-    assert "quantizing  0%  0 bytes of 1.00 kB" in shown(
-        60, kept=[1, 900, 0, 0.0], mse=[5, 100, 0, 0.0]
-    )
-    kept = [1, 900, 900, 9.0]  # 90 % of the bytes
-    # What has not begun is taken to cost five times as much, so that 9 of 14 parts are done.
-    assert "quantizing  64%  about 20 s left" in shown(36, kept=kept, mse=[5, 100, 0, 0.0])
-    line = shown(13, kept=kept, mse=[5, 100, 10, 4.0])  # 13 seconds of 9 + 40, and 36 to come
-    assert "quantizing  27%  about 40 s left" in line
+def test_for_the_estimate_what_is_kept_counts_a_fifth(shown):
+    assert "quantizing  0%  0 bytes of 1.00 GB" in shown(60, 0, 100, kept=50)
+    # 50 kept jobs are 10 of 60 parts, and 80 jobs are 40.
+    assert "quantizing  17%  about 50 s left  500 MB of" in shown(9.5, 50, 100, kept=50)
+    assert "quantizing  67%  about 10 s left  800 MB of" in shown(18, 80, 100, kept=50)
+    assert "quantizing  50%  about 20 s left" in shown(18, 50, 100, kept=100)
 
 
 def test_there_is_no_estimate_before_it_means_something(shown):
-    assert "left" not in shown(30, mse=[5, 10_000, 100, 1.0])  # 1 % is done
-    assert "left" not in shown(1, mse=[5, 10_000, 1000, 10.0])  # of the first two seconds
-    assert "10%  about 45 s left" in shown(5, mse=[5, 10_000, 1000, 10.0])
+    assert "left" not in shown(30, 1, 100)
+    assert "left" not in shown(1, 10, 100)  # of the first two seconds
+    assert "10%  about 45 s left" in shown(5, 10, 100)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +256,7 @@ def test_there_is_no_estimate_before_it_means_something(shown):
     [(3, "5 s"), (41, "45 s"), (95, "2 min"), (3000, "50 min"), (75_000, "21 h")],
 )
 def test_estimates_are_not_more_exact_than_they_are(shown, seconds, text):
-    assert f"50%  about {text} left" in shown(seconds, mse=[5, 100, 50, 1.0])
+    assert f"50%  about {text} left" in shown(seconds, 50, 100)
 
 
 @pytest.mark.parametrize(
