@@ -7663,23 +7663,14 @@ class Pipeline:
     def __init__(
         self,
         jobs: list[Job],
-        read: Callable[[Job, memoryview], memoryview],
-        is_cached: Callable[[Job], bool],
+        checkpoint: Checkpoint,
         handle: Callable[[Job, memoryview, Workspace], None],
-        book: Callable[[Job, float], None],
     ):
-        """Take what is done with a job.
-
-        read: fill a buffer, which has READ_MARGIN bytes to spare, and return the part with the
-            job's bytes
-        is_cached: whether a job's bytes are in memory already
-        handle: work on a job's bytes, with the buffers of one worker
-        book: count a job as done, with the seconds that it took"""
+        """Take the jobs, what they are read from, and what is done with a job's bytes and the
+        buffers of one worker."""
         self._jobs = iter(jobs)
-        self._read = read
-        self._is_cached = is_cached
+        self._checkpoint = checkpoint
         self._handle = handle
-        self._book = book
         self._buffer_size = max((job.nbytes for job in jobs), default=0) + READ_MARGIN
         self._free_buffers: list[mmap.mmap] = []
         self._ahead: deque[tuple[Job, concurrent.futures.Future | None]] = deque()
@@ -7687,10 +7678,9 @@ class Pipeline:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def run(self, threads: int, start: Callable[[], None], watch: Callable[[], None]) -> None:
+    def run(self, threads: int, watch: Callable[[], None]) -> None:
         """Do all jobs, and what was given to the background meanwhile.
 
-        start: called once, when tasks for the background can be given
         watch: called ten times a second, in this thread"""
         executor = concurrent.futures.ThreadPoolExecutor
         with (
@@ -7699,7 +7689,6 @@ class Pipeline:
             executor(1) as self._background,
             executor(threads) as workers,
         ):
-            start()
             with self._lock:
                 self._tasks |= {workers.submit(self._work) for _ in range(threads)}
             try:
@@ -7744,10 +7733,8 @@ class Pipeline:
                 return
             job, ahead = taken
             buffer, data = ahead.result() if ahead else self._read_job(job)
-            started = time.monotonic()
             self._handle(job, data, workspace)
             self._free_buffers.append(buffer)
-            self._book(job, time.monotonic() - started)
 
     def _take(self) -> tuple[Job, concurrent.futures.Future | None] | None:
         """Take the next job, for one worker alone; meanwhile the disk is read for those after it.
@@ -7756,7 +7743,7 @@ class Pipeline:
         with self._lock:
             for job in itertools.islice(self._jobs, 1 + DISK_READERS - len(self._ahead)):
                 ahead = None
-                if not self._is_cached(job):
+                if not self._checkpoint.is_cached(job):
                     ahead = self._readers.submit(self._read_job, job)
                 self._ahead.append((job, ahead))
             return self._ahead.popleft() if self._ahead else None
@@ -7766,7 +7753,7 @@ class Pipeline:
         with self._lock:
             buffer = self._free_buffers.pop() if self._free_buffers else None
         buffer = buffer or allocate(self._buffer_size)
-        return buffer, self._read(job, memoryview(buffer))
+        return buffer, self._checkpoint.read_job(job, memoryview(buffer))
 
 
 # ---- Quantization: scales and codes of a block of weights. No I/O, no names. ---------------------
@@ -7905,7 +7892,8 @@ class Rounding:
 
     # Nibbles hold the code plus 8: see `pack_int4`.
     with_offset: bool = False
-    # Of columns, float32 (groups of a row, group_size). With it scales are searched.
+    # Of columns, float32 (groups of a row, group_size), or (1, group_size) where it is the same in
+    # all groups. With it scales are searched.
     importance: torch.Tensor | None = None
     # It needs the importance.
     feedback: Feedback | None = None
@@ -8574,14 +8562,6 @@ WORDS = "words of a job"
 SCALES = "scales of a job"
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Words and scales of a block, in a workspace, as they lie in the output."""
-
-    words: torch.Tensor  # int32
-    scales: torch.Tensor
-
-
 def kernels_for(plan: Plan, task: str) -> dict[KernelKind | None, Kernel]:
     """Compile the kernels that a plan has work for.
 
@@ -8618,89 +8598,104 @@ class Packer:
             yield Run(job.tensor.outputs[0], job.offset, data)
             return
 
-        packed = self.pack(job, data, workspace)
+        self.pack(job, data, workspace)
         words, scales, *constants = job.tensor.outputs
-        packing = job.tensor.packing
-        transposed = self._form.transposed
-        data = workspace.buffer(WORDS, packed.words.nbytes)
-        yield from runs_of(data, 4, words, job, packing.codes_per_word, transposed)
-        data = workspace.buffer(SCALES, packed.scales.nbytes)
-        itemsize = packed.scales.itemsize
-        yield from runs_of(data, itemsize, scales, job, packing.group_size, transposed)
+        yield from self._runs_of(WORDS, job.tensor.packing.codes_per_word, words, job, workspace)
+        yield from self._runs_of(SCALES, job.tensor.packing.group_size, scales, job, workspace)
         if job.row == 0 and job.column == 0:
             for output in constants:
                 yield Run(output, 0, memoryview(output.content()))
 
-    def pack(self, job: Job, data: memoryview, workspace: Workspace) -> Packed:
+    def pack(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Quantize a job's rows, tile by tile, to words and scales as they lie in the output."""
         dtype = FLOAT_DTYPES[job.tensor.source.dtype]
         block = torch.frombuffer(data, dtype=dtype).view(job.rows, job.columns)
         packing = job.tensor.packing
-        packed = self.room_for(job, workspace)
-        words, scales = self.by_row(packed)
         rounding = self._rounding_of(job.tensor)
-        if rounding.importance is not None:
-            first = job.column // packing.group_size
-            importance = rounding.importance[first : first + scales.shape[1]]
-            rounding = replace(rounding, importance=importance)
-
+        all_words, all_scales = self.results(job, workspace)
         step = rows_of_tile(job.columns)
         for row in range(0, job.rows, step):
             check_signals()
-            weights = pad_columns(block[row : row + step], packing, workspace)
-            groups = weights.view(-1, packing.group_size)
             rows = slice(row, row + step)
+            weights = pad_columns(block[rows], packing, workspace)
+            groups = weights.view(-1, packing.group_size)
             if self._form.transposed:
-                into = make_results(workspace, len(groups), scales.dtype, packing)
+                words, scales = make_results(workspace, len(groups), all_scales.dtype, packing)
             else:
-                into = words[rows].view(len(groups), -1), scales[rows].flatten()
-            if not quantize_into(*into, groups, workspace, rounding):
-                raise QuantizeError(describe_bad_value(job, row, groups, into[1]))
+                words = all_words[rows].view(len(groups), -1)
+                scales = all_scales[rows].flatten()
+            if not quantize_into(words, scales, groups, workspace, rounding):
+                raise QuantizeError(describe_bad_value(job, row, groups, scales))
             if self._form.transposed:
-                words[rows].copy_(into[0].view(words[rows].shape))
-                scales[rows].copy_(into[1].view(scales[rows].shape))
-        return packed
+                all_words[rows] = words.view(len(weights), -1)
+                all_scales[rows] = scales.view(len(weights), -1)
 
-    def room_for(self, job: Job, workspace: Workspace) -> Packed:
-        """Return a worker's room for the words and scales of a job, with what is there already."""
+    def results(self, job: Job, workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a worker's room for the words and scales of a job, with what is there already.
+
+        Both have a row for each row of the weight, however they lie in the output."""
         packing = job.tensor.packing
         columns = packing.columns_of(job.columns)
-        words = (job.rows, columns // packing.codes_per_word)
-        scales = (job.rows, columns // packing.group_size)
-        if self._form.transposed:
-            words = words[::-1]
-            scales = scales[::-1]
+        words = [job.rows, columns // packing.codes_per_word]
+        scales = [job.rows, columns // packing.group_size]
         scale_dtype = FLOAT_DTYPES[job.tensor.outputs[1].dtype]
-        return Packed(
+        if self._form.transposed:
+            words = workspace.tensor(WORDS, torch.int32, *reversed(words))
+            scales = workspace.tensor(SCALES, scale_dtype, *reversed(scales))
+            return words.T, scales.T
+        return (
             workspace.tensor(WORDS, torch.int32, *words),
             workspace.tensor(SCALES, scale_dtype, *scales),
         )
 
-    def by_row(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of words and scales with a row for each row of the weight."""
-        if self._form.transposed:
-            return packed.words.T, packed.scales.T
-        return packed.words, packed.scales
+    def _runs_of(
+        self, role: str, width: int, output: OutputTensor, job: Job, workspace: Workspace
+    ) -> Iterator[Run]:
+        """Yield a job's words, or scales, by the pieces in which they lie in the output tensor.
+
+        `width` columns of the weight share a word, or a scale. A block of whole rows, or a part of
+        one row, is one piece of a tensor that lies as (rows, columns), and so is a block of all
+        rows of one that lies as (columns, rows). Of a block of some rows of the latter, each line
+        is a piece:
+
+            (rows, columns)      (columns, rows)
+
+              . . . . .            . a a .
+              a a a a a            . b b .
+              a a a a a            . c c .
+              . . . . .            . d d ."""
+        itemsize = DTYPE_BITS[output.dtype] // 8
+        count = job.rows * job.tensor.packing.columns_of(job.columns) // width
+        data = workspace.buffer(role, count * itemsize)
+        line = output.shape[1]
+        first = job.column // width
+        if not self._form.transposed:
+            yield Run(output, (job.row * line + first) * itemsize, data)
+            return
+
+        piece = len(data) if job.rows == line else job.rows * itemsize
+        for number, begin in enumerate(range(0, len(data), piece)):
+            start = (first + number) * line + job.row
+            yield Run(output, start * itemsize, data[begin : begin + piece])
 
     def _find_rounding(self, tensor: TensorPlan) -> Rounding:
         """Prepare how a weight is rounded, with its statistics, padded with zeros."""
         recipe = tensor.recipe
         packing = tensor.packing
         kernel = self._kernels.get(recipe.packed_by)
-        rounding = Rounding(recipe.with_offset, kernel=kernel, bits=packing.bits)
-        if not recipe.searches:
-            return rounding
-
-        columns = tensor.source.shape[1]
-        mean_squares = torch.ones(columns)
-        factor = None
+        importance = None
+        feedback = None
         if recipe.has_statistics:
             mean_squares, factor = self._plan.statistics.get(tensor.source)
-        padding = packing.columns_of(columns) - columns
-        mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
-        feedback = None if factor is None else feedback_of(mean_squares, factor, kernel)
-        importance = weigh_columns(mean_squares.view(-1, packing.group_size))
-        return replace(rounding, importance=importance, feedback=feedback)
+            padding = -len(mean_squares) % packing.group_size
+            mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
+            importance = weigh_columns(mean_squares.view(-1, packing.group_size))
+            if recipe.has_feedback:
+                feedback = feedback_of(mean_squares, factor, kernel)
+        elif recipe.searches:
+            # All columns count alike.
+            importance = torch.ones(1, packing.group_size)
+        return Rounding(recipe.with_offset, importance, feedback, kernel, packing.bits)
 
 
 class Restorer:
@@ -8755,33 +8750,6 @@ def pad_columns(weights: torch.Tensor, packing: Packing, workspace: Workspace) -
     return padded
 
 
-def runs_of(
-    data: memoryview, itemsize: int, output: OutputTensor, job: Job, width: int, transposed: bool
-) -> Iterator[Run]:
-    """Yield a job's words, or scales, by the pieces in which they lie in the output tensor.
-
-    `width` columns of the weight share a word, or a scale. A block of whole rows, or a part of one
-    row, is one piece of a tensor that lies as (rows, columns), and so is a block of all rows of one
-    that lies as (columns, rows). Of a block of some rows of the latter, each line is a piece:
-
-        (rows, columns)      (columns, rows)
-
-          . . . . .            . a a .
-          a a a a a            . b b .
-          a a a a a            . c c .
-          . . . . .            . d d ."""
-    line = output.shape[1]
-    first = job.column // width
-    if not transposed:
-        yield Run(output, (job.row * line + first) * itemsize, data)
-        return
-
-    piece = len(data) if job.rows == line else job.rows * itemsize
-    for number, begin in enumerate(range(0, len(data), piece)):
-        start = (first + number) * line + job.row
-        yield Run(output, start * itemsize, data[begin : begin + piece])
-
-
 def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
     """Name the first weight of a tile that is not finite, or too large for the scale's dtype."""
     info = job.tensor.source
@@ -8807,12 +8775,13 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
 
 
 class OpenShards:
-    """The shards of one run: which of them hold a tensor, and when each is synced and finished."""
+    """The shards of one run, and the jobs after whose last one each shard is finished."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile]):
-        self.files = shards
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, files: list[ShardFile]):
+        self.files = files
         self._checkpoint = checkpoint
         self._plan = plan
+        self._jobs: list[Job] = []
         self._unsynced = 0  # bytes of input since a sync was last due
         self._lock = threading.Lock()
 
@@ -8826,13 +8795,46 @@ class OpenShards:
         place = self._plan.placements[run.output.name]
         return self.files[place.shard], place.offset + run.offset
 
-    def expect(self, jobs: list[Job]) -> None:
-        """Count the jobs of each shard, after the last of which it is finished."""
-        for job in jobs:
-            for shard in self.of(job.tensor):
-                shard.jobs_left += 1
+    def expect(self, tensors: list[TensorPlan], task: str) -> Account:
+        """Cut these tensors into jobs, and count those of each shard."""
+        for tensor in tensors:
+            jobs = list(cut_into_jobs(tensor, self._plan.options.form))
+            self._jobs += jobs
+            for shard in self.of(tensor):
+                shard.jobs_left += len(jobs)
+        return Account(self._jobs, task)
 
-    def book(self, job: Job) -> list[ShardFile]:
+    def run(
+        self,
+        handle: Callable[[Job, memoryview, Workspace], None],
+        account: Account,
+        threads: int,
+        progress: Progress,
+    ) -> None:
+        """Do the jobs that are expected; returns when every shard has its final name."""
+
+        def work(job: Job, data: memoryview, workspace: Workspace) -> None:
+            progress.guard.check()
+            started = time.monotonic()
+            handle(job, data, workspace)
+            account.book(job, time.monotonic() - started)
+            for shard in self._due_after(job):
+                pipeline.in_background(self._sync, shard)
+
+        pipeline = Pipeline(self._jobs, self._checkpoint, work)
+        try:
+            for shard in self.files:
+                # Of empty tensors, or finished by an earlier run.
+                if not shard.jobs_left:
+                    self._sync(shard)
+            pipeline.run(threads, lambda: progress.show(account))
+            self._checkpoint.check_unchanged()
+            self._checkpoint.drop_read()
+        finally:
+            for shard in self.files:
+                shard.close()
+
+    def _due_after(self, job: Job) -> list[ShardFile]:
         """Count a job as done; returns the shards that are now to be synced."""
         with self._lock:
             self._unsynced += job.nbytes
@@ -8846,11 +8848,7 @@ class OpenShards:
                     due.append(shard)
             return due
 
-    def without_jobs(self) -> list[ShardFile]:
-        """List the shards that no job is about: of empty tensors, or finished by an earlier run."""
-        return [shard for shard in self.files if not shard.jobs_left]
-
-    def sync(self, shard: ShardFile) -> None:
+    def _sync(self, shard: ShardFile) -> None:
         """Sync a shard, and finish it when all its jobs are done."""
         if shard.jobs_left:
             shard.sync()
@@ -8858,71 +8856,22 @@ class OpenShards:
             self._checkpoint.check_unchanged()
             shard.finish()
 
-    def close(self) -> None:
-        for shard in self.files:
-            shard.close()
-
-
-def run_jobs(
-    jobs: list[Job],
-    handle: Callable[[Job, memoryview, Workspace], None],
-    shards: OpenShards,
-    checkpoint: Checkpoint,
-    account: Account,
-    threads: int,
-    progress: Progress,
-) -> None:
-    """Do jobs, and finish each shard after its last one."""
-
-    def book(job: Job, seconds: float) -> None:
-        account.book(job, seconds)
-        for shard in shards.book(job):
-            pipeline.in_background(shards.sync, shard)
-
-    def start() -> None:
-        for shard in shards.without_jobs():
-            pipeline.in_background(shards.sync, shard)
-
-    def handle_if_memory_lasts(job: Job, data: memoryview, workspace: Workspace) -> None:
-        progress.guard.check()
-        handle(job, data, workspace)
-
-    shards.expect(jobs)
-    pipeline = Pipeline(
-        jobs, checkpoint.read_job, checkpoint.is_cached, handle_if_memory_lasts, book
-    )
-    try:
-        pipeline.run(threads, start, lambda: progress.show(account))
-        checkpoint.check_unchanged()
-        checkpoint.drop_read()
-    finally:
-        shards.close()
-
 
 class Conversion:
     """One run that writes the shards of a plan, or compares what an earlier run wrote of them."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], task: str):
-        self.shards = OpenShards(checkpoint, plan, shards)
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, files: list[ShardFile], task: str):
+        self.shards = OpenShards(checkpoint, plan, files)
         self._maker = Restorer(checkpoint) if plan.options.restore else Packer(plan)
-        self._jobs: list[Job] = []
+        tensors = []
         for tensor in plan.tensors:
             if any(shard.compare or not shard.finished for shard in self.shards.of(tensor)):
-                self._jobs += cut_into_jobs(tensor, plan.options.form)
-        self.account = Account(self._jobs, task)
+                tensors.append(tensor)
+        self.account = self.shards.expect(tensors, task)
 
     def run(self, threads: int, progress: Progress) -> None:
         """Do all jobs; returns when every shard has its final name."""
-        run_jobs(
-            self._jobs,
-            self._write,
-            self.shards,
-            self._checkpoint,
-            self.account,
-            threads,
-            progress,
-        )
+        self.shards.run(self._write, self.account, threads, progress)
 
     def _write(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Write what a job's bytes become, or compare it with what an earlier run wrote."""
@@ -9147,7 +9096,6 @@ class Verification:
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds.
         self.blind = bool(plan.options.importance) and plan.statistics is None
 
-        self._checkpoint = checkpoint
         self._packer = Packer(plan)
         self._kernels = kernels_for(plan, "measure")
         self._energy_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_energy)
@@ -9162,12 +9110,10 @@ class Verification:
         self._shards = OpenShards(checkpoint, plan, files)
         sound = self._check_files()
         self._tensors: list[TensorPlan] = []
-        self._jobs: list[Job] = []
         for tensor in plan.tensors:
             if all(shard in sound for shard in self._shards.of(tensor)):
                 self._tensors.append(tensor)
-                self._jobs += cut_into_jobs(tensor, plan.options.form)
-        self.account = Account(self._jobs, "verifying")
+        self.account = self._shards.expect(self._tensors, "verifying")
 
     def _check_files(self) -> list[ShardFile]:
         """Check all that is in the folder but the tensors' bytes; returns the shards that hold the
@@ -9200,15 +9146,7 @@ class Verification:
 
         Errors of outputs, products with inputs of the statistics, are sqrt(tr(E H E^T) /
         tr(W H W^T)), NaN without these."""
-        run_jobs(
-            self._jobs,
-            self._compare,
-            self._shards,
-            self._checkpoint,
-            self.account,
-            threads,
-            progress,
-        )
+        self._shards.run(self._compare, self.account, threads, progress)
         for tensor in self._tensors:
             name = tensor.source.name
             if name in self._wrong:
@@ -9241,19 +9179,16 @@ class Verification:
         if job.tensor.packing:
             problem = self._measure(job, data, workspace) or problem
         if problem:
-            self._note_wrong_row(job.tensor.source.name, WrongRow(job.row, problem))
-
-    def _note_wrong_row(self, name: str, wrong: WrongRow) -> None:
-        """Keep the first row of a tensor that is wrong."""
-        with self._lock:
-            if name not in self._wrong or wrong.row < self._wrong[name].row:
-                self._wrong[name] = wrong
+            name = job.tensor.source.name
+            wrong = WrongRow(job.row, problem)
+            with self._lock:
+                self._wrong[name] = min(wrong, self._wrong.get(name, wrong))
 
     def _measure(self, job: Job, data: memoryview, workspace: Workspace) -> str:
         """Add up a job's errors; describe the first weight that no conversion can have made."""
         info = job.tensor.source
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
-        words, scales = self._packer.by_row(self._packer.room_for(job, workspace))
+        words, scales = self._packer.results(job, workspace)
         measuring = Measuring(
             job.tensor.packing,
             job.tensor.recipe.with_offset,
@@ -9287,9 +9222,9 @@ class Verification:
         return OutputEnergy.of(*given) if given else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class WrongRow:
-    """A row of a tensor that is not what the source gives."""
+    """A row of a tensor that is not what the source gives. Rows are ordered by their number."""
 
     row: int
     problem: str
