@@ -391,7 +391,7 @@ COMPILER_TIMEOUT_S = 60  # it takes 0.2, and far longer on a small machine that 
 FORMAT_NAMES = ("int4", "compressed-tensors", "gptq")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# `quantize_into` and `find_spread_with_torch`, for groups of up to MAX_GROUP weights: the same
+# `quantize_into` and `find_spread`, for groups of up to MAX_GROUP weights: the same
 # bytes in half the time or less.
 QUANTIZE_SOURCE = r"""
 #include <stdint.h>
@@ -443,7 +443,8 @@ typedef union {
 typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(64)));
 
-/* As `QuantizeCall` in Python. */
+/* What `quantize` is called with, and the number of scales that are not finite, which it fills
+   in. Python takes the fields from here. */
 typedef struct {
     const void *weights;
     uint8_t *words;
@@ -860,7 +861,7 @@ SEPARATE void quantize_rows(quantize_call *call, long first, long rows) {
     }
 }
 
-/* As `find_spread_with_torch`. */
+/* As `find_spread`. */
 void spread_of(
     const float *factor, const float *rest, float *restrict spread, long columns, long rank
 ) {
@@ -901,7 +902,7 @@ void quantize(quantize_call *call) {
 }
 """
 
-# `measure_with_torch`, written apart from what packs, so that one finds the other's faults.
+# `measure`, written apart from what packs, so that one finds the other's faults.
 MEASURE_SOURCE = r"""
 #include <stdint.h>
 
@@ -934,7 +935,8 @@ typedef union {
     float value;
 } word;
 
-/* As `MeasureCall` in Python. */
+/* What `measure` is called with, and from `squared_errors` on what it finds, which it fills in.
+   Python takes the fields from here. */
 typedef struct {
     const void *weights;
     const uint8_t *words;
@@ -1018,7 +1020,7 @@ static float scale_at(const measure_call *call, long group) {
     return call->scale_bits_dropped == 13 ? float16_of(bits) : (word){bits << 16}.value;
 }
 
-/* Whether no conversion can have made a code, as in `measure_with_torch`. */
+/* Whether no conversion can have made a code, as in `measure`. */
 static inline int is_wrong(const measure_call *call, float error, float code, float scale) {
     float magnitude = scale < 0 ? -scale : scale;
     float beyond = scale < 0 ? -error : error;
@@ -1235,35 +1237,18 @@ class KernelKind:
 
 @functools.cache
 def instruction_set() -> list[str]:
-    """Return the compiler's options for what this processor has and ATEN_CPU_CAPABILITY allows.
-
-    It is what torch uses. Results do not depend on it."""
+    """Return the compiler's options for the vectors of this processor. Results do not depend on
+    it."""
     try:
-        features = set(
-            re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[0].split()
-        )
-    except (OSError, IndexError):
+        features = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
         return []
-    allowed = os.environ.get("ATEN_CPU_CAPABILITY", "avx512").lower()
-    avx2 = ["avx2", "fma"]
-    avx512 = ["avx512f", "avx512bw", "avx512dq", "avx512vl"]
-    if allowed == "avx512" and features.issuperset(avx2 + avx512):
-        return [f"-m{name}" for name in avx2 + avx512]
-    if allowed in ("avx2", "avx512") and features.issuperset(avx2):
-        return [f"-m{name}" for name in avx2]
-    return []
-
-
-@contextlib.contextmanager
-def holding_signals() -> Iterator[None]:
-    """Let signals wait until this ends: a process that was just started has to be known first.
-
-    The process inherits this, so that SIGKILL alone ends it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    options = []
+    for names in (["avx2", "fma"], ["avx512f", "avx512bw", "avx512dq", "avx512vl"]):
+        if not features.issuperset(names):
+            break
+        options += [f"-m{name}" for name in names]
+    return options
 
 
 class Compilation:
@@ -1272,24 +1257,25 @@ class Compilation:
     running: ClassVar[dict[KernelKind, Compilation]] = {}
 
     def __init__(self, kind: KernelKind):
-        self.running[kind] = self
         self._kind = kind
         self._compiler = os.environ.get("CC", "").split() or ["cc"]
-        self._folder: str | None = None
-        self._process: subprocess.Popen | None = None
-        self._problem = ""
         if not shutil.which(self._compiler[0]):
-            self._problem = f"there is no C compiler {self._compiler[0]!r}"
-            return
+            raise NoKernel(f"there is no C compiler {self._compiler[0]!r}")
+        # Signals wait until the process is known. It inherits this, so that SIGKILL alone ends it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            with holding_signals():
-                self._start()
+            self._start()
+            self.running[kind] = self
         except OSError as error:
-            self._problem = str(error)
+            raise NoKernel(str(error)) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _start(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="quantize_int4.")
-        source = Path(self._folder, "kernel.c")
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="quantize_int4.", ignore_cleanup_errors=True
+        )
+        source = Path(self._folder.name, "kernel.c")
         source.write_text(self._kind.source)
         command = [*self._compiler, *self._kind.flags, "-o", self._library, str(source)]
         with open(self._messages, "wb") as messages:
@@ -1299,56 +1285,50 @@ class Compilation:
                 stdin=subprocess.DEVNULL,
                 stdout=messages,
                 stderr=messages,
-                env=os.environ | {"TMPDIR": self._folder},
+                env=os.environ | {"TMPDIR": self._folder.name},
                 start_new_session=True,
             )
 
     @property
     def _library(self) -> str:
-        return f"{self._folder}/kernel.so"
+        return f"{self._folder.name}/kernel.so"
 
     @property
     def _messages(self) -> str:
-        return f"{self._folder}/messages"
+        return f"{self._folder.name}/messages"
 
     def load(self) -> ctypes.CDLL:
         """Wait for the compiler and load what it made. Once loaded, its file is not needed."""
         try:
-            return self._load()
+            self._wait()
+            library = ctypes.CDLL(self._library)
+            getattr(library, self._kind.task)
         except (OSError, AttributeError) as error:
             # A folder from which nothing may be executed; a library without the functions.
             raise NoKernel(str(error)) from None
         finally:
             self.end()
+        return library
 
-    def _load(self) -> ctypes.CDLL:
-        if self._problem:
-            raise NoKernel(self._problem)
+    def _wait(self) -> None:
         name = repr(self._compiler[0])
         deadline = time.monotonic() + COMPILER_TIMEOUT_S
         while self._process.poll() is None:
             check_signals()
             if time.monotonic() >= deadline:
                 raise NoKernel(f"{name} took more than {COMPILER_TIMEOUT_S} s")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.05)
+            time.sleep(0.005)
         if code := self._process.returncode:
             message = " ".join(Path(self._messages).read_text(errors="replace").split())
             raise NoKernel(f"{name} failed: {message[:200] or f'exit code {code}'}")
-        library = ctypes.CDLL(self._library)
-        getattr(library, self._kind.task)
-        return library
 
     def end(self) -> None:
         """Stop the compiler if it still works, and delete its files."""
-        if self._process and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        if self.running.get(self._kind) is self:
-            del self.running[self._kind]
+        self._folder.cleanup()
+        del self.running[self._kind]
 
 
 def end_compilations() -> None:
@@ -1414,7 +1394,8 @@ if ARGUMENTS:
         print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
     atexit.register(end_compilations)
     for likely in likely_kernels(ARGUMENTS):
-        Compilation(likely)
+        with contextlib.suppress(NoKernel):
+            Compilation(likely)
 warnings.filterwarnings(
     "ignore", message="Failed to initialize NumPy|Validating sparse"
 )  # torch's; neither is needed
@@ -4842,20 +4823,12 @@ class Importance:
         All of them are read once and checked."""
         if info.name not in self._ranks:
             moments = self.get(info)
-            rank = None
-            if moments:
-                _, factor = moments
-                rank = 0 if factor is None else factor.shape[1]
-            self._ranks[info.name] = rank
+            self._ranks[info.name] = moments[1].shape[1] if moments else None
         return self._ranks[info.name]
 
-    def has_factor(self, info: TensorInfo) -> bool:
-        vector = self._vectors.get(info.name)
-        return vector is not None and f"{vector.name}.factor" in self.infos
-
-    def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Read a weight's mean squares, float32 (columns,), and its factor, float32
-        (columns, rank), or None if it has none. None if the file does not name the weight, or if
+        (columns, rank), of rank 0 if it has none. None if the file does not name the weight, or if
         no data reached the layer."""
         vector = self._vectors.get(info.name)
         if not vector:
@@ -4863,19 +4836,19 @@ class Importance:
         columns = info.shape[1]
         rule = f"{info.name!r} needs a float32 for each of its {columns:,} columns"
         squares = self._read_vector(vector, ["F32"], [(columns,)], rule)
-        self._refuse_not_finite(vector.name, squares, may_be_negative=False)
+        if (squares < 0).any():
+            raise QuantizeError(f"{self.path}: {vector.name!r} has negative values")
         if not squares.any():
             return None
-        if not self.has_factor(info):
-            return squares, None
-
         vector = replace(vector, name=f"{vector.name}.factor")
+        if vector.name not in self.infos:
+            return squares, torch.zeros(columns, 0)
+
         rule = (
             f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
         )
         shapes = [(columns, rank + 1) for rank in range(MAX_RANK)]
         factor = self._read_vector(vector, ["F32", "F16"], shapes, rule)
-        self._refuse_not_finite(vector.name, factor, may_be_negative=True)
         if factor.numel() > MAX_FACTOR:
             raise QuantizeError(
                 f"{self.path}: {vector.name!r} holds {factor.numel():,} numbers, at most"
@@ -4883,7 +4856,7 @@ class Importance:
                 f" {MAX_FACTOR // columns}"
             )
         self._refuse_factor_of_other_inputs(vector.name, factor, squares)
-        return squares, factor.to(torch.float32)
+        return squares, factor.float()
 
     def _read_vector(
         self, vector: Vector, dtypes: list[str], shapes: list[tuple[int, ...]], rule: str
@@ -4904,17 +4877,10 @@ class Importance:
             )
         nbytes = info.nbytes // rows
         data = self._file.read(info, row * nbytes, nbytes)
-        return torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
-
-    def _refuse_not_finite(self, name: str, tensor: torch.Tensor, may_be_negative: bool) -> None:
-        """Refuse a tensor with values that statistics cannot have."""
-        usable = torch.isfinite(tensor)
-        problem = "not finite"
-        if not may_be_negative:
-            usable &= tensor >= 0
-            problem = "negative or not finite"
-        if not usable.all():
-            raise QuantizeError(f"{self.path}: {name!r} has values {problem}")
+        tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
+        if not torch.isfinite(tensor).all():
+            raise QuantizeError(f"{self.path}: {vector.name!r} has values not finite")
+        return tensor
 
     def _refuse_factor_of_other_inputs(
         self, name: str, factor: torch.Tensor, squares: torch.Tensor
@@ -4924,7 +4890,7 @@ class Importance:
         # The factor was rounded to its dtype: a normal number by at most eps of itself, a smaller
         # one by at most eps * tiny. What rounding may have added does not count.
         dtype = torch.finfo(factor.dtype)
-        least = factor.to(torch.float32).abs()
+        least = factor.float().abs()
         least.mul_(1 - dtype.eps).sub_(dtype.eps * dtype.tiny).clamp_(min=0)
         sums = least.square_().sum(1)
         beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
@@ -7926,18 +7892,8 @@ def quantize_into(
     too small for the scale's dtype, has scale 0 and codes 0. A scale that is not finite marks a
     group with a value that no scale can hold. Returns whether all scales are finite."""
     if rounding.kernel and rounding.bits == 4 and groups.shape[1] <= MAX_GROUP:
-        return quantize_with_kernel(groups, words, scales, workspace, rounding)
-    return quantize_with_torch(groups, words, scales, workspace, rounding)
+        return quantize_with_kernel(words, scales, groups, workspace, rounding)
 
-
-def quantize_with_torch(
-    groups: torch.Tensor,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    workspace: Workspace,
-    rounding: Rounding,
-) -> bool:
-    """Do what `quantize_into` does."""
     code_max = Packing(rounding.bits, groups.shape[1]).code_max
     scales.copy_(largest_magnitudes(groups, workspace).div_(code_max))
 
@@ -7966,7 +7922,7 @@ def largest_magnitudes(groups: torch.Tensor, workspace: Workspace) -> torch.Tens
     # compared several times faster.
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[groups.dtype.itemsize]
     largest = torch.amax(magnitudes.view(integers), -1)
-    return largest.view(groups.dtype).to(torch.float32)
+    return largest.view(groups.dtype).float()
 
 
 def round_to_codes(
@@ -7975,7 +7931,7 @@ def round_to_codes(
     """Put clamp(round(w / scale)) into `out`.
 
     It is 0 where the scale is 0, since such weights were too small for any scale."""
-    divisors = torch.where(scales == 0, 1, scales).to(torch.float32)[:, None]
+    divisors = torch.where(scales == 0, 1, scales).float()[:, None]
     torch.div(weights, divisors, out=out).round_().clamp_(-code_max - 1, code_max)
 
 
@@ -8053,9 +8009,9 @@ def find_candidates(
         torch.mul(parts, multiplier, out=codes).bitwise_right_shift_(16)
         codes.add_(1 << 8).bitwise_right_shift_(9).clamp_(CODE_MIN, CODE_MAX)
         torch.mul(weighed, codes, out=products)
-        products_sum = products.sum(-1, dtype=sum_dtype).to(torch.float32)
+        products_sum = products.sum(-1, dtype=sum_dtype).float()
         codes.mul_(codes).view(by_row).mul_(shares)
-        candidates = products_sum / codes.sum(-1, dtype=sum_dtype).to(torch.float32)
+        candidates = products_sum / codes.sum(-1, dtype=sum_dtype).float()
 
         # The gain is NaN for an all-zero group, and so never better.
         gain = products_sum * candidates
@@ -8071,7 +8027,7 @@ def sum_squared_errors(
     """Add up each group's squared errors of rounding by these scales, weighed by importance."""
     errors = workspace.beside(weights, "search: products").view(torch.float32)
     round_to_codes(weights, scales, errors)
-    errors.mul_(scales.to(torch.float32)[:, None]).sub_(weights)
+    errors.mul_(scales.float()[:, None]).sub_(weights)
     errors.mul_(errors).view(-1, *importance.shape).mul_(importance)
     return sum_in_lanes(errors)
 
@@ -8095,25 +8051,27 @@ def feedback_of(
     rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
     rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
 
-    if kernel:
-        return Feedback(factor, find_spread_with_kernel(factor, rest, kernel))
-    return Feedback(factor, find_spread_with_torch(factor, rest))
-
-
-def find_spread_with_torch(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Return U of `feedback_of`, from V and d."""
-    columns, rank = factor.shape
     spread = torch.empty_like(factor)
+    if kernel:
+        addresses = (tensor.data_ptr() for tensor in (factor, rest, spread))
+        kernel.library.spread_of(*addresses, *factor.shape)
+    else:
+        find_spread(factor, rest, spread)
+    return Feedback(factor, spread)
+
+
+def find_spread(factor: torch.Tensor, rest: torch.Tensor, spread: torch.Tensor) -> None:
+    """Fill in U of `feedback_of`, from V and d."""
+    columns, rank = factor.shape
     inverse = torch.eye(rank, dtype=torch.float64)
     # Each column updates the inverse for those before it.
     for column in reversed(range(columns)):
         check_signals()
-        direction = factor[column].to(torch.float64)
+        direction = factor[column].double()
         turned = sum_in_lanes(inverse * direction)
-        divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
+        divisor = rest[column].double() + sum_in_lanes(turned * direction)
         spread[column] = turned / divisor
         inverse -= torch.outer(turned, turned) * (1 / divisor)
-    return spread
 
 
 def round_with_feedback(
@@ -8129,22 +8087,18 @@ def round_with_feedback(
     scales = scales.view(-1, groups_in_row)
     # c of `feedback_of`, of each row.
     carried = torch.zeros(len(weights), rounding.feedback.factor.shape[1])
-    for group in range(groups_in_row):
-        first = group * group_size
-        own = slice(first, first + group_size)
-        feedback = Feedback(rounding.feedback.factor[own], rounding.feedback.spread[own])
+    factors = rounding.feedback.factor.split(group_size)
+    spreads = rounding.feedback.spread.split(group_size)
+    for group, (factor, spread) in enumerate(zip(factors, spreads)):
         columns = weights[:, group].T
-
-        changed_columns = []
-        for column, spread in zip(columns, feedback.spread):
-            changed_columns.append(column + sum_in_lanes(carried * spread))
-        changed = torch.stack(changed_columns, 1)
+        changes = [sum_in_lanes(carried * of_column) for of_column in spread]
+        changed = weights[:, group] + torch.stack(changes, 1)
         group_scales = scales[:, group].copy_(changed.abs().amax(1) / CODE_MAX)
         search_scales(changed, group_scales, rounding.importance[group : group + 1], workspace)
 
         # A tile may take half a minute.
         check_signals()
-        round_columns(columns, group_scales, feedback, carried)
+        round_columns(columns, group_scales, Feedback(factor, spread), carried)
 
 
 def round_columns(
@@ -8152,8 +8106,8 @@ def round_columns(
 ) -> None:
     """Replace the columns of a group, float32 (group_size, rows), by their codes, one by one, and
     add their errors to what is carried, float32 (rows, rank)."""
-    steps = scales.to(torch.float32)
-    divisors = torch.where(scales == 0, 1, scales).to(torch.float32)
+    steps = scales.float()
+    divisors = torch.where(scales == 0, 1, scales).float()
     bound = divisors.abs() * MAX_CHANGE
     for column, factor, spread in zip(columns, feedback.factor, feedback.spread):
         change = sum_in_lanes(carried * spread).clamp_(-bound, bound)
@@ -8194,9 +8148,9 @@ def dequantize(
     if packing.bits == 4:
         codes = unpack_int4(words, with_offset)
     else:
-        codes = words.view(torch.uint8).to(torch.float32) - 128
+        codes = words.view(torch.uint8).float() - 128
     groups = codes.unflatten(1, (-1, packing.group_size))
-    return (groups * scales.to(torch.float32)[:, :, None]).flatten(1)
+    return (groups * scales.float()[:, :, None]).flatten(1)
 
 
 def dequantize_int4(
@@ -8220,7 +8174,6 @@ def dequantize_int4(
 
 # ---- Kernels: their calls, and their trial beside torch ------------------------------------------
 
-KERNEL_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Bits of a float's mantissa that a scale's dtype does not have.
 SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 # A multiple of the vectors that the measuring kernel works with.
@@ -8238,65 +8191,26 @@ class Kernel:
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of weights that it takes."""
-        return KERNEL_DTYPES[self.kind.dtype]
+        return FLOAT_DTYPES[self.kind.dtype]
 
 
-class QuantizeCall(ctypes.Structure):
-    """What `quantize` is called with, and the number of scales that are not finite, which it fills
-    in. The C source has the same fields."""
-
-    _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("importance", ctypes.c_void_p),
-        ("shares", ctypes.c_void_p),
-        ("factor", ctypes.c_void_p),
-        ("spread", ctypes.c_void_p),
-        ("groups", ctypes.c_long),
-        ("group_size", ctypes.c_long),
-        ("groups_in_row", ctypes.c_long),
-        ("rank", ctypes.c_long),
-        ("bits_dropped", ctypes.c_long),
-        ("offset", ctypes.c_long),
-        ("not_finite", ctypes.c_long),
-    )
+def structure_in(source: str) -> type[ctypes.Structure]:
+    """Make what a kernel is called with, of the first struct in its C source."""
+    struct = re.search(r"typedef struct \{(.*?)\}", source, re.DOTALL)[1]
+    fields = []
+    for kind, pointer, name in re.findall(r"(\w+) (\*?)(\w+);", struct):
+        fields.append((name, ctypes.c_void_p if pointer else getattr(ctypes, f"c_{kind}")))
+    return type("Call", (ctypes.Structure,), {"_fields_": fields})
 
 
-class MeasureCall(ctypes.Structure):
-    """What `measure` is called with, and what it finds, which it fills in.
-
-    The C source has the same fields."""
-
-    _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("rest", ctypes.c_void_p),
-        ("factor", ctypes.c_void_p),
-        ("rows", ctypes.c_long),
-        ("columns", ctypes.c_long),
-        ("group_size", ctypes.c_long),
-        ("rank", ctypes.c_long),
-        ("code_bits", ctypes.c_long),
-        ("has_offset", ctypes.c_long),
-        ("scale_bits_dropped", ctypes.c_long),
-        ("tolerance", ctypes.c_float),
-        ("tiny", ctypes.c_float),
-        ("squared_errors", ctypes.c_double),
-        ("squared_weights", ctypes.c_double),
-        ("output_errors", ctypes.c_double),
-        ("output_weights", ctypes.c_double),
-        ("furthest", ctypes.c_double),
-        ("far", ctypes.c_long),
-        ("first_wrong", ctypes.c_long),
-    )
+QuantizeCall = structure_in(QUANTIZE_SOURCE)
+MeasureCall = structure_in(MEASURE_SOURCE)
 
 
 def quantize_with_kernel(
-    groups: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,
+    groups: torch.Tensor,
     workspace: Workspace,
     rounding: Rounding,
 ) -> bool:
@@ -8333,38 +8247,17 @@ def quantize_with_kernel(
     return call.not_finite == 0
 
 
-def find_spread_with_kernel(
-    factor: torch.Tensor, rest: torch.Tensor, kernel: Kernel
-) -> torch.Tensor:
-    """Do what `find_spread_with_torch` does."""
-    columns, rank = factor.shape
-    spread = torch.empty_like(factor)
-    kernel.library.spread_of(factor.data_ptr(), rest.data_ptr(), spread.data_ptr(), columns, rank)
-    return spread
-
-
 def compile_kernel(kind: KernelKind) -> Kernel:
     """Compile a kernel, by the compiler that CC names or cc, and compare it with torch."""
     if kind in Kernel.loaded:
         return Kernel.loaded[kind]
 
     compilation = Compilation.running.get(kind) or Compilation(kind)
-    library = compilation.load()
-    if kind.task == "quantize":
-        call = QuantizeCall
-        agrees_with_torch = quantizes_as_torch
-    else:
-        call = MeasureCall
-        agrees_with_torch = measures_as_torch
-    function = getattr(library, kind.task)
-    function.argtypes = [ctypes.POINTER(call)]
-    function.restype = None
+    kernel = Kernel(kind, compilation.load())
     if kind.variant == "FEEDBACK":
-        library.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
-        library.spread_of.restype = None
-
-    kernel = Kernel(kind, library)
-    if not agrees_with_torch(kernel):
+        kernel.library.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
+    agrees = quantizes_as_torch(kernel) if kind.task == "quantize" else measures_as_torch(kernel)
+    if not agrees:
         raise NoKernel(f"what the C compiler made of it does not {kind.task} as torch does")
     Kernel.loaded[kind] = kernel
     return kernel
@@ -8444,19 +8337,18 @@ def quantizes_as_torch(kernel: Kernel) -> bool:
         trials = [largest_weight_trial(376), largest_weight_trial(384)]
     elif kernel.kind.variant == "FEEDBACK":
         trials.append(feedback_trial())
-    return all(quantizes_alike(trial, kernel) for trial in trials)
+    for trial in trials:
+        trial = replace(trial, groups=trial.groups.to(kernel.dtype))
+        by_kernel = quantize_trial(trial, kernel)
+        by_torch = quantize_trial(trial, None)
+        if not all(map(torch.equal, by_kernel, by_torch)):
+            return False
+    return True
 
 
-def quantizes_alike(trial: Trial, kernel: Kernel) -> bool:
-    """Compare what a kernel and torch make of the same weights."""
-    groups = trial.groups.to(kernel.dtype)
-    by_kernel = quantize_trial(trial, groups, kernel)
-    by_torch = quantize_trial(trial, groups, None)
-    return all(map(torch.equal, by_kernel, by_torch))
-
-
-def quantize_trial(trial: Trial, groups: torch.Tensor, kernel: Kernel | None) -> list[torch.Tensor]:
+def quantize_trial(trial: Trial, kernel: Kernel | None) -> list[torch.Tensor]:
     """Return all that is made of a trial's groups, for scales of each dtype."""
+    groups = trial.groups
     results = []
     feedback = None
     if trial.factor is not None:
@@ -8474,75 +8366,51 @@ def quantize_trial(trial: Trial, groups: torch.Tensor, kernel: Kernel | None) ->
 
 def measures_as_torch(kernel: Kernel) -> bool:
     """Compare a kernel that measures errors with torch before it is relied upon."""
-    generator = torch.Generator().manual_seed(2)
-    for number in range(48):
-        trial = measuring_trial(number, kernel.kind.variant == "OUTPUTS", generator)
-        weights = trial.weights.to(kernel.dtype)
-        rows = (weights, trial.words, trial.scales)
-        with_kernel = replace(trial.measuring, kernel=kernel)
-        by_kernel = measure_with_kernel(*rows, with_kernel, Workspace())
-        by_torch = measure_with_torch(*rows, trial.measuring)
-        if not by_kernel.agrees_with(by_torch):
-            return False
-    return True
+    return all(measures_alike(kernel, number) for number in range(48))
 
 
-@dataclass(frozen=True)
-class MeasuringTrial:
-    """What a kernel and torch measure, to compare what they find."""
-
-    weights: torch.Tensor
-    words: torch.Tensor
-    scales: torch.Tensor
-    measuring: Measuring
-
-
-def measuring_trial(number: int, with_outputs: bool, generator: torch.Generator) -> MeasuringTrial:
-    """Make rows in which one weight is farther from what is decoded, by another distance in each
-    trial: where the code is the largest, the smallest or any, or where the scale is 0.
+def measures_alike(kernel: Kernel, number: int) -> bool:
+    """Compare what a kernel and torch find in rows of which one weight is farther from what is
+    decoded: by another distance in each trial, where the code is the largest, the smallest or any,
+    or where the scale is 0.
 
     Rows are of two spans and a remainder, which ends within a group."""
-    rows = 3
+    generator = torch.Generator().manual_seed(number)
     columns = 1333
     packing = Packing((4, 8)[number // 4 % 2], (24, 40, 1040)[number % 3])
     padded = packing.columns_of(columns)
-    scale_dtype = list(SCALE_BITS_DROPPED)[number // 2 % 3]
     with_offset = packing.bits == 8 or number % 8 < 4
-    size = (rows, padded // packing.codes_per_word)
-    words = torch.randint(-(1 << 31), 1 << 31, size, generator=generator, dtype=torch.int64)
-    words = words.to(torch.int32)
-    scales = torch.randn(rows, padded // packing.group_size, generator=generator)
-    # These decode to zeros.
-    scales[:, -2] = 0
-    scales = scales.to(scale_dtype)
+    size = (3, padded // packing.codes_per_word)
+    words = torch.randint(-(1 << 31), 1 << 31, size, generator=generator, dtype=torch.int32)
+    scales = torch.randn(3, padded // packing.group_size, generator=generator)
+
+    column = number * 331 % columns
+    if number % 4 < 3:
+        # All codes of a word are the largest, or the smallest.
+        ends = (-1, 0, -1)[number % 4] ^ (0 if with_offset else OFFSET_BITS)
+        words[1, column // packing.codes_per_word] = ends
+    if number % 4 == 2:
+        scales[1, column // packing.group_size] = 0
+    scales = scales.to(list(SCALE_BITS_DROPPED)[number // 2 % 3])
 
     codes = dequantize(words, torch.ones_like(scales), packing, with_offset)[:, :columns]
-    steps = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)[:, :columns]
-    shifts = (torch.rand(codes.shape, generator=generator) - 0.5) * 0.4
-    weights = (codes + shifts) * steps
-
-    kinds_of_places = [
-        (codes == packing.code_max) & (steps != 0),
-        (codes == -packing.code_max - 1) & (steps != 0),
-        (codes == packing.code_max) & (steps == 0),
-        steps != 0,
-    ]
-    suitable = kinds_of_places[number % 4]
-    if not suitable.any():
-        suitable = steps != 0
-    places = suitable.nonzero()
-    row, column = places[number * 331 % len(places)]
-    distance = (0.6 + number % 5) * (-1) ** (number // 8)
-    step = steps[row, column] or 1
-    weights[row, column] = (codes[row, column] + distance) * step
+    steps = scales.float().repeat_interleave(packing.group_size, 1)[:, :columns]
+    codes += (torch.rand(codes.shape, generator=generator) - 0.5) * 0.4
+    codes[1, column] += (0.8 + number % 5) * (-1) ** (number // 8)
+    weights = codes * steps
+    if number % 4 == 2:
+        weights[1, column] = 1
 
     energy = None
-    if with_outputs and number % 5:
+    if kernel.kind.variant == "OUTPUTS" and number % 5:
         factor = torch.randn(columns, 24, generator=generator)
         rest = torch.rand(columns, generator=generator)
         energy = OutputEnergy.of(rest + factor.square().sum(1), factor)
-    measuring = Measuring(packing, with_offset, number % 7 == 0, energy)
-    return MeasuringTrial(weights, words, scales, measuring)
+    rows = (weights.to(kernel.dtype), words, scales)
+    measuring = Measuring(packing, with_offset, number % 7 == 0, energy, kernel)
+    by_kernel = measure(*rows, measuring, Workspace())
+    by_torch = measure(*rows, replace(measuring, kernel=None), Workspace())
+    return by_kernel.agrees_with(by_torch)
 
 
 # ---- Blocks: what a job's bytes become, and where each of them goes ------------------------------
@@ -8755,7 +8623,7 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
     info = job.tensor.source
     group_size = groups.shape[1]
     bad = int((~torch.isfinite(scales)).nonzero()[0])
-    weights = groups[bad].to(torch.float64)
+    weights = groups[bad].double()
     place = int(torch.where(torch.isnan(weights), torch.inf, weights.abs()).argmax())
     value = float(weights[place])
 
@@ -8896,6 +8764,7 @@ class Conversion:
 class Measured:
     """What was added up of one weight: errors, and weights that lie far beyond their codes."""
 
+    # Float64 (2, 2): of errors and of weights, the sums of their squares and of their outputs'.
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.float64))
     clipped: int = 0  # weights more than FAR_SCALES scales from what they decode to
     reach: float = 0.0  # the most scales of any of these
@@ -8915,11 +8784,8 @@ class Measured:
         )
 
     def relative_errors(self) -> list[float]:
-        """Return the relative RMS errors of the weight and of its outputs.
-
-        `squares` is float64 (2, 2): of the weight and of its outputs, the sums of squares of the
-        errors and of the values themselves."""
-        errors, values = self.squares.T
+        """Return the relative RMS errors of the weight and of its outputs."""
+        errors, values = self.squares
         return (errors / values.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
 
 
@@ -8934,17 +8800,13 @@ class OutputEnergy:
     factor: torch.Tensor
 
     @staticmethod
-    def of(mean_squares: torch.Tensor, factor: torch.Tensor | None) -> OutputEnergy:
+    def of(mean_squares: torch.Tensor, factor: torch.Tensor) -> OutputEnergy:
         """Split the diagonal, which is `mean_squares`, into the factor's part and the rest."""
-        if factor is None:
-            factor = torch.zeros(len(mean_squares), 0)
-        factor = factor.to(torch.float64)
-        rest = (mean_squares.to(torch.float64) - factor.square().sum(1)).clamp_min(0)
+        pad = torch.nn.functional.pad
+        rest = mean_squares.double() - factor.double().square().sum(1)
         return OutputEnergy(
-            torch.nn.functional.pad(rest, (0, LANES)).to(torch.float32),
-            torch.nn.functional.pad(factor, (0, -factor.shape[1] % LANES, 0, LANES)).to(
-                torch.float32
-            ),
+            pad(rest.clamp_min_(0).float(), (0, LANES)),
+            pad(factor, (0, -factor.shape[1] % LANES, 0, LANES)),
         )
 
     def sum_of(self, rows: torch.Tensor) -> float:
@@ -8993,7 +8855,41 @@ def measure(
     range has no bound on its side, since the search may clip any weight there."""
     if measuring.kernel:
         return measure_with_kernel(weights, words, scales, measuring, workspace)
-    return measure_with_torch(weights, words, scales, measuring)
+
+    packing = measuring.packing
+    columns = weights.shape[1]
+    weights = weights.float()
+    codes = words.view(torch.uint8)
+    if packing.bits == 4:
+        # A byte holds the low nibble first.
+        codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
+    codes = codes[:, :columns].float()
+    half = packing.code_max + 1
+    codes -= half if measuring.with_offset else 2 * half * (codes >= half)
+    steps = scales.float().repeat_interleave(packing.group_size, 1)[:, :columns]
+    decoded = codes * steps
+    errors = weights - decoded
+
+    # Beyond is positive where the weight lies on the side of the larger codes.
+    beyond = torch.where(steps < 0, -errors, errors)
+    bound = steps.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
+    right = (beyond <= bound) | (codes == packing.code_max) & (steps != 0)
+    right &= (beyond >= -bound) | (codes == -half) & (steps != 0)
+    right &= torch.isfinite(decoded)
+    wrong = (~right).flatten().nonzero()
+
+    distances = (errors / steps).abs()
+    far = (distances > FAR_SCALES) & (steps != 0)
+    squares = []
+    for values in (errors, weights):
+        outputs = measuring.energy.sum_of(values) if measuring.energy else math.nan
+        squares.append([float(values.square().sum(dtype=torch.float64)), outputs])
+    return Measured(
+        torch.tensor(squares, dtype=torch.float64),
+        clipped=int(far.sum()),
+        reach=float(torch.where(far, distances, 0).max()),
+        first_wrong=int(wrong[0]) if len(wrong) else -1,
+    )
 
 
 def measure_with_kernel(
@@ -9030,53 +8926,12 @@ def measure_with_kernel(
         call.output_errors = call.output_weights = math.nan
     measuring.kernel.library.measure(ctypes.byref(call))
     squares = [
-        [call.squared_errors, call.squared_weights],
-        [call.output_errors, call.output_weights],
+        [call.squared_errors, call.output_errors],
+        [call.squared_weights, call.output_weights],
     ]
     return Measured(
         torch.tensor(squares, dtype=torch.float64), call.far, call.furthest, call.first_wrong
     )
-
-
-def measure_with_torch(
-    weights: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, measuring: Measuring
-) -> Measured:
-    """Do what `measure` does."""
-    measured = Measured()
-    packing, half = measuring.packing, measuring.packing.code_max + 1
-    columns = weights.shape[1]
-    weights = weights.to(torch.float32)
-    codes = words.contiguous().view(torch.uint8)
-    if packing.bits == 4:
-        # A byte holds the low nibble first.
-        codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
-    codes = codes[:, :columns].to(torch.float32)
-    codes -= half if measuring.with_offset else 2 * half * (codes >= half)
-    steps = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)[:, :columns]
-    decoded = codes * steps
-    errors = weights - decoded
-
-    # Beyond is positive where the weight lies on the side of the larger codes.
-    beyond = torch.where(steps < 0, -errors, errors)
-    bound = steps.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
-    open_above = (codes == packing.code_max) & (steps != 0)
-    open_below = (codes == -half) & (steps != 0)
-    right = (beyond <= bound) | open_above
-    right &= (beyond >= -bound) | open_below
-    right &= torch.isfinite(decoded)
-    if not right.all():
-        measured.first_wrong = int((~right).flatten().nonzero()[0])
-
-    distances = (errors / steps).abs()
-    far = (distances > FAR_SCALES) & (steps != 0)
-    if far.any():
-        measured.clipped = int(far.sum())
-        measured.reach = float(distances[far].max())
-    for number, values in enumerate((errors, weights)):
-        measured.squares[0, number] = values.square().sum(dtype=torch.float64)
-        energy = measuring.energy.sum_of(values) if measuring.energy else math.nan
-        measured.squares[1, number] = energy
-    return measured
 
 
 class Verification:
