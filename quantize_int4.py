@@ -4811,8 +4811,11 @@ class Importance:
 
         All of them are read once and checked."""
         if info.name not in self._ranks:
-            moments = self.get(info)
-            self._ranks[info.name] = moments[1].shape[1] if moments else None
+            rank = None
+            if moments := self.get(info):
+                _, factor = moments
+                rank = factor.shape[1]
+            self._ranks[info.name] = rank
         return self._ranks[info.name]
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -8246,8 +8249,8 @@ def compile_kernel(kind: KernelKind) -> Kernel:
     kernel = Kernel(kind, compilation.load())
     if kind.variant == "FEEDBACK":
         kernel.library.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
-    agrees = quantizes_as_torch(kernel) if kind.task == "quantize" else measures_as_torch(kernel)
-    if not agrees:
+    works_as_torch = {"quantize": quantizes_as_torch, "measure": measures_as_torch}[kind.task]
+    if not works_as_torch(kernel):
         raise NoKernel(f"what the C compiler made of it does not {kind.task} as torch does")
     Kernel.loaded[kind] = kernel
     return kernel
@@ -8874,12 +8877,14 @@ def measure(
     for values in (errors, weights):
         outputs = measuring.energy.sum_of(values) if measuring.energy else math.nan
         squares.append([float(values.square().sum(dtype=torch.float64)), outputs])
-    return Measured(
+    measured = Measured(
         torch.tensor(squares, dtype=torch.float64),
         clipped=int(far.sum()),
         reach=float(torch.where(far, distances, 0).max()),
-        first_wrong=int(wrong[0]) if len(wrong) else -1,
     )
+    if len(wrong):
+        measured.first_wrong = int(wrong[0])
+    return measured
 
 
 def measure_with_kernel(
@@ -9105,10 +9110,11 @@ def check_shard(shard: ShardFile) -> str:
     shard.shift = start - len(shard.plan.header)
     for header in (found, planned):
         header.pop("__metadata__", None)
-    names = sorted(found.keys() | planned.keys())
-    differing = [name for name in names if found.get(name) != planned.get(name)]
+    differing = found.keys() ^ planned.keys()
+    if not differing:
+        differing = {name for name in found if found[name] != planned[name]}
     if differing:
-        return f"{quote_names(differing)} differ from what the source gives"
+        return f"{quote_names(sorted(differing))} differ from what the source gives"
     return ""
 
 
