@@ -367,7 +367,7 @@ COMPILER_TIMEOUT_S = 60  # it takes 0.2, and far longer on a small machine that 
 FORMAT_NAMES = ("int4", "compressed-tensors", "gptq")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# `quantize_into` and `find_spread_with_torch`, for groups of up to MAX_GROUP weights: the same
+# `quantize_into` and `find_spread`, for groups of up to MAX_GROUP weights: the same
 # bytes in half the time or less.
 QUANTIZE_SOURCE = r"""
 #include <stdint.h>
@@ -419,7 +419,8 @@ typedef union {
 typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(64)));
 
-/* As `QuantizeCall` in Python. */
+/* What `quantize` is called with, and the number of scales that are not finite, which it fills
+   in. Python takes the fields from here. */
 typedef struct {
     const void *weights;
     uint8_t *words;
@@ -836,7 +837,7 @@ SEPARATE void quantize_rows(quantize_call *call, long first, long rows) {
     }
 }
 
-/* As `find_spread_with_torch`. */
+/* As `find_spread`. */
 void spread_of(
     const float *factor, const float *rest, float *restrict spread, long columns, long rank
 ) {
@@ -877,7 +878,7 @@ void quantize(quantize_call *call) {
 }
 """
 
-# `measure_with_torch`, written apart from what packs, so that one finds the other's faults.
+# `measure`, written apart from what packs, so that one finds the other's faults.
 MEASURE_SOURCE = r"""
 #include <stdint.h>
 
@@ -910,7 +911,8 @@ typedef union {
     float value;
 } word;
 
-/* As `MeasureCall` in Python. */
+/* What `measure` is called with, and from `squared_errors` on what it finds, which it fills in.
+   Python takes the fields from here. */
 typedef struct {
     const void *weights;
     const uint8_t *words;
@@ -994,7 +996,7 @@ static float scale_at(const measure_call *call, long group) {
     return call->scale_bits_dropped == 13 ? float16_of(bits) : (word){bits << 16}.value;
 }
 
-/* Whether no conversion can have made a code, as in `measure_with_torch`. */
+/* Whether no conversion can have made a code, as in `measure`. */
 static inline int is_wrong(const measure_call *call, float error, float code, float scale) {
     float magnitude = scale < 0 ? -scale : scale;
     float beyond = scale < 0 ? -error : error;
@@ -1211,35 +1213,18 @@ class KernelKind:
 
 @functools.cache
 def instruction_set() -> list[str]:
-    """Return the compiler's options for what this processor has and ATEN_CPU_CAPABILITY allows.
-
-    It is what torch uses. Results do not depend on it."""
+    """Return the compiler's options for the vectors of this processor. Results do not depend on
+    it."""
     try:
-        features = set(
-            re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[0].split()
-        )
-    except (OSError, IndexError):
+        features = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
         return []
-    allowed = os.environ.get("ATEN_CPU_CAPABILITY", "avx512").lower()
-    avx2 = ["avx2", "fma"]
-    avx512 = ["avx512f", "avx512bw", "avx512dq", "avx512vl"]
-    if allowed == "avx512" and features.issuperset(avx2 + avx512):
-        return [f"-m{name}" for name in avx2 + avx512]
-    if allowed in ("avx2", "avx512") and features.issuperset(avx2):
-        return [f"-m{name}" for name in avx2]
-    return []
-
-
-@contextlib.contextmanager
-def holding_signals() -> Iterator[None]:
-    """Let signals wait until this ends: a process that was just started has to be known first.
-
-    The process inherits this, so that SIGKILL alone ends it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    options = []
+    for names in (["avx2", "fma"], ["avx512f", "avx512bw", "avx512dq", "avx512vl"]):
+        if not features.issuperset(names):
+            break
+        options += [f"-m{name}" for name in names]
+    return options
 
 
 class Compilation:
@@ -1248,26 +1233,30 @@ class Compilation:
     running: ClassVar[dict[KernelKind, Compilation]] = {}
 
     def __init__(self, kind: KernelKind):
-        self.running[kind] = self
         self._kind = kind
         self._compiler = os.environ.get("CC", "").split() or ["cc"]
-        self._folder: str | None = None
-        self._process: subprocess.Popen | None = None
-        self._problem = ""
         if not shutil.which(self._compiler[0]):
-            self._problem = f"there is no C compiler {self._compiler[0]!r}"
-            return
+            raise NoKernel(f"there is no C compiler {self._compiler[0]!r}")
+        # Signals wait until the process is known. It inherits this, so that SIGKILL alone ends it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            with holding_signals():
-                self._start()
+            self._start()
+            self.running[kind] = self
         except OSError as error:
-            self._problem = str(error)
+            raise NoKernel(str(error)) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _start(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="quantize_int4.")
-        source = Path(self._folder, "kernel.c")
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="quantize_int4.", ignore_cleanup_errors=True
+        )
+        folder = Path(self._folder.name)
+        source = folder / "kernel.c"
         source.write_text(self._kind.source)
-        command = [*self._compiler, *self._kind.flags, "-o", self._library, str(source)]
+        self._library = folder / "kernel.so"
+        self._messages = folder / "messages"
+        command = [*self._compiler, *self._kind.flags, "-o", self._library, source]
         with open(self._messages, "wb") as messages:
             # A session of its own, so that Ctrl-C does not reach it, and all of it can be ended.
             self._process = subprocess.Popen(
@@ -1275,56 +1264,42 @@ class Compilation:
                 stdin=subprocess.DEVNULL,
                 stdout=messages,
                 stderr=messages,
-                env=os.environ | {"TMPDIR": self._folder},
+                env=os.environ | {"TMPDIR": self._folder.name},
                 start_new_session=True,
             )
-
-    @property
-    def _library(self) -> str:
-        return f"{self._folder}/kernel.so"
-
-    @property
-    def _messages(self) -> str:
-        return f"{self._folder}/messages"
 
     def load(self) -> ctypes.CDLL:
         """Wait for the compiler and load what it made. Once loaded, its file is not needed."""
         try:
-            return self._load()
+            self._wait()
+            library = ctypes.CDLL(str(self._library))
+            getattr(library, self._kind.task)
         except (OSError, AttributeError) as error:
             # A folder from which nothing may be executed; a library without the functions.
             raise NoKernel(str(error)) from None
         finally:
             self.end()
+        return library
 
-    def _load(self) -> ctypes.CDLL:
-        if self._problem:
-            raise NoKernel(self._problem)
+    def _wait(self) -> None:
         name = repr(self._compiler[0])
         deadline = time.monotonic() + COMPILER_TIMEOUT_S
         while self._process.poll() is None:
             check_signals()
             if time.monotonic() >= deadline:
                 raise NoKernel(f"{name} took more than {COMPILER_TIMEOUT_S} s")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.05)
+            time.sleep(0.005)
         if code := self._process.returncode:
-            message = " ".join(Path(self._messages).read_text(errors="replace").split())
+            message = " ".join(self._messages.read_text(errors="replace").split())
             raise NoKernel(f"{name} failed: {message[:200] or f'exit code {code}'}")
-        library = ctypes.CDLL(self._library)
-        getattr(library, self._kind.task)
-        return library
 
     def end(self) -> None:
         """Stop the compiler if it still works, and delete its files."""
-        if self._process and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        if self.running.get(self._kind) is self:
-            del self.running[self._kind]
+        self._folder.cleanup()
+        del self.running[self._kind]
 
 
 def end_compilations() -> None:
@@ -1390,7 +1365,8 @@ if ARGUMENTS:
         print("loading torch ..." if is_terminal(sys.stdout) else "", end="", flush=True)
     atexit.register(end_compilations)
     for likely in likely_kernels(ARGUMENTS):
-        Compilation(likely)
+        with contextlib.suppress(NoKernel):
+            Compilation(likely)
 warnings.filterwarnings(
     "ignore", message="Failed to initialize NumPy|Validating sparse"
 )  # torch's; neither is needed
@@ -4875,20 +4851,14 @@ class Importance:
 
     def describe(self, weights: list[TensorInfo]) -> str:
         """Describe for the plan how many of these have what. All of it is read and checked."""
-        named = 0
-        weighed = 0
-        ranks = []
-        for weight in weights:
-            named += weight.name in self._vectors
-            rank = self.rank_of(weight)
-            weighed += rank is not None
-            if rank:
-                ranks.append(rank)
-
+        ranks = [self.rank_of(weight) for weight in weights]
+        weighed = len(weights) - ranks.count(None)
+        named = sum(weight.name in self._vectors for weight in weights)
         feedback = ""
-        if ranks:
-            different = ", ".join(map(str, sorted(set(ranks))))
-            feedback = f", {len(ranks):,} of them with error feedback of rank {different}"
+        if different := sorted(set(ranks) - {None, 0}):
+            count = weighed - ranks.count(0)
+            different = ", ".join(map(str, different))
+            feedback = f", {count:,} of them with error feedback of rank {different}"
         return (
             f"importance weighs {count_of(weighed, 'weight')}{feedback};"
             f" {named - weighed:,} named without data, {len(weights) - named:,} not named"
@@ -4899,21 +4869,16 @@ class Importance:
 
         All of them are read once and checked."""
         if info.name not in self._ranks:
-            moments = self.get(info)
             rank = None
-            if moments:
+            if moments := self.get(info):
                 _, factor = moments
-                rank = 0 if factor is None else factor.shape[1]
+                rank = factor.shape[1]
             self._ranks[info.name] = rank
         return self._ranks[info.name]
 
-    def has_factor(self, info: TensorInfo) -> bool:
-        vector = self._vectors.get(info.name)
-        return vector is not None and f"{vector.name}.factor" in self.infos
-
-    def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Read a weight's mean squares, float32 (columns,), and its factor, float32
-        (columns, rank), or None if it has none. None if the file does not name the weight, or if
+        (columns, rank), of rank 0 if it has none. None if the file does not name the weight, or if
         no data reached the layer."""
         vector = self._vectors.get(info.name)
         if not vector:
@@ -4921,19 +4886,19 @@ class Importance:
         columns = info.shape[1]
         rule = f"{info.name!r} needs a float32 for each of its {columns:,} columns"
         squares = self._read_vector(vector, ["F32"], [(columns,)], rule)
-        self._refuse_not_finite(vector.name, squares, may_be_negative=False)
+        if (squares < 0).any():
+            raise QuantizeError(f"{self.path}: {vector.name!r} has negative values")
         if not squares.any():
             return None
-        if not self.has_factor(info):
-            return squares, None
-
         vector = replace(vector, name=f"{vector.name}.factor")
+        if vector.name not in self.infos:
+            return squares, torch.zeros(columns, 0)
+
         rule = (
             f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
         )
         shapes = [(columns, rank + 1) for rank in range(MAX_RANK)]
         factor = self._read_vector(vector, ["F32", "F16"], shapes, rule)
-        self._refuse_not_finite(vector.name, factor, may_be_negative=True)
         if factor.numel() > MAX_FACTOR:
             raise QuantizeError(
                 f"{self.path}: {vector.name!r} holds {factor.numel():,} numbers, at most"
@@ -4941,7 +4906,7 @@ class Importance:
                 f" {MAX_FACTOR // columns}"
             )
         self._refuse_factor_of_other_inputs(vector.name, factor, squares)
-        return squares, factor.to(torch.float32)
+        return squares, factor.float()
 
     def _read_vector(
         self, vector: Vector, dtypes: list[str], shapes: list[tuple[int, ...]], rule: str
@@ -4962,17 +4927,10 @@ class Importance:
             )
         nbytes = info.nbytes // rows
         data = self._file.read(info, row * nbytes, nbytes)
-        return torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
-
-    def _refuse_not_finite(self, name: str, tensor: torch.Tensor, may_be_negative: bool) -> None:
-        """Refuse a tensor with values that statistics cannot have."""
-        usable = torch.isfinite(tensor)
-        problem = "not finite"
-        if not may_be_negative:
-            usable &= tensor >= 0
-            problem = "negative or not finite"
-        if not usable.all():
-            raise QuantizeError(f"{self.path}: {name!r} has values {problem}")
+        tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(shape)
+        if not torch.isfinite(tensor).all():
+            raise QuantizeError(f"{self.path}: {vector.name!r} has values not finite")
+        return tensor
 
     def _refuse_factor_of_other_inputs(
         self, name: str, factor: torch.Tensor, squares: torch.Tensor
@@ -4982,7 +4940,7 @@ class Importance:
         # The factor was rounded to its dtype: a normal number by at most eps of itself, a smaller
         # one by at most eps * tiny. What rounding may have added does not count.
         dtype = torch.finfo(factor.dtype)
-        least = factor.to(torch.float32).abs()
+        least = factor.float().abs()
         least.mul_(1 - dtype.eps).sub_(dtype.eps * dtype.tiny).clamp_(min=0)
         sums = least.square_().sum(1)
         beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
@@ -7670,34 +7628,25 @@ class Pipeline:
     def __init__(
         self,
         jobs: list[Job],
-        read: Callable[[Job, memoryview], memoryview],
-        is_cached: Callable[[Job], bool],
+        checkpoint: Checkpoint,
         handle: Callable[[Job, memoryview, Workspace], None],
-        book: Callable[[Job], None],
     ):
-        """Take what is done with a job.
-
-        read: fill a buffer, which has READ_MARGIN bytes to spare, and return the part with the
-            job's bytes
-        is_cached: whether a job's bytes are in memory already
-        handle: work on a job's bytes, with the buffers of one worker
-        book: count a job as done"""
+        """Take the jobs, what they are read from, and what is done with a job's bytes and the
+        buffers of one worker."""
         self._jobs = iter(jobs)
-        self._read = read
-        self._is_cached = is_cached
+        self._checkpoint = checkpoint
         self._handle = handle
-        self._book = book
         self._buffer_size = max((job.nbytes for job in jobs), default=0) + READ_MARGIN
         self._free_buffers: list[mmap.mmap] = []
-        self._ahead: deque[tuple[Job, concurrent.futures.Future | None]] = deque()
+        # Jobs that were taken from the queue, and what returns their bytes.
+        self._ahead: deque[tuple[Job, Callable]] = deque()
         self._tasks: set[concurrent.futures.Future] = set()  # that are not known to be done
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def run(self, threads: int, start: Callable[[], None], watch: Callable[[], None]) -> None:
+    def run(self, threads: int, watch: Callable[[], None]) -> None:
         """Do all jobs, and what was given to the background meanwhile.
 
-        start: called once, when tasks for the background can be given
         watch: called ten times a second, in this thread"""
         executor = concurrent.futures.ThreadPoolExecutor
         with (
@@ -7706,7 +7655,6 @@ class Pipeline:
             executor(1) as self._background,
             executor(threads) as workers,
         ):
-            start()
             with self._lock:
                 self._tasks |= {workers.submit(self._work) for _ in range(threads)}
             try:
@@ -7749,22 +7697,21 @@ class Pipeline:
             taken = self._take()
             if not taken:
                 return
-            job, ahead = taken
-            buffer, data = ahead.result() if ahead else self._read_job(job)
+            job, read = taken
+            buffer, data = read()
             self._handle(job, data, workspace)
             self._free_buffers.append(buffer)
-            self._book(job)
 
-    def _take(self) -> tuple[Job, concurrent.futures.Future | None] | None:
+    def _take(self) -> tuple[Job, Callable] | None:
         """Take the next job, for one worker alone; meanwhile the disk is read for those after it.
 
         What is in memory already, the worker itself reads: then it is in its processor's cache."""
         with self._lock:
             for job in itertools.islice(self._jobs, 1 + DISK_READERS - len(self._ahead)):
-                ahead = None
-                if not self._is_cached(job):
-                    ahead = self._readers.submit(self._read_job, job)
-                self._ahead.append((job, ahead))
+                read = functools.partial(self._read_job, job)
+                if not self._checkpoint.is_cached(job):
+                    read = self._readers.submit(read).result
+                self._ahead.append((job, read))
             return self._ahead.popleft() if self._ahead else None
 
     def _read_job(self, job: Job) -> tuple[mmap.mmap, memoryview]:
@@ -7772,7 +7719,7 @@ class Pipeline:
         with self._lock:
             buffer = self._free_buffers.pop() if self._free_buffers else None
         buffer = buffer or allocate(self._buffer_size)
-        return buffer, self._read(job, memoryview(buffer))
+        return buffer, self._checkpoint.read_job(job, memoryview(buffer))
 
 
 # ---- Quantization: scales and codes of a block of weights. No I/O, no names. ---------------------
@@ -7884,12 +7831,12 @@ def allocate(nbytes: int) -> mmap.mmap:
         problem = f"no memory for a buffer of {format_bytes(nbytes)}"
         raise QuantizeError(f"{problem}: use fewer --threads", 3) from None
 
-    # Not every system, or kernel of it, has these.
-    with contextlib.suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    with contextlib.suppress(OSError, AttributeError):
-        # What the disk writes to private memory during a fork may be lost. (open(2), O_DIRECT)
-        memory.madvise(mmap.MADV_DONTFORK)
+    # What the disk writes to private memory during a fork may be lost: no child gets it. (open(2),
+    # O_DIRECT)
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+        # Not every kernel of the system knows these.
+        with contextlib.suppress(OSError):
+            memory.madvise(advice)
     return memory
 
 
@@ -7911,7 +7858,8 @@ class Rounding:
 
     # Nibbles hold the code plus 8: see `pack_int4`.
     with_offset: bool = False
-    # Of columns, float32 (groups of a row, group_size). With it scales are searched.
+    # Of columns, float32 (groups of a row, group_size), or (1, group_size) where it is the same in
+    # all groups. With it scales are searched.
     importance: torch.Tensor | None = None
     # It needs the importance.
     feedback: Feedback | None = None
@@ -7944,18 +7892,8 @@ def quantize_into(
     too small for the scale's dtype, has scale 0 and codes 0. A scale that is not finite marks a
     group with a value that no scale can hold. Returns whether all scales are finite."""
     if rounding.kernel and rounding.bits == 4 and groups.shape[1] <= MAX_GROUP:
-        return quantize_with_kernel(groups, words, scales, workspace, rounding)
-    return quantize_with_torch(groups, words, scales, workspace, rounding)
+        return quantize_with_kernel(words, scales, groups, workspace, rounding)
 
-
-def quantize_with_torch(
-    groups: torch.Tensor,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    workspace: Workspace,
-    rounding: Rounding,
-) -> bool:
-    """Do what `quantize_into` does."""
     code_max = Packing(rounding.bits, groups.shape[1]).code_max
     scales.copy_(largest_magnitudes(groups, workspace).div_(code_max))
 
@@ -7984,7 +7922,7 @@ def largest_magnitudes(groups: torch.Tensor, workspace: Workspace) -> torch.Tens
     # compared several times faster.
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[groups.dtype.itemsize]
     largest = torch.amax(magnitudes.view(integers), -1)
-    return largest.view(groups.dtype).to(torch.float32)
+    return largest.view(groups.dtype).float()
 
 
 def round_to_codes(
@@ -7993,7 +7931,7 @@ def round_to_codes(
     """Put clamp(round(w / scale)) into `out`.
 
     It is 0 where the scale is 0, since such weights were too small for any scale."""
-    divisors = torch.where(scales == 0, 1, scales).to(torch.float32)[:, None]
+    divisors = torch.where(scales == 0, 1, scales).float()[:, None]
     torch.div(weights, divisors, out=out).round_().clamp_(-code_max - 1, code_max)
 
 
@@ -8071,9 +8009,9 @@ def find_candidates(
         torch.mul(parts, multiplier, out=codes).bitwise_right_shift_(16)
         codes.add_(1 << 8).bitwise_right_shift_(9).clamp_(CODE_MIN, CODE_MAX)
         torch.mul(weighed, codes, out=products)
-        products_sum = products.sum(-1, dtype=sum_dtype).to(torch.float32)
+        products_sum = products.sum(-1, dtype=sum_dtype).float()
         codes.mul_(codes).view(by_row).mul_(shares)
-        candidates = products_sum / codes.sum(-1, dtype=sum_dtype).to(torch.float32)
+        candidates = products_sum / codes.sum(-1, dtype=sum_dtype).float()
 
         # The gain is NaN for an all-zero group, and so never better.
         gain = products_sum * candidates
@@ -8089,7 +8027,7 @@ def sum_squared_errors(
     """Add up each group's squared errors of rounding by these scales, weighed by importance."""
     errors = workspace.beside(weights, "search: products").view(torch.float32)
     round_to_codes(weights, scales, errors)
-    errors.mul_(scales.to(torch.float32)[:, None]).sub_(weights)
+    errors.mul_(scales.float()[:, None]).sub_(weights)
     errors.mul_(errors).view(-1, *importance.shape).mul_(importance)
     return sum_in_lanes(errors)
 
@@ -8113,25 +8051,27 @@ def feedback_of(
     rest = (mean_squares - sum_in_lanes(factor * factor)).clamp_(min=0)
     rest.add_(sum_in_lanes(mean_squares) / len(mean_squares) * DAMPING)
 
-    if kernel:
-        return Feedback(factor, find_spread_with_kernel(factor, rest, kernel))
-    return Feedback(factor, find_spread_with_torch(factor, rest))
-
-
-def find_spread_with_torch(factor: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Return U of `feedback_of`, from V and d."""
-    columns, rank = factor.shape
     spread = torch.empty_like(factor)
+    if kernel:
+        addresses = (tensor.data_ptr() for tensor in (factor, rest, spread))
+        kernel.library.spread_of(*addresses, *factor.shape)
+    else:
+        find_spread(factor, rest, spread)
+    return Feedback(factor, spread)
+
+
+def find_spread(factor: torch.Tensor, rest: torch.Tensor, spread: torch.Tensor) -> None:
+    """Fill in U of `feedback_of`, from V and d."""
+    columns, rank = factor.shape
     inverse = torch.eye(rank, dtype=torch.float64)
     # Each column updates the inverse for those before it.
     for column in reversed(range(columns)):
         check_signals()
-        direction = factor[column].to(torch.float64)
+        direction = factor[column].double()
         turned = sum_in_lanes(inverse * direction)
-        divisor = rest[column].to(torch.float64) + sum_in_lanes(turned * direction)
+        divisor = rest[column].double() + sum_in_lanes(turned * direction)
         spread[column] = turned / divisor
         inverse -= torch.outer(turned, turned) * (1 / divisor)
-    return spread
 
 
 def round_with_feedback(
@@ -8147,22 +8087,18 @@ def round_with_feedback(
     scales = scales.view(-1, groups_in_row)
     # c of `feedback_of`, of each row.
     carried = torch.zeros(len(weights), rounding.feedback.factor.shape[1])
-    for group in range(groups_in_row):
-        first = group * group_size
-        own = slice(first, first + group_size)
-        feedback = Feedback(rounding.feedback.factor[own], rounding.feedback.spread[own])
+    factors = rounding.feedback.factor.split(group_size)
+    spreads = rounding.feedback.spread.split(group_size)
+    for group, (factor, spread) in enumerate(zip(factors, spreads)):
         columns = weights[:, group].T
-
-        changed_columns = []
-        for column, spread in zip(columns, feedback.spread):
-            changed_columns.append(column + sum_in_lanes(carried * spread))
-        changed = torch.stack(changed_columns, 1)
+        changes = [sum_in_lanes(carried * of_column) for of_column in spread]
+        changed = weights[:, group] + torch.stack(changes, 1)
         group_scales = scales[:, group].copy_(changed.abs().amax(1) / CODE_MAX)
         search_scales(changed, group_scales, rounding.importance[group : group + 1], workspace)
 
         # A tile may take half a minute.
         check_signals()
-        round_columns(columns, group_scales, feedback, carried)
+        round_columns(columns, group_scales, Feedback(factor, spread), carried)
 
 
 def round_columns(
@@ -8170,8 +8106,8 @@ def round_columns(
 ) -> None:
     """Replace the columns of a group, float32 (group_size, rows), by their codes, one by one, and
     add their errors to what is carried, float32 (rows, rank)."""
-    steps = scales.to(torch.float32)
-    divisors = torch.where(scales == 0, 1, scales).to(torch.float32)
+    steps = scales.float()
+    divisors = torch.where(scales == 0, 1, scales).float()
     bound = divisors.abs() * MAX_CHANGE
     for column, factor, spread in zip(columns, feedback.factor, feedback.spread):
         change = sum_in_lanes(carried * spread).clamp_(-bound, bound)
@@ -8212,9 +8148,9 @@ def dequantize(
     if packing.bits == 4:
         codes = unpack_int4(words, with_offset)
     else:
-        codes = words.view(torch.uint8).to(torch.float32) - 128
+        codes = words.view(torch.uint8).float() - 128
     groups = codes.unflatten(1, (-1, packing.group_size))
-    return (groups * scales.to(torch.float32)[:, :, None]).flatten(1)
+    return (groups * scales.float()[:, :, None]).flatten(1)
 
 
 def dequantize_int4(
@@ -8238,7 +8174,6 @@ def dequantize_int4(
 
 # ---- Kernels: their calls, and their trial beside torch ------------------------------------------
 
-KERNEL_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Bits of a float's mantissa that a scale's dtype does not have.
 SCALE_BITS_DROPPED = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 # A multiple of the vectors that the measuring kernel works with.
@@ -8256,65 +8191,26 @@ class Kernel:
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of weights that it takes."""
-        return KERNEL_DTYPES[self.kind.dtype]
+        return FLOAT_DTYPES[self.kind.dtype]
 
 
-class QuantizeCall(ctypes.Structure):
-    """What `quantize` is called with, and the number of scales that are not finite, which it fills
-    in. The C source has the same fields."""
-
-    _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("importance", ctypes.c_void_p),
-        ("shares", ctypes.c_void_p),
-        ("factor", ctypes.c_void_p),
-        ("spread", ctypes.c_void_p),
-        ("groups", ctypes.c_long),
-        ("group_size", ctypes.c_long),
-        ("groups_in_row", ctypes.c_long),
-        ("rank", ctypes.c_long),
-        ("bits_dropped", ctypes.c_long),
-        ("offset", ctypes.c_long),
-        ("not_finite", ctypes.c_long),
-    )
+def structure_in(source: str) -> type[ctypes.Structure]:
+    """Make what a kernel is called with, of the first struct in its C source."""
+    struct = re.search(r"typedef struct \{(.*?)\}", source, re.DOTALL)[1]
+    fields = []
+    for kind, pointer, name in re.findall(r"(\w+) (\*?)(\w+);", struct):
+        fields.append((name, ctypes.c_void_p if pointer else getattr(ctypes, f"c_{kind}")))
+    return type("Call", (ctypes.Structure,), {"_fields_": fields})
 
 
-class MeasureCall(ctypes.Structure):
-    """What `measure` is called with, and what it finds, which it fills in.
-
-    The C source has the same fields."""
-
-    _fields_ = (
-        ("weights", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("rest", ctypes.c_void_p),
-        ("factor", ctypes.c_void_p),
-        ("rows", ctypes.c_long),
-        ("columns", ctypes.c_long),
-        ("group_size", ctypes.c_long),
-        ("rank", ctypes.c_long),
-        ("code_bits", ctypes.c_long),
-        ("has_offset", ctypes.c_long),
-        ("scale_bits_dropped", ctypes.c_long),
-        ("tolerance", ctypes.c_float),
-        ("tiny", ctypes.c_float),
-        ("squared_errors", ctypes.c_double),
-        ("squared_weights", ctypes.c_double),
-        ("output_errors", ctypes.c_double),
-        ("output_weights", ctypes.c_double),
-        ("furthest", ctypes.c_double),
-        ("far", ctypes.c_long),
-        ("first_wrong", ctypes.c_long),
-    )
+QuantizeCall = structure_in(QUANTIZE_SOURCE)
+MeasureCall = structure_in(MEASURE_SOURCE)
 
 
 def quantize_with_kernel(
-    groups: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,
+    groups: torch.Tensor,
     workspace: Workspace,
     rounding: Rounding,
 ) -> bool:
@@ -8351,38 +8247,17 @@ def quantize_with_kernel(
     return call.not_finite == 0
 
 
-def find_spread_with_kernel(
-    factor: torch.Tensor, rest: torch.Tensor, kernel: Kernel
-) -> torch.Tensor:
-    """Do what `find_spread_with_torch` does."""
-    columns, rank = factor.shape
-    spread = torch.empty_like(factor)
-    kernel.library.spread_of(factor.data_ptr(), rest.data_ptr(), spread.data_ptr(), columns, rank)
-    return spread
-
-
 def compile_kernel(kind: KernelKind) -> Kernel:
     """Compile a kernel, by the compiler that CC names or cc, and compare it with torch."""
     if kind in Kernel.loaded:
         return Kernel.loaded[kind]
 
     compilation = Compilation.running.get(kind) or Compilation(kind)
-    library = compilation.load()
-    if kind.task == "quantize":
-        call = QuantizeCall
-        agrees_with_torch = quantizes_as_torch
-    else:
-        call = MeasureCall
-        agrees_with_torch = measures_as_torch
-    function = getattr(library, kind.task)
-    function.argtypes = [ctypes.POINTER(call)]
-    function.restype = None
+    kernel = Kernel(kind, compilation.load())
     if kind.variant == "FEEDBACK":
-        library.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
-        library.spread_of.restype = None
-
-    kernel = Kernel(kind, library)
-    if not agrees_with_torch(kernel):
+        kernel.library.spread_of.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
+    works_as_torch = {"quantize": quantizes_as_torch, "measure": measures_as_torch}[kind.task]
+    if not works_as_torch(kernel):
         raise NoKernel(f"what the C compiler made of it does not {kind.task} as torch does")
     Kernel.loaded[kind] = kernel
     return kernel
@@ -8462,19 +8337,18 @@ def quantizes_as_torch(kernel: Kernel) -> bool:
         trials = [largest_weight_trial(376), largest_weight_trial(384)]
     elif kernel.kind.variant == "FEEDBACK":
         trials.append(feedback_trial())
-    return all(quantizes_alike(trial, kernel) for trial in trials)
+    for trial in trials:
+        trial = replace(trial, groups=trial.groups.to(kernel.dtype))
+        by_kernel = quantize_trial(trial, kernel)
+        by_torch = quantize_trial(trial, None)
+        if not all(map(torch.equal, by_kernel, by_torch)):
+            return False
+    return True
 
 
-def quantizes_alike(trial: Trial, kernel: Kernel) -> bool:
-    """Compare what a kernel and torch make of the same weights."""
-    groups = trial.groups.to(kernel.dtype)
-    by_kernel = quantize_trial(trial, groups, kernel)
-    by_torch = quantize_trial(trial, groups, None)
-    return all(map(torch.equal, by_kernel, by_torch))
-
-
-def quantize_trial(trial: Trial, groups: torch.Tensor, kernel: Kernel | None) -> list[torch.Tensor]:
+def quantize_trial(trial: Trial, kernel: Kernel | None) -> list[torch.Tensor]:
     """Return all that is made of a trial's groups, for scales of each dtype."""
+    groups = trial.groups
     results = []
     feedback = None
     if trial.factor is not None:
@@ -8492,75 +8366,51 @@ def quantize_trial(trial: Trial, groups: torch.Tensor, kernel: Kernel | None) ->
 
 def measures_as_torch(kernel: Kernel) -> bool:
     """Compare a kernel that measures errors with torch before it is relied upon."""
-    generator = torch.Generator().manual_seed(2)
-    for number in range(48):
-        trial = measuring_trial(number, kernel.kind.variant == "OUTPUTS", generator)
-        weights = trial.weights.to(kernel.dtype)
-        rows = (weights, trial.words, trial.scales)
-        with_kernel = replace(trial.measuring, kernel=kernel)
-        by_kernel = measure_with_kernel(*rows, with_kernel, Workspace())
-        by_torch = measure_with_torch(*rows, trial.measuring)
-        if not by_kernel.agrees_with(by_torch):
-            return False
-    return True
+    return all(measures_alike(kernel, number) for number in range(12))
 
 
-@dataclass(frozen=True)
-class MeasuringTrial:
-    """What a kernel and torch measure, to compare what they find."""
-
-    weights: torch.Tensor
-    words: torch.Tensor
-    scales: torch.Tensor
-    measuring: Measuring
-
-
-def measuring_trial(number: int, with_outputs: bool, generator: torch.Generator) -> MeasuringTrial:
-    """Make rows in which one weight is farther from what is decoded, by another distance in each
-    trial: where the code is the largest, the smallest or any, or where the scale is 0.
+def measures_alike(kernel: Kernel, number: int) -> bool:
+    """Compare what a kernel and torch find where one weight of each row is farther from what is
+    decoded, by another distance in each trial: where the code is the largest, the smallest, the
+    largest with a scale of 0, or any.
 
     Rows are of two spans and a remainder, which ends within a group."""
-    rows = 3
+    generator = torch.Generator().manual_seed(number)
     columns = 1333
-    packing = Packing((4, 8)[number // 4 % 2], (24, 40, 1040)[number % 3])
+    column = number * 331 % columns
+    packing = Packing((4, 8)[number % 2], (24, 40, 1040)[number % 3])
+    with_offset = packing.bits == 8 or number % 4 == 0
     padded = packing.columns_of(columns)
-    scale_dtype = list(SCALE_BITS_DROPPED)[number // 2 % 3]
-    with_offset = packing.bits == 8 or number % 8 < 4
-    size = (rows, padded // packing.codes_per_word)
-    words = torch.randint(-(1 << 31), 1 << 31, size, generator=generator, dtype=torch.int64)
-    words = words.to(torch.int32)
-    scales = torch.randn(rows, padded // packing.group_size, generator=generator)
-    # These decode to zeros.
-    scales[:, -2] = 0
-    scales = scales.to(scale_dtype)
+    size = (4, padded // packing.codes_per_word)
+    words = torch.randint(-(1 << 31), 1 << 31, size, generator=generator, dtype=torch.int32)
+    smallest = 0 if with_offset else OFFSET_BITS
+    ends = torch.tensor([~smallest, smallest, ~smallest])
+    words[:3, column // packing.codes_per_word] = ends
+    scales = torch.randn(4, padded // packing.group_size, generator=generator)
+    scales[2, column // packing.group_size] = 0
+    scales = scales.to(list(SCALE_BITS_DROPPED)[number // 2 % 3])
 
     codes = dequantize(words, torch.ones_like(scales), packing, with_offset)[:, :columns]
-    steps = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)[:, :columns]
-    shifts = (torch.rand(codes.shape, generator=generator) - 0.5) * 0.4
-    weights = (codes + shifts) * steps
-
-    kinds_of_places = [
-        (codes == packing.code_max) & (steps != 0),
-        (codes == -packing.code_max - 1) & (steps != 0),
-        (codes == packing.code_max) & (steps == 0),
-        steps != 0,
-    ]
-    suitable = kinds_of_places[number % 4]
-    if not suitable.any():
-        suitable = steps != 0
-    places = suitable.nonzero()
-    row, column = places[number * 331 % len(places)]
-    distance = (0.6 + number % 5) * (-1) ** (number // 8)
-    step = steps[row, column] or 1
-    weights[row, column] = (codes[row, column] + distance) * step
+    codes += (torch.rand(codes.shape, generator=generator) - 0.5) * 0.4
+    distance = (0.8 + number % 5) * (-1) ** (number // 6)
+    codes[:, column] += distance
+    weights = codes * scales.float().repeat_interleave(packing.group_size, 1)[:, :columns]
+    weights[2, column] = distance
+    weights = weights.to(kernel.dtype)
 
     energy = None
-    if with_outputs and number % 5:
+    if kernel.kind.variant == "OUTPUTS" and number % 5:
         factor = torch.randn(columns, 24, generator=generator)
         rest = torch.rand(columns, generator=generator)
         energy = OutputEnergy.of(rest + factor.square().sum(1), factor)
-    measuring = Measuring(packing, with_offset, number % 7 == 0, energy)
-    return MeasuringTrial(weights, words, scales, measuring)
+    measuring = Measuring(packing, with_offset, number % 7 == 0, energy, kernel)
+    for first in range(4):
+        rows = (weights[first:], words[first:], scales[first:])
+        by_kernel = measure(*rows, measuring, Workspace())
+        by_torch = measure(*rows, replace(measuring, kernel=None), Workspace())
+        if not by_kernel.agrees_with(by_torch):
+            return False
+    return True
 
 
 # ---- Blocks: what a job's bytes become, and where each of them goes ------------------------------
@@ -8578,14 +8428,6 @@ class Run:
 # Roles of a worker's buffers, in which a job's words and scales lie as they will in the output.
 WORDS = "words of a job"
 SCALES = "scales of a job"
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Words and scales of a block, in a workspace, as they lie in the output."""
-
-    words: torch.Tensor  # int32
-    scales: torch.Tensor
 
 
 def kernels_for(plan: Plan, task: str) -> dict[KernelKind | None, Kernel]:
@@ -8624,89 +8466,104 @@ class Packer:
             yield Run(job.tensor.outputs[0], job.offset, data)
             return
 
-        packed = self.pack(job, data, workspace)
+        self.pack(job, data, workspace)
         words, scales, *constants = job.tensor.outputs
-        packing = job.tensor.packing
-        transposed = self._form.transposed
-        data = workspace.buffer(WORDS, packed.words.nbytes)
-        yield from runs_of(data, 4, words, job, packing.codes_per_word, transposed)
-        data = workspace.buffer(SCALES, packed.scales.nbytes)
-        itemsize = packed.scales.itemsize
-        yield from runs_of(data, itemsize, scales, job, packing.group_size, transposed)
+        yield from self._runs_of(WORDS, job.tensor.packing.codes_per_word, words, job, workspace)
+        yield from self._runs_of(SCALES, job.tensor.packing.group_size, scales, job, workspace)
         if job.row == 0 and job.column == 0:
             for output in constants:
                 yield Run(output, 0, memoryview(output.content()))
 
-    def pack(self, job: Job, data: memoryview, workspace: Workspace) -> Packed:
+    def pack(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Quantize a job's rows, tile by tile, to words and scales as they lie in the output."""
         dtype = FLOAT_DTYPES[job.tensor.source.dtype]
         block = torch.frombuffer(data, dtype=dtype).view(job.rows, job.columns)
         packing = job.tensor.packing
-        packed = self.room_for(job, workspace)
-        words, scales = self.by_row(packed)
         rounding = self._rounding_of(job.tensor)
-        if rounding.importance is not None:
-            first = job.column // packing.group_size
-            importance = rounding.importance[first : first + scales.shape[1]]
-            rounding = replace(rounding, importance=importance)
-
+        all_words, all_scales = self.results(job, workspace)
         step = rows_of_tile(job.columns)
         for row in range(0, job.rows, step):
             check_signals()
-            weights = pad_columns(block[row : row + step], packing, workspace)
-            groups = weights.view(-1, packing.group_size)
             rows = slice(row, row + step)
+            weights = pad_columns(block[rows], packing, workspace)
+            groups = weights.view(-1, packing.group_size)
             if self._form.transposed:
-                into = make_results(workspace, len(groups), scales.dtype, packing)
+                words, scales = make_results(workspace, len(groups), all_scales.dtype, packing)
             else:
-                into = words[rows].view(len(groups), -1), scales[rows].flatten()
-            if not quantize_into(*into, groups, workspace, rounding):
-                raise QuantizeError(describe_bad_value(job, row, groups, into[1]))
+                words = all_words[rows].view(len(groups), -1)
+                scales = all_scales[rows].flatten()
+            if not quantize_into(words, scales, groups, workspace, rounding):
+                raise QuantizeError(describe_bad_value(job, row, groups, scales))
             if self._form.transposed:
-                words[rows].copy_(into[0].view(words[rows].shape))
-                scales[rows].copy_(into[1].view(scales[rows].shape))
-        return packed
+                all_words[rows] = words.view(len(weights), -1)
+                all_scales[rows] = scales.view(len(weights), -1)
 
-    def room_for(self, job: Job, workspace: Workspace) -> Packed:
-        """Return a worker's room for the words and scales of a job, with what is there already."""
+    def results(self, job: Job, workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a worker's room for the words and scales of a job, with what is there already.
+
+        Both have a row for each row of the weight, however they lie in the output."""
         packing = job.tensor.packing
         columns = packing.columns_of(job.columns)
-        words = (job.rows, columns // packing.codes_per_word)
-        scales = (job.rows, columns // packing.group_size)
-        if self._form.transposed:
-            words = words[::-1]
-            scales = scales[::-1]
+        words = [job.rows, columns // packing.codes_per_word]
+        scales = [job.rows, columns // packing.group_size]
         scale_dtype = FLOAT_DTYPES[job.tensor.outputs[1].dtype]
-        return Packed(
+        if self._form.transposed:
+            words = workspace.tensor(WORDS, torch.int32, *reversed(words))
+            scales = workspace.tensor(SCALES, scale_dtype, *reversed(scales))
+            return words.T, scales.T
+        return (
             workspace.tensor(WORDS, torch.int32, *words),
             workspace.tensor(SCALES, scale_dtype, *scales),
         )
 
-    def by_row(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of words and scales with a row for each row of the weight."""
-        if self._form.transposed:
-            return packed.words.T, packed.scales.T
-        return packed.words, packed.scales
+    def _runs_of(
+        self, role: str, width: int, output: OutputTensor, job: Job, workspace: Workspace
+    ) -> Iterator[Run]:
+        """Yield a job's words, or scales, by the pieces in which they lie in the output tensor.
+
+        `width` columns of the weight share a word, or a scale. A block of whole rows, or a part of
+        one row, is one piece of a tensor that lies as (rows, columns), and so is a block of all
+        rows of one that lies as (columns, rows). Of a block of some rows of the latter, each line
+        is a piece:
+
+            (rows, columns)      (columns, rows)
+
+              . . . . .            . a a .
+              a a a a a            . b b .
+              a a a a a            . c c .
+              . . . . .            . d d ."""
+        itemsize = DTYPE_BITS[output.dtype] // 8
+        count = job.rows * job.tensor.packing.columns_of(job.columns) // width
+        data = workspace.buffer(role, count * itemsize)
+        line = output.shape[1]
+        first = job.column // width
+        if not self._form.transposed:
+            yield Run(output, (job.row * line + first) * itemsize, data)
+            return
+
+        piece = len(data) if job.rows == line else job.rows * itemsize
+        for number, begin in enumerate(range(0, len(data), piece)):
+            start = (first + number) * line + job.row
+            yield Run(output, start * itemsize, data[begin : begin + piece])
 
     def _find_rounding(self, tensor: TensorPlan) -> Rounding:
         """Prepare how a weight is rounded, with its statistics, padded with zeros."""
         recipe = tensor.recipe
         packing = tensor.packing
         kernel = self._kernels.get(recipe.packed_by)
-        rounding = Rounding(recipe.with_offset, kernel=kernel, bits=packing.bits)
-        if not recipe.searches:
-            return rounding
-
-        columns = tensor.source.shape[1]
-        mean_squares = torch.ones(columns)
-        factor = None
+        importance = None
+        feedback = None
         if recipe.has_statistics:
             mean_squares, factor = self._plan.statistics.get(tensor.source)
-        padding = packing.columns_of(columns) - columns
-        mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
-        feedback = None if factor is None else feedback_of(mean_squares, factor, kernel)
-        importance = weigh_columns(mean_squares.view(-1, packing.group_size))
-        return replace(rounding, importance=importance, feedback=feedback)
+            padding = -len(mean_squares) % packing.group_size
+            mean_squares = torch.nn.functional.pad(mean_squares, (0, padding))
+            importance = weigh_columns(mean_squares.view(-1, packing.group_size))
+            if recipe.has_feedback:
+                feedback = feedback_of(mean_squares, factor, kernel)
+        elif recipe.searches:
+            # All columns count alike.
+            importance = torch.ones(1, packing.group_size)
+        return Rounding(recipe.with_offset, importance, feedback, kernel, packing.bits)
 
 
 class Restorer:
@@ -8761,39 +8618,12 @@ def pad_columns(weights: torch.Tensor, packing: Packing, workspace: Workspace) -
     return padded
 
 
-def runs_of(
-    data: memoryview, itemsize: int, output: OutputTensor, job: Job, width: int, transposed: bool
-) -> Iterator[Run]:
-    """Yield a job's words, or scales, by the pieces in which they lie in the output tensor.
-
-    `width` columns of the weight share a word, or a scale. A block of whole rows, or a part of one
-    row, is one piece of a tensor that lies as (rows, columns), and so is a block of all rows of one
-    that lies as (columns, rows). Of a block of some rows of the latter, each line is a piece:
-
-        (rows, columns)      (columns, rows)
-
-          . . . . .            . a a .
-          a a a a a            . b b .
-          a a a a a            . c c .
-          . . . . .            . d d ."""
-    line = output.shape[1]
-    first = job.column // width
-    if not transposed:
-        yield Run(output, (job.row * line + first) * itemsize, data)
-        return
-
-    piece = len(data) if job.rows == line else job.rows * itemsize
-    for number, begin in enumerate(range(0, len(data), piece)):
-        start = (first + number) * line + job.row
-        yield Run(output, start * itemsize, data[begin : begin + piece])
-
-
 def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: torch.Tensor) -> str:
     """Name the first weight of a tile that is not finite, or too large for the scale's dtype."""
     info = job.tensor.source
     group_size = groups.shape[1]
     bad = int((~torch.isfinite(scales)).nonzero()[0])
-    weights = groups[bad].to(torch.float64)
+    weights = groups[bad].double()
     place = int(torch.where(torch.isnan(weights), torch.inf, weights.abs()).argmax())
     value = float(weights[place])
 
@@ -8813,12 +8643,13 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
 
 
 class OpenShards:
-    """The shards of one run: which of them hold a tensor, and when each is synced and finished."""
+    """The shards of one run, and the jobs after whose last one each shard is finished."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile]):
-        self.files = shards
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, files: list[ShardFile]):
+        self.files = files
         self._checkpoint = checkpoint
         self._plan = plan
+        self._jobs: list[Job] = []
         self._unsynced = 0  # bytes of input since a sync was last due
         self._lock = threading.Lock()
 
@@ -8832,13 +8663,45 @@ class OpenShards:
         place = self._plan.placements[run.output.name]
         return self.files[place.shard], place.offset + run.offset
 
-    def expect(self, jobs: list[Job]) -> None:
-        """Count the jobs of each shard, after the last of which it is finished."""
-        for job in jobs:
-            for shard in self.of(job.tensor):
-                shard.jobs_left += 1
+    def expect(self, tensors: list[TensorPlan], task: str) -> Account:
+        """Cut these tensors into jobs, and count those of each shard."""
+        for tensor in tensors:
+            jobs = list(cut_into_jobs(tensor, self._plan.options.form))
+            self._jobs += jobs
+            for shard in self.of(tensor):
+                shard.jobs_left += len(jobs)
+        return Account(self._jobs, task)
 
-    def book(self, job: Job) -> list[ShardFile]:
+    def run(
+        self,
+        handle: Callable[[Job, memoryview, Workspace], None],
+        account: Account,
+        threads: int,
+        progress: Progress,
+    ) -> None:
+        """Do the jobs that are expected; returns when every shard has its final name."""
+
+        def work(job: Job, data: memoryview, workspace: Workspace) -> None:
+            progress.guard.check()
+            handle(job, data, workspace)
+            account.book(job)
+            for shard in self._due_after(job):
+                pipeline.in_background(self._sync, shard)
+
+        pipeline = Pipeline(self._jobs, self._checkpoint, work)
+        try:
+            for shard in self.files:
+                # Of empty tensors, or finished by an earlier run.
+                if not shard.jobs_left:
+                    self._sync(shard)
+            pipeline.run(threads, lambda: progress.show(account))
+            self._checkpoint.check_unchanged()
+            self._checkpoint.drop_read()
+        finally:
+            for shard in self.files:
+                shard.close()
+
+    def _due_after(self, job: Job) -> list[ShardFile]:
         """Count a job as done; returns the shards that are now to be synced."""
         with self._lock:
             self._unsynced += job.nbytes
@@ -8852,11 +8715,7 @@ class OpenShards:
                     due.append(shard)
             return due
 
-    def without_jobs(self) -> list[ShardFile]:
-        """List the shards that no job is about: of empty tensors, or finished by an earlier run."""
-        return [shard for shard in self.files if not shard.jobs_left]
-
-    def sync(self, shard: ShardFile) -> None:
+    def _sync(self, shard: ShardFile) -> None:
         """Sync a shard, and finish it when all its jobs are done."""
         if shard.jobs_left:
             shard.sync()
@@ -8867,71 +8726,22 @@ class OpenShards:
             self._checkpoint.check_unchanged()
             shard.finish()
 
-    def close(self) -> None:
-        for shard in self.files:
-            shard.close()
-
-
-def run_jobs(
-    jobs: list[Job],
-    handle: Callable[[Job, memoryview, Workspace], None],
-    shards: OpenShards,
-    checkpoint: Checkpoint,
-    account: Account,
-    threads: int,
-    progress: Progress,
-) -> None:
-    """Do jobs, and finish each shard after its last one."""
-
-    def book(job: Job) -> None:
-        account.book(job)
-        for shard in shards.book(job):
-            pipeline.in_background(shards.sync, shard)
-
-    def start() -> None:
-        for shard in shards.without_jobs():
-            pipeline.in_background(shards.sync, shard)
-
-    def handle_if_memory_lasts(job: Job, data: memoryview, workspace: Workspace) -> None:
-        progress.guard.check()
-        handle(job, data, workspace)
-
-    shards.expect(jobs)
-    pipeline = Pipeline(
-        jobs, checkpoint.read_job, checkpoint.is_cached, handle_if_memory_lasts, book
-    )
-    try:
-        pipeline.run(threads, start, lambda: progress.show(account))
-        checkpoint.check_unchanged()
-        checkpoint.drop_read()
-    finally:
-        shards.close()
-
 
 class Conversion:
     """One run that writes the shards of a plan which are not finished."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, shards: list[ShardFile], task: str):
-        self.shards = OpenShards(checkpoint, plan, shards)
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, files: list[ShardFile], task: str):
+        self.shards = OpenShards(checkpoint, plan, files)
         self._maker = Restorer(checkpoint) if plan.options.restore else Packer(plan)
-        self._jobs: list[Job] = []
+        tensors = []
         for tensor in plan.tensors:
             if not all(shard.finished for shard in self.shards.of(tensor)):
-                self._jobs += cut_into_jobs(tensor, plan.options.form)
-        self.account = Account(self._jobs, task)
+                tensors.append(tensor)
+        self.account = self.shards.expect(tensors, task)
 
     def run(self, threads: int, progress: Progress) -> None:
         """Do all jobs; returns when every shard has its final name."""
-        run_jobs(
-            self._jobs,
-            self._write,
-            self.shards,
-            self._checkpoint,
-            self.account,
-            threads,
-            progress,
-        )
+        self.shards.run(self._write, self.account, threads, progress)
 
     def _write(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Write what a job's bytes become."""
@@ -8948,6 +8758,7 @@ class Conversion:
 class Measured:
     """What was added up of one weight: errors, and weights that lie far beyond their codes."""
 
+    # Float64 (2, 2): of errors and of weights, the sums of their squares and of their outputs'.
     squares: torch.Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.float64))
     clipped: int = 0  # weights more than FAR_SCALES scales from what they decode to
     reach: float = 0.0  # the most scales of any of these
@@ -8967,11 +8778,8 @@ class Measured:
         )
 
     def relative_errors(self) -> list[float]:
-        """Return the relative RMS errors of the weight and of its outputs.
-
-        `squares` is float64 (2, 2): of the weight and of its outputs, the sums of squares of the
-        errors and of the values themselves."""
-        errors, values = self.squares.T
+        """Return the relative RMS errors of the weight and of its outputs."""
+        errors, values = self.squares
         return (errors / values.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
 
 
@@ -8986,17 +8794,13 @@ class OutputEnergy:
     factor: torch.Tensor
 
     @staticmethod
-    def of(mean_squares: torch.Tensor, factor: torch.Tensor | None) -> OutputEnergy:
+    def of(mean_squares: torch.Tensor, factor: torch.Tensor) -> OutputEnergy:
         """Split the diagonal, which is `mean_squares`, into the factor's part and the rest."""
-        if factor is None:
-            factor = torch.zeros(len(mean_squares), 0)
-        factor = factor.to(torch.float64)
-        rest = (mean_squares.to(torch.float64) - factor.square().sum(1)).clamp_min(0)
+        pad = torch.nn.functional.pad
+        rest = mean_squares.double() - factor.double().square().sum(1)
         return OutputEnergy(
-            torch.nn.functional.pad(rest, (0, LANES)).to(torch.float32),
-            torch.nn.functional.pad(factor, (0, -factor.shape[1] % LANES, 0, LANES)).to(
-                torch.float32
-            ),
+            pad(rest.clamp_min_(0).float(), (0, LANES)),
+            pad(factor, (0, -factor.shape[1] % LANES, 0, LANES)),
         )
 
     def sum_of(self, rows: torch.Tensor) -> float:
@@ -9045,7 +8849,43 @@ def measure(
     range has no bound on its side, since the search may clip any weight there."""
     if measuring.kernel:
         return measure_with_kernel(weights, words, scales, measuring, workspace)
-    return measure_with_torch(weights, words, scales, measuring)
+
+    packing = measuring.packing
+    columns = weights.shape[1]
+    weights = weights.float()
+    codes = words.view(torch.uint8)
+    if packing.bits == 4:
+        # A byte holds the low nibble first.
+        codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
+    codes = codes[:, :columns].float()
+    half = packing.code_max + 1
+    codes -= half if measuring.with_offset else 2 * half * (codes >= half)
+    steps = scales.float().repeat_interleave(packing.group_size, 1)[:, :columns]
+    decoded = codes * steps
+    errors = weights - decoded
+
+    # Beyond is positive where the weight lies on the side of the larger codes.
+    beyond = torch.where(steps < 0, -errors, errors)
+    bound = steps.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
+    right = (beyond <= bound) | (codes == packing.code_max) & (steps != 0)
+    right &= (beyond >= -bound) | (codes == -half) & (steps != 0)
+    right &= torch.isfinite(decoded)
+    wrong = (~right).flatten().nonzero()
+
+    distances = (errors / steps).abs()
+    far = (distances > FAR_SCALES) & (steps != 0)
+    squares = []
+    for values in (errors, weights):
+        outputs = measuring.energy.sum_of(values) if measuring.energy else math.nan
+        squares.append([float(values.square().sum(dtype=torch.float64)), outputs])
+    measured = Measured(
+        torch.tensor(squares, dtype=torch.float64),
+        clipped=int(far.sum()),
+        reach=float(torch.where(far, distances, 0).max()),
+    )
+    if len(wrong):
+        measured.first_wrong = int(wrong[0])
+    return measured
 
 
 def measure_with_kernel(
@@ -9082,53 +8922,12 @@ def measure_with_kernel(
         call.output_errors = call.output_weights = math.nan
     measuring.kernel.library.measure(ctypes.byref(call))
     squares = [
-        [call.squared_errors, call.squared_weights],
-        [call.output_errors, call.output_weights],
+        [call.squared_errors, call.output_errors],
+        [call.squared_weights, call.output_weights],
     ]
     return Measured(
         torch.tensor(squares, dtype=torch.float64), call.far, call.furthest, call.first_wrong
     )
-
-
-def measure_with_torch(
-    weights: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, measuring: Measuring
-) -> Measured:
-    """Do what `measure` does."""
-    measured = Measured()
-    packing, half = measuring.packing, measuring.packing.code_max + 1
-    columns = weights.shape[1]
-    weights = weights.to(torch.float32)
-    codes = words.contiguous().view(torch.uint8)
-    if packing.bits == 4:
-        # A byte holds the low nibble first.
-        codes = torch.stack((codes % 16, codes // 16), -1).flatten(1)
-    codes = codes[:, :columns].to(torch.float32)
-    codes -= half if measuring.with_offset else 2 * half * (codes >= half)
-    steps = scales.to(torch.float32).repeat_interleave(packing.group_size, 1)[:, :columns]
-    decoded = codes * steps
-    errors = weights - decoded
-
-    # Beyond is positive where the weight lies on the side of the larger codes.
-    beyond = torch.where(steps < 0, -errors, errors)
-    bound = steps.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
-    open_above = (codes == packing.code_max) & (steps != 0)
-    open_below = (codes == -half) & (steps != 0)
-    right = (beyond <= bound) | open_above
-    right &= (beyond >= -bound) | open_below
-    right &= torch.isfinite(decoded)
-    if not right.all():
-        measured.first_wrong = int((~right).flatten().nonzero()[0])
-
-    distances = (errors / steps).abs()
-    far = (distances > FAR_SCALES) & (steps != 0)
-    if far.any():
-        measured.clipped = int(far.sum())
-        measured.reach = float(distances[far].max())
-    for number, values in enumerate((errors, weights)):
-        measured.squares[0, number] = values.square().sum(dtype=torch.float64)
-        energy = measuring.energy.sum_of(values) if measuring.energy else math.nan
-        measured.squares[1, number] = energy
-    return measured
 
 
 class Verification:
@@ -9148,7 +8947,6 @@ class Verification:
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds.
         self.blind = bool(plan.options.importance) and plan.statistics is None
 
-        self._checkpoint = checkpoint
         self._packer = Packer(plan)
         self._kernels = kernels_for(plan, "measure")
         self._energy_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_energy)
@@ -9160,12 +8958,10 @@ class Verification:
         self._shards = OpenShards(checkpoint, plan, files)
         sound = self._check_files()
         self._tensors: list[TensorPlan] = []
-        self._jobs: list[Job] = []
         for tensor in plan.tensors:
             if all(shard in sound for shard in self._shards.of(tensor)):
                 self._tensors.append(tensor)
-                self._jobs += cut_into_jobs(tensor, plan.options.form)
-        self.account = Account(self._jobs, "verifying")
+        self.account = self._shards.expect(self._tensors, "verifying")
 
     def _check_files(self) -> list[ShardFile]:
         """Check all that is in the folder but the tensors' bytes; returns the shards that hold the
@@ -9198,15 +8994,7 @@ class Verification:
 
         Errors of outputs, products with inputs of the statistics, are sqrt(tr(E H E^T) /
         tr(W H W^T)), NaN without these."""
-        run_jobs(
-            self._jobs,
-            self._compare,
-            self._shards,
-            self._checkpoint,
-            self.account,
-            threads,
-            progress,
-        )
+        self._shards.run(self._compare, self.account, threads, progress)
         for tensor in self._tensors:
             name = tensor.source.name
             if name in self._wrong:
@@ -9239,19 +9027,16 @@ class Verification:
         if job.tensor.packing:
             problem = self._measure(job, data, workspace) or problem
         if problem:
-            self._note_wrong_row(job.tensor.source.name, WrongRow(job.row, problem))
-
-    def _note_wrong_row(self, name: str, wrong: WrongRow) -> None:
-        """Keep the first row of a tensor that is wrong."""
-        with self._lock:
-            if name not in self._wrong or wrong.row < self._wrong[name].row:
-                self._wrong[name] = wrong
+            name = job.tensor.source.name
+            wrong = WrongRow(job.row, problem)
+            with self._lock:
+                self._wrong[name] = min(wrong, self._wrong.get(name, wrong))
 
     def _measure(self, job: Job, data: memoryview, workspace: Workspace) -> str:
         """Add up a job's errors; describe the first weight that no conversion can have made."""
         info = job.tensor.source
         block = torch.frombuffer(data, dtype=FLOAT_DTYPES[info.dtype]).view(job.rows, job.columns)
-        words, scales = self._packer.by_row(self._packer.room_for(job, workspace))
+        words, scales = self._packer.results(job, workspace)
         measuring = Measuring(
             job.tensor.packing,
             job.tensor.recipe.with_offset,
@@ -9260,24 +9045,33 @@ class Verification:
             energy=self._energy_of(info),
             kernel=self._kernels.get(job.tensor.recipe.measured_by),
         )
-        problem = ""
         measured = Measured()
+        wrong = -1
         step = max(1, (TILE_WEIGHTS if measuring.kernel else VERIFY_WEIGHTS) // job.columns)
         for first in range(0, job.rows, step):
             check_signals()
             tile = slice(first, first + step)
-            rows = block[tile], words[tile].contiguous(), scales[tile].contiguous()
+            rows = (block[tile], words[tile].contiguous(), scales[tile].contiguous())
             of_tile = measure(*rows, measuring, workspace)
-            if of_tile.first_wrong >= 0 and not problem:
-                row, column = divmod(of_tile.first_wrong, job.columns)
-                where = f"row {job.row + first + row}, column {job.column + column}"
-                row_parts = (part[row] for part in rows)
-                problem = describe_wrong_weight(where, *row_parts, column, measuring)
             measured.add(of_tile)
-
+            if wrong < 0 <= of_tile.first_wrong:
+                wrong = first * job.columns + of_tile.first_wrong
         with self._lock:
             self._measured.setdefault(info.name, Measured()).add(measured)
-        return problem
+
+        if wrong < 0:
+            return ""
+        row, column = divmod(wrong, job.columns)
+        own = slice(row, row + 1)
+        decoded = dequantize(
+            words[own].contiguous(), scales[own], measuring.packing, measuring.with_offset
+        )
+        scale = scales[row, column // measuring.packing.group_size]
+        return (
+            f"row {job.row + row}, column {job.column + column} decodes to"
+            f" {float(decoded[0, column]):.6g}, the source has {float(block[row, column]):.6g},"
+            f" too far for a scale of {float(abs(scale)):.6g}"
+        )
 
     def _find_energy(self, info: TensorInfo) -> OutputEnergy | None:
         """Prepare the statistics of a weight, if there are some."""
@@ -9285,9 +9079,9 @@ class Verification:
         return OutputEnergy.of(*given) if given else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class WrongRow:
-    """A row of a tensor that is not what the source gives."""
+    """A row of a tensor that is not what the source gives. Rows are ordered by their number."""
 
     row: int
     problem: str
@@ -9328,23 +9122,6 @@ def describe_difference(run: Run, first: int) -> str:
     return (
         f"{run.output.name}{[int(number) for number in index]} differs from what the source gives"
     )
-
-
-def describe_wrong_weight(
-    where: str,
-    weights: torch.Tensor,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    column: int,
-    measuring: Measuring,
-) -> str:
-    """Describe the weight of a row, in the words and scales of that row, that is wrong."""
-    decoded = dequantize(words[None], scales[None], measuring.packing, measuring.with_offset)
-    scale = scales[column // measuring.packing.group_size]
-    weight, value, step = (
-        f"{float(number):.6g}" for number in (weights[column], decoded[0, column], abs(scale))
-    )
-    return f"{where} decodes to {value}, the source has {weight}, too far for a scale of {step}"
 
 
 # ---- Results: progress, and what was done and found ----------------------------------------------
