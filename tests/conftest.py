@@ -191,10 +191,10 @@ def run_in_terminal(
     interrupt_at: str | None = None,
 ) -> tuple[str, int]:
     """What a terminal of so many columns is sent, and the exit code; Ctrl-C once it has shown `interrupt_at`."""
-    pid, master = pty.fork()
-    if pid == 0:
-        os.environ |= {"COLUMNS": str(columns), "TERM": "xterm"}
-        os.execv(arguments[0], arguments)
+    environment = {"COLUMNS": str(columns), "TERM": "xterm"}
+    master, slave = pty.openpty()
+    run = Run(arguments[2:], Setting(environment=environment), slave)
+    os.close(slave)
     text = ""
     while True:
         try:
@@ -206,27 +206,20 @@ def run_in_terminal(
             os.write(master, b"\x03")
             interrupt_at = None
     os.close(master)
-    return text.replace("\r\n", "\n"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return text.replace("\r\n", "\n"), run.wait().returncode
 
 
-def peak_anonymous(arguments: list[str]) -> int:
-    """The most RssAnon that the kernel reports of a process while it runs, in bytes."""
+def peak_anonymous(run: Run | subprocess.Popen) -> int:
+    """The most RssAnon that the kernel reports of a run, which must succeed, in bytes."""
     peak = 0
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as run:
-        while run.poll() is None:
-            try:
-                status = Path(f"/proc/{run.pid}/status").read_text()
-            except OSError:
-                break
-            peak = max(
-                [
-                    peak,
-                    *(
-                        int(kilobytes) * 1024
-                        for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status)
-                    ),
-                ]
-            )
-            time.sleep(0.01)
-    assert run.returncode == 0
+    while run.poll() is None:
+        try:
+            status = Path(f"/proc/{run.pid}/status").read_text()
+        except OSError:
+            break
+        for kilobytes in re.findall(r"RssAnon:\s+(\d+)", status):
+            peak = max(peak, int(kilobytes) * 1024)
+        time.sleep(0.01)
+    result = run.wait()
+    assert run.poll() == 0, result
     return peak

@@ -9,6 +9,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -540,9 +541,15 @@ def build(name):
     return model
 
 
+@lru_cache(maxsize=1)
+def built(name):
+    """The same, built once for all that only read it."""
+    return build(name)
+
+
 def save(name, saved, folder):
     """Write a family's model in one of the ways to save it."""
-    SAVERS[saved](build(name), folder)
+    SAVERS[saved](built(name), folder)
 
 
 def load(name, folder, **options):

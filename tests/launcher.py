@@ -1,14 +1,16 @@
 """Starts the command in a fresh process, as a shell would, without paying for the import of torch every time: a server
-imports the script and compiles its kernel once, and forks for each run."""
+imports the script, compiles its kernels and runs it once, and forks for each run."""
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+import termios
 from dataclasses import dataclass, field
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -17,6 +19,7 @@ TESTS = Path(__file__).parent
 WIDE = "1000"  # columns, for which nothing is wrapped
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["quantize_int4", "compiled_kernel"])
+OF_THE_COMPILER = {"ATEN_CPU_CAPABILITY", "CC", "PATH"}  # variables by which kernels differ
 os.environ["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"  # where the server finds the script
 
 
@@ -37,16 +40,25 @@ class Setting:
 
 
 class Run:
-    """A started command; its process is `pid`."""
+    """A started command; its process is `pid`. What it prints is kept, or shown by a terminal."""
 
-    def __init__(self, arguments: list[str], setting: Setting):
+    def __init__(self, arguments: list[str], setting: Setting, terminal: int | None = None):
         self.arguments = arguments
         self._streams = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - closed by wait
         with open(os.devnull) as nothing:
-            files = [DupFd(file.fileno()) for file in (nothing, *self._streams)]
-            self._process = CONTEXT.Process(target=_run_main, args=(arguments, files, setting))
+            files = [file.fileno() for file in (nothing, *self._streams)]
+            if terminal is not None:
+                files = [terminal] * 3
+            self._process = CONTEXT.Process(
+                target=_run_main,
+                args=(arguments, [DupFd(file) for file in files], setting, terminal is not None),
+            )
             self._process.start()
         self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Give its exit code, or None while it runs."""
+        return self._process.exitcode
 
     def has_printed(self) -> bool:
         """Tell whether there is something on its standard output yet."""
@@ -66,18 +78,24 @@ class Run:
         return subprocess.CompletedProcess(self.arguments, self._process.exitcode, *texts)
 
 
-def _run_main(arguments: list[str], files: list[DupFd], setting: Setting) -> None:
+def _run_main(
+    arguments: list[str], files: list[DupFd], setting: Setting, in_terminal: bool
+) -> None:
     import quantize_int4
 
     for number, file in enumerate(files):
         os.dup2(file.detach(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    if in_terminal:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.environ.pop("NO_COLOR", None)
     os.umask(setting.umask)
     os.environ |= {"COLUMNS": WIDE} | setting.environment
     for name, value in setting.constants.items():
         assert hasattr(quantize_int4, name), name
         setattr(quantize_int4, name, value)
-    if setting.constants or setting.environment:  # which may be about the compiler
+    if setting.environment.keys() & OF_THE_COMPILER:
         quantize_int4.Kernel.loaded.clear()
     if setting.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (setting.largest_file, setting.largest_file))

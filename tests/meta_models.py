@@ -16,6 +16,7 @@ import transformers
 from checkpoints import DTYPE_NAMES
 from torch import nn
 from transformers import conversion_mapping, core_model_loading
+from transformers.initialization import no_init_weights
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import quantize_int4
@@ -35,6 +36,22 @@ TABLE_OF_WORDS = {
     "eos_token_id": 1,
     "ngram_vocab_size_base": 1000,
     "split_ngram_parts": 4,
+}
+# Layers and experts, by the names that configs have for their numbers: more of them are alike.
+LAYERS = 5
+EXPERTS = 8
+FEW_OF = {
+    "num_hidden_layers": LAYERS,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_num_layers": LAYERS,
+    "decoder_num_layers": LAYERS,
+    "num_layers": LAYERS,
+    "depth": LAYERS,
+    "n_routed_experts": EXPERTS,
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "moe_num_experts": EXPERTS,
 }
 # What a default config lacks, by type: without it there is no model, or none with experts.
 SETTINGS = {
@@ -67,6 +84,8 @@ SETTINGS = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 2}},
     "emu3": {"text_config": FEW, "vocabulary_map": {"<image>": 1}},
     "esm": FEW | {"vocab_size": 64},
+    "inkling2": {},  # whose layers differ beyond the fifth
+    "switch_transformers": {},  # too few layers have no experts or nothing else
 }
 BROKEN = {  # what transformers 5.24.0 cannot build from its own config, or not without other packages
     "": "a config without a type",
@@ -140,14 +159,15 @@ class Built:
 
 def as_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, quantize_int4.TensorInfo]:
     """Describe tensors of these shapes as a checkpoint's headers do."""
+    file, location = Path("model.safetensors"), quantize_int4.InFile(0)
     return {
         name: quantize_int4.TensorInfo(
             name,
             DTYPE_NAMES[torch.bfloat16],
             shape,
             nbytes=0,
-            file=Path("model.safetensors"),
-            location=quantize_int4.InFile(0),
+            file=file,
+            location=location,
             name_in_file=name,
         )
         for name, shape in shapes.items()
@@ -221,17 +241,39 @@ def _order(model_class: type) -> tuple[bool, bool, str]:
     return not whole, "ForCausalLM" not in name, name
 
 
+def small_settings(config_class: type) -> list[dict]:
+    """Give the settings of a small model, if its config can be made from nothing."""
+    try:
+        default = config_class().to_dict()
+    except Exception:  # whatever a config that lacks something gives
+        return []
+    return [fewer(default)]
+
+
+def fewer(config: dict) -> dict:
+    """Give the entries by which a config, and all configs in it, have few layers and experts."""
+    few = {
+        name: FEW_OF[name]
+        for name, value in config.items()
+        if name in FEW_OF and isinstance(value, int) and value > FEW_OF[name]
+    }
+    for name, part in config.items():
+        if isinstance(part, dict) and part.get("model_type"):
+            few[name] = {"model_type": part["model_type"]} | fewer(part)
+    return few
+
+
 def build_one(config_class: type, candidates: list[type]) -> nn.Module:
     """Build the first of these classes that a config of few layers, or else the default one, is enough for."""
     problems = []
-    settings = [FEW, {"text_config": FEW}, {}]
+    settings = [*small_settings(config_class), FEW, {"text_config": FEW}, {}]
     if config_class.model_type in SETTINGS:
         settings = [SETTINGS[config_class.model_type]]
     for model_class in candidates:
         for setting in settings:
             try:
                 config = config_class(**setting)
-                with torch.device("meta"):
+                with torch.device("meta"), no_init_weights():
                     return model_class(config)
             except Exception as problem:  # whatever a config that does not fit gives
                 problems.append(f"{model_class.__name__}({setting}): {problem!r}")

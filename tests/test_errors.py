@@ -142,7 +142,7 @@ def test_a_signal_at_any_moment_before_the_first_write_leaves_a_finished_folder_
         assert folder_bytes(folder) == before
 
         run = start_cli(many, folder, "--overwrite")
-        delay += 0.05
+        delay += 0.1
         # A run that is over has printed something.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             wait_until(lambda run=run: has_read_headers(run, many))

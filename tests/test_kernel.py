@@ -51,8 +51,9 @@ def test_the_kernel_has_the_codes_of_the_division_at_every_significand(kernel, d
     weights = torch.cat([significands * 2.0**power for power in range(-4, 1)])
     weights = torch.cat([weights, -weights]).to(dtype).view(-1, 32)
     half_way = 0
-    for largest in significands * 2:  # one binade: all others are alike
-        groups = torch.cat([weights, torch.full((len(weights), 8), largest, dtype=dtype)], 1)
+    for largest in (significands * 2).split(32):  # one binade: all others are alike
+        beside = largest.to(dtype).repeat_interleave(len(weights))[:, None].expand(-1, 8)
+        groups = torch.cat([weights.repeat(len(largest), 1), beside], 1)
         words, scales = quantize_groups(groups, scale_dtype, kernel=kernel)
         quotients = groups.double() / scales[:, None].double()
         assert torch.equal(q.unpack_int4(words), quotients.round().clamp(-8, 7).to(torch.int8))

@@ -12,6 +12,7 @@ import torch
 from checkpoints import WEIGHT, save_model
 from conftest import SCRIPT, assert_refused, command, quantize, refuse, run_cli
 from folders import assert_same_tensors, folder_bytes, read_tensors
+from launcher import Run, Setting
 
 
 def test_help_names_the_formats_and_every_option_with_its_default(tmp_path):
@@ -78,7 +79,7 @@ def test_every_option_may_be_written_with_hyphens(tiny, tmp_path):
         argument.replace("put_dir", "put-dir").replace("min_free", "min-free")
         for argument in arguments
     ]
-    assert subprocess.run(arguments).returncode == 0
+    assert Run(arguments[2:], Setting()).wait().returncode == 0
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
 
 
@@ -90,7 +91,7 @@ def test_a_hyphenated_value_is_left_alone(tmp_path):
 
 def test_the_folders_may_be_given_without_their_options(tiny, tmp_path):
     arguments = [str(tiny), str(tmp_path / "out"), "--min_free_gb", "0"]
-    assert subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True).returncode == 0
+    assert Run(arguments, Setting()).wait().returncode == 0
     assert "verified, no problems found" in quantize(tiny, tmp_path / "out", "--verify").stdout
 
 

@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import random, save_model, write_sparse_checkpoint
-from conftest import AS_NOBODY, assert_refused, command, quantize, refuse, run_cli, wait_until
+from conftest import (
+    AS_NOBODY,
+    assert_refused,
+    command,
+    quantize,
+    refuse,
+    run_cli,
+    start_cli,
+    wait_until,
+)
 from folders import folder_bytes, read_header, read_json, read_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -119,12 +128,12 @@ def test_somebody_elses_files_in_the_output_folder_are_refused_always(
 
 
 def test_a_second_run_into_the_same_folder_at_the_same_time_is_refused(large, tmp_path):
-    with subprocess.Popen(command(large, tmp_path / "out"), stdout=subprocess.DEVNULL) as first:
-        wait_until(lambda: list((tmp_path / "out").glob("*.unfinished")))
-        first.send_signal(signal.SIGSTOP)
-        assert_refused(run_cli(large, tmp_path / "out"), "another run is writing")
-        first.send_signal(signal.SIGCONT)
-    assert first.returncode == 0
+    first = start_cli(large, tmp_path / "out")
+    wait_until(lambda: list((tmp_path / "out").glob("*.unfinished")))
+    os.kill(first.pid, signal.SIGSTOP)
+    assert_refused(run_cli(large, tmp_path / "out"), "another run is writing")
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait().returncode == 0
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_checkpoint, write_sparse_checkpoint
-from conftest import AS_NOBODY, SCRIPT, command, quantize
+from conftest import AS_NOBODY, SCRIPT, command, quantize, start_cli
 from folders import assert_same_tensors
 from safetensors.torch import save_file
 
@@ -126,19 +126,14 @@ def test_even_at_its_fullest_a_run_adds_little_to_the_cache(tmp_path):
     )
     (tmp_path / "out").mkdir()
     most = 0
-    with subprocess.Popen(
-        command(tmp_path / "in", tmp_path / "out"), stdout=subprocess.DEVNULL
-    ) as run:
-        while run.poll() is None:
-            with contextlib.suppress(
-                subprocess.CalledProcessError
-            ):  # a file got its final name meanwhile
-                most = max(
-                    most, cached_bytes(*(tmp_path / "in").iterdir(), *(tmp_path / "out").iterdir())
-                )
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(0.02)
-    assert run.returncode == 0
+    run = start_cli(tmp_path / "in", tmp_path / "out")
+    while run.poll() is None:
+        # A file may get its final name meanwhile.
+        with contextlib.suppress(subprocess.CalledProcessError):
+            files = [*(tmp_path / "in").iterdir(), *(tmp_path / "out").iterdir()]
+            most = max(most, cached_bytes(*files))
+        time.sleep(0.02)
+    assert run.wait().returncode == 0
     assert (
         most < 250 * MB
     )  # of 1.2 GB in and 0.3 out, which is synced and dropped while it is written

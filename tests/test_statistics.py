@@ -452,10 +452,16 @@ def test_every_format_has_less_output_error_verifies_and_says_so(tmp_path, form,
     assert "1 of them with error feedback of rank 24" in result.stdout
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("form", FORMATS)
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+CUT = {"TILE_WEIGHTS": 1000, "JOB_WEIGHTS": 3000}
+
+
 @pytest.mark.parametrize(
-    "constants", [{}, {"TILE_WEIGHTS": 1000, "JOB_WEIGHTS": 3000}], ids=["whole", "cut"]
+    ("form", "dtype", "constants"),
+    [  # cut, each format and each dtype once
+        *((form, dtype, {}) for form in FORMATS for dtype in FLOATS),
+        *((form, dtype, CUT) for form, dtype in zip(FORMATS, FLOATS)),
+    ],
 )
 def test_the_kernel_and_torch_write_the_same_bytes_however_a_weight_is_cut(
     tmp_path, form, dtype, constants

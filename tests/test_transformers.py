@@ -79,7 +79,7 @@ def load_with_twin(name, folder, **options):
     ):  # dense, transformers has stacks for its experts, and quantized an nn.Linear for each
         edit_tensors(folder.with_name("twin"), families.transpose_and_stack)
     twin = families.load(name, folder.with_name("twin"))
-    return Loaded(families.build(name), *families.load(name, folder, **options), *twin)
+    return Loaded(families.built(name), *families.load(name, folder, **options), *twin)
 
 
 @pytest.fixture(scope="module", params=families.cases(), ids="-".join)
@@ -193,7 +193,7 @@ def test_weights_dequantized_while_loading_equal_the_twins(name, layers, tmp_pat
 def test_quantized_layers_are_all_linear_ones_but_head_routers_and_excluded(name, layers, tmp_path):
     _, quantized = read_dequantized(convert(name, "pretrained", layers, tmp_path))
     # transformers' routers are no nn.Linear, and it holds the experts of a layer in one parameter.
-    modules = families.build(name).named_modules()
+    modules = families.built(name).named_modules()
     linear = {
         f"{module_name}.weight" for module_name, module in modules if isinstance(module, nn.Linear)
     }

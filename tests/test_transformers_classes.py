@@ -9,6 +9,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
+import functools
 import inspect
 import json
 import re
@@ -33,14 +34,18 @@ for auto, mapping in re.findall(
             CLASSES.setdefault((model_type, architecture), set()).add(auto)
 
 
-def saved_config(model_type: str, architecture: str) -> dict:
-    """What a model's config.json holds; of what cannot be made without arguments, the type
-    alone."""
+@functools.cache
+def default_config(model_type: str) -> dict:
+    """What a config of this type holds; nothing, if it cannot be made without arguments."""
     try:
-        config = json.loads(CONFIG_MAPPING[model_type]().to_json_string())
+        return json.loads(CONFIG_MAPPING[model_type]().to_json_string())
     except Exception:  # huggingface_hub has its own for some
-        config = {}
-    return config | {"model_type": model_type, "architectures": [architecture]}
+        return {}
+
+
+def saved_config(model_type: str, architecture: str) -> dict:
+    """What a model's config.json holds."""
+    return default_config(model_type) | {"model_type": model_type, "architectures": [architecture]}
 
 
 def test_the_class_named_loads_every_type_and_architecture_that_transformers_maps():
