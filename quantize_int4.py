@@ -7265,10 +7265,8 @@ class ShardFile:
                     self._before_writing()
                     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
                 self._fd = os.open(self.path, flags, 0o666)
-                self._pages = self._pages or PageCache(self._fd)
-                self._pages.fd = self._fd
                 # Before anything is read or written.
-                self._pages.ask()
+                self._pages = self._pages or PageCache(self._fd)
                 if not self.finished:
                     write_at(self._fd, memoryview(self.plan.header), 0)
                     os.ftruncate(self._fd, self.plan.size)
@@ -7298,7 +7296,7 @@ class ShardFile:
         if self._fd is not None:
             with naming(self.path):
                 sync_file(self._fd)
-            self._pages.drop()
+            self._pages.drop(self._fd)
 
     def finish(self) -> None:
         """Sync the file, whose bytes are all in, and give it its final name."""
