@@ -6243,11 +6243,13 @@ def count_layers(draft: Draft, container: str) -> int:
 
 def check_norms_and_biases(draft: Draft) -> Iterator[str]:
     """Check that each layer has the norms and biases that the others of its kind have."""
+    # Of modules in layers. Numbered modules without any are a sequence of unlike ones.
     vectors = set()
     for info in draft.sources:
         match = LAYER_PATTERN.match(info.name)
-        if match and len(info.shape) == 1 and info.name.endswith((".weight", ".bias")):
-            vectors.add(info.name[match.end() :])
+        name = info.name[match.end() :] if match else ""
+        if len(info.shape) == 1 and name.endswith((".weight", ".bias")):
+            vectors.add(name)
 
     missing = []
     for container, layers in draft.layers.items():
@@ -7082,7 +7084,7 @@ def print_needs(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: i
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     """Print how many tensors there are of each packing and kind, and how large they are."""
-    say(f"{'Plan':<38}{'tensors':>7}{'size':>9}", before="\n")
+    say(f"{'Plan':<38}{'tensors':>7}{'size':>8}", before="\n")
     inputs = len(checkpoint.tensors)
     size = format_bytes(size_of(plan.tensors))
     print_row("input", inputs, size, count_of(len(checkpoint.files), "file"))
@@ -7106,8 +7108,8 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
 
 def print_row(label: str, count: int, size: str, note: str = "") -> None:
     """Print a row of the plan's table."""
-    note = shorten(note, terminal_width() - 57)
-    say(f"{shorten(label, 38):<38}{count:>7,}{size:>9}  {note}".rstrip())
+    note = shorten(note, terminal_width() - 55)
+    say(f"{shorten(label, 38):<38}{count:>7,}{size:>8}  {note}".rstrip())
 
 
 def print_packed(plan: Plan, packing: Packing) -> None:

@@ -575,7 +575,7 @@ def multimodal(folder, tower_rows=64, **config):
 def test_the_plan_has_a_row_for_what_is_kept_beside_the_language_model(tmp_path):
     source = multimodal(tmp_path / "in")
     result = quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--dry_run")
-    row = r"vision and audio \(whole for engines\) +2 +25\.6 kB"
+    row = r"vision and audio \(whole for engines\) +1 +16\.4 kB"
     assert re.search(row, result.stdout)
     assert "groups of 128" in result.stdout  # though the tower has 72 columns
 
