@@ -3504,28 +3504,40 @@ def oddity_with(field_name: str, config: dict) -> Oddity:
     return Oddity("")
 
 
-def rows_when_loaded(config: dict, scope: str = "") -> Iterator[tuple[str, Oddity]]:
-    """Yield the rows about what transformers renames or computes as it loads a model.
+@dataclass(frozen=True)
+class Loading:
+    """What transformers renames or computes of a part of a model as it loads it."""
 
-    With each row comes a pattern of the names that it applies to. It is that of all names, or for
-    a part beside the language model that of towers."""
+    # A pattern of the names that this applies to.
+    scope: str
+    oddity: Oddity
+
+    def applies_to(self, name: str) -> bool:
+        """Check whether a tensor of the files is in this part."""
+        return bool(re.search(self.scope, name))
+
+
+def loadings_of(config: dict, scope: str = "") -> Iterator[Loading]:
+    """Yield what is renamed or computed as a model is loaded.
+
+    The scope is that of all names, or for a part beside the language model that of towers."""
     model_type = as_string(config.get("model_type"))
     for row in ODDITIES:
         if (row.in_memory or row.computed) and row.is_about(model_type):
-            yield scope, row
+            yield Loading(scope, row)
     for key, nested in config.items():
         if isinstance(nested, dict):
             inner = scope if LANGUAGE_KEY.match(key) else TOWER_NAMES
-            yield from rows_when_loaded(nested, inner)
+            yield from loadings_of(nested, inner)
 
 
-def names_in_memory(name: str, rows: list[tuple[str, Oddity]]) -> tuple[str, ...] | None:
-    """Return the names that transformers gives a file's tensor; None if the rows do not tell."""
+def names_in_memory(name: str, loadings: list[Loading]) -> tuple[str, ...] | None:
+    """Return the names that transformers gives a file's tensor; None if that is not known."""
     names = [name]
-    for scope, row in rows:
-        if not re.search(scope, name):
+    for loading in loadings:
+        if not loading.applies_to(name):
             continue
-        for pattern, replacement in row.in_memory.items():
+        for pattern, replacement in loading.oddity.in_memory.items():
             if not any(re.search(pattern, old) for old in names):
                 continue
             if replacement == UNKNOWN:
@@ -5344,7 +5356,7 @@ def plan_tensors(
     ragged = {info.name for info, eight in zip(sources, eights) if eight and info.shape[1] % 128}
     ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
     computed_in = model_dtype(config)
-    rows = list(dict.fromkeys(rows_when_loaded(config)))
+    loadings = list(dict.fromkeys(loadings_of(config)))
     for info, reason, eight in zip(sources, reasons, eights):
         packing = None
         outputs = (OutputTensor(info.name, info.dtype, info.shape),)
@@ -5353,7 +5365,7 @@ def plan_tensors(
             size = 128 if eight and not misfit else options.group_size
             packing = Packing(8 if eight else 4, size)
             outputs = options.form.outputs(info, packing, computed_in)
-        in_memory = names_in_memory(info.name, rows) if len(info.shape) == 2 else ()
+        in_memory = names_in_memory(info.name, loadings) if len(info.shape) == 2 else ()
         kind = kinds.get(info.name, "")
         yield TensorPlan(info, reason, packing, outputs, kind=kind, in_memory=in_memory)
 
@@ -5727,19 +5739,29 @@ LAYER_WITHOUT_NORM = r"layers\.0\.attn_norm\.weight$|encoder_layers\.\d+\.layer_
 MTP_COUNTS = re.compile(
     r"num_nextn_predict_layers$|num_mtp_\w*$|mtp_\w*(num|layers|modules|depth)\w*$"
 )
-# Names of a trainer's own format: a pattern, whose they are, what exports them, and the types of
-# models that never have such names, where only these are meant.
+
+
+@dataclass(frozen=True)
+class TrainerNames:
+    """A row of `TRAINERS_NAMES`: names of a trainer's own format."""
+
+    pattern: str
+    owner: str
+    remedy: str
+    # The types of models that never have such names, where only these are meant.
+    model_types: str = ""
+
+
 TRAINERS_NAMES = (
-    (
+    TrainerNames(
         r"self_attention\.linear_(qkv|proj)\.|decoder\.layers\.\d+\.mlp\.linear_fc\d\."
         r"|decoder\.final_layernorm\.",
-        "Megatron-Core's",
+        "Megatron-Core",
         "export it with Megatron-Bridge (AutoBridge.export_ckpt) or with what trained it",
-        "",
     ),
-    (
+    TrainerNames(
         r"(^|\.)tok_embeddings\.|\.attention\.(wqkv|w[qkvo])\.|\.feed_forward\.w[123]\.",
-        "Meta's",
+        "Meta",
         "convert it with its model's script in transformers' repository, as"
         " convert_llama_weights_to_hf.py",
         "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi3",
@@ -6369,13 +6391,13 @@ def check_names_of_trainers(draft: Draft) -> Iterator[str]:
     types = config_values(draft.config, "model_type")
     if not types:
         return
-    for pattern, whose, remedy, model_types in TRAINERS_NAMES:
-        names = [info.name for info in draft.sources if re.search(pattern, info.name)]
-        if names and (not model_types or {*types} & {*model_types.split()}):
+    for row in TRAINERS_NAMES:
+        names = [info.name for info in draft.sources if re.search(row.pattern, info.name)]
+        if names and (not row.model_types or {*types} & {*row.model_types.split()}):
             yield (
-                f"NAMES OF A TRAINER: {len(names):,} tensors are named as in {whose} own format,"
-                f" e.g. {names[0]!r}: no loader of model_type {types[0]!r} knows them, and would"
-                f" make up its own: {remedy}"
+                f"NAMES OF A TRAINER: {len(names):,} tensors are named as in {row.owner}'s own"
+                f" format, e.g. {names[0]!r}: no loader of model_type {types[0]!r} knows them, and"
+                f" would make up its own: {row.remedy}"
             )
 
 
@@ -6609,13 +6631,14 @@ def reason_transformers_fails(draft: Draft) -> str:
 
 def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
     """List the packed weights that transformers splits, joins or permutes as it loads them."""
-    rows = [(scope, row) for scope, row in rows_when_loaded(draft.config) if row.computed]
+    loadings = [loading for loading in loadings_of(draft.config) if loading.oddity.computed]
     computed = []
     for tensor in draft.tensors:
         name = tensor.source.name
         is_computed = len(tensor.in_memory or ()) > 1
-        for scope, row in rows:
-            is_computed |= bool(re.search(scope, name) and re.search(row.computed, name))
+        for loading in loadings:
+            if loading.applies_to(name) and re.search(loading.oddity.computed, name):
+                is_computed = True
         if is_computed and tensor.packing:
             computed.append(tensor.source)
     return computed

@@ -85,7 +85,7 @@ def test_the_table_has_each_type_whose_layers_are_conv1d():
 
 def rows_of(built):
     """The table's rows about what is renamed in this model as it is loaded."""
-    return list(dict.fromkeys(quantize_int4.rows_when_loaded(built.config)))
+    return list(dict.fromkeys(quantize_int4.loadings_of(built.config)))
 
 
 def linear_weights(built):
@@ -128,7 +128,7 @@ def test_the_table_has_all_weights_that_are_split_or_joined_while_loading(models
             if not operations or not name.endswith(".weight") or head:
                 continue
             split = len(quantize_int4.names_in_memory(name, rows) or ()) > 1
-            patterns = [row.computed for _, row in rows if row.computed]
+            patterns = [row.oddity.computed for row in rows if row.oddity.computed]
             said = split or any(re.search(pattern, name) for pattern in patterns)
             assert said, f"{built.model_type}: {name} goes through {operations}"
 
