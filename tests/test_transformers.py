@@ -35,9 +35,10 @@ LEFTOVERS = re.compile(r"\.weight_(scale|shape)$")
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
-def convert(name, saved, layers, folder, options=OPTIONS):
+def convert(name, saved, layers, folder, options=None):
     """A family's model, saved in one way, quantized without what one exclude keeps."""
     families.save(name, saved, folder / "source")
+    options = options or ["--format", "compressed-tensors", *families.group_size(name)]
     quantize(folder / "source", folder / "out", *options, *families.options(name, layers))
     return folder / "out"
 
