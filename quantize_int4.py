@@ -3286,6 +3286,9 @@ class Oddity:
     # They apply one after the other. A "|" separates the names that one tensor is split into.
     in_memory: Mapping[str, str] = field(default_factory=dict)
 
+    # What vLLM renames, in the same way.
+    in_vllm: Mapping[str, str] = field(default_factory=dict)
+
     # A pattern of the weights that transformers joins or permutes as it loads them.
     computed: str = ""
 
@@ -3692,6 +3695,14 @@ ODDITIES = (
         remedy="save it with model.save_pretrained()",
     ),
     *RENAMED_WHEN_LOADED,
+    # vLLM 0.33.0, whisper.py: its layers look up such names.
+    Oddity(
+        "whisper",
+        in_vllm={
+            r"(layers\.\d+)\.": r"\1.layers.",
+            r"\.fc([12])\.": r".mlp.fc\1.",
+        },
+    ),
     # The models of transformers 5.24.0 that use Conv1D of pytorch_utils.
     Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
 )
@@ -3736,6 +3747,13 @@ def names_in_memory(name: str, rows: list[tuple[str, Oddity]]) -> tuple[str, ...
                 return None
             names = rename_or_split(names, pattern, replacement.split("|"))
     return tuple(names)
+
+
+def name_in_vllm(name: str, renames: Mapping[str, str]) -> str:
+    """Return the name under which vLLM looks up entries for a file's tensor."""
+    for pattern, replacement in renames.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def rename_or_split(names: list[str], pattern: str, replacements: list[str]) -> list[str]:
@@ -4586,7 +4604,8 @@ def topmost_module_outside(name: str, modules: Collection[str]) -> str | None:
 
 def names_of(tensor: TensorPlan) -> list[str]:
     """List a tensor's name in the file and, where it has others in memory, those."""
-    return list(dict.fromkeys([tensor.source.name, *(tensor.in_memory or ())]))
+    names = [tensor.source.name, *(tensor.in_memory or ()), tensor.in_vllm or tensor.source.name]
+    return list(dict.fromkeys(names))
 
 
 def entries_of(tensor: TensorPlan) -> list[Entry]:
@@ -5268,6 +5287,8 @@ class TensorPlan:
     kind: str = ""
     # What transformers makes of the source; None where that is not known.
     in_memory: tuple[str, ...] | None = ()
+    # What vLLM makes of it, where it renames layers themselves.
+    in_vllm: str = ""
     # None where it is kept.
     recipe: Recipe | None = None
 
@@ -5554,6 +5575,7 @@ def plan_tensors(
     ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
     computed_in = model_dtype(config)
     rows = list(dict.fromkeys(rows_when_loaded(config)))
+    renames = oddity_with("in_vllm", config).in_vllm
     for info, reason, eight in zip(sources, reasons, eights):
         packing = None
         outputs = (OutputTensor(info.name, info.dtype, info.shape),)
@@ -5564,7 +5586,15 @@ def plan_tensors(
             outputs = options.form.outputs(info, packing, computed_in)
         in_memory = names_in_memory(info.name, rows) if len(info.shape) == 2 else ()
         kind = kinds.get(info.name, "")
-        yield TensorPlan(info, reason, packing, outputs, kind=kind, in_memory=in_memory)
+        yield TensorPlan(
+            info,
+            reason,
+            packing,
+            outputs,
+            kind=kind,
+            in_memory=in_memory,
+            in_vllm=name_in_vllm(info.name, renames),
+        )
 
 
 def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str | None:
