@@ -859,6 +859,9 @@ FAMILIES = {
 }
 
 
+MULTIMODAL = [name for name, family in FAMILIES.items() if not family.group_size]
+
+
 def options(name, layers):
     """The options that say of some layers of a family that they are kept, or packed in 8 bits."""
     family = FAMILIES[name]
