@@ -5211,9 +5211,9 @@ CONFIG_KEYS = {
     as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
 }
 # Files beside the weights that are not the model's. All others at the folder's top level are
-# copied.
+# copied, among them the voices of Qwen2.5-Omni, without which transformers does not load it.
 OTHER_WEIGHTS = (
-    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
+    r"(?<!^spk_dict)\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
     r"|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
 # Why an expert is kept decides the group size.
