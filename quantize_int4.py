@@ -4528,6 +4528,10 @@ BRANCHES_IN_ENGINES = {
 }
 
 
+# Names that engines put around, or between, whatever a file has.
+WRAPPERS = ("model", "language_model")
+
+
 def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> list[str]:
     """Make regular expressions for the modules of one packing or, for None, of those that are
     kept. One stands for all layer numbers, or for a branch, where that matches no packed module of
@@ -4542,11 +4546,10 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
         if tensor.packing == packing:
             entries += entries_of(tensor)
         elif tensor.packing:
-            rivals += [name.removesuffix(".weight") for name in names_of(tensor)]
+            rivals += modules_of(tensor)
 
     patterns = [] if packing else patterns_of_branches(tensors, rivals)
-    for branch in map(re.compile, patterns):
-        entries = [entry for entry in entries if not branch.match(entry.module)]
+    entries = [entry for entry in entries if not any_matches(patterns, entry.module)]
 
     names = ModuleNames(rivals)
     patterns += [pattern_of_module(entry, names) for entry in dict.fromkeys(entries)]
@@ -4590,16 +4593,26 @@ def find_kept_branches(tensors: list[TensorPlan], packed: list[str]) -> list[str
 
 
 def topmost_module_outside(name: str, modules: Collection[str]) -> str | None:
-    """Return the topmost module around a tensor's own that is none of `modules`, nor in a numbered
-    layer; None if there is no such."""
+    """Return the topmost module around a tensor's own that is none of `modules`, no wrapper, nor in
+    a numbered layer; None if there is no such."""
     parts = name.split(".")
     for depth in range(1, len(parts) - 1):
         if parts[depth - 1].isdigit():
             return None
         module = ".".join(parts[:depth])
-        if module not in modules:
+        if module not in modules and parts[depth - 1] not in WRAPPERS:
             return module
     return None
+
+
+def any_matches(patterns: list[str], name: str) -> bool:
+    """Check whether one of the patterns matches a name from its start."""
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+def modules_of(tensor: TensorPlan) -> list[str]:
+    """List the names of a weight's module, in the file and in memory."""
+    return [name.removesuffix(".weight") for name in names_of(tensor)]
 
 
 def names_of(tensor: TensorPlan) -> list[str]:
@@ -6356,10 +6369,17 @@ def check_names_in_memory(draft: Draft) -> Iterator[str]:
     known of each weight that needs an entry."""
     converting = [engine for engine in draft.form.engines if engine.converts_tensors]
     widths = {tensor.packing.bits for tensor in draft.tensors if tensor.packing}
+    packed = []
+    for tensor in draft.tensors:
+        if tensor.packing:
+            packed += modules_of(tensor)
+    branches = patterns_of_branches(draft.tensors, packed)
     renamed = []
     for tensor in draft.tensors:
         usual = tensor.packing and tensor.packing.bits == min(widths)
-        if tensor.in_memory is None and not usual:
+        # A tower's own name is known, whatever its layers are called.
+        is_in_tower = tensor.kind == TOWERS and any_matches(branches, tensor.source.name)
+        if tensor.in_memory is None and not usual and not is_in_tower:
             renamed.append(tensor.source)
     if converting and renamed:
         form = "kept" if len(widths) == 1 else "kept or in 8 bits"

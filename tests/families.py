@@ -803,7 +803,7 @@ FAMILIES = {
     "qwen3_5": Family(
         qwen3_5,
         "Qwen3_5ForConditionalGeneration",
-        {"linear_attn": "linear_attn", "attention": LLM_QKV, "tower": TOWER},
+        {"linear_attn": "linear_attn", "attention": LLM_QKV},
         {
             "linear_attn and tower in 8 bits": r"linear_attn|visual\.",
             "one layer in 8 bits": r"language.*layers\.1\.",
@@ -812,8 +812,8 @@ FAMILIES = {
     "qwen3_5_moe": Family(
         qwen3_5_moe,
         "Qwen3_5MoeForConditionalGeneration",
-        {"linear_attn": "linear_attn", "attention": LLM_QKV, "tower": TOWER},
-        WIDE_EXPERTS,
+        {"linear_attn": "linear_attn", "attention": LLM_QKV},
+        WIDE_EXPERTS | {"tower in 8 bits": TOWER},
         ("pretrained", "stacked", "state_dict"),
     ),
     "qwen2_5_vl": multimodal(qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),

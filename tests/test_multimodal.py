@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import save_model, write_sparse_checkpoint
 from conftest import ENGINE_FORMATS, quantize
-from folders import read_tensors
+from folders import is_kept, read_tensors
 
 import quantize_int4 as q
 
@@ -312,6 +312,16 @@ def test_a_tower_is_packed_where_int8_names_it(tmp_path):
     assert written["model.vision_tower.layers.1.mlp.fc1.weight_packed"].shape == (256, 32)
     assert written["model.language_model.layers.1.mlp.up_proj.weight_packed"].shape == (512, 32)
     assert "model.multi_modal_projector.linear_1.weight" in written
+
+
+@pytest.mark.parametrize("form", ENGINE_FORMATS)
+def test_a_tower_is_told_by_its_own_name_whatever_its_layers_are_called_in_memory(form, tmp_path):
+    layers = {"vision_tower.encoder.layer.{2}.attention.attention.query": [128, 128]}
+    shapes = expand(under("language_model.model", TEXT) | layers)
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    config = SEES | {"vision_config": {"model_type": "dinov2"}}
+    quantize(save_model(tmp_path / "in", tensors, **config), tmp_path / "out", "--format", form)
+    assert is_kept(tmp_path / "out", "vision_tower.layers.0.attention.q_proj")
 
 
 def test_the_voices_of_qwen2_5_omni_are_copied(tmp_path):
