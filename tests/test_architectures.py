@@ -573,7 +573,6 @@ COINCIDENCES = [
     "model.layers.0.self_attn.q_proj",
     "encoder.block.0.layer.1.DenseReluDense.wi",
     "model.multi_modal_projector.linear_1",
-    "model.visual.merger.mlp.0",
 ]
 
 
