@@ -3082,6 +3082,9 @@ class Oddity:
     # They apply one after the other. A "|" separates the names that one tensor is split into.
     in_memory: Mapping[str, str] = field(default_factory=dict)
 
+    # What vLLM renames, in the same way.
+    in_vllm: Mapping[str, str] = field(default_factory=dict)
+
     # A pattern of the weights that transformers joins or permutes as it loads them.
     computed: str = ""
 
@@ -3488,6 +3491,14 @@ ODDITIES = (
         remedy="save it with model.save_pretrained()",
     ),
     *RENAMED_WHEN_LOADED,
+    # vLLM 0.33.0, whisper.py: its layers look up such names.
+    Oddity(
+        "whisper",
+        in_vllm={
+            r"(layers\.\d+)\.": r"\1.layers.",
+            r"\.fc([12])\.": r".mlp.fc\1.",
+        },
+    ),
     # The models of transformers 5.24.0 that use Conv1D of pytorch_utils.
     Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
 )
@@ -3544,6 +3555,13 @@ def names_in_memory(name: str, loadings: list[Loading]) -> tuple[str, ...] | Non
                 return None
             names = rename_or_split(names, pattern, replacement.split("|"))
     return tuple(names)
+
+
+def name_in_vllm(name: str, renames: Mapping[str, str]) -> str:
+    """Return the name under which vLLM looks up entries for a file's tensor."""
+    for pattern, replacement in renames.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def rename_or_split(names: list[str], pattern: str, replacements: list[str]) -> list[str]:
@@ -4335,11 +4353,10 @@ def patterns_of_modules(tensors: list[TensorPlan], packing: Packing | None) -> l
         if tensor.packing == packing:
             entries += entries_of(tensor)
         elif tensor.packing:
-            rivals += [name.removesuffix(".weight") for name in names_of(tensor)]
+            rivals += modules_of(tensor)
 
     patterns = [] if packing else patterns_of_branches(tensors, rivals)
-    for branch in map(re.compile, patterns):
-        entries = [entry for entry in entries if not branch.match(entry.module)]
+    entries = [entry for entry in entries if not any_matches(patterns, entry.module)]
 
     names = ModuleNames(rivals)
     patterns += [pattern_of_module(entry, names) for entry in dict.fromkeys(entries)]
@@ -4395,9 +4412,20 @@ def topmost_module_outside(name: str, modules: Collection[str]) -> str | None:
     return None
 
 
+def any_matches(patterns: list[str], name: str) -> bool:
+    """Check whether one of the patterns matches a name from its start."""
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+def modules_of(tensor: TensorPlan) -> list[str]:
+    """List the names of a weight's module, in the file and in memory."""
+    return [name.removesuffix(".weight") for name in names_of(tensor)]
+
+
 def names_of(tensor: TensorPlan) -> list[str]:
     """List a tensor's name in the file and, where it has others in memory, those."""
-    return list(dict.fromkeys([tensor.source.name, *(tensor.in_memory or ())]))
+    names = [tensor.source.name, *(tensor.in_memory or ()), tensor.in_vllm or tensor.source.name]
+    return list(dict.fromkeys(names))
 
 
 def entries_of(tensor: TensorPlan) -> list[Entry]:
@@ -4992,9 +5020,9 @@ CONFIG_KEYS = {
     as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
 }
 # Files beside the weights that are not the model's. All others at the folder's top level are
-# copied.
+# copied, among them the voices of Qwen2.5-Omni, without which transformers does not load it.
 OTHER_WEIGHTS = (
-    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
+    r"(?<!^spk_dict)\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
     r"|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
 # Why an expert is kept decides the group size.
@@ -5068,6 +5096,8 @@ class TensorPlan:
     kind: str = ""
     # What transformers makes of the source; None where that is not known.
     in_memory: tuple[str, ...] | None = ()
+    # What vLLM makes of it, where it renames layers themselves.
+    in_vllm: str = ""
     # None where it is kept.
     recipe: Recipe | None = None
 
@@ -5357,6 +5387,7 @@ def plan_tensors(
     ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
     computed_in = model_dtype(config)
     loadings = list(dict.fromkeys(loadings_of(config)))
+    renames = oddity_with("in_vllm", config).in_vllm
     for info, reason, eight in zip(sources, reasons, eights):
         packing = None
         outputs = (OutputTensor(info.name, info.dtype, info.shape),)
@@ -5367,7 +5398,15 @@ def plan_tensors(
             outputs = options.form.outputs(info, packing, computed_in)
         in_memory = names_in_memory(info.name, loadings) if len(info.shape) == 2 else ()
         kind = kinds.get(info.name, "")
-        yield TensorPlan(info, reason, packing, outputs, kind=kind, in_memory=in_memory)
+        yield TensorPlan(
+            info,
+            reason,
+            packing,
+            outputs,
+            kind=kind,
+            in_memory=in_memory,
+            in_vllm=name_in_vllm(info.name, renames),
+        )
 
 
 def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str | None:
@@ -6131,11 +6170,19 @@ def check_conv1d(draft: Draft) -> Iterator[str]:
 def check_names_in_memory(draft: Draft) -> Iterator[str]:
     """Check that the names in memory, under which an engine looks up entries of config.json, are
     known of each weight that needs an entry."""
+    packed = []
+    for tensor in draft.tensors:
+        if tensor.packing:
+            packed += modules_of(tensor)
+    branches = patterns_of_branches(draft.tensors, packed)
+
     least = min(draft.widths)
     renamed = []
     for tensor in draft.tensors:
         usual = tensor.packing and tensor.packing.bits == least
-        if tensor.in_memory is None and not usual:
+        # A tower's own name is known, whatever its layers are called.
+        is_in_tower = tensor.kind == TOWERS and any_matches(branches, tensor.source.name)
+        if tensor.in_memory is None and not usual and not is_in_tower:
             renamed.append(tensor.source)
     for engine in draft.form.engines:
         if engine.converts_tensors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +247,8 @@ def write_dense_twin(
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+    for code in quantized_folder.glob("*.py"):
+        shutil.copy(code, folder)
 
 
 def check_weights_resemble_source(

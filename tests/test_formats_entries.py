@@ -77,21 +77,22 @@ TOWER = ["model.vision_tower.", "vision_tower.", "model.visual.", "visual."]
 ATTENTION = [f"layers.{layer}.self_attn.{p}_proj" for layer in range(2) for p in "qkvo"]
 
 
+# What is kept: in which formats, and whether the tower is packed in 8 bits, and not kept with it.
+KEPT = {
+    "tower": ("compressed-tensors", "", False),
+    "tower of gptq": ("gptq", "", False),
+    "one layer": ("compressed-tensors", r"layers\.1\.", False),
+    "one layer of gptq": ("gptq", r"layers\.1\.", False),
+    "one layer but not the tower": ("compressed-tensors", r"layers\.1\.", True),
+    "language": ("compressed-tensors", "layers", True),
+}
+
+
 @pytest.mark.parametrize("language", LANGUAGE)
 @pytest.mark.parametrize("tower", TOWER[1:3])
-@pytest.mark.parametrize(
-    ("kept", "form"),
-    [
-        ("language", "compressed-tensors"),
-        ("one layer", "compressed-tensors"),
-        ("tower", "compressed-tensors"),
-        ("tower", "gptq"),
-    ],
-)
-def test_an_entry_matches_under_every_wrapper_and_no_packed_layer(
-    tmp_path, form, language, tower, kept
-):
-    """A tower is kept unless --int8 names it, which only compressed-tensors has."""
+@pytest.mark.parametrize("kept", KEPT)
+def test_an_entry_matches_under_every_wrapper_and_no_packed_layer(tmp_path, language, tower, kept):
+    form, excluded, packs_tower = KEPT[kept]
     tensors = {
         f"{prefix}{name}.weight": random(64, 128)
         for prefix in (language, tower)
@@ -99,12 +100,13 @@ def test_an_entry_matches_under_every_wrapper_and_no_packed_layer(
     }
     tensors[f"{language}embed_tokens.weight"] = random(48, 128)
     options = ["--format", form, "--group_size", 64, "--verify"]
-    if kept != "tower":
-        prefix = {"language": f"{language}layers", "one layer": f"{language}layers.1."}[kept]
-        options += ["--exclude", f"^{re.escape(prefix)}.*_proj", "--int8", f"^{re.escape(tower)}"]
+    if excluded:
+        options += ["--exclude", f"^{re.escape(language)}{excluded}.*_proj"]
+    if packs_tower:
+        options += ["--int8", f"^{re.escape(tower)}"]
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", *options)
     for name in ATTENTION:
-        expected = kept == "language" or (kept == "one layer" and name.startswith("layers.1."))
+        expected = bool(excluded and re.match(excluded, name))
         for wrapper in LANGUAGE:
             assert is_kept(tmp_path / "out", wrapper + name) == expected
         for wrapper in (
@@ -112,7 +114,7 @@ def test_an_entry_matches_under_every_wrapper_and_no_packed_layer(
             tower.removeprefix("model."),
             f"model.{tower.removeprefix('model.')}",
         ):
-            assert is_kept(tmp_path / "out", wrapper + name) == (kept == "tower")
+            assert is_kept(tmp_path / "out", wrapper + name) != packs_tower
     for wrapper in LANGUAGE:
         assert is_kept(tmp_path / "out", f"{wrapper}embed_tokens")
 

@@ -30,7 +30,16 @@ from test_vllm_loader import vllm_process  # noqa: F401 - a fixture
 from vllm.model_executor.layers.attention import mla_attention
 from vllm.model_executor.models import registry
 
-OPTIONS = ["--format", "compressed-tensors", "--group_size", 64]
+# Modules of vLLM that import it.
+WITH_TORCHVISION = [
+    "gemma3_mm",
+    "interns1",
+    "internvl",
+    "llava_onevision",
+    "mistral3",
+    "qwen3_5",
+    "qwen3_vl_moe",
+]
 # What vLLM loads neither from a quantized folder nor from a dense one, and what it says: see the test at the end.
 NOT_LOADED = {
     ("t5", "pretrained"): "T5",  # 0.29: not supported; 0.33: no position_ids in T5Stack
@@ -42,16 +51,31 @@ NOT_LOADED = {
         "qwen3_vl_moe",
         "pretrained",
     ): "must match the size",  # it knows the hub's stacks, which are transposed
+    # It knows the hub's names of these towers.
+    ("gemma3_vl", "pretrained"): "named 'vision_tower.embeddings'",
+    ("llava", "pretrained"): "named 'vision_tower.embeddings'",
+    ("llava_onevision", "pretrained"): "named 'vision_tower.embeddings'",
+}
+
+
+# What vLLM does not load from gptq, in float16, and what it says.
+NOT_LOADED_FROM_GPTQ = {
+    "gemma3_vl": "does not support float16",
+    "whisper": "object has no attribute 'data'",  # it names no k and v of MergedColumnParallelLinear
 }
 
 
 @pytest.fixture(autouse=True)
-def without_gpu(monkeypatch):
+def without_gpu(monkeypatch, without_torchvision):
     """Replace what wants a GPU's kernels, or wants the platform to be a CPU in earnest, while a model is made."""
     monkeypatch.setattr(
         mla_attention, "get_mla_prefill_backend", lambda config: lambda **sizes: None
     )
     monkeypatch.setattr(loader.OrinPlatform, "check_and_update_config", lambda *_: None)
+    # The tokenizer, which is not loaded, says whether an InternVL takes videos.
+    internvl = import_module("vllm.model_executor.models.internvl")
+    limits = internvl.BaseInternVLProcessingInfo.get_supported_mm_limits
+    monkeypatch.setattr(internvl.InternVLProcessingInfo, "get_supported_mm_limits", limits)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,8 +96,8 @@ def without_torchvision():
         for name in names[1:]:
             parent, _, last = name.rpartition(".")
             setattr(sys.modules[parent], last, sys.modules[name])
-        import_module("vllm.model_executor.models.qwen3_5")
-        import_module("vllm.model_executor.models.qwen3_vl_moe")
+        for name in WITH_TORCHVISION:
+            import_module(f"vllm.model_executor.models.{name}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             registry, "_run_in_subprocess", lambda function: function()
@@ -95,26 +119,51 @@ def is_filled(tensor):
     return not (tensor.isnan() if tensor.is_floating_point() else tensor == -1).any()
 
 
-def convert(name, saved, layers, folder):
+def convert(name, saved, layers, folder, output_format="compressed-tensors"):
     """A family's model, saved in one way, quantized without what one exclude keeps, and the dense twin of that."""
     families.save(name, saved, folder / "source")
-    quantize(folder / "source", folder / "out", *OPTIONS, *families.options(name, layers))
-    write_dense_twin(folder / "out", folder / "twin")
+    options = ["--format", output_format, *families.group_size(name)]
+    quantize(folder / "source", folder / "out", *options, *families.options(name, layers))
+    write_dense_twin(folder / "out", folder / "twin", loader.DENSE_CASES[output_format])
     return folder / "out", folder / "twin"
 
 
-@pytest.mark.parametrize(("name", "saved", "layers"), families.cases(NOT_LOADED))
-def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, layers, tmp_path):
-    folder, twin = convert(name, saved, layers, tmp_path)
-    expected = dense_parameters(loader.load_into_vllm(twin))
+def check_load(folder, twin, dtype=torch.bfloat16):
+    """vLLM fills every parameter of both folders, and with the same weights."""
+    expected = dense_parameters(loader.load_into_vllm(twin, dtype))
     assert not [key for key, tensor in expected.items() if not is_filled(tensor)]
-    model = loader.load_into_vllm(folder)
-    assert any(key.endswith("_packed") for key, _ in model.named_parameters())
+    model = loader.load_into_vllm(folder, dtype)
+    assert any(key.endswith(("_packed", ".qweight")) for key, _ in model.named_parameters())
     held = dense_parameters(model)
     assert held.keys() == expected.keys(), sorted(held.keys() ^ expected.keys())
     for key, tensor in expected.items():
         assert held[key].dtype == tensor.dtype, key
         assert torch.equal(held[key], tensor), key
+
+
+@pytest.mark.parametrize(("name", "saved", "layers"), families.cases(NOT_LOADED))
+def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, layers, tmp_path):
+    check_load(*convert(name, saved, layers, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "layers"),
+    [
+        case
+        for case in families.cases({*NOT_LOADED, *NOT_LOADED_FROM_GPTQ})
+        if case[0] in families.MULTIMODAL
+    ],
+)
+def test_vllm_holds_the_same_of_gptq(name, saved, layers, tmp_path):
+    check_load(*convert(name, saved, layers, tmp_path, "gptq"), torch.float16)
+
+
+@pytest.mark.parametrize("name", NOT_LOADED_FROM_GPTQ)
+def test_what_vllm_does_not_load_from_gptq(name, tmp_path):
+    """And what it says; when this fails, the case is one for the test above."""
+    folder, _ = convert(name, FAMILIES[name].saved[0], "", tmp_path, "gptq")
+    with pytest.raises((ValueError, AttributeError), match=re.escape(NOT_LOADED_FROM_GPTQ[name])):
+        loader.load_into_vllm(folder, torch.float16)
 
 
 @pytest.mark.parametrize(("name", "saved"), NOT_LOADED)

@@ -142,6 +142,7 @@ ACTIVATIONS = (
     "gelu_tanh_and_mul",
     "gelu_new",
     "gelu_fast",
+    "gelu_quick",
 )
 FP8_QUESTION = "cutlass_scaled_mm_supports_fp8"
 
@@ -183,6 +184,7 @@ def engine(folder, dtype=torch.bfloat16):
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=128,
+        trust_remote_code=True,  # of InternVL, whose own code on the hub is written by families.py
     ).create_engine_config()
     with pretend_orin(), set_current_vllm_config(config), set_default_torch_dtype(dtype):
         yield config
