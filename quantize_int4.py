@@ -3082,7 +3082,7 @@ class Oddity:
     # They apply one after the other. A "|" separates the names that one tensor is split into.
     in_memory: Mapping[str, str] = field(default_factory=dict)
 
-    # What vLLM renames, in the same way.
+    # What vLLM renames, in the same way. {layers} stands for the number of the model's layers.
     in_vllm: Mapping[str, str] = field(default_factory=dict)
 
     # A pattern of the weights that transformers joins or permutes as it loads them.
@@ -3499,6 +3499,10 @@ ODDITIES = (
             r"\.fc([12])\.": r".mlp.fc\1.",
         },
     ),
+    # vLLM 0.33.0, mimo_mtp.py and ernie_mtp.py: layers that predict further tokens are looked up as
+    # those after the model's own.
+    Oddity("mimo", in_vllm={r"\bmtp_layers\.0\.": "layers.{layers}."}),
+    Oddity("ernie4_5_moe", in_vllm={r"\bmtp_block\.0\.": "layers.{layers}."}),
     # The models of transformers 5.24.0 that use Conv1D of pytorch_utils.
     Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
 )
@@ -3555,6 +3559,13 @@ def names_in_memory(name: str, loadings: list[Loading]) -> tuple[str, ...] | Non
                 return None
             names = rename_or_split(names, pattern, replacement.split("|"))
     return tuple(names)
+
+
+def renames_in_vllm(config: dict) -> dict[str, str]:
+    """Return what vLLM renames in a model's names: pattern -> replacement."""
+    count = max(config_values(config, *LAYER_COUNTS), default=0)
+    renames = oddity_with("in_vllm", config).in_vllm
+    return {pattern: new.replace("{layers}", str(count)) for pattern, new in renames.items()}
 
 
 def name_in_vllm(name: str, renames: Mapping[str, str]) -> str:
@@ -4438,9 +4449,10 @@ def entries_of(tensor: TensorPlan) -> list[Entry]:
         return []
 
     # One entry for the layer's experts: vLLM asks for projections that a model need not have.
-    experts = re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name)
-    if experts:
-        return [Entry(experts[1], r"(\..*)?$")]
+    looked_up = dict.fromkeys([name, tensor.in_vllm or name])
+    experts = [re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name) for name in looked_up]
+    if all(experts):
+        return [Entry(match[1], r"(\..*)?$") for match in experts]
 
     stack = STACK_PATTERN.match(name)
     if dimensions == 3 and stack:
@@ -4491,7 +4503,7 @@ def pattern_of_module(entry: Entry, packed: ModuleNames) -> str:
             candidates += tails(begin)
     else:
         parts_of_rivals = {part for rival in rivals for part in rival.split(".")}
-        others = {part for part in parts_of_rivals if not part.isdigit()} - {*parts, "model"}
+        others = {part for part in parts_of_rivals if not part.isdigit()} - {*parts, *WRAPPERS}
         if others:
             unless = rf"(?!(.*\.)?({'|'.join(map(re.escape, sorted(others)))})\.)"
             candidates += tails(container, unless)
@@ -5387,7 +5399,7 @@ def plan_tensors(
     ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
     computed_in = model_dtype(config)
     loadings = list(dict.fromkeys(loadings_of(config)))
-    renames = oddity_with("in_vllm", config).in_vllm
+    renames = renames_in_vllm(config)
     for info, reason, eight in zip(sources, reasons, eights):
         packing = None
         outputs = (OutputTensor(info.name, info.dtype, info.shape),)

@@ -1,0 +1,168 @@
+"""Layers that predict further tokens (MTP), with which vLLM drafts: what becomes of them, and what is said of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from checkpoints import random, save_model
+from conftest import ENGINE_FORMATS, quantize
+from folders import is_kept, patterns, read_config, read_tensors
+
+H = 256
+EXPERTS = 4
+SIZES = {"hidden_size": H, "num_hidden_layers": 2, "vocab_size": 1000}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def block(path: str) -> Tensors:
+    """Make a layer: attention, experts with their router, and norms."""
+    shapes = {f"self_attn.{p}_proj": (H, H) for p in "qkvo"}
+    shapes |= {"mlp.gate": (EXPERTS, H)}
+    for place in (*(f"experts.{number}" for number in range(EXPERTS)), "shared_expert"):
+        shapes |= {f"mlp.{place}.{p}_proj": (128, H) for p in ("gate", "up")}
+        shapes[f"mlp.{place}.down_proj"] = (H, 128)
+    tensors = {f"{path}.{name}.weight": random(*shape) for name, shape in shapes.items()}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{path}.{norm}.weight"] = random(H)
+    return tensors
+
+
+def language_model(root: str) -> Tensors:
+    """Make a model of two layers."""
+    words = {f"{root}.embed_tokens.weight": random(1000, H), "lm_head.weight": random(1000, H)}
+    norm = {f"{root}.norm.weight": random(H)}
+    return block(f"{root}.layers.0") | block(f"{root}.layers.1") | norm | words
+
+
+def entry(name: str) -> Tensors:
+    """Make the projection with which such a layer begins: of a state and an embedding."""
+    return {f"{name}.weight": random(H, 2 * H)}
+
+
+# By family: the language model's root, the tensors of MTP, config.json, and a pattern that means all of MTP.
+FAMILIES = {
+    "qwen3_next": ("model", block("mtp.layers.0") | entry("mtp.fc"), {}, "mtp"),
+    "qwen3_5": (
+        "model.language_model",
+        block("mtp.layers.0") | entry("mtp.fc"),
+        {"model_type": "qwen3_5_moe", "mtp_num_hidden_layers": 1},
+        "mtp",
+    ),
+    "nemotron": (
+        "backbone",
+        block("mtp.layers.0") | block("mtp.layers.1") | entry("mtp.layers.0.eh_proj"),
+        {},
+        "mtp",
+    ),
+    "glm4_moe": (
+        "model",
+        block("model.layers.2") | entry("model.layers.2.eh_proj"),
+        {},
+        r"layers\.2\.",
+    ),
+    "mimo": (
+        "model",
+        block("model.mtp_layers.0") | entry("model.mtp_layers.0.input_proj"),
+        {"model_type": "mimo"},
+        "mtp",
+    ),
+    "ernie": (
+        "model",
+        block("model.mtp_block.0") | entry("model.mtp_linear_proj.0"),
+        {"model_type": "ernie4_5_moe"},
+        "mtp",
+    ),
+}
+# What engines call the wrapper of a language model.
+ROOTS = ("model", "language_model.model", "model.language_model", "backbone", "")
+
+
+def convert(family, folder, *options, form="compressed-tensors"):
+    """Quantize a family's model; returns what the program printed."""
+    root, mtp, config, _ = FAMILIES[family]
+    tensors = language_model(root) | mtp
+    config = SIZES | {"num_nextn_predict_layers": 1} | config
+    source = save_model(folder / "in", tensors, **config)
+    fixed = ["--format", form, "--group_size", 64, "--scale", "absmax"]
+    return quantize(source, folder / "out", *fixed, *options).stdout
+
+
+def linear_layers(folder):
+    """Give the names of all linear layers of a folder but the head, and whether each is packed."""
+    layers = {}
+    for name, tensor in read_tensors(folder).items():
+        module, _, last = name.rpartition(".")
+        if last in ("weight_packed", "qweight"):
+            layers[module] = True
+        elif last == "weight" and tensor.dim() == 2 and module != "lm_head":
+            layers[module] = False
+    return layers
+
+
+def names_in_engines(family, module):
+    """List what engines call a module: the model's under every wrapper, that of MTP as vLLM does."""
+    root, mtp, _, _ = FAMILIES[family]
+    if f"{module}.weight" in mtp:
+        return [re.sub(r"\b(mtp_layers|mtp_block)\.0\.", "layers.2.", module)]
+    inside = module.removeprefix(f"{root}.")
+    return [f"{wrapper}.{inside}".lstrip(".") for wrapper in ROOTS]
+
+
+PARTS = {
+    "all of MTP": "{}",
+    "the attention of MTP": "{}.*self_attn",
+    "the experts of MTP": r"{}.*\.experts\.",
+    "a layer of the model": r"^{root}\.layers\.0\.",
+    "the attention of a layer": r"^{root}\.layers\.0\.self_attn",
+    "the model's experts": r"^{root}\.layers\.[01]\..*\.experts\.",
+}
+
+
+@pytest.mark.parametrize("form", ENGINE_FORMATS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_entries_tell_mtp_from_the_model_whatever_engines_call_the_model(
+    family, part, form, tmp_path
+):
+    root, _, _, mtp = FAMILIES[family]
+    pattern = PARTS[part].format(mtp, root=re.escape(root))
+    convert(family, tmp_path, "--exclude", pattern, form=form)
+    layers = linear_layers(tmp_path / "out")
+    assert {False, True} <= {*layers.values()}
+    for module, is_packed in layers.items():
+        for name in names_in_engines(family, module):
+            assert is_kept(tmp_path / "out", name) != is_packed, name
+    for pattern in patterns(tmp_path / "out"):
+        assert not re.search(r"\(\?!.*(language_model|backbone|thinker)", pattern)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mtp_in_8_bits_is_told_from_the_model_in_4(family, tmp_path):
+    _, mtp, _, pattern = FAMILIES[family]
+    convert(family, tmp_path, "--int8", rf"{pattern}(?!.*\.experts\.\d)")
+    groups = read_config(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    wide = [group for group in groups if group["weights"]["num_bits"] == 8]
+    targets = [target[3:] for group in wide for target in group["targets"]]
+    for module, is_packed in linear_layers(tmp_path / "out").items():
+        if not is_packed:
+            continue
+        is_wide = f"{module}.weight" in mtp and ".experts." not in module
+        for name in names_in_engines(family, module):
+            assert any(re.match(target, name) for target in targets) == is_wide, name
+
+
+def test_no_entry_tells_a_branch_by_the_wrapper_of_another(tmp_path):
+    """Qwen's Omni models: transformers and vLLM leave `thinker` out."""
+    tensors = language_model("thinker.model") | block("talker.model.layers.0")
+    tensors |= block("talker.model.layers.1")
+    config = {"thinker_config": {"text_config": SIZES}, "talker_config": {"a": 1}}
+    source = save_model(tmp_path / "in", tensors, **config)
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--scale", "absmax"]
+    quantize(source, tmp_path / "out", *options, "--int8", r"talker.*layers\.1\.self_attn")
+    for layer in ("self_attn.q_proj", "mlp.shared_expert.up_proj"):
+        for wrapper in ("thinker.model", "language_model.model", "model"):
+            assert not is_kept(tmp_path / "out", f"{wrapper}.layers.0.{layer}")
+        assert is_kept(tmp_path / "out", f"talker.model.layers.0.{layer}")
