@@ -3007,8 +3007,17 @@ NO_WORDS = r"pos|wpe|type|bias"
 # Rows that an embedding or a head may have beyond vocab_size.
 EXTRA_WORDS = 64
 
-# Layers that predict further tokens.
+# Layers that predict further tokens (MTP), by their names. Others are numbered after the model's.
 MTP_NAMES = re.compile(r"(^|\.)(mtp|nextn)")
+# Keys of config.json that count such layers.
+MTP_COUNTS = re.compile(
+    r"num_nextn_predict_layers$|num_mtp_\w*$|mtp_\w*(num|layers|modules|depth)\w*$"
+)
+# Their kinds of weights: of the layers, and of the projection with which they begin, of a state
+# and an embedding (`eh_proj`, `fc`, `input_proj`, `mtp_linear_proj`), which is in no such block.
+MTP = "MTP"
+MTP_ENTRY = "entry of MTP"
+NO_MTP_ENTRY = r"attn|attention|mlp|experts|mixer|feed_forward|ffn"
 
 # Kinds of other layers, for the tables that are printed. The first pattern that matches counts.
 LAYER_KINDS = {
@@ -3924,11 +3933,56 @@ def find_nearest_layers(
     return "", {}
 
 
+@dataclass(frozen=True)
+class MtpPromise:
+    """That config.json counts layers which predict further tokens (MTP)."""
+
+    # The key that counts them.
+    key: str
+    # The number of the first, where they come after the model's own layers.
+    first: int
+
+    @staticmethod
+    def of(config: dict) -> MtpPromise | None:
+        """Find the first such key in config.json or a part of it; None if there is none."""
+        for part in [config, *config.values()]:
+            keys = part if isinstance(part, dict) else []
+            for key in keys:
+                if MTP_COUNTS.match(key) and as_count(part[key]):
+                    counts = config_values(part, *LAYER_COUNTS)
+                    counts = counts or config_values(config, *LAYER_COUNTS)
+                    return MtpPromise(key, max(counts, default=MAX_COUNT))
+        return None
+
+
+def find_mtp(names: Iterable[str], config: dict) -> set[str]:
+    """Name the tensors of layers that predict further tokens."""
+    promise = MtpPromise.of(config)
+    found = set()
+    for name in names:
+        layer = LAYER_PATTERN.match(name)
+        is_beyond = promise and layer and int(layer[3]) >= promise.first
+        if MTP_NAMES.search(name) or (is_beyond and not re.search(TOWER_NAMES, name)):
+            found.add(name)
+    return found
+
+
+def is_mtp_entry(info: TensorInfo | OutputTensor, widths: Collection[int]) -> bool:
+    """Check whether a weight of MTP is the projection that it begins with, by its shape and place.
+
+    `widths` are the model's."""
+    rows, columns = info.shape
+    fits = columns == 2 * rows and (rows in widths or not widths)
+    return fits and not re.search(NO_MTP_ENTRY, info.name)
+
+
 def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[str, str]:
     """Find the kind of layer that each weight belongs to."""
     weights = [info for info in tensors if len(info.shape) == 2 and info.name.endswith(".weight")]
     names = {info.name for info in tensors}
     towers = find_towers(tensors, config)
+    mtp = find_mtp(names, config)
+    widths = config_values(config, "hidden_size", "d_model", "n_embd")
     counts = config_values(config, *EXPERT_COUNTS)
     kinds: dict[str, str] = {}
     for info in weights:
@@ -3942,8 +3996,12 @@ def find_kinds(tensors: list[TensorInfo | OutputTensor], config: dict) -> dict[s
     for info in weights:
         if info.name not in kinds:
             kind = kind_by_shape(info, vocabulary, experts)
-            is_whole = kind in ("embeddings", "head", "routers")
-            kinds[info.name] = TOWERS if info.name in towers and not is_whole else kind
+            if kind not in ("embeddings", "head", "routers"):
+                if info.name in towers:
+                    kind = TOWERS
+                elif info.name in mtp:
+                    kind = MTP_ENTRY if is_mtp_entry(info, widths) else MTP
+            kinds[info.name] = kind
     return kinds
 
 
@@ -4671,8 +4729,8 @@ class Engine:
     group_sizes: tuple[int, ...] = ()
     required: bool = False
     # What it does not hold packed: kinds of layers by `find_kinds`, and GPT-2's Conv1D. Of towers
-    # it holds some, and which depends on the model's class.
-    whole_kinds: tuple[str, ...] = ("embeddings", "head", "routers", "Conv1D", TOWERS)
+    # and entries of MTP it holds some, and which depends on the model's class.
+    whole_kinds: tuple[str, ...] = ("embeddings", "head", "routers", "Conv1D", TOWERS, MTP_ENTRY)
     # Layers that it holds as one, and so in one precision.
     fused_layers: tuple[str, ...] = ()
     # Whether it holds all routed experts of a layer as one.
@@ -5786,10 +5844,6 @@ FIRST_NORM = re.compile(
 # Layers that have no norm by design: ModernBERT's first one, which comes after the embeddings'
 # norm, and Inkling's last one for images.
 LAYER_WITHOUT_NORM = r"layers\.0\.attn_norm\.weight$|encoder_layers\.\d+\.layer_norm\.weight$"
-# Keys of config.json that count layers which predict further tokens.
-MTP_COUNTS = re.compile(
-    r"num_nextn_predict_layers$|num_mtp_\w*$|mtp_\w*(num|layers|modules|depth)\w*$"
-)
 
 
 @dataclass(frozen=True)
@@ -6532,20 +6586,10 @@ def note_kept_stacks(draft: Draft) -> Iterator[str]:
 
 def note_mtp(draft: Draft) -> Iterator[str]:
     """Note that layers which predict further tokens are missing, if config.json promises some."""
-    promised = []
-    for part in [draft.config, *draft.config.values()]:
-        if isinstance(part, dict):
-            promised += [key for key in part if MTP_COUNTS.match(key) and as_count(part[key])]
-
-    count = min(config_values(draft.config, *LAYER_COUNTS), default=math.inf)
-    for info in draft.sources:
-        match = LAYER_PATTERN.match(info.name)
-        is_beyond = match and int(match[3]) >= count and not re.search(TOWER_NAMES, info.name)
-        if is_beyond or MTP_NAMES.search(info.name):
-            return
-    if promised:
+    promise = MtpPromise.of(draft.config)
+    if promise and not find_mtp((info.name for info in draft.sources), draft.config):
         yield (
-            f"{CONFIG_NAME} promises layers that predict further tokens ({promised[0]}), and the"
+            f"{CONFIG_NAME} promises layers that predict further tokens ({promise.key}), and the"
             " checkpoint has none: speculative decoding with them will not work (transformers'"
             " save_pretrained leaves them out)"
         )

@@ -10,6 +10,8 @@ from checkpoints import random, save_model
 from conftest import ENGINE_FORMATS, quantize
 from folders import is_kept, patterns, read_config, read_tensors
 
+import quantize_int4 as q
+
 H = 256
 EXPERTS = 4
 SIZES = {"hidden_size": H, "num_hidden_layers": 2, "vocab_size": 1000}
@@ -166,3 +168,40 @@ def test_no_entry_tells_a_branch_by_the_wrapper_of_another(tmp_path):
         for wrapper in ("thinker.model", "language_model.model", "model"):
             assert not is_kept(tmp_path / "out", f"{wrapper}.layers.0.{layer}")
         assert is_kept(tmp_path / "out", f"talker.model.layers.0.{layer}")
+
+
+# --- the entry projection ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ENGINE_FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_entry_projection_is_kept_for_engines_and_has_a_reason_of_its_own(
+    family, form, tmp_path
+):
+    """In vLLM it is a plain layer for most families."""
+    _, mtp, _, _ = FAMILIES[family]
+    printed = convert(family, tmp_path, form=form)
+    (name,) = [name for name, tensor in mtp.items() if tensor.shape == (H, 2 * H)]
+    module = name.removesuffix(".weight")
+    assert linear_layers(tmp_path / "out")[module] is False
+    assert torch.equal(read_tensors(tmp_path / "out")[name], mtp[name])
+    assert is_kept(tmp_path / "out", module)
+    assert re.search(r"entry of MTP \(whole for engines\) +1 ", printed)
+
+
+def test_int4_packs_the_entry_projection(tmp_path):
+    convert("qwen3_next", tmp_path, form="int4")
+    assert linear_layers(tmp_path / "out")["mtp.fc"] is True
+
+
+def test_a_layer_of_such_a_shape_inside_a_block_or_the_model_is_no_entry():
+    names = ["mtp.layers.0.mlp.down_proj", "mtp.layers.0.eh_proj", "model.layers.0.eh_proj"]
+    names += ["model.layers.2.eh_proj", "model.layers.3.mlp.down_proj", "visual.blocks.5.fc"]
+    infos = [q.OutputTensor(f"{name}.weight", "BF16", (H, 2 * H)) for name in names]
+    config = SIZES | {"num_nextn_predict_layers": 1}
+    kinds = q.find_kinds(infos, config)
+    entries = [name for name in names if kinds[f"{name}.weight"] == q.MTP_ENTRY]
+    assert entries == ["mtp.layers.0.eh_proj", "model.layers.2.eh_proj"]
+    assert kinds["model.layers.3.mlp.down_proj.weight"] == q.MTP
+    # Where config.json promises none, a layer beyond its count is not taken for one.
+    assert q.find_kinds(infos, SIZES)["model.layers.2.eh_proj.weight"] == "other"

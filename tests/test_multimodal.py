@@ -224,7 +224,9 @@ def test_layers_that_predict_further_tokens_belong_to_the_language_model(branch)
     further = under(branch, {"fc": [H, 512], "layers.0": ["llama", H, 512]})
     text = under("model.language_model", TEXT)
     kept = kept_of(text | further | TOWER, SEES)
-    assert kept == TOWERS | {"model.language_model.embed_tokens.weight"}
+    assert kept == TOWERS | {f"{branch}.fc.weight", "model.language_model.embed_tokens.weight"}
+    kinds = q.find_kinds(infos_of(expand(text | further | TOWER)), SEES)
+    assert kinds[f"{branch}.layers.0.mlp.up_proj.weight"] == q.MTP
 
 
 def test_a_projection_that_all_layers_share_belongs_to_the_language_model():
