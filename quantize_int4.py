@@ -3019,6 +3019,9 @@ MTP = "MTP"
 MTP_ENTRY = "entry of MTP"
 NO_MTP_ENTRY = r"attn|attention|mlp|experts|mixer|feed_forward|ffn"
 
+# What has vLLM draft with them. Without blanks, at which it would be cut into lines.
+SERVE_WITH_MTP = """--speculative-config '{"method":"mtp","num_speculative_tokens":1}'"""
+
 # Kinds of other layers, for the tables that are printed. The first pattern that matches counts.
 LAYER_KINDS = {
     "experts": r"\.experts\.\d+\.",
@@ -6585,7 +6588,40 @@ def note_kept_stacks(draft: Draft) -> Iterator[str]:
 
 
 def note_mtp(draft: Draft) -> Iterator[str]:
-    """Note that layers which predict further tokens are missing, if config.json promises some."""
+    """State what layers that predict further tokens cost, what keeps them and what they are for."""
+    mtp = find_mtp((info.name for info in draft.sources), draft.config)
+    tensors = [tensor for tensor in draft.tensors if tensor.source.name in mtp]
+    if not tensors:
+        return
+    before = format_bytes(sum(tensor.source.nbytes for tensor in tensors))
+    after = format_bytes(sum(output.nbytes for tensor in tensors for output in tensor.outputs))
+    fate = f"their {before} are kept"
+    if any(tensor.packing for tensor in tensors):
+        pattern = shlex.quote(pattern_of_mtp(mtp, [info.name for info in draft.sources]))
+        fate = f"their {before} become {after}; --exclude {pattern} keeps them"
+    yield (
+        f"{count_of(len(tensors), 'tensor')} of layers that predict further tokens (MTP), with"
+        f" which vLLM drafts given {SERVE_WITH_MTP}: {fate}"
+    )
+
+
+def pattern_of_mtp(mtp: Collection[str], names: list[str]) -> str:
+    """Make a pattern for --exclude that means these tensors of layers that predict further tokens,
+    and no others of `names`."""
+    words = set()
+    for name in mtp:
+        named = MTP_NAMES.search(name)
+        layer = LAYER_PATTERN.match(name)
+        words.add(named[2] if named else rf"{layer[2]}\.{layer[3]}\.")
+    pattern = "|".join(sorted(words))
+    for candidate in (pattern, rf"(^|\.)({pattern})"):
+        if {name for name in names if re.search(candidate, name)} == {*mtp}:
+            return candidate
+    return f"^({'|'.join(map(re.escape, sorted(mtp)))})$"
+
+
+def warn_of_missing_mtp(draft: Draft) -> Iterator[str]:
+    """Warn that layers which predict further tokens are missing, if config.json promises some."""
     promise = MtpPromise.of(draft.config)
     if promise and not find_mtp((info.name for info in draft.sources), draft.config):
         yield (
@@ -6789,7 +6825,8 @@ RULES = (
     Rule(NOTE, TENSORS, note_delicate_layers),
     Rule(NOTE, TENSORS, note_conv1d),
     Rule(NOTE, TENSORS, note_kept_stacks),
-    Rule(NOTE, TENSORS, note_mtp),
+    Rule(NOTE, FOR_ENGINES, note_mtp),
+    Rule(NOTE, TENSORS, warn_of_missing_mtp),
     Rule(NOTE, TENSORS, note_two_widths),
     Rule(NOTE, FOR_ENGINES, note_experts),
     Rule(NOTE, FOR_ENGINES, note_transformers),

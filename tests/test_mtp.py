@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
 import torch
@@ -205,3 +206,48 @@ def test_a_layer_of_such_a_shape_inside_a_block_or_the_model_is_no_entry():
     assert kinds["model.layers.3.mlp.down_proj.weight"] == q.MTP
     # Where config.json promises none, a layer beyond its count is not taken for one.
     assert q.find_kinds(infos, SIZES)["model.layers.2.eh_proj.weight"] == "other"
+
+
+# --- what is said of MTP ----------------------------------------------------------------------------------------------
+
+
+def words_of(printed):
+    """Join the lines that the terminal's width made."""
+    return " ".join(printed.split())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_says_what_mtp_costs_what_keeps_it_and_how_it_is_served(family, tmp_path):
+    _, mtp, _, pattern = FAMILIES[family]
+    printed = convert(family, tmp_path, "--dry_run")
+    packed = sum(tensor.dim() == 2 and min(tensor.shape) > EXPERTS for tensor in mtp.values()) - 1
+    assert re.search(rf"quantized to 4 bits[^\n]*(\n  [^\n]*)*\n  MTP +{packed} ", printed)
+    said = words_of(printed)
+    count = f"{len(mtp)} tensors of layers that predict further tokens (MTP)"
+    assert f"{count}, with which vLLM drafts given {q.SERVE_WITH_MTP}: their " in said
+    assert f"; --exclude {shlex.quote(pattern)} keeps them" in said
+    kept = convert(family, tmp_path, "--exclude", pattern)
+    assert " are kept" in words_of(kept) and "keeps them" not in kept
+    layers = linear_layers(tmp_path / "out")
+    assert not any(layers[name] for name in layers if f"{name}.weight" in mtp)
+
+
+def test_nothing_is_said_of_mtp_where_there_is_none(tmp_path):
+    source = save_model(tmp_path / "in", language_model("model"), **SIZES)
+    for form in q.FORMATS:
+        printed = quantize(source, tmp_path / "out", "--dry_run", "--format", form).stdout
+        assert "MTP" not in printed and "further tokens" not in printed
+
+
+@pytest.mark.parametrize(
+    ("mtp", "others", "pattern"),
+    [
+        (["mtp.fc"], ["model.x"], "mtp"),
+        (["model.layers.46.a", "model.layers.46.b"], ["model.layers.4.a"], r"layers\.46\."),
+        (["layers.2.a", "layers.3.a"], ["layers.1.a"], r"layers\.2\.|layers\.3\."),
+        (["mtp.fc"], ["model.smtp.x"], r"(^|\.)(mtp)"),
+        (["a.layers.2.x"], ["b.layers.2.x"], r"^(a\.layers\.2\.x)$"),
+    ],
+)
+def test_the_pattern_means_all_of_mtp_and_nothing_else(mtp, others, pattern):
+    assert q.pattern_of_mtp({*mtp}, [*mtp, *others]) == pattern
