@@ -227,6 +227,12 @@ OPTIONS = (
         FOLDER,
     ),
     Option(
+        "mtp_from",
+        "folder of the base model, whose layers that predict further tokens (MTP) are taken along"
+        " where a fine-tune lost them",
+        FOLDER,
+    ),
+    Option(
         "format",
         "layout of the output, see below: int4 (default), compressed-tensors or gptq",
         {"metavar": "NAME"},
@@ -334,7 +340,7 @@ def with_underscores(argument: str) -> str:
 
 def check_together(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with a usage error if the options make no sense together."""
-    names = "verify format group_size exclude int8 scale importance quantize_embeddings"
+    names = "verify mtp_from format group_size exclude int8 scale importance quantize_embeddings"
     if args.restore and any(getattr(args, name) for name in names.split()):
         parser.error(
             "--restore takes the layout from the folder: leave out --verify and the options that"
@@ -2529,8 +2535,12 @@ def resolve_quantizers(
 class Checkpoint:
     """The tensors of an input folder, in file order, however they are stored."""
 
-    def __init__(self, folder: Path, config_folder: Path | None = None):
-        """Open a folder's weights, and config.json there or in another folder."""
+    def __init__(
+        self, folder: Path, config_folder: Path | None = None, mtp_folder: Path | None = None
+    ):
+        """Open a folder's weights, and config.json there or in another folder.
+
+        Layers that predict further tokens are taken from a third one."""
         check_model_folder(folder)
         if config_folder is not None:
             check_model_folder(config_folder)
@@ -2555,6 +2565,8 @@ class Checkpoint:
         self._check_index(weight_map)
         self._read_config()
         self._drop_wrappers()
+        if mtp_folder is not None:
+            self._add_mtp(mtp_folder)
 
     def close(self) -> None:
         """Close all files."""
@@ -2620,6 +2632,27 @@ class Checkpoint:
         wrappers = [f"'{wrapper}.' ({count:,} times)" for wrapper, count in dropped.items()]
         problem = "dropped from the tensors' names, as what training wrapped around the model"
         self.notes.append(f"{problem}: {', '.join(wrappers)}")
+
+    def _add_mtp(self, folder: Path) -> None:
+        """Take the tensors of layers that predict further tokens from a folder of the base model.
+
+        It is an error if they are there already, or do not fit."""
+        check_model_folder(folder)
+        base = BaseMtp.read(folder)
+        problem = why_mtp_does_not_fit(base, self.tensors, self.config)
+        if problem:
+            raise QuantizeError(f"--mtp_from {folder}: {problem}")
+
+        for file in base.files:
+            self.files[file.path] = file
+            self.sources[f"{file.path.name} of --mtp_from"] = list(file.state)
+        self.tensors |= base.tensors
+        count = count_of(len(base.tensors), "tensor")
+        size = format_bytes(sum(info.nbytes for info in base.tensors.values()))
+        self.notes.append(
+            f"{count} of layers that predict further tokens ({size}) are those of {folder}: they"
+            " were not trained with this model, so that fewer of their drafts may be accepted"
+        )
 
     def _drop_step_counter(self) -> None:
         """Leave out the tensor that torch's AveragedModel counts its steps in."""
@@ -2708,6 +2741,88 @@ def snapshots_in(folder: Path) -> list[Path]:
         folders = [path for path in (cached / "snapshots").glob("*") if path.is_dir()]
         snapshots += sorted(folders, key=lambda path: (path.name != revision, path.name))
     return snapshots
+
+
+@dataclass(frozen=True)
+class BaseMtp:
+    """The layers of a base model that predict further tokens (MTP)."""
+
+    config: dict
+    files: list[WeightsFile]
+    tensors: dict[str, TensorInfo]
+
+    @staticmethod
+    def read(folder: Path) -> BaseMtp:
+        """Read where the tensors are: in files that the index names, or else in any others.
+
+        Files of the model's other layers need not be there."""
+        path = folder / CONFIG_NAME
+        config = read_json(path) if path.exists() else {}
+        weight_map = {}
+        if (folder / INDEX_NAME).exists():
+            weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+            weight_map = weight_map if isinstance(weight_map, dict) else {}
+        names = {str(weight_map[name]) for name in find_mtp(weight_map, config)}
+        if not names:
+            names = {path.name for path in folder.glob("*.safetensors")}
+            names -= set(map(str, weight_map.values()))
+
+        files = []
+        tensors = {}
+        for name in sorted(names):
+            file = WeightsFile(folder / name)
+            found = {}
+            for tensor in sorted(find_mtp(file.infos, config)):
+                if weight_map.get(tensor, name) == name:
+                    found[tensor] = file.infos[tensor]
+            if found:
+                files.append(file)
+                tensors |= found
+            else:
+                file.close()
+        return BaseMtp(config, files, tensors)
+
+
+def why_mtp_does_not_fit(base: BaseMtp, tensors: dict[str, TensorInfo], config: dict) -> str:
+    """Return why a model cannot take a base model's layers that predict further tokens: by what
+    there is of them, by config.json, and by the names and shapes of the model's own layers."""
+    promise = MtpPromise.of(config)
+    present = sorted(find_mtp(tensors, config))
+    if not base.tensors:
+        return "no layers that predict further tokens are in it"
+    if present:
+        return f"the checkpoint has such layers already, e.g. {present[0]!r}: leave it out"
+    if promise is None:
+        stated = MtpPromise.of(base.config)
+        key = f" ({stated.key})" if stated else ""
+        return f"{CONFIG_NAME} promises no such layers: add what that of the base says{key}"
+
+    has_words = any(re.search(VOCABULARY_WORDS, name) for name in base.tensors)
+    keys = ["hidden_size", "d_model", "n_embd", *LAYER_COUNTS, *EXPERT_COUNTS, *EXPERT_WIDTHS]
+    for key in [*keys, *(["vocab_size"] if has_words else [])]:
+        own = set(config_values(config, key))
+        others = set(config_values(base.config, key))
+        if own and others and own != others:
+            return f"its {key} is {list_in_words(others)}, and the model's {list_in_words(own)}"
+
+    own_shapes: dict[str, set[tuple[int, ...]]] = {}
+    containers = set()
+    for name, info in tensors.items():
+        layer = LAYER_PATTERN.match(name)
+        if layer and not re.search(TOWER_NAMES, name):
+            own_shapes.setdefault(name[layer.end() :], set()).add(info.shape)
+            containers.add(name[: layer.start(3)])
+    widths = config_values(config, "hidden_size", "d_model", "n_embd")
+    for name, info in base.tensors.items():
+        layer = LAYER_PATTERN.match(name)
+        if not MTP_NAMES.search(name) and name[: layer.start(3)] not in containers:
+            return f"the model's own layers are not called as {name!r} is"
+        shapes = own_shapes.get(name[layer.end() :] if layer else "", {info.shape})
+        if re.search(MTP_ENTRY_NAME, name) and not re.search(NO_MTP_ENTRY, name):
+            shapes = {(width, 2 * width) for width in widths} or shapes
+        if info.shape not in shapes:
+            return f"{name!r} is {info.shape}, and would have to be {list_in_words(shapes)}"
+    return ""
 
 
 def collect_tensors(files: list[WeightsFile], weight_map: dict[str, str]) -> dict[str, TensorInfo]:
@@ -3014,9 +3129,10 @@ MTP_COUNTS = re.compile(
     r"num_nextn_predict_layers$|num_mtp_\w*$|mtp_\w*(num|layers|modules|depth)\w*$"
 )
 # Their kinds of weights: of the layers, and of the projection with which they begin, of a state
-# and an embedding (`eh_proj`, `fc`, `input_proj`, `mtp_linear_proj`), which is in no such block.
+# and an embedding, which is in no such block.
 MTP = "MTP"
 MTP_ENTRY = "entry of MTP"
+MTP_ENTRY_NAME = r"(^|\.)(eh_proj|fc|input_proj|mtp_linear_proj)(\.\d+)?\.weight$"
 NO_MTP_ENTRY = r"attn|attention|mlp|experts|mixer|feed_forward|ffn"
 
 # What has vLLM draft with them. Without blanks, at which it would be cut into lines.
@@ -6623,12 +6739,27 @@ def pattern_of_mtp(mtp: Collection[str], names: list[str]) -> str:
 def warn_of_missing_mtp(draft: Draft) -> Iterator[str]:
     """Warn that layers which predict further tokens are missing, if config.json promises some."""
     promise = MtpPromise.of(draft.config)
-    if promise and not find_mtp((info.name for info in draft.sources), draft.config):
-        yield (
-            f"{CONFIG_NAME} promises layers that predict further tokens ({promise.key}), and the"
-            " checkpoint has none: speculative decoding with them will not work (transformers'"
-            " save_pretrained leaves them out)"
-        )
+    if promise is None or find_mtp((info.name for info in draft.sources), draft.config):
+        return
+    outcome = "speculative decoding with them will not work"
+    if draft.form.for_engines:
+        outcome = "asked to draft, vLLM does so with uninitialised memory, without a word"
+    yield (
+        f"{CONFIG_NAME} promises layers that predict further tokens ({promise.key}), and the"
+        f" checkpoint has none (transformers' save_pretrained leaves them out): {outcome};"
+        f" {where_to_take_mtp_from(draft.checkpoint)}"
+    )
+
+
+def where_to_take_mtp_from(checkpoint: Checkpoint) -> str:
+    """Return what helps where layers that predict further tokens are missing. They may be in a file
+    of the input that its index does not list."""
+    folder = checkpoint.folder
+    for path in sorted(set(folder.glob("*.safetensors")) - set(checkpoint.files)):
+        if find_mtp(tensors_in(folder, [path.name]), checkpoint.config):
+            place = shlex.quote(str(folder))
+            return f"{path.name}, which no index lists, has them: --mtp_from {place} takes them"
+    return "--mtp_from DIR takes those of the base model, of which DIR is a folder"
 
 
 def types_without_float16(draft: Draft) -> list[str]:
@@ -6817,6 +6948,7 @@ RULES = (
     Rule(WARNING, FOR_ENGINES, warn_of_small_language_model),
     Rule(WARNING, FOR_ENGINES, warn_of_packed_towers),
     Rule(WARNING, FOR_ENGINES, warn_of_float16),
+    Rule(WARNING, TENSORS, warn_of_missing_mtp),
     Rule(NOTE, TENSORS, note_checkpoint),
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_group_size),
@@ -6826,7 +6958,6 @@ RULES = (
     Rule(NOTE, TENSORS, note_conv1d),
     Rule(NOTE, TENSORS, note_kept_stacks),
     Rule(NOTE, FOR_ENGINES, note_mtp),
-    Rule(NOTE, TENSORS, warn_of_missing_mtp),
     Rule(NOTE, TENSORS, note_two_widths),
     Rule(NOTE, FOR_ENGINES, note_experts),
     Rule(NOTE, FOR_ENGINES, note_transformers),
@@ -9536,7 +9667,8 @@ def run(args: argparse.Namespace) -> None:
     # Of a folder that is finished, --verify writes nothing.
     is_finished = (args.output_dir / INDEX_NAME).exists()
     only_verify = args.verify and is_finished and not args.overwrite and not args.dry_run
-    with contextlib.closing(Checkpoint(args.input_dir, args.config_dir)) as checkpoint:
+    folders = (args.input_dir, args.config_dir, args.mtp_from)
+    with contextlib.closing(Checkpoint(*folders)) as checkpoint:
         plan = plan_as_asked(args, checkpoint, only_verify)
         if args.list:
             print_list(plan)
@@ -9555,7 +9687,7 @@ def run(args: argparse.Namespace) -> None:
 def check_folders(args: argparse.Namespace) -> None:
     """Refuse to write into a folder that is read."""
     output = args.output_dir.resolve()
-    for folder in (args.input_dir, args.config_dir):
+    for folder in (args.input_dir, args.config_dir, args.mtp_from):
         if folder and output.is_relative_to(folder.resolve()):
             place = "is" if output == folder.resolve() else "is inside"
             raise QuantizeError(

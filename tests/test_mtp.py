@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
 import pytest
 import torch
 from checkpoints import random, save_model
-from conftest import ENGINE_FORMATS, quantize
-from folders import is_kept, patterns, read_config, read_tensors
+from conftest import ENGINE_FORMATS, assert_refused, quantize, run_cli
+from folders import (
+    assert_same_tensors,
+    folder_bytes,
+    is_kept,
+    patterns,
+    read_config,
+    read_tensors,
+)
+from safetensors.torch import save_file
 
 import quantize_int4 as q
 
@@ -251,3 +260,140 @@ def test_nothing_is_said_of_mtp_where_there_is_none(tmp_path):
 )
 def test_the_pattern_means_all_of_mtp_and_nothing_else(mtp, others, pattern):
     assert q.pattern_of_mtp({*mtp}, [*mtp, *others]) == pattern
+
+
+# --- promised and missing ---------------------------------------------------------------------------------------------
+
+
+def promising(family):
+    """Give a family's config.json."""
+    return SIZES | {"num_nextn_predict_layers": 1} | FAMILIES[family][2]
+
+
+def save_without_mtp(family, folder):
+    """Write what `save_pretrained` leaves of a family's model."""
+    return save_model(folder, language_model(FAMILIES[family][0]), **promising(family))
+
+
+OPTIONS = ["--format", "compressed-tensors", "--group_size", 64, "--scale", "absmax"]
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "int4"])
+def test_what_is_promised_and_missing_is_warned_of_with_its_remedy(form, tmp_path):
+    source = save_without_mtp("glm4_moe", tmp_path / "in")
+    said = words_of(quantize(source, tmp_path / "out", "--dry_run", "--format", form).stdout)
+    assert "WARNING: config.json promises layers that predict further tokens" in said
+    assert ("vLLM does so with uninitialised memory" in said) == (form != "int4")
+    assert "--mtp_from DIR takes those of the base model" in said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_base_models_mtp_is_quantized_as_if_it_were_there(family, tmp_path):
+    root, mtp, _, _ = FAMILIES[family]
+    save_without_mtp(family, tmp_path / "tuned")
+    tuned = read_tensors(tmp_path / "tuned")
+    base = save_model(tmp_path / "base", language_model(root) | mtp, **promising(family))
+    save_model(tmp_path / "whole", tuned | mtp, **promising(family))
+    out = tmp_path / "out"
+    options = [*OPTIONS, "--mtp_from", base, "--verify"]
+    printed = quantize(tmp_path / "tuned", out, *options).stdout
+    said = words_of(printed)
+    assert f"Note: {len(mtp)} tensors of layers that predict further tokens" in said
+    assert "WARNING" not in said and "verified, no problems found" in said
+    quantize(tmp_path / "whole", tmp_path / "expected", *OPTIONS)
+    assert_same_tensors(out, tmp_path / "expected")
+    assert read_config(out) == read_config(tmp_path / "expected")
+
+
+def test_mtp_of_the_base_is_known_when_a_run_is_continued_verified_and_restored(tmp_path):
+    _, mtp, _, _ = FAMILIES["qwen3_next"]
+    source = save_without_mtp("qwen3_next", tmp_path / "in")
+    base = save_model(tmp_path / "base", mtp, **promising("qwen3_next"))
+    out, with_base = tmp_path / "out", [*OPTIONS, "--mtp_from", base]
+    quantize(source, out, *with_base)
+    finished = folder_bytes(out)
+    assert "verified, no problems" in quantize(source, out, "--verify", "--mtp_from", base).stdout
+    refused = run_cli(source, out, "--verify")
+    assert_refused(refused, "the input was another", "model.safetensors of --mtp_from")
+
+    (out / "model.safetensors.index.json").unlink()
+    assert_refused(run_cli(source, out, *OPTIONS), "of --mtp_from")
+    quantize(source, out, *with_base)
+    assert folder_bytes(out) == finished
+
+    quantize(out, tmp_path / "dense", "--restore")
+    assert read_tensors(tmp_path / "dense").keys() >= mtp.keys()
+    assert torch.equal(read_tensors(tmp_path / "dense")["mtp.fc.weight"], mtp["mtp.fc.weight"])
+
+
+def test_of_the_base_no_more_is_needed_than_the_files_with_mtp(tmp_path):
+    """A part of a download: the index names files that are not there."""
+    root, mtp, _, _ = FAMILIES["glm4_moe"]
+    source = save_without_mtp("glm4_moe", tmp_path / "in")
+    base = save_model(tmp_path / "base", mtp, **promising("glm4_moe"))
+    weight_map = dict.fromkeys(language_model(root), "model-00001.safetensors")
+    weight_map |= dict.fromkeys(mtp, "model.safetensors")
+    index = {"weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    printed = quantize(source, tmp_path / "out", *OPTIONS, "--mtp_from", base).stdout
+    assert f"{len(mtp)} tensors of layers that predict" in words_of(printed)
+
+
+def test_a_file_with_mtp_that_the_index_does_not_list_is_named_and_can_be_taken(tmp_path):
+    _, mtp, _, _ = FAMILIES["qwen3_5"]
+    source = save_without_mtp("qwen3_5", tmp_path / "in")
+    weight_map = dict.fromkeys(read_tensors(source), "model.safetensors")
+    index = {"weight_map": weight_map}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(mtp, source / "extra.safetensors")
+    said = words_of(quantize(source, tmp_path / "out", *OPTIONS, "--dry_run").stdout)
+    assert f"extra.safetensors, which no index lists, has them: --mtp_from {source} takes" in said
+    said = words_of(quantize(source, tmp_path / "out", *OPTIONS, "--mtp_from", source).stdout)
+    assert "WARNING" not in said and "extra.safetensors" not in said.partition("Left out:")[2]
+    assert torch.equal(read_tensors(tmp_path / "out")["mtp.fc.weight"], mtp["mtp.fc.weight"])
+
+
+WRONG_SHAPE = {"model.layers.2.eh_proj.weight": random(H, H)}
+GLM = FAMILIES["glm4_moe"][1]
+UNFIT = {
+    "none": ({"model.x.weight": random(8, H)}, {}, "no layers that predict further tokens are in"),
+    "width": (GLM, {"hidden_size": 512}, "its hidden_size is 512, and the model's 256"),
+    "layers": (GLM, {"num_hidden_layers": 1}, "its num_hidden_layers is 1, and the model's 2"),
+    "entry": (GLM | WRONG_SHAPE, {}, "eh_proj.weight' is (256, 256), and would have to be"),
+    "shape": (
+        GLM | {"model.layers.2.self_attn.k_proj.weight": random(64, H)},
+        {},
+        "k_proj.weight' is (64, 256), and would have to be (256, 256)",
+    ),
+    "names": (
+        {name.replace("model.", "transformer."): tensor for name, tensor in GLM.items()},
+        {},
+        "the model's own layers are not called as 'transformer.layers.2.",
+    ),
+    "quantized": (
+        GLM | {"model.layers.2.eh_proj.qweight": torch.ones(8, 8, dtype=torch.int32)},
+        {},
+        "already quantized",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_mtp_that_does_not_fit_is_refused(case, tmp_path):
+    mtp, config, message = UNFIT[case]
+    source = save_without_mtp("glm4_moe", tmp_path / "in")
+    base = save_model(tmp_path / "base", mtp, **promising("glm4_moe") | config)
+    assert_refused(run_cli(source, tmp_path / "out", *OPTIONS, "--mtp_from", base), message)
+
+
+def test_mtp_that_is_there_or_not_promised_is_not_taken_from_elsewhere(tmp_path):
+    root, mtp, _, _ = FAMILIES["qwen3_next"]
+    base = save_model(tmp_path / "base", mtp, **promising("qwen3_next"))
+    whole = save_model(tmp_path / "whole", language_model(root) | mtp, **SIZES)
+    refused = run_cli(whole, tmp_path / "out", *OPTIONS, "--mtp_from", base)
+    assert_refused(refused, "has such layers already, e.g. 'mtp.fc.weight'")
+    plain = save_model(tmp_path / "plain", language_model(root), **SIZES)
+    refused = run_cli(plain, tmp_path / "out", *OPTIONS, "--mtp_from", base)
+    assert_refused(refused, "promises no such layers", "num_nextn_predict_layers")
+    refused = run_cli(plain, base / "out", *OPTIONS, "--mtp_from", base)
+    assert_refused(refused, "is inside the input folder")
