@@ -4425,7 +4425,7 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
         if number == 0:
             targets = ["Linear"]
             if len(members) > 1 and any(map(EXPERT_PATTERN.match, members[packing])):
-                targets.append(r"re:(.*\.)?experts\.\d+\..*$")
+                targets += targets_of_experts(tensors, packing)
         else:
             targets = [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
         groups[f"group_{number}"] = {
@@ -4453,6 +4453,14 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
         "ignore": ["lm_head", *kept],
     }
     return {CONFIG_NAME: {"quantization_config": description}}
+
+
+def targets_of_experts(tensors: list[TensorPlan], packing: Packing) -> list[str]:
+    """Name the experts of a packing: all experts, but where others (of MTP) have another one."""
+    experts = [tensor for tensor in tensors if tensor.packing and is_expert(tensor)]
+    if all(tensor.packing == packing for tensor in experts):
+        return [r"re:(.*\.)?experts\.\d+\..*$"]
+    return [f"re:{pattern}" for pattern in patterns_of_modules(experts, packing)]
 
 
 def describe_gptq(tensors: list[TensorPlan], options: Options) -> dict[str, dict]:
@@ -4867,6 +4875,9 @@ class Engine:
     # load.
     no_float16: tuple[str, ...] = ()
     not_loaded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # By format: types of models of whose MTP it takes all layers for unquantized once an entry of
+    # config.json has "mtp" in it.
+    whole_mtp: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # By format: how it misreads packed experts.
     misreads_experts: Mapping[str, str] = field(default_factory=dict)
     # By format: the command that loads a finished folder {name}; and what that is called.
@@ -4911,6 +4922,8 @@ ENGINES = {
             # `_FLOAT16_NOT_SUPPORTED_MODELS` in config/model.py of 0.33.0.
             no_float16=("gemma2", "gemma3", "gemma3_text", "glm4"),
             not_loaded={"gptq": ("whisper",)},
+            # qwen3_5_mtp.py of 0.33.0.
+            whole_mtp={"gptq": ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")},
             misreads_experts={"gptq": "vLLM before 0.29"},
             commands={
                 "compressed-tensors": "vllm serve {name} --max-model-len 8192",
@@ -6417,6 +6430,25 @@ def check_fused_layers(draft: Draft) -> Iterator[str]:
                 yield f"{whole}: {fates}: --exclude or --int8 all of them or none"
 
 
+def check_partly_kept_mtp(draft: Draft) -> Iterator[str]:
+    """Check that no entry makes an engine take packed layers of MTP for unquantized ones."""
+    packed = [tensor for tensor in draft.tensors if tensor.packing and tensor.kind == MTP]
+    types = config_values(draft.config, "model_type")
+    for engine in draft.form.engines:
+        if not packed or not {*types} & {*engine.whole_mtp.get(draft.form.name, ())}:
+            continue
+        for pattern in patterns_of_modules(draft.tensors, None):
+            if "mtp" in pattern:
+                name = packed[0].source.name
+                yield (
+                    f"{engine.name} takes all layers of MTP for unquantized from {draft.form.name}"
+                    f' where an entry of {CONFIG_NAME} has "mtp" in it, as that for what is kept,'
+                    f" {pattern}, while {name!r} is quantized: --exclude mtp as a whole, too, or"
+                    " use --format compressed-tensors"
+                )
+                break
+
+
 def wholes_of(tensor: TensorPlan, form: Format) -> list[str]:
     """Describe each whole that engines hold in one precision and that this tensor is a part of."""
     name = tensor.source.name
@@ -6431,7 +6463,9 @@ def wholes_of(tensor: TensorPlan, form: Format) -> list[str]:
                 wholes.append(f"engines fuse {parent}.{{{modules}}}")
         if experts and engine.fuses_experts:
             wholes.append(f"engines fuse all experts of {experts[1]}")
-        if tensor.packing and engine.one_width_of_experts and EXPERT_PATTERN.match(name):
+        # It loads none of MTP.
+        is_loaded = EXPERT_PATTERN.match(name) and tensor.kind != MTP
+        if tensor.packing and engine.one_width_of_experts and is_loaded:
             wholes.append(
                 f"{engine.label} reads the experts of all layers in one width, others as noise"
             )
@@ -6882,7 +6916,9 @@ def reason_transformers_fails(draft: Draft) -> str:
 
     row = oddity_with("tells_experts", draft.config)
     is_told = draft.form.name in transformers.kept_experts
-    are_kept = any(is_expert(tensor) and not tensor.packing for tensor in draft.tensors)
+    kept = [tensor for tensor in draft.tensors if is_expert(tensor) and not tensor.packing]
+    # It loads none of MTP.
+    are_kept = any(tensor.kind != MTP for tensor in kept)
     if not are_kept or not is_told or row.linear_experts:
         return ""
     if not row.tells_experts:
@@ -6938,6 +6974,7 @@ RULES = (
     Rule(REFUSED, FOR_ENGINES, check_columns),
     Rule(REFUSED, FOR_ENGINES, check_rows),
     Rule(REFUSED, FOR_ENGINES, check_fused_layers),
+    Rule(REFUSED, FOR_ENGINES, check_partly_kept_mtp),
     Rule(REFUSED, FOR_ENGINES, check_ends_for_engines),
     Rule(WARNING, TENSORS, check_layers),
     Rule(WARNING, TENSORS, check_norms_and_biases),

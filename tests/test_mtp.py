@@ -133,9 +133,17 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("form", ENGINE_FORMATS)
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("family", FAMILIES)
+# What is refused of these: see the end of this file.
+CASES = [
+    (family, part, form)
+    for family in FAMILIES
+    for part in PARTS
+    for form in ENGINE_FORMATS
+    if part == "all of MTP" or (family, form) != ("qwen3_5", "gptq")
+]
+
+
+@pytest.mark.parametrize(("family", "part", "form"), CASES)
 def test_entries_tell_mtp_from_the_model_whatever_engines_call_the_model(
     family, part, form, tmp_path
 ):
@@ -397,3 +405,54 @@ def test_mtp_that_is_there_or_not_promised_is_not_taken_from_elsewhere(tmp_path)
     assert_refused(refused, "promises no such layers", "num_nextn_predict_layers")
     refused = run_cli(plain, base / "out", *OPTIONS, "--mtp_from", base)
     assert_refused(refused, "is inside the input folder")
+
+
+# --- what engines make of a part of it --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["nemotron", "glm4_moe", "qwen3_5"])
+def test_experts_of_mtp_that_are_kept_hinder_no_engine(family, tmp_path):
+    """transformers loads none of MTP."""
+    pattern = FAMILIES[family][3]
+    printed = convert(family, tmp_path, "--exclude", rf"{pattern}.*experts\.", "--dry_run")
+    assert "experts that are kept" not in words_of(printed)
+    model = r"^(?!mtp).*layers\.1\..*experts\."
+    printed = convert(family, tmp_path, "--exclude", model, "--dry_run")
+    assert "experts that are kept" in words_of(printed)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "nemotron", "glm4_moe"])
+def test_the_experts_of_mtp_may_have_8_bits_alone(family, tmp_path):
+    _, mtp, _, pattern = FAMILIES[family]
+    convert(family, tmp_path, "--int8", rf"{pattern}.*\.experts\.")
+    groups = read_config(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    for name, tensor in read_tensors(tmp_path / "out").items():
+        module = name.removesuffix(".weight_packed")
+        if module == name or ".experts." not in name:
+            continue
+        is_wide = f"{module}.weight" in mtp
+        columns = 128 if "down_proj" in module else H
+        assert tensor.shape[1] == columns // (4 if is_wide else 8)
+        for asked in names_in_engines(family, module):
+            named = [
+                group["weights"]["num_bits"]
+                for group in groups
+                if any(t[:3] == "re:" and re.match(t[3:], asked) for t in group["targets"])
+            ]
+            assert named == [8 if is_wide else 4], asked
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "all of MTP"])
+def test_no_entry_in_gptq_makes_vllm_take_all_of_qwens_mtp_for_unquantized(part, tmp_path):
+    root, mtp, _, _ = FAMILIES["qwen3_5"]
+    excluded = PARTS[part].format("mtp", root=re.escape(root))
+    source = save_model(tmp_path / "in", language_model(root) | mtp, **promising("qwen3_5"))
+    gptq = ["--format", "gptq", "--group_size", 64, "--scale", "absmax"]
+    refused = run_cli(source, tmp_path / "out", *gptq, "--exclude", excluded)
+    assert_refused(refused, "takes all layers of MTP for unquantized from gptq", "--exclude mtp")
+    for options in ([], ["--exclude", "mtp"]):
+        quantize(source, tmp_path / "out", *gptq, *options, "--overwrite")
+        named = [pattern for pattern in patterns(tmp_path / "out") if "mtp" in pattern]
+        assert bool(named) == bool(options)
+    both = ["--exclude", excluded, "--exclude", "mtp"]
+    quantize(source, tmp_path / "out", *gptq, *both, "--overwrite")
