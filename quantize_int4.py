@@ -15,8 +15,9 @@ A 2-D floating-point tensor X.weight of rows (outputs) by columns (inputs) is
 quantized if its rows are at least one group wide. A group is group_size
 columns of a row, which share a scale. 3-D stacks of routed experts are read as
 one weight for each expert and projection. Embeddings and what --exclude names
-are kept, and in formats for engines also heads and expert routers. All that is
-not quantized is kept bit for bit.
+are kept. In formats for engines, so are heads, expert routers and, of a model
+that sees, hears or speaks, all but its language model, unless --int8 names it.
+All that is not quantized is kept bit for bit.
 
 --format decides what X.weight (rows, columns) becomes. Here g is group_size,
 and padded is columns rounded up to whole groups:
@@ -64,7 +65,8 @@ Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 # For those who change it. The file is read downwards, as a tensor goes:
 #
 #   Checkpoint       knows the place of each tensor; `WeightsFile` reads its bytes
-#   Architectures    `expert_weights`: what a stack of experts becomes; `find_kinds`: layers' kinds
+#   Architectures    `expert_weights`: what a stack of experts becomes; `find_kinds`: layers' kinds;
+#                    `find_language_model`: which part of a multimodal model is quantized
 #   Formats          `FORMATS` and `ENGINES`: what a weight becomes, and what engines can hold
 #   Plan             `plan_tensors` and `reason_to_keep`: what is quantized, why others are kept;
 #                    `with_recipe`: how; `plan_shards`: where each byte of the output goes
