@@ -361,3 +361,13 @@ def test_the_voices_of_qwen2_5_omni_are_copied(tmp_path):
     result = quantize(source, tmp_path / "out", "--format", "compressed-tensors")
     assert (tmp_path / "out" / "spk_dict.pt").read_bytes() == b"voices"
     assert "other_spk_dict.pt (other weights)" in result.stdout
+
+
+@pytest.mark.parametrize(("name", "in_memory"), q.BRANCHES_IN_ENGINES.items())
+def test_a_branch_is_told_by_the_names_that_engines_give_it(name, in_memory, tmp_path):
+    shapes = expand(under("language_model.model", TEXT) | {f"{name}.1": [H, 128]})
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    source = save_model(tmp_path / "in", tensors, **SEES)
+    quantize(source, tmp_path / "out", "--format", "compressed-tensors")
+    for branch in (name, in_memory):
+        assert is_kept(tmp_path / "out", f"model.{branch}.linear_1")
