@@ -3822,9 +3822,7 @@ def find_towers(tensors: list[TensorInfo | OutputTensor], config: dict) -> set[s
     if not language_model:
         return set()
 
-    outside = {info.name for info in tensors if not language_model.holds(info.name)}
-    is_named = any(name in outside and SURE_TOWER_PATH.search(name) for name in matrices)
-    return outside if is_described or is_named else set()
+    return {info.name for info in tensors if not language_model.holds(info.name)}
 
 
 def has_config_of_tower(config: dict) -> bool:

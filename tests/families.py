@@ -856,6 +856,7 @@ FAMILIES = {
         qwen2_5_omni,
         "Qwen2_5OmniForConditionalGeneration",
         exclude=r"thinker\.model\.layers\.1\.self_attn\.[qkv]_proj",
+        decoded_at_once=True,
     ),
 }
 
