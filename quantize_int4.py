@@ -3037,6 +3037,15 @@ EXPERT_WIDTHS = (
     "ffn_hidden_size",
 )
 
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_k",
+)
+
 # Names of an expert's projections: gate, up and down.
 GATED = ("gate_proj", "up_proj", "down_proj")
 UNGATED = ("", "up_proj", "down_proj")
@@ -4225,7 +4234,10 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
     There is a group for each packing. The first takes whatever is `Linear`, the others name their
     modules. The first is that of fewest bits, and of most weights where several have as few: vLLM
     refuses experts whose projections are named apart ("must have same quantization scheme").
-    Beside other groups it names experts, too, which transformers matches by name before class."""
+    Beside other groups it names experts, too, which transformers matches by name before class.
+
+    The head is named wherever it is packed, since in vLLM it is no `Linear`. An entry that kept it,
+    too, would leave it random in transformers."""
     members: dict[Packing, list[str]] = {}
     for tensor in tensors:
         if tensor.packing:
@@ -4238,6 +4250,8 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
             targets = ["Linear"]
             if len(members) > 1 and any(map(EXPERT_PATTERN.match, members[packing])):
                 targets.append(r"re:(.*\.)?experts\.\d+\..*$")
+            if any(map(is_lm_head, members[packing])):
+                targets.append(r"re:(.*\.)?lm_head$")
         else:
             targets = [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
         groups[f"group_{number}"] = {
@@ -4256,13 +4270,14 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
             "output_activations": None,
         }
 
+    head_is_packed = any(tensor.packing and is_lm_head(tensor.source.name) for tensor in tensors)
     kept = [f"re:{pattern}" for pattern in patterns_of_modules(tensors, None)]
     description = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *kept],
+        "ignore": [*([] if head_is_packed else ["lm_head"]), *kept],
     }
     return {CONFIG_NAME: {"quantization_config": description}}
 
@@ -4433,8 +4448,8 @@ def entries_of(tensor: TensorPlan) -> list[Entry]:
     name = tensor.source.name
     dimensions = len(tensor.source.shape)
     module = name.removesuffix(".weight")
-    # Engines know that the head is kept.
-    if module == "lm_head" or dimensions < 2:
+    # Every description says that a head of this name is kept.
+    if dimensions < 2 or (module == "lm_head" and not tensor.packing):
         return []
 
     # One entry for the layer's experts: vLLM asks for projections that a model need not have.
@@ -4674,6 +4689,8 @@ class Engine:
     # experts that are kept.
     two_widths: tuple[str, ...] = ()
     kept_experts: tuple[str, ...] = ()
+    # Types of models to whose head it never passes the quantization.
+    plain_heads: tuple[str, ...] = ()
     # Types of models that it does not compute in float16, and by format those that it does not
     # load.
     no_float16: tuple[str, ...] = ()
@@ -4719,6 +4736,23 @@ ENGINES = {
             fuses_experts=True,
             two_widths=("compressed-tensors", "gptq"),
             kept_experts=("compressed-tensors",),
+            # Models of 0.33.0 that make a ParallelLMHead without a quant_config.
+            plain_heads=(
+                "alice_ai",
+                "bloom",
+                "dory",
+                "falcon_h1",
+                "falcon_mamba",
+                "gpt_oss",
+                "jamba",
+                "mamba",
+                "mamba2",
+                "opt",
+                "plamo3",
+                "qwen3_next",
+                "step3_text",
+                "zamba2",
+            ),
             # `_FLOAT16_NOT_SUPPORTED_MODELS` in config/model.py of 0.33.0.
             no_float16=("gemma2", "gemma3", "gemma3_text", "glm4"),
             not_loaded={"gptq": ("whisper",)},
@@ -5015,6 +5049,7 @@ CONFIG_KEYS = {
         "num_decoder_layers",
         *LAYER_COUNTS,
         *EXPERT_COUNTS,
+        *EXPERTS_PER_TOKEN,
     ),
     as_string: ("model_type", "architectures", "dtype", "torch_dtype"),
     as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
@@ -5107,6 +5142,15 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class TokenBytes:
+    """The weights that are read for a token of text, in bytes of the output."""
+
+    total: int
+    # Of these the head's, or those of the embedding that it is tied to.
+    head: int
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """A shard of the output: its name, its first bytes, and how many it has in all."""
 
@@ -5135,6 +5179,8 @@ class Plan:
     # SHA-256 of these files.
     hashes: dict[str, str]
     left_out: list[str]
+    # None where config.json and shapes do not tell.
+    token_bytes: TokenBytes | None
     # The class of transformers that loads the whole model.
     loader: str
     # The dtype for `vllm serve` where the format's scales have one of their own.
@@ -5430,10 +5476,74 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
         return NARROW.format(size)
     # To ask for embeddings where they are whole is refused by a rule.
     is_whole = kind in options.form.whole_kinds and kind != "embeddings"
-    is_asked_for = kind == TOWERS and named_by(options.int8, info) is not None
+    may_have_8_bits = kind == TOWERS or (kind == "head" and is_lm_head(info.name))
+    is_asked_for = may_have_8_bits and named_by(options.int8, info) is not None
     if is_whole and not is_asked_for:
         return f"{kind} (whole for engines)"
     return None
+
+
+def count_token_bytes(tensors: list[TensorPlan], config: dict) -> TokenBytes | None:
+    """Count the weights that a model which generates text reads for each token.
+
+    These are all of its language model, but of the routed experts those that a token reaches, and
+    of an embedding no more than a row. Returns None for other models, and where config.json does
+    not tell how many experts a token reaches."""
+    is_pair = any(config_values(config, "is_encoder_decoder"))
+    heads = [tensor for tensor in tensors if tensor.kind == "head"]
+    if not heads and any(config_values(config, "tie_word_embeddings")):
+        embeddings = [tensor for tensor in tensors if tensor.kind == "embeddings"]
+        of_words = [tensor for tensor in embeddings if is_of_words(tensor.source.name)]
+        heads = sorted(of_words, key=output_bytes)[-1:]
+    if is_pair or not heads:
+        return None
+
+    share = share_of_experts(config)
+    total = 0.0
+    for tensor in tensors:
+        name = tensor.source.name
+        is_apart = tensor.kind in ("embeddings", TOWERS) or MTP_NAMES.search(name)
+        if is_apart and not any(tensor is head for head in heads):
+            continue
+        if not is_routed(name):
+            total += output_bytes(tensor)
+        elif share is None:
+            return None
+        else:
+            total += share * output_bytes(tensor)
+    return TokenBytes(round(total), sum(map(output_bytes, heads)))
+
+
+def is_of_words(name: str) -> bool:
+    """Check whether an embedding is of words, and not of positions, types or images."""
+    return not re.search(NO_WORDS, name) and not TOWER_PATH.search(name)
+
+
+def output_bytes(tensor: TensorPlan) -> int:
+    """Return how many bytes a tensor becomes."""
+    return sum(output.nbytes for output in tensor.outputs)
+
+
+def is_routed(name: str) -> bool:
+    """Check whether a tensor holds routed experts: one, or a stack of them."""
+    return bool(EXPERT_PATTERN.match(name) or STACK_PATTERN.match(name))
+
+
+def share_of_experts(config: dict) -> float | None:
+    """Return which part of the routed experts a token reaches; None if config.json does not
+    tell."""
+    counts = set(config_values(config, *EXPERT_COUNTS))
+    reached = set(config_values(config, *EXPERTS_PER_TOKEN))
+    if len(counts) != 1 or len(reached) != 1:
+        return None
+    count = counts.pop()
+    number = reached.pop()
+    return number / count if 0 < number <= count else None
+
+
+def is_lm_head(name: str) -> bool:
+    """Check whether a head has the one name by which engines know a head that is packed."""
+    return bool(re.search(r"(^|\.)lm_head\.weight$", name))
 
 
 def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options) -> Plan:
@@ -5481,6 +5591,7 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
         other_files=copied | written | {INDEX_NAME: index},
         hashes=hashes,
         left_out=left_out,
+        token_bytes=None if options.restore else count_token_bytes(tensors, checkpoint.config),
         loader=loading_class(checkpoint.config),
     )
 
@@ -6489,7 +6600,7 @@ def note_delicate_layers(draft: Draft) -> Iterator[str]:
     """Advise to keep a head and routers."""
     delicate = []
     for tensor in draft.tensors:
-        if tensor.packing and tensor.kind in ("head", "routers"):
+        if tensor.packing and tensor.packing.bits == 4 and tensor.kind in ("head", "routers"):
             delicate.append(tensor)
     if delicate:
         pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
@@ -6555,6 +6666,37 @@ def check_types_for_engines(draft: Draft) -> Iterator[str]:
                     f"{engine.name} does not load models of type {model_type} from {name}:"
                     " use --format compressed-tensors"
                 )
+
+
+def check_packed_head(draft: Draft) -> Iterator[str]:
+    """Check that a head in 8 bits is a weight of its own, and that engines load it."""
+    heads = [tensor.source.name for tensor in draft.tensors if tensor.packing and is_head(tensor)]
+    if not heads:
+        return
+    if any(config_values(draft.config, "tie_word_embeddings")):
+        yield (
+            f"--int8 matches {heads[0]!r}, while {CONFIG_NAME} ties the head to the embedding"
+            " (tie_word_embeddings): no engine would read the packed copy; let the pattern leave it"
+            " out, or untie it there if it is a weight of its own"
+        )
+    for engine in draft.form.engines:
+        for model_type in config_values(draft.config, "model_type"):
+            if model_type in engine.plain_heads:
+                yield (
+                    f"--int8 matches {heads[0]!r}, and {engine.name} holds the head of models of"
+                    f" type {model_type} in full precision alone: let the pattern leave it out"
+                )
+
+
+def is_head(tensor: TensorPlan) -> bool:
+    """Return whether this is the model's head."""
+    return tensor.kind == "head" and is_lm_head(tensor.source.name)
+
+
+def note_packed_head(draft: Draft) -> Iterator[str]:
+    """Note which engines load a head in 8 bits."""
+    if any(tensor.packing and is_head(tensor) for tensor in draft.tensors):
+        yield "a head in 8 bits needs vLLM 0.20, for NemotronH 0.23"
 
 
 def warn_of_float16(draft: Draft) -> Iterator[str]:
@@ -6707,6 +6849,7 @@ RULES = (
     Rule(REFUSED, TENSORS, check_that_something_is_packed),
     Rule(REFUSED, TENSORS, check_output_names),
     Rule(REFUSED, FOR_ENGINES, check_embeddings),
+    Rule(REFUSED, FOR_ENGINES, check_packed_head),
     Rule(REFUSED, FOR_ENGINES, check_group_size),
     Rule(REFUSED, FOR_ENGINES, check_types_for_engines),
     Rule(REFUSED, FOR_ENGINES, check_config),
@@ -6735,6 +6878,7 @@ RULES = (
     Rule(NOTE, TENSORS, note_kept_stacks),
     Rule(NOTE, TENSORS, note_mtp),
     Rule(NOTE, TENSORS, note_two_widths),
+    Rule(NOTE, FOR_ENGINES, note_packed_head),
     Rule(NOTE, FOR_ENGINES, note_experts),
     Rule(NOTE, FOR_ENGINES, note_transformers),
 )
@@ -7109,6 +7253,12 @@ def print_plan(
     print_table(plan, checkpoint)
     say()
 
+    token = plan.token_bytes
+    if token:
+        total = format_bytes(token.total)
+        say_paragraph(
+            "A token:", f"reads {total} of weights, {format_bytes(token.head)} of it the head"
+        )
     for warning in plan.warnings:
         say_paragraph("WARNING:", warning)
     for note in plan.notes:

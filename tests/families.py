@@ -732,6 +732,7 @@ class Family:
 QKV = r"layers\.1\.self_attn\.[qkv]_proj"
 LLM_QKV = r"language_model\.(model\.)?layers\.1\.self_attn\.[qkv]_proj"
 TOWER = r"visual\."
+WIDE_HEAD = {"head in 8 bits": r"lm_head"}
 WIDE_ATTENTION = {"attention in 8 bits": r"self_attn"}
 WIDE_EXPERTS = {"experts in 8 bits": r"\.experts\."} | WIDE_ATTENTION
 
@@ -762,7 +763,7 @@ FAMILIES = {
         llama,
         "LlamaForCausalLM",
         {"attention": QKV},
-        WIDE_ATTENTION,
+        WIDE_ATTENTION | WIDE_HEAD,
         ("pretrained", "state_dict", "pth"),
     ),
     "llama_tied": Family(llama_tied, "LlamaForCausalLM", {"attention": QKV}),
@@ -784,6 +785,7 @@ FAMILIES = {
         {
             "all but experts in 8 bits": r"mixer\.(\w+_proj|shared_experts\.\w+)\.",
             "experts in 8 bits": r"\.experts\.",
+            **WIDE_HEAD,
         },
         ("pretrained", "state_dict", "pth"),
         float32_routers=True,
@@ -814,7 +816,7 @@ FAMILIES = {
         glm4_moe,
         "Glm4MoeForCausalLM",
         {"attention": QKV},
-        {},
+        WIDE_HEAD,
         ("pretrained", "state_dict"),
         float32_routers=True,
     ),
@@ -854,7 +856,7 @@ FAMILIES = {
         qwen3_5_moe,
         "Qwen3_5MoeForConditionalGeneration",
         {"linear_attn": "linear_attn", "attention": LLM_QKV},
-        WIDE_EXPERTS | {"tower in 8 bits": TOWER},
+        WIDE_EXPERTS | WIDE_HEAD | {"tower in 8 bits": TOWER},
         ("pretrained", "stacked", "state_dict"),
     ),
     "qwen2_5_vl": multimodal(qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),

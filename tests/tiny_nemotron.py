@@ -41,6 +41,7 @@ class NemotronConfig:
     num_key_value_heads: int
     head_dim: int
     n_routed_experts: int
+    num_experts_per_tok: int
     moe_intermediate_size: int
     moe_shared_expert_intermediate_size: int
 
@@ -58,6 +59,7 @@ NANO_30B = NemotronConfig(
     num_key_value_heads=2,
     head_dim=128,
     n_routed_experts=128,
+    num_experts_per_tok=6,
     moe_intermediate_size=1856,
     moe_shared_expert_intermediate_size=3712,
 )
@@ -75,6 +77,7 @@ TINY = NemotronConfig(
     num_key_value_heads=2,
     head_dim=64,
     n_routed_experts=4,
+    num_experts_per_tok=2,
     moe_intermediate_size=192,  # 1.5 groups of 128, as the real 1,856 are 14.5
     moe_shared_expert_intermediate_size=384,
 )
