@@ -4681,7 +4681,7 @@ class Engine:
     # By format: how it misreads packed experts.
     misreads_experts: Mapping[str, str] = field(default_factory=dict)
     # Types of models that it knows, as config.json names them for the whole model, where it takes
-    # others for one of these; and those of them whose packed experts it does not hold.
+    # all others for Llama; and those of them whose packed experts it does not hold.
     known_types: tuple[str, ...] = ()
     experts_not_held: tuple[str, ...] = ()
     # What it makes of group sizes that it does not have, and of experts that are kept, where that
@@ -6602,8 +6602,8 @@ def why_not_its_model(engine: Engine, draft: Draft) -> str:
     for model_type in config_values(only(draft.config, "model_type"), "model_type"):
         if engine.known_types and model_type not in engine.known_types:
             return (
-                f"does not know models of type {model_type}: it takes them for another type, mostly"
-                " without an error, and computes wrongly"
+                f"does not know models of type {model_type}: it takes them for Llama, mostly without"
+                " an error, and computes wrongly where they differ"
             )
         if model_type in engine.experts_not_held and any(map(is_expert, draft.tensors)):
             return f"does not hold experts of type {model_type} from {draft.form.name}: use vLLM"

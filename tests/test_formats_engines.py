@@ -110,7 +110,7 @@ def test_types_that_edge_llm_takes_for_others_are_noted_and_nothing_else_of_them
     tmp_path, model_type
 ):
     (note,) = edge_llm_notes(tmp_path, dense(320), template="", model_type=model_type)
-    assert note.startswith(f"does not know models of type {model_type}: it takes them for another")
+    assert note.startswith(f"does not know models of type {model_type}: it takes them for Llama")
 
 
 def test_experts_that_edge_llm_holds_in_other_formats_alone_are_noted(tiny, tmp_path):
