@@ -4680,9 +4680,9 @@ class Engine:
     not_loaded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # By format: how it misreads packed experts.
     misreads_experts: Mapping[str, str] = field(default_factory=dict)
-    # Types of models that it knows, as config.json names them for the whole model, where it takes
-    # all others for Llama; and those of them whose packed experts it does not hold.
-    known_types: tuple[str, ...] = ()
+    # Types of models that it knows, as config.json names them for the whole model, separated by
+    # blanks, where it takes all others for Llama; and those whose packed experts it does not hold.
+    known_types: str = ""
     experts_not_held: tuple[str, ...] = ()
     # What it makes of group sizes that it does not have, and of experts that are kept, where that
     # is no error.
@@ -4772,56 +4772,34 @@ ENGINES = {
             version="0.11.0",
             sources=(
                 "tensorrt_edgellm/config.py, checkpoint/repacking.py, chat_template.py",
-                "experimental/builder/models/registry.py",
-                "cpp/plugins/int4GroupwiseGemmPlugin and its documentation",
+                "experimental/builder/models/registry.py, tensorrt_edgellm/scripts/export.py",
+                "Int4GroupwiseGemmPlugin's kernels and documentation",
             ),
             kernels="Int4GroupwiseGemm",
             group_sizes=(128,),
-            known_types=(
-                "NemotronH_Nano_Omni_Reasoning_V3",
-                "NemotronH_Nano_VL_V2",
-                "alpamayo_r1",
-                "cosmos3_edge",
-                "cosmos3_edge_text",
-                "diffusion_gemma",
-                "diffusion_gemma_text",
-                "diffusiongemma",
-                "gemma4",
-                "gemma4_text",
-                "gemma4_unified",
-                "gemma4_unified_text",
-                "hunyuan_v1_dense",
-                "internvl",
-                "internvl_chat",
-                "llama",
-                "mistral",
-                "muse_glimmer",
-                "muse_glimmer_text",
+            known_types="""
+                alpamayo_r1 cosmos3_edge cosmos3_edge_text cosmos3_omni diffusion_gemma
+                diffusion_gemma_text diffusiongemma gemma4 gemma4_text gemma4_unified
+                gemma4_unified_text hunyuan_v1_dense internvl internvl_chat llama mistral
+                muse_glimmer muse_glimmer_text nemotron3_5_asr nemotron_h NemotronH_Nano_VL_V2
+                NemotronH_Nano_Omni_Reasoning_V3 phi4_multimodal phi4mm qwen2 qwen2_5_vl qwen2_vl
+                qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr
+                qwen3_asr_thinker qwen3_moe qwen3_omni qwen3_omni_moe qwen3_omni_moe_text
+                qwen3_omni_moe_thinker qwen3_omni_next qwen3_omni_next_text
+                qwen3_omni_next_text_moe qwen3_omni_next_thinker qwen3_omni_text
+                qwen3_omni_thinker qwen3_tts qwen3_vl
+            """,
+            # It holds these in NVFP4 alone, which an Orin does not compute.
+            experts_not_held=(
                 "nemotron_h",
-                "phi4mm",
-                "qwen2",
-                "qwen2_5_vl",
-                "qwen2_vl",
-                "qwen3",
-                "qwen3_5",
-                "qwen3_5_moe",
-                "qwen3_5_moe_text",
-                "qwen3_5_text",
-                "qwen3_asr",
-                "qwen3_moe",
-                "qwen3_omni",
-                "qwen3_omni_moe",
-                "qwen3_omni_next",
-                "qwen3_tts",
-                "qwen3_vl",
+                "NemotronH_Nano_VL_V2",
+                "NemotronH_Nano_Omni_Reasoning_V3",
             ),
-            # Those it holds in NVFP4 alone.
-            experts_not_held=("nemotron_h",),
             misreads_sizes="loads others without a warning and computes wrongly",
             misreads_kept_experts="loads them without a warning as if all their weights were -1",
             row_multiple=64,
             needs_chat_template=True,
-            types_without_template=("alpamayo_r1", "qwen3_asr", "qwen3_tts"),
+            types_without_template=("alpamayo_r1", "qwen3_asr", "qwen3_asr_thinker", "qwen3_tts"),
         ),
     )
 }
@@ -6309,13 +6287,15 @@ def exclude_for_size(draft: Draft, size: int) -> str:
     """Return the option that keeps all that groups of this size do not divide, with what it costs;
     nothing where that is most of the model, or experts."""
     ragged = [info for info in draft.packed if info.shape[1] % size]
+    if not ragged:
+        return ""
     pattern = pattern_of(ragged)
     kept = [info for info in draft.packed if re.search(pattern, info.name)]
-    weight = sum(info.nbytes for info in kept)
-    are_most = 2 * weight > sum(info.nbytes for info in draft.packed)
-    if not ragged or are_most or any(EXPERT_PATTERN.match(info.name) for info in kept):
+    nbytes = sum(info.nbytes for info in kept)
+    are_most = 2 * nbytes > sum(info.nbytes for info in draft.packed)
+    if are_most or any(EXPERT_PATTERN.match(info.name) for info in kept):
         return ""
-    cost = f"{count_of(len(kept), 'weight')}, {format_bytes(weight)}"
+    cost = f"{count_of(len(kept), 'weight')}, {format_bytes(nbytes)}"
     return f"--exclude {shlex.quote(pattern)} keeps what {size} does not divide ({cost})"
 
 
@@ -6600,10 +6580,10 @@ def why_not_its_model(engine: Engine, draft: Draft) -> str:
     """Return why an engine cannot serve this model in the format, whatever the options; nothing if
     it can."""
     for model_type in config_values(only(draft.config, "model_type"), "model_type"):
-        if engine.known_types and model_type not in engine.known_types:
+        if engine.known_types and model_type not in engine.known_types.split():
             return (
-                f"does not know models of type {model_type}: it takes them for Llama, mostly without"
-                " an error, and computes wrongly where they differ"
+                f"does not know models of type {model_type}: it takes them for Llama, mostly"
+                " without an error, and computes wrongly where they differ"
             )
         if model_type in engine.experts_not_held and any(map(is_expert, draft.tensors)):
             return f"does not hold experts of type {model_type} from {draft.form.name}: use vLLM"

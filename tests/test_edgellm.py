@@ -56,10 +56,11 @@ MODELS = {
     "qwen3_5": lambda: transformers.Qwen3_5TextConfig(
         **DENSE, **families.LINEAR_ATTENTION, **families.MIXED_LAYERS
     ),
+    "gemma2": lambda: transformers.Gemma2Config(**DENSE | TWO_LAYERS),
 }
 IN_PROJ = r"in_proj_[ab]\."
 CASES = [
-    *[(model, None) for model in MODELS if model != "qwen3_5"],
+    *[(model, None) for model in ("llama", "qwen2", "qwen3", "qwen3_moe", "nemotron_h")],
     ("llama", r"layers\.1\.self_attn\.[qkv]_proj"),
     ("nemotron_h", r"mixer\.down_proj"),
     ("qwen3_5", IN_PROJ),
@@ -68,14 +69,14 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def convert(tmp_path_factory):
-    """Makes a folder of gptq of a model, the same one each time, or another where a name is given."""
+    """Makes a quantized folder of a model, the same one each time, or another where a name is given."""
 
     @functools.cache
-    def make(model, exclude=None, group_size=128, name=""):
+    def make(model, exclude=None, group_size=128, form="gptq", name=""):
         source = tmp_path_factory.mktemp(model)
         save_random(MODELS[model](), source)
-        folder = source.with_name(f"{source.name}-gptq")
-        options = ["--format", "gptq", "--group_size", group_size]
+        folder = source.with_name(f"{source.name}-{form}")
+        options = ["--format", form, "--group_size", group_size]
         quantize(source, folder, *options, *(["--exclude", exclude] if exclude else []))
         return folder
 
@@ -201,6 +202,18 @@ def test_experts_that_are_kept_become_minus_one(convert):
     block = load(convert("qwen3_moe", r"\.experts\.")).get_submodule("model.layers.1.mlp")
     assert (unpack_marlin(block.fc_down_qweights[0], 256, 256) == -1).all()
     assert (block.fc_down_scales == 1).all()
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "int4"])
+def test_other_formats_load_without_an_error_and_without_their_weights(form, convert):
+    model = load(convert("llama", form=form))
+    assert not any(isinstance(module, linear.GPTQLinear) for module in model.modules())
+    assert "model.layers.0.mlp.up_proj.weight" in model.state_dict()
+
+
+def test_models_of_other_types_load_without_an_error_as_llama(convert):
+    model = load(convert("gemma2"))
+    assert not hasattr(model.model.layers[0], "pre_feedforward_layernorm")
 
 
 def test_it_stops_without_the_count_of_layers(convert):
