@@ -4697,6 +4697,19 @@ class Engine:
     not_loaded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # By format: how it misreads packed experts.
     misreads_experts: Mapping[str, str] = field(default_factory=dict)
+    # Types of models that it knows, as config.json names them for the whole model, separated by
+    # blanks, where it takes all others for Llama; and those whose packed experts it does not hold.
+    known_types: str = ""
+    experts_not_held: tuple[str, ...] = ()
+    # What it makes of group sizes that it does not have, and of experts that are kept, where that
+    # is no error.
+    misreads_sizes: str = ""
+    misreads_kept_experts: str = ""
+    # What the rows of all packed weights must be a multiple of.
+    row_multiple: int = 1
+    # Whether it refuses models without a chat template, other than those of some types.
+    needs_chat_template: bool = False
+    types_without_template: tuple[str, ...] = ()
     # By format: the command that loads a finished folder {name}; and what that is called.
     commands: Mapping[str, str] = field(default_factory=dict)
     verb: str = ""
@@ -4707,6 +4720,7 @@ class Engine:
         return f"{self.name} ({self.version.removesuffix('.0')})"
 
 
+EDGE_LLM = "TensorRT Edge-LLM"
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -4786,6 +4800,41 @@ ENGINES = {
             group_sizes=(1024, 512, 256, 128, 64, 32, 16),
             two_widths=("gptq",),
         ),
+        # The kernel of its groups has `divUp(K, 128)` built in, for any group size of the folder.
+        Engine(
+            name=EDGE_LLM,
+            version="0.11.0",
+            sources=(
+                "tensorrt_edgellm/config.py, checkpoint/repacking.py, chat_template.py",
+                "experimental/builder/models/registry.py, tensorrt_edgellm/scripts/export.py",
+                "Int4GroupwiseGemmPlugin's kernels and documentation",
+            ),
+            kernels="Int4GroupwiseGemm",
+            group_sizes=(128,),
+            known_types="""
+                alpamayo_r1 cosmos3_edge cosmos3_edge_text cosmos3_omni diffusion_gemma
+                diffusion_gemma_text diffusiongemma gemma4 gemma4_text gemma4_unified
+                gemma4_unified_text hunyuan_v1_dense internvl internvl_chat llama mistral
+                muse_glimmer muse_glimmer_text nemotron3_5_asr nemotron_h NemotronH_Nano_VL_V2
+                NemotronH_Nano_Omni_Reasoning_V3 phi4_multimodal phi4mm qwen2 qwen2_5_vl qwen2_vl
+                qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr
+                qwen3_asr_thinker qwen3_moe qwen3_omni qwen3_omni_moe qwen3_omni_moe_text
+                qwen3_omni_moe_thinker qwen3_omni_next qwen3_omni_next_text
+                qwen3_omni_next_text_moe qwen3_omni_next_thinker qwen3_omni_text
+                qwen3_omni_thinker qwen3_tts qwen3_vl
+            """,
+            # It holds these in NVFP4 alone, which an Orin does not compute.
+            experts_not_held=(
+                "nemotron_h",
+                "NemotronH_Nano_VL_V2",
+                "NemotronH_Nano_Omni_Reasoning_V3",
+            ),
+            misreads_sizes="loads others without a warning and computes wrongly",
+            misreads_kept_experts="loads them without a warning as if all their weights were -1",
+            row_multiple=64,
+            needs_chat_template=True,
+            types_without_template=("alpamayo_r1", "qwen3_asr", "qwen3_asr_thinker", "qwen3_tts"),
+        ),
     )
 }
 
@@ -4818,7 +4867,7 @@ GPTQ = Format(
     scales=".scales",
     constants=(ZERO_POINTS, GROUP_INDICES),
     describe=describe_gptq,
-    loaded_by=("vLLM", "transformers", "GPTQModel"),
+    loaded_by=("vLLM", "transformers", "GPTQModel", EDGE_LLM),
     with_offset=True,
     transposed=True,
     row_multiple=8,
@@ -5551,6 +5600,8 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
     decides them."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
+    if not options.restore and EDGE_LLM in options.form.loaded_by:
+        config |= count_of_listed_layers(config)
     if checkpoint.has_config:
         described[CONFIG_NAME] = config
     written = {name: as_json_file(value) for name, value in described.items()}
@@ -5594,6 +5645,15 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
         token_bytes=None if options.restore else count_token_bytes(tensors, checkpoint.config),
         loader=loading_class(checkpoint.config),
     )
+
+
+def count_of_listed_layers(config: dict) -> dict[str, int]:
+    """Make the count of layers where config.json has only their list, as transformers 5 writes it
+    for NemotronH. TensorRT Edge-LLM stops without the count, which others derive from the list."""
+    listed = config.get("layers_block_type")
+    if not isinstance(listed, list) or "num_hidden_layers" in config:
+        return {}
+    return {"num_hidden_layers": len(listed)}
 
 
 def as_json_file(value: dict) -> bytes:
@@ -6319,9 +6379,39 @@ def check_columns(draft: Draft) -> Iterator[str]:
     remedy = f"none of {', '.join(map(str, sizes))} divides all: --exclude them"
     for size in reversed(sizes):
         if not any(info.shape[1] % size for info in draft.packed):
-            remedy = f"--group_size {size} divides all"
+            remedy = f"--group_size {size} divides all{describe_lost_engines(draft, size)}"
     problem = f"with columns that are no multiple of --group_size {draft.options.group_size}"
     yield from describe_weights(ragged, f"{problem}: {remedy}")
+
+
+def describe_lost_engines(draft: Draft, size: int) -> str:
+    """Name the engines that have the group size that was asked for and not this one, and the
+    pattern that keeps what is in their way."""
+    lost = []
+    for engine in draft.form.engines:
+        has_size = draft.options.group_size in engine.group_sizes
+        if has_size and size not in engine.group_sizes and not why_not_its_model(engine, draft):
+            lost.append(engine.label)
+    if not lost:
+        return ""
+    exclude = exclude_for_size(draft, draft.options.group_size)
+    return f", but {list_in_words(lost)} cannot serve it{exclude and f': {exclude}'}"
+
+
+def exclude_for_size(draft: Draft, size: int) -> str:
+    """Return the option that keeps all that groups of this size do not divide, with what it costs;
+    nothing where that is most of the model, or experts."""
+    ragged = [info for info in draft.packed if info.shape[1] % size]
+    if not ragged:
+        return ""
+    pattern = pattern_of(ragged)
+    kept = [info for info in draft.packed if re.search(pattern, info.name)]
+    nbytes = sum(info.nbytes for info in kept)
+    are_most = 2 * nbytes > sum(info.nbytes for info in draft.packed)
+    if are_most or any(EXPERT_PATTERN.match(info.name) for info in kept):
+        return ""
+    cost = f"{count_of(len(kept), 'weight')}, {format_bytes(nbytes)}"
+    return f"--exclude {shlex.quote(pattern)} keeps what {size} does not divide ({cost})"
 
 
 def check_rows(draft: Draft) -> Iterator[str]:
@@ -6583,16 +6673,85 @@ def note_statistics(draft: Draft) -> Iterator[str]:
 
 
 def note_group_size(draft: Draft) -> Iterator[str]:
-    """State the group size where it was not asked for, and name the engines, of those that are
-    not required, that do not have it."""
-    size = draft.options.group_size
+    """State the group size where it was not asked for."""
     if draft.group_size_is_chosen:
         sizes = list_in_words(draft.form.group_sizes)
+        size = draft.options.group_size
         yield f"groups of {size}: the largest of {sizes} that divides all columns"
+
+
+def note_other_engines(draft: Draft) -> Iterator[str]:
+    """State why engines that are not required would not serve the folder."""
     for engine in draft.form.engines:
-        if not engine.required and engine.group_sizes and size not in engine.group_sizes:
-            sizes = list_in_words(engine.group_sizes)
-            yield f"{engine.label} cannot serve groups of {size}: it has {sizes} alone"
+        if engine.required:
+            continue
+        reason = why_not_its_model(engine, draft)
+        reasons = [reason] if reason else reasons_not_to_serve(engine, draft)
+        for reason in reasons:
+            yield f"{engine.label} {reason}"
+
+
+def why_not_its_model(engine: Engine, draft: Draft) -> str:
+    """Return why an engine cannot serve this model in the format, whatever the options; nothing if
+    it can."""
+    for model_type in config_values(only(draft.config, "model_type"), "model_type"):
+        if engine.known_types and model_type not in engine.known_types.split():
+            return (
+                f"does not know models of type {model_type}: it takes them for Llama, mostly"
+                " without an error, and computes wrongly where they differ"
+            )
+        if model_type in engine.experts_not_held and any(map(is_expert, draft.tensors)):
+            return f"does not hold experts of type {model_type} from {draft.form.name}: use vLLM"
+    return ""
+
+
+def reasons_not_to_serve(engine: Engine, draft: Draft) -> Iterator[str]:
+    """Yield why an engine cannot serve the folder, and what could be done about it."""
+    size = draft.options.group_size
+    if engine.group_sizes and size not in engine.group_sizes:
+        sizes = list_in_words(engine.group_sizes)
+        what_it_does = engine.misreads_sizes and f", {engine.misreads_sizes}"
+        remedy = remedy_for_size(draft, max(engine.group_sizes))
+        yield f"cannot serve groups of {size}: it has {sizes} alone{what_it_does}{remedy}"
+
+    ragged = [info for info in draft.packed if info.shape[0] % engine.row_multiple]
+    if ragged:
+        remedy = f"--exclude {shlex.quote(pattern_of(ragged))} keeps them"
+        problem = f"with rows that are no multiple of {engine.row_multiple}: {remedy}"
+        yield f"cannot serve {next(describe_weights(ragged, problem))}"
+
+    kept = [tensor for tensor in draft.tensors if is_expert(tensor) and not tensor.packing]
+    if kept and engine.misreads_kept_experts:
+        yield f"cannot serve experts that are kept: it {engine.misreads_kept_experts}"
+
+    types = config_values(only(draft.config, "model_type"), "model_type")
+    is_exempt = any(model_type in engine.types_without_template for model_type in types)
+    if engine.needs_chat_template and not is_exempt and not has_chat_template(draft.checkpoint):
+        yield "needs a chat template, and the checkpoint has none: put in a chat_template.jinja"
+
+
+def remedy_for_size(draft: Draft, size: int) -> str:
+    """Return how to get groups of this size, as the end of a sentence; nothing where that is not to
+    be had."""
+    if size not in draft.form.group_sizes:
+        return ""
+    if not any(info.shape[1] % size for info in draft.packed):
+        return f"; --group_size {size} divides all columns"
+    exclude = exclude_for_size(draft, size)
+    return exclude and f"; with --group_size {size}, {exclude}"
+
+
+def has_chat_template(checkpoint: Checkpoint) -> bool:
+    """Return whether a file beside the weights holds a chat template."""
+    folder = checkpoint.config_folder
+    if (folder / "chat_template.jinja").exists():
+        return True
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        # What is there and cannot be read is refused when the files are planned.
+        with contextlib.suppress(OSError):
+            if b'"chat_template"' in (folder / name).read_bytes():
+                return True
+    return False
 
 
 def note_no_engine(_draft: Draft) -> Iterator[str]:
@@ -6875,6 +7034,7 @@ RULES = (
     Rule(NOTE, TENSORS, note_checkpoint),
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_group_size),
+    Rule(NOTE, FOR_ENGINES, note_other_engines),
     Rule(NOTE, FOR_OTHERS, note_no_engine),
     Rule(NOTE, FOR_OTHERS, note_packed_towers),
     Rule(NOTE, TENSORS, note_delicate_layers),
