@@ -15,8 +15,9 @@ A 2-D floating-point tensor X.weight of rows (outputs) by columns (inputs) is
 quantized if its rows are at least one group wide. A group is group_size
 columns of a row, which share a scale. 3-D stacks of routed experts are read as
 one weight for each expert and projection. Embeddings and what --exclude names
-are kept, and in formats for engines also heads and expert routers. All that is
-not quantized is kept bit for bit.
+are kept. In formats for engines, so are heads, expert routers and, of a model
+that sees, hears or speaks, all but its language model, unless --int8 names it.
+All that is not quantized is kept bit for bit.
 
 --format decides what X.weight (rows, columns) becomes. Here g is group_size,
 and padded is columns rounded up to whole groups:
@@ -64,7 +65,8 @@ Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 # For those who change it. The file is read downwards, as a tensor goes:
 #
 #   Checkpoint       knows the place of each tensor; `WeightsFile` reads its bytes
-#   Architectures    `expert_weights`: what a stack of experts becomes; `find_kinds`: layers' kinds
+#   Architectures    `expert_weights`: what a stack of experts becomes; `find_kinds`: layers' kinds;
+#                    `find_language_model`: which part of a multimodal model is quantized
 #   Formats          `FORMATS` and `ENGINES`: what a weight becomes, and what engines can hold
 #   Plan             `plan_tensors` and `reason_to_keep`: what is quantized, why others are kept;
 #                    `with_recipe`: how; `plan_shards`: where each byte of the output goes
@@ -3163,6 +3165,15 @@ EXPERT_WIDTHS = (
     "ffn_hidden_size",
 )
 
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_k",
+)
+
 # Names of an expert's projections: gate, up and down.
 GATED = ("gate_proj", "up_proj", "down_proj")
 UNGATED = ("", "up_proj", "down_proj")
@@ -3959,9 +3970,7 @@ def find_towers(tensors: list[TensorInfo | OutputTensor], config: dict) -> set[s
     if not language_model:
         return set()
 
-    outside = {info.name for info in tensors if not language_model.holds(info.name)}
-    is_named = any(name in outside and SURE_TOWER_PATH.search(name) for name in matrices)
-    return outside if is_described or is_named else set()
+    return {info.name for info in tensors if not language_model.holds(info.name)}
 
 
 def has_config_of_tower(config: dict) -> bool:
@@ -4413,7 +4422,10 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
     There is a group for each packing. The first takes whatever is `Linear`, the others name their
     modules. The first is that of fewest bits, and of most weights where several have as few: vLLM
     refuses experts whose projections are named apart ("must have same quantization scheme").
-    Beside other groups it names experts, too, which transformers matches by name before class."""
+    Beside other groups it names experts, too, which transformers matches by name before class.
+
+    The head is named wherever it is packed, since in vLLM it is no `Linear`. An entry that kept it,
+    too, would leave it random in transformers."""
     members: dict[Packing, list[str]] = {}
     for tensor in tensors:
         if tensor.packing:
@@ -4426,6 +4438,8 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
             targets = ["Linear"]
             if len(members) > 1 and any(map(EXPERT_PATTERN.match, members[packing])):
                 targets += targets_of_experts(tensors, packing)
+            if any(map(is_lm_head, members[packing])):
+                targets.append(r"re:(.*\.)?lm_head$")
         else:
             targets = [f"re:{pattern}" for pattern in patterns_of_modules(tensors, packing)]
         groups[f"group_{number}"] = {
@@ -4444,13 +4458,14 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
             "output_activations": None,
         }
 
+    head_is_packed = any(tensor.packing and is_lm_head(tensor.source.name) for tensor in tensors)
     kept = [f"re:{pattern}" for pattern in patterns_of_modules(tensors, None)]
     description = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *kept],
+        "ignore": [*([] if head_is_packed else ["lm_head"]), *kept],
     }
     return {CONFIG_NAME: {"quantization_config": description}}
 
@@ -4629,8 +4644,8 @@ def entries_of(tensor: TensorPlan) -> list[Entry]:
     name = tensor.source.name
     dimensions = len(tensor.source.shape)
     module = name.removesuffix(".weight")
-    # Engines know that the head is kept.
-    if module == "lm_head" or dimensions < 2:
+    # Every description says that a head of this name is kept.
+    if dimensions < 2 or (module == "lm_head" and not tensor.packing):
         return []
 
     # One entry for the layer's experts: vLLM asks for projections that a model need not have.
@@ -4871,6 +4886,8 @@ class Engine:
     # experts that are kept.
     two_widths: tuple[str, ...] = ()
     kept_experts: tuple[str, ...] = ()
+    # Types of models to whose head it never passes the quantization.
+    plain_heads: tuple[str, ...] = ()
     # Types of models that it does not compute in float16, and by format those that it does not
     # load.
     no_float16: tuple[str, ...] = ()
@@ -4880,6 +4897,19 @@ class Engine:
     whole_mtp: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # By format: how it misreads packed experts.
     misreads_experts: Mapping[str, str] = field(default_factory=dict)
+    # Types of models that it knows, as config.json names them for the whole model, separated by
+    # blanks, where it takes all others for Llama; and those whose packed experts it does not hold.
+    known_types: str = ""
+    experts_not_held: tuple[str, ...] = ()
+    # What it makes of group sizes that it does not have, and of experts that are kept, where that
+    # is no error.
+    misreads_sizes: str = ""
+    misreads_kept_experts: str = ""
+    # What the rows of all packed weights must be a multiple of.
+    row_multiple: int = 1
+    # Whether it refuses models without a chat template, other than those of some types.
+    needs_chat_template: bool = False
+    types_without_template: tuple[str, ...] = ()
     # By format: the command that loads a finished folder {name}; and what that is called.
     commands: Mapping[str, str] = field(default_factory=dict)
     verb: str = ""
@@ -4890,6 +4920,7 @@ class Engine:
         return f"{self.name} ({self.version.removesuffix('.0')})"
 
 
+EDGE_LLM = "TensorRT Edge-LLM"
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -4919,6 +4950,23 @@ ENGINES = {
             fuses_experts=True,
             two_widths=("compressed-tensors", "gptq"),
             kept_experts=("compressed-tensors",),
+            # Models of 0.33.0 that make a ParallelLMHead without a quant_config.
+            plain_heads=(
+                "alice_ai",
+                "bloom",
+                "dory",
+                "falcon_h1",
+                "falcon_mamba",
+                "gpt_oss",
+                "jamba",
+                "mamba",
+                "mamba2",
+                "opt",
+                "plamo3",
+                "qwen3_next",
+                "step3_text",
+                "zamba2",
+            ),
             # `_FLOAT16_NOT_SUPPORTED_MODELS` in config/model.py of 0.33.0.
             no_float16=("gemma2", "gemma3", "gemma3_text", "glm4"),
             not_loaded={"gptq": ("whisper",)},
@@ -4954,6 +5002,41 @@ ENGINES = {
             group_sizes=(1024, 512, 256, 128, 64, 32, 16),
             two_widths=("gptq",),
         ),
+        # The kernel of its groups has `divUp(K, 128)` built in, for any group size of the folder.
+        Engine(
+            name=EDGE_LLM,
+            version="0.11.0",
+            sources=(
+                "tensorrt_edgellm/config.py, checkpoint/repacking.py, chat_template.py",
+                "experimental/builder/models/registry.py, tensorrt_edgellm/scripts/export.py",
+                "Int4GroupwiseGemmPlugin's kernels and documentation",
+            ),
+            kernels="Int4GroupwiseGemm",
+            group_sizes=(128,),
+            known_types="""
+                alpamayo_r1 cosmos3_edge cosmos3_edge_text cosmos3_omni diffusion_gemma
+                diffusion_gemma_text diffusiongemma gemma4 gemma4_text gemma4_unified
+                gemma4_unified_text hunyuan_v1_dense internvl internvl_chat llama mistral
+                muse_glimmer muse_glimmer_text nemotron3_5_asr nemotron_h NemotronH_Nano_VL_V2
+                NemotronH_Nano_Omni_Reasoning_V3 phi4_multimodal phi4mm qwen2 qwen2_5_vl qwen2_vl
+                qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_asr
+                qwen3_asr_thinker qwen3_moe qwen3_omni qwen3_omni_moe qwen3_omni_moe_text
+                qwen3_omni_moe_thinker qwen3_omni_next qwen3_omni_next_text
+                qwen3_omni_next_text_moe qwen3_omni_next_thinker qwen3_omni_text
+                qwen3_omni_thinker qwen3_tts qwen3_vl
+            """,
+            # It holds these in NVFP4 alone, which an Orin does not compute.
+            experts_not_held=(
+                "nemotron_h",
+                "NemotronH_Nano_VL_V2",
+                "NemotronH_Nano_Omni_Reasoning_V3",
+            ),
+            misreads_sizes="loads others without a warning and computes wrongly",
+            misreads_kept_experts="loads them without a warning as if all their weights were -1",
+            row_multiple=64,
+            needs_chat_template=True,
+            types_without_template=("alpamayo_r1", "qwen3_asr", "qwen3_asr_thinker", "qwen3_tts"),
+        ),
     )
 }
 
@@ -4986,7 +5069,7 @@ GPTQ = Format(
     scales=".scales",
     constants=(ZERO_POINTS, GROUP_INDICES),
     describe=describe_gptq,
-    loaded_by=("vLLM", "transformers", "GPTQModel"),
+    loaded_by=("vLLM", "transformers", "GPTQModel", EDGE_LLM),
     with_offset=True,
     transposed=True,
     row_multiple=8,
@@ -5217,6 +5300,7 @@ CONFIG_KEYS = {
         "num_decoder_layers",
         *LAYER_COUNTS,
         *EXPERT_COUNTS,
+        *EXPERTS_PER_TOKEN,
     ),
     as_string: ("model_type", "architectures", "dtype", "torch_dtype"),
     as_boolean: ("tie_word_embeddings", "is_encoder_decoder"),
@@ -5309,6 +5393,15 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class TokenBytes:
+    """The weights that are read for a token of text, in bytes of the output."""
+
+    total: int
+    # Of these the head's, or those of the embedding that it is tied to.
+    head: int
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """A shard of the output: its name, its first bytes, and how many it has in all."""
 
@@ -5337,6 +5430,8 @@ class Plan:
     # SHA-256 of these files.
     hashes: dict[str, str]
     left_out: list[str]
+    # None where config.json and shapes do not tell.
+    token_bytes: TokenBytes | None
     # The class of transformers that loads the whole model.
     loader: str
     # The dtype for `vllm serve` where the format's scales have one of their own.
@@ -5632,10 +5727,80 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
         return NARROW.format(size)
     # To ask for embeddings where they are whole is refused by a rule.
     is_whole = kind in options.form.whole_kinds and kind != "embeddings"
-    is_asked_for = kind == TOWERS and named_by(options.int8, info) is not None
+    may_have_8_bits = kind == TOWERS or (kind == "head" and is_lm_head(info.name))
+    is_asked_for = may_have_8_bits and named_by(options.int8, info) is not None
     if is_whole and not is_asked_for:
         return f"{kind} (whole for engines)"
     return None
+
+
+def count_token_bytes(tensors: list[TensorPlan], config: dict) -> TokenBytes | None:
+    """Count the weights that a model which generates text reads for each token.
+
+    These are all of its language model, but of the routed experts those that a token reaches, and
+    of an embedding no more than a row. Returns None for other models, and where config.json does
+    not tell how many experts a token reaches."""
+    sources = [tensor.source for tensor in tensors]
+    apart = find_towers(sources, config) | find_mtp((info.name for info in sources), config)
+    is_pair = any(config_values(config, "is_encoder_decoder"))
+    heads = []
+    for tensor in tensors:
+        is_lone_head = tensor.source.name.endswith("lm_head.weight")
+        if tensor.kind == "head" and (is_lone_head or tensor.source.name not in apart):
+            heads.append(tensor)
+    if not heads and any(config_values(config, "tie_word_embeddings")):
+        embeddings = [tensor for tensor in tensors if tensor.kind == "embeddings"]
+        of_words = [tensor for tensor in embeddings if is_of_words(tensor.source.name)]
+        heads = sorted(of_words, key=output_bytes)[-1:]
+    if is_pair or not heads:
+        return None
+
+    share = share_of_experts(config)
+    total = 0.0
+    for tensor in tensors:
+        is_head = any(tensor is head for head in heads)
+        is_apart = tensor.kind == "embeddings" or tensor.source.name in apart
+        if is_apart and not is_head:
+            continue
+        if not is_routed(tensor.source.name):
+            total += output_bytes(tensor)
+        elif share is None:
+            return None
+        else:
+            total += share * output_bytes(tensor)
+    return TokenBytes(round(total), sum(map(output_bytes, heads)))
+
+
+def is_of_words(name: str) -> bool:
+    """Check whether an embedding is of words, and not of positions, types or images."""
+    return not re.search(NO_WORDS, name) and not TOWER_PATH.search(name)
+
+
+def output_bytes(tensor: TensorPlan) -> int:
+    """Return how many bytes a tensor becomes."""
+    return sum(output.nbytes for output in tensor.outputs)
+
+
+def is_routed(name: str) -> bool:
+    """Check whether a tensor holds routed experts: one, or a stack of them."""
+    return bool(EXPERT_PATTERN.match(name) or STACK_PATTERN.match(name))
+
+
+def share_of_experts(config: dict) -> float | None:
+    """Return which part of the routed experts a token reaches; None if config.json does not
+    tell."""
+    counts = set(config_values(config, *EXPERT_COUNTS))
+    reached = set(config_values(config, *EXPERTS_PER_TOKEN))
+    if len(counts) != 1 or len(reached) != 1:
+        return None
+    count = counts.pop()
+    number = reached.pop()
+    return number / count if 0 < number <= count else None
+
+
+def is_lm_head(name: str) -> bool:
+    """Check whether a head has the one name by which engines know a head that is packed."""
+    return bool(re.search(r"(^|\.)lm_head\.weight$", name))
 
 
 def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Options) -> Plan:
@@ -5643,6 +5808,8 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
     decides them."""
     described = {} if options.restore else options.form.describe(tensors, options)
     config = checkpoint.config | described.pop(CONFIG_NAME, {})
+    if not options.restore and EDGE_LLM in options.form.loaded_by:
+        config |= count_of_listed_layers(config)
     if checkpoint.has_config:
         described[CONFIG_NAME] = config
     written = {name: as_json_file(value) for name, value in described.items()}
@@ -5683,8 +5850,18 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
         other_files=copied | written | {INDEX_NAME: index},
         hashes=hashes,
         left_out=left_out,
+        token_bytes=None if options.restore else count_token_bytes(tensors, checkpoint.config),
         loader=loading_class(checkpoint.config),
     )
+
+
+def count_of_listed_layers(config: dict) -> dict[str, int]:
+    """Make the count of layers where config.json has only their list, as transformers 5 writes it
+    for NemotronH. TensorRT Edge-LLM stops without the count, which others derive from the list."""
+    listed = config.get("layers_block_type")
+    if not isinstance(listed, list) or "num_hidden_layers" in config:
+        return {}
+    return {"num_hidden_layers": len(listed)}
 
 
 def as_json_file(value: dict) -> bytes:
@@ -6334,10 +6511,14 @@ def check_output_names(draft: Draft) -> Iterator[str]:
 
 
 def check_embeddings(draft: Draft) -> Iterator[str]:
-    """Check that --quantize_embeddings is not given: no engine holds them packed."""
+    """Check that --quantize_embeddings is not given. vLLM 0.33 has a class for packed embeddings;
+    transformers 5.24 loads them, and stops at the first use (AttributeError)."""
     if draft.options.quantize_embeddings:
         name = draft.form.name
-        yield f"--quantize_embeddings: no engine reads them packed as {name}; int4 can"
+        yield (
+            f"--quantize_embeddings: not all engines of {name} read packed embeddings"
+            f" ({ENGINES['transformers'].label} does not); int4 can"
+        )
 
 
 def check_group_size(draft: Draft) -> Iterator[str]:
@@ -6402,9 +6583,39 @@ def check_columns(draft: Draft) -> Iterator[str]:
     remedy = f"none of {', '.join(map(str, sizes))} divides all: --exclude them"
     for size in reversed(sizes):
         if not any(info.shape[1] % size for info in draft.packed):
-            remedy = f"--group_size {size} divides all"
+            remedy = f"--group_size {size} divides all{describe_lost_engines(draft, size)}"
     problem = f"with columns that are no multiple of --group_size {draft.options.group_size}"
     yield from describe_weights(ragged, f"{problem}: {remedy}")
+
+
+def describe_lost_engines(draft: Draft, size: int) -> str:
+    """Name the engines that have the group size that was asked for and not this one, and the
+    pattern that keeps what is in their way."""
+    lost = []
+    for engine in draft.form.engines:
+        has_size = draft.options.group_size in engine.group_sizes
+        if has_size and size not in engine.group_sizes and not why_not_its_model(engine, draft):
+            lost.append(engine.label)
+    if not lost:
+        return ""
+    exclude = exclude_for_size(draft, draft.options.group_size)
+    return f", but {list_in_words(lost)} cannot serve it{exclude and f': {exclude}'}"
+
+
+def exclude_for_size(draft: Draft, size: int) -> str:
+    """Return the option that keeps all that groups of this size do not divide, with what it costs;
+    nothing where that is most of the model, or experts."""
+    ragged = [info for info in draft.packed if info.shape[1] % size]
+    if not ragged:
+        return ""
+    pattern = pattern_of(ragged)
+    kept = [info for info in draft.packed if re.search(pattern, info.name)]
+    nbytes = sum(info.nbytes for info in kept)
+    are_most = 2 * nbytes > sum(info.nbytes for info in draft.packed)
+    if are_most or any(EXPERT_PATTERN.match(info.name) for info in kept):
+        return ""
+    cost = f"{count_of(len(kept), 'weight')}, {format_bytes(nbytes)}"
+    return f"--exclude {shlex.quote(pattern)} keeps what {size} does not divide ({cost})"
 
 
 def check_rows(draft: Draft) -> Iterator[str]:
@@ -6687,16 +6898,85 @@ def note_statistics(draft: Draft) -> Iterator[str]:
 
 
 def note_group_size(draft: Draft) -> Iterator[str]:
-    """State the group size where it was not asked for, and name the engines, of those that are
-    not required, that do not have it."""
-    size = draft.options.group_size
+    """State the group size where it was not asked for."""
     if draft.group_size_is_chosen:
         sizes = list_in_words(draft.form.group_sizes)
+        size = draft.options.group_size
         yield f"groups of {size}: the largest of {sizes} that divides all columns"
+
+
+def note_other_engines(draft: Draft) -> Iterator[str]:
+    """State why engines that are not required would not serve the folder."""
     for engine in draft.form.engines:
-        if not engine.required and engine.group_sizes and size not in engine.group_sizes:
-            sizes = list_in_words(engine.group_sizes)
-            yield f"{engine.label} cannot serve groups of {size}: it has {sizes} alone"
+        if engine.required:
+            continue
+        reason = why_not_its_model(engine, draft)
+        reasons = [reason] if reason else reasons_not_to_serve(engine, draft)
+        for reason in reasons:
+            yield f"{engine.label} {reason}"
+
+
+def why_not_its_model(engine: Engine, draft: Draft) -> str:
+    """Return why an engine cannot serve this model in the format, whatever the options; nothing if
+    it can."""
+    for model_type in config_values(only(draft.config, "model_type"), "model_type"):
+        if engine.known_types and model_type not in engine.known_types.split():
+            return (
+                f"does not know models of type {model_type}: it takes them for Llama, mostly"
+                " without an error, and computes wrongly where they differ"
+            )
+        if model_type in engine.experts_not_held and any(map(is_expert, draft.tensors)):
+            return f"does not hold experts of type {model_type} from {draft.form.name}: use vLLM"
+    return ""
+
+
+def reasons_not_to_serve(engine: Engine, draft: Draft) -> Iterator[str]:
+    """Yield why an engine cannot serve the folder, and what could be done about it."""
+    size = draft.options.group_size
+    if engine.group_sizes and size not in engine.group_sizes:
+        sizes = list_in_words(engine.group_sizes)
+        what_it_does = engine.misreads_sizes and f", {engine.misreads_sizes}"
+        remedy = remedy_for_size(draft, max(engine.group_sizes))
+        yield f"cannot serve groups of {size}: it has {sizes} alone{what_it_does}{remedy}"
+
+    ragged = [info for info in draft.packed if info.shape[0] % engine.row_multiple]
+    if ragged:
+        remedy = f"--exclude {shlex.quote(pattern_of(ragged))} keeps them"
+        problem = f"with rows that are no multiple of {engine.row_multiple}: {remedy}"
+        yield f"cannot serve {next(describe_weights(ragged, problem))}"
+
+    kept = [tensor for tensor in draft.tensors if is_expert(tensor) and not tensor.packing]
+    if kept and engine.misreads_kept_experts:
+        yield f"cannot serve experts that are kept: it {engine.misreads_kept_experts}"
+
+    types = config_values(only(draft.config, "model_type"), "model_type")
+    is_exempt = any(model_type in engine.types_without_template for model_type in types)
+    if engine.needs_chat_template and not is_exempt and not has_chat_template(draft.checkpoint):
+        yield "needs a chat template, and the checkpoint has none: put in a chat_template.jinja"
+
+
+def remedy_for_size(draft: Draft, size: int) -> str:
+    """Return how to get groups of this size, as the end of a sentence; nothing where that is not to
+    be had."""
+    if size not in draft.form.group_sizes:
+        return ""
+    if not any(info.shape[1] % size for info in draft.packed):
+        return f"; --group_size {size} divides all columns"
+    exclude = exclude_for_size(draft, size)
+    return exclude and f"; with --group_size {size}, {exclude}"
+
+
+def has_chat_template(checkpoint: Checkpoint) -> bool:
+    """Return whether a file beside the weights holds a chat template."""
+    folder = checkpoint.config_folder
+    if (folder / "chat_template.jinja").exists():
+        return True
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        # What is there and cannot be read is refused when the files are planned.
+        with contextlib.suppress(OSError):
+            if b'"chat_template"' in (folder / name).read_bytes():
+                return True
+    return False
 
 
 def note_no_engine(_draft: Draft) -> Iterator[str]:
@@ -6708,7 +6988,7 @@ def note_delicate_layers(draft: Draft) -> Iterator[str]:
     """Advise to keep a head and routers."""
     delicate = []
     for tensor in draft.tensors:
-        if tensor.packing and tensor.kind in ("head", "routers"):
+        if tensor.packing and tensor.packing.bits == 4 and tensor.kind in ("head", "routers"):
             delicate.append(tensor)
     if delicate:
         pattern = shlex.quote(pattern_of(tensor.source for tensor in delicate))
@@ -6812,6 +7092,37 @@ def check_types_for_engines(draft: Draft) -> Iterator[str]:
                     f"{engine.name} does not load models of type {model_type} from {name}:"
                     " use --format compressed-tensors"
                 )
+
+
+def check_packed_head(draft: Draft) -> Iterator[str]:
+    """Check that a head in 8 bits is a weight of its own, and that engines load it."""
+    heads = [tensor.source.name for tensor in draft.tensors if tensor.packing and is_head(tensor)]
+    if not heads:
+        return
+    if any(config_values(draft.config, "tie_word_embeddings")):
+        yield (
+            f"--int8 matches {heads[0]!r}, while {CONFIG_NAME} ties the head to the embedding"
+            " (tie_word_embeddings): no engine would read the packed copy; let the pattern leave it"
+            " out, or untie it there if it is a weight of its own"
+        )
+    for engine in draft.form.engines:
+        for model_type in config_values(draft.config, "model_type"):
+            if model_type in engine.plain_heads:
+                yield (
+                    f"--int8 matches {heads[0]!r}, and {engine.name} holds the head of models of"
+                    f" type {model_type} in full precision alone: let the pattern leave it out"
+                )
+
+
+def is_head(tensor: TensorPlan) -> bool:
+    """Return whether this is the model's head."""
+    return tensor.kind == "head" and is_lm_head(tensor.source.name)
+
+
+def note_packed_head(draft: Draft) -> Iterator[str]:
+    """Note which engines load a head in 8 bits."""
+    if any(tensor.packing and is_head(tensor) for tensor in draft.tensors):
+        yield "a head in 8 bits needs vLLM 0.20, for NemotronH 0.23"
 
 
 def warn_of_float16(draft: Draft) -> Iterator[str]:
@@ -6966,6 +7277,7 @@ RULES = (
     Rule(REFUSED, TENSORS, check_that_something_is_packed),
     Rule(REFUSED, TENSORS, check_output_names),
     Rule(REFUSED, FOR_ENGINES, check_embeddings),
+    Rule(REFUSED, FOR_ENGINES, check_packed_head),
     Rule(REFUSED, FOR_ENGINES, check_group_size),
     Rule(REFUSED, FOR_ENGINES, check_types_for_engines),
     Rule(REFUSED, FOR_ENGINES, check_config),
@@ -6989,6 +7301,7 @@ RULES = (
     Rule(NOTE, TENSORS, note_checkpoint),
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_group_size),
+    Rule(NOTE, FOR_ENGINES, note_other_engines),
     Rule(NOTE, FOR_OTHERS, note_no_engine),
     Rule(NOTE, FOR_OTHERS, note_packed_towers),
     Rule(NOTE, TENSORS, note_delicate_layers),
@@ -6996,6 +7309,7 @@ RULES = (
     Rule(NOTE, TENSORS, note_kept_stacks),
     Rule(NOTE, FOR_ENGINES, note_mtp),
     Rule(NOTE, TENSORS, note_two_widths),
+    Rule(NOTE, FOR_ENGINES, note_packed_head),
     Rule(NOTE, FOR_ENGINES, note_experts),
     Rule(NOTE, FOR_ENGINES, note_transformers),
 )
@@ -7370,6 +7684,12 @@ def print_plan(
     print_table(plan, checkpoint)
     say()
 
+    token = plan.token_bytes
+    if token:
+        total = format_bytes(token.total)
+        say_paragraph(
+            "A token:", f"reads {total} of weights, {format_bytes(token.head)} of it the head"
+        )
     for warning in plan.warnings:
         say_paragraph("WARNING:", warning)
     for note in plan.notes:

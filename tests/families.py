@@ -410,6 +410,38 @@ def qwen2_audio():
     )
 
 
+def nemotron_h_omni():
+    """NemotronH, which sees with RADIO and hears with Parakeet."""
+    vision = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "max_img_size": 128,
+        "video_temporal_patch_size": 2,
+    }
+    audio = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "subsampling_conv_channels": 32,
+        "num_mel_bins": 16,
+        "projection_hidden_size": 256,
+        "projection_bias": False,
+    }
+    return transformers.NemotronH_Omni_Reasoning_V3_Config(
+        text_config=nemotron_h(),
+        vision_config=vision,
+        audio_config=audio,
+        vision_hidden_size=128,
+        projector_hidden_size=256,
+        image_token_id=250,
+        video_token_id=251,
+        audio_token_id=252,
+    )
+
+
 def whisper():
     """Its encoder hears, and is as much of the language model as its decoder."""
     return transformers.WhisperConfig(
@@ -700,11 +732,19 @@ class Family:
 QKV = r"layers\.1\.self_attn\.[qkv]_proj"
 LLM_QKV = r"language_model\.(model\.)?layers\.1\.self_attn\.[qkv]_proj"
 TOWER = r"visual\."
+WIDE_HEAD = {"head in 8 bits": r"lm_head"}
 WIDE_ATTENTION = {"attention in 8 bits": r"self_attn"}
 WIDE_EXPERTS = {"experts in 8 bits": r"\.experts\."} | WIDE_ATTENTION
 
 
-def multimodal(config, model_class, exclude=QKV, saved=("pretrained",), decoded_at_once=False):
+def multimodal(
+    config,
+    model_class,
+    exclude=QKV,
+    saved=("pretrained",),
+    decoded_at_once=False,
+    float32_routers=False,
+):
     """A family of models that see or hear: no option is needed but the format."""
     excludes = {"attention": exclude}
     return Family(
@@ -714,6 +754,7 @@ def multimodal(config, model_class, exclude=QKV, saved=("pretrained",), decoded_
         saved=saved,
         decoded_at_once=decoded_at_once,
         group_size=None,
+        float32_routers=float32_routers,
     )
 
 
@@ -722,7 +763,7 @@ FAMILIES = {
         llama,
         "LlamaForCausalLM",
         {"attention": QKV},
-        WIDE_ATTENTION,
+        WIDE_ATTENTION | WIDE_HEAD,
         ("pretrained", "state_dict", "pth"),
     ),
     "llama_tied": Family(llama_tied, "LlamaForCausalLM", {"attention": QKV}),
@@ -744,6 +785,7 @@ FAMILIES = {
         {
             "all but experts in 8 bits": r"mixer\.(\w+_proj|shared_experts\.\w+)\.",
             "experts in 8 bits": r"\.experts\.",
+            **WIDE_HEAD,
         },
         ("pretrained", "state_dict", "pth"),
         float32_routers=True,
@@ -774,7 +816,7 @@ FAMILIES = {
         glm4_moe,
         "Glm4MoeForCausalLM",
         {"attention": QKV},
-        {},
+        WIDE_HEAD,
         ("pretrained", "state_dict"),
         float32_routers=True,
     ),
@@ -814,7 +856,7 @@ FAMILIES = {
         qwen3_5_moe,
         "Qwen3_5MoeForConditionalGeneration",
         {"linear_attn": "linear_attn", "attention": LLM_QKV},
-        WIDE_EXPERTS | {"tower in 8 bits": TOWER},
+        WIDE_EXPERTS | WIDE_HEAD | {"tower in 8 bits": TOWER},
         ("pretrained", "stacked", "state_dict"),
     ),
     "qwen2_5_vl": multimodal(qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration"),
@@ -846,6 +888,12 @@ FAMILIES = {
     "smolvlm": multimodal(smolvlm, "SmolVLMForConditionalGeneration", exclude="text_model." + QKV),
     "mistral3": multimodal(mistral3, "Mistral3ForConditionalGeneration", exclude=LLM_QKV),
     "qwen2_audio": multimodal(qwen2_audio, "Qwen2AudioForConditionalGeneration", exclude=LLM_QKV),
+    "nemotron_h_omni": multimodal(
+        nemotron_h_omni,
+        "NemotronH_Omni_Reasoning_V3",
+        exclude=r"mixer\.[qkv]_proj\.|layers\.0\.mixer\.in_proj\.",
+        float32_routers=True,
+    ),
     "whisper": multimodal(
         whisper,
         "WhisperForConditionalGeneration",
@@ -856,6 +904,7 @@ FAMILIES = {
         qwen2_5_omni,
         "Qwen2_5OmniForConditionalGeneration",
         exclude=r"thinker\.model\.layers\.1\.self_attn\.[qkv]_proj",
+        decoded_at_once=True,
     ),
 }
 

@@ -7,12 +7,13 @@ import re
 import pytest
 import torch
 from checkpoints import BESIDE, MOE, SEPARATE, E, gated, random, save_model
-from conftest import ROOT, assert_refused, quantize, run_cli
+from conftest import ROOT, assert_refused, quantize, refuse, run_cli
 from folders import (
     assert_same_tensors,
     changed_tensors,
     edit_shard,
     folder_bytes,
+    is_kept,
     read_config,
     read_tensors,
 )
@@ -251,23 +252,28 @@ def test_verify_finds_what_is_wrong_with_8_bit_weights(tmp_path, change, scale):
 
 # --- README's recipes -------------------------------------------------------------------------------------------------
 
-RECIPES = re.findall(r"--int8 '(.*?)'", (ROOT / "README.md").read_text())
-EXPECTED = [("5,968", "36", "18.0 GB"), ("5,888", "116", "18.5 GB")]
+# Those for the flagship, which has no tower.
+RECIPES = re.findall(r"--int8 '((?!visual).*?)'", (ROOT / "README.md").read_text())
+EXPECTED = [
+    ("6,004", "1", "18,253", "17.5 GB"),
+    ("5,968", "36", "18,251", "18.0 GB"),
+    ("5,888", "117", "18,253", "18.2 GB"),
+]
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     list(zip(RECIPES, EXPECTED, strict=True)),
-    ids=["attention", "not experts"],
+    ids=["head", "attention", "not experts"],
 )
 def test_a_recipe_of_the_readme_gives_the_size_it_names(inventory, tmp_path, recipe, expected):
     options = ["--format", "compressed-tensors", "--int8", recipe, "--dry_run"]
     plan = quantize(inventory, tmp_path / "out", *options).stdout
-    four, eight, size = expected
+    four, eight, tensors, size = expected
     assert re.search(
         rf"quantized to 4 bits +{four} (.*\n)+quantized to 8 bits, by 128 +{eight} ", plan
     )
-    assert re.search(rf"^output +18,251 +{size} ", plan, re.MULTILINE)
+    assert re.search(rf"^output +{tensors} +{size} ", plan, re.MULTILINE)
     assert size in (ROOT / "README.md").read_text()
 
 
@@ -286,3 +292,101 @@ def test_8_bits_for_the_experts_of_one_layer_alone_are_refused(tiny, tmp_path):
         r"mixer\.experts",
         "--verify",
     )
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+HEAD = {
+    "model.embed_tokens.weight": random(320, 256),
+    "model.layers.0.mlp.up_proj.weight": random(64, 256),
+    "lm_head.weight": random(320, 256),
+}
+
+
+def description_of(folder):
+    return read_config(folder)["quantization_config"]
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "."])
+def test_a_head_in_8_bits_is_named_in_its_group_and_not_kept(tmp_path, pattern):
+    """`Linear` alone is not enough for vLLM, and an entry that kept it leaves it random in transformers."""
+    source = save_model(tmp_path / "in", HEAD, vocab_size=320, hidden_size=256)
+    result = quantize(source, tmp_path / "out", *ENGINE, "--int8", pattern, "--verify")
+    assert "a head in 8 bits needs vLLM 0.20, for NemotronH 0.23" in result.stdout
+    assert "lm_head.weight_packed" in read_tensors(tmp_path / "out")
+    description = description_of(tmp_path / "out")
+    (group,) = (g for g in description["config_groups"].values() if g["weights"]["num_bits"] == 8)
+    assert r"re:(.*\.)?lm_head$" in group["targets"]
+    assert not is_kept(tmp_path / "out", "lm_head")
+    assert is_kept(tmp_path / "out", "model.embed_tokens")
+
+
+def test_a_head_is_never_packed_in_4_bits_for_engines(tmp_path):
+    source = save_model(tmp_path / "in", HEAD, vocab_size=320, hidden_size=256)
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "up_proj")
+    assert "lm_head.weight" in read_tensors(tmp_path / "out")
+    assert is_kept(tmp_path / "out", "lm_head")
+
+
+def test_a_head_of_another_name_is_kept(tmp_path):
+    model = {name.replace("lm_head", "output_layer"): tensor for name, tensor in HEAD.items()}
+    source = save_model(tmp_path / "in", model, vocab_size=320, hidden_size=256)
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", ".")
+    assert "output_layer.weight" in read_tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"tie_word_embeddings": True}, "ties the head to the embedding"),
+        ({"model_type": "qwen3_next"}, "qwen3_next in full precision alone"),
+    ],
+)
+def test_a_packed_head_that_no_engine_would_read_is_refused(tmp_path, config, reason):
+    source = save_model(tmp_path / "in", HEAD, vocab_size=320, hidden_size=256, **config)
+    refuse(source, tmp_path / "out", "lm_head.weight", reason, options=[*ENGINE, "--int8", "."])
+    quantize(source, tmp_path / "out", *ENGINE, "--int8", "up_proj")
+
+
+# --- bytes a token ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "total", "head"),
+    [
+        ([], "2.25 GB", "705 MB"),
+        (["--int8", "lm_head"], "1.90 GB", "358 MB"),
+        (["--int8", r"^(?!.*\.experts\.)"], "2.62 GB", "358 MB"),
+    ],
+)
+def test_the_plan_says_what_a_token_reads_of_the_flagship(
+    inventory, tmp_path, options, total, head
+):
+    options = ["--format", "compressed-tensors", *options, "--dry_run"]
+    plan = quantize(inventory, tmp_path / "out", *options).stdout
+    assert f"A token:   reads {total} of weights, {head} of it the head" in plan
+    assert total in (ROOT / "README.md").read_text()
+
+
+def test_a_tied_head_is_the_embedding_and_another_embedding_is_not_read(tmp_path):
+    model = HEAD | {"model.embed_positions.weight": random(512, 256)}
+    del model["lm_head.weight"]
+    config = {"vocab_size": 320, "hidden_size": 256, "tie_word_embeddings": True}
+    source = save_model(tmp_path / "in", model, architectures=["XForCausalLM"], **config)
+    plan = quantize(source, tmp_path / "out", *ENGINE, "--dry_run").stdout
+    # The embedding of 320 words in bf16; and 64 rows of 256 codes and 4 scales, and their shape.
+    assert f"reads {(320 * 512 + 64 * (128 + 8) + 16) / 1000:.0f} kB of weights, 164 kB" in plan
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("model.layers.0.mlp.experts.0.up_proj.weight", {"num_experts": 4}),
+        ("model.decoder.layers.0.fc1.weight", {"is_encoder_decoder": True}),
+    ],
+)
+def test_nothing_is_said_of_a_token_where_config_does_not_tell(tmp_path, name, config):
+    model = HEAD | {name: random(64, 256)}
+    source = save_model(tmp_path / "in", model, vocab_size=320, hidden_size=256, **config)
+    plan = quantize(source, tmp_path / "out", "--dry_run").stdout
+    assert "A token:" not in plan

@@ -136,8 +136,14 @@ TEXT_ONLY = {
         | {"vocab_projector": [1000, H], "vocab_transform": [H, H]},
         SIZES,
     ),
-    "a config of an encoder": (under("model", TEXT), SIZES | {"encoder_config": {"d_model": 128}}),
-    "an empty config of a tower": (under("model", TEXT), SIZES | {"vision_config": {}}),
+    "a config of an encoder": (
+        under("model", TEXT) | {"cls.dense": [H, H]},
+        SIZES | {"encoder_config": {"d_model": 128}},
+    ),
+    "an empty config of a tower": (
+        under("model", TEXT) | {"cls.dense": [H, H]},
+        SIZES | {"vision_config": {}},
+    ),
     "t5": (
         {"shared": [1000, H], "encoder.block.{2}.layer.0.q": [H, H]}
         | {"decoder.block.{2}.layer.0.q": [H, H]},
@@ -172,9 +178,10 @@ def test_the_language_model_is_where_the_words_are(config, root):
     assert kept_of(under(root, TEXT) | TOWER, config) == TOWERS | {f"{root}.embed_tokens.weight"}
 
 
-def test_branches_without_such_a_word_are_told_by_config_json():
+@pytest.mark.parametrize("config", [SEES, {"thinker_config": SEES}], ids=["", "nested"])
+def test_branches_without_such_a_word_are_told_by_config_json(config):
     other = {"thing.layers.{2}": ["clip", 128, 256], "bridge.linear": [H, 128]}
-    kept = kept_of(under("model", TEXT) | other, SEES)
+    kept = kept_of(under("model", TEXT) | other, config)
     assert kept == expand(other).keys() | {"model.embed_tokens.weight"}
     assert not q.find_towers(infos_of(expand(under("model", TEXT) | other)), {})
 
@@ -183,6 +190,27 @@ def test_a_layer_of_the_towers_own_as_wide_as_the_words_is_no_layer_of_the_langu
     alike = {"model.visual.blocks.{3}": ["vit", H, 512], "model.resampler.layers.{2}.fc": [H, H]}
     kept = kept_of(under("model.language_model", TEXT) | alike, SEES)
     assert kept == expand(alike).keys() | {"model.language_model.embed_tokens.weight"}
+
+
+def test_a_table_of_a_tower_with_as_many_rows_as_words_is_no_embedding_of_words():
+    table = {"visual.table": [1000, H], "visual.blocks.{2}": ["vit", H, 512]}
+    infos = infos_of(expand(under("model", TEXT) | table))
+    assert q.find_language_model(infos, SEES) == q.LanguageModel(
+        "model.", frozenset({"model.layers"})
+    )
+
+
+def test_layers_of_another_width_are_no_layers_of_the_language_model():
+    other = {"model.adapter.{2}.fc": [64, 64]}
+    kept = kept_of(under("model", TEXT) | other | TOWER, SEES)
+    assert kept == TOWERS | expand(other).keys() | {"model.embed_tokens.weight"}
+
+
+def test_layers_of_a_tower_may_be_nearer_to_the_words():
+    text = {"model.embed_tokens": [1000, H], "layers.{2}": ["llama", H, 512]}
+    tower = {"model.visual.blocks.{2}": ["vit", H, 512]}
+    kept = kept_of(text | tower, SEES)
+    assert kept == expand(tower).keys() | {"model.embed_tokens.weight"}
 
 
 def test_lists_of_as_many_layers_as_config_json_says_come_first():
@@ -335,3 +363,13 @@ def test_the_voices_of_qwen2_5_omni_are_copied(tmp_path):
     result = quantize(source, tmp_path / "out", "--format", "compressed-tensors")
     assert (tmp_path / "out" / "spk_dict.pt").read_bytes() == b"voices"
     assert "other_spk_dict.pt (other weights)" in result.stdout
+
+
+@pytest.mark.parametrize(("name", "in_memory"), q.BRANCHES_IN_ENGINES.items())
+def test_a_branch_is_told_by_the_names_that_engines_give_it(name, in_memory, tmp_path):
+    shapes = expand(under("language_model.model", TEXT) | {f"{name}.1": [H, 128]})
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    source = save_model(tmp_path / "in", tensors, **SEES)
+    quantize(source, tmp_path / "out", "--format", "compressed-tensors")
+    for branch in (name, in_memory):
+        assert is_kept(tmp_path / "out", f"model.{branch}.linear_1")

@@ -18,6 +18,7 @@ from checkpoints import (
 )
 from conftest import ENGINE_FORMATS, assert_refused, quantize, refuse, run_cli
 from folders import read_tensors
+from tiny_nemotron import lightning_tensors, write_lightning_config
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,45 @@ def test_the_full_nemotron_inventory_plans_as_6004_quantized(inventory, tmp_path
     assert re.search(r"^quantized to 4 bits +6,004 ", plan, re.MULTILINE)
     assert re.search(r"^ *routers .* 23 ", plan, re.MULTILINE)
     assert ("use --format compressed-tensors" in plan) == (form == "gptq")
+
+
+@pytest.fixture(scope="module")
+def lightning(tmp_path_factory):
+    """Nemotron-3.5-Lightning-30B with its MTP layer: all of its headers, and none of its weights."""
+    folder = tmp_path_factory.mktemp("lightning")
+    write_sparse_checkpoint(folder, lightning_tensors(), shards=13)
+    write_lightning_config(folder)
+    return folder
+
+
+def test_lightnings_layers_are_quantized_as_nanos_and_its_experts_of_mtp_too(
+    lightning, inventory, tmp_path
+):
+    def fates_of(source):
+        options = ["--dry_run", "--list", "--format", "compressed-tensors"]
+        lines = quantize(source, tmp_path / "out", *options).stdout.splitlines()
+        rows = [line.split("\t") for line in lines]
+        return {name.replace("backbone.", "model."): fate for name, *fate in rows}
+
+    fates = fates_of(lightning)
+    mtp = {name: fates.pop(name)[2] for name in list(fates) if name.startswith("mtp.")}
+    assert fates == fates_of(inventory)
+    assert sum(fate[2] == "4 bits, groups of 64" for fate in fates.values()) == 6004
+
+    projections = [name for name in mtp if re.search(r"mixer\..*_proj\.weight$", name)]
+    assert len(projections) == 4 + 2 * 128 + 2
+    assert {mtp[name] for name in projections} == {"4 bits, groups of 64"}
+    assert mtp["mtp.layers.1.mixer.gate.weight"] == "kept"
+
+
+@pytest.mark.parametrize("form", ["int4", *ENGINE_FORMATS])
+def test_nothing_of_lightning_is_missed_and_its_mtp_layer_is_promised_and_there(
+    lightning, tmp_path, form
+):
+    plan = quantize(lightning, tmp_path / "out", "--dry_run", "--format", form).stdout
+    assert "65.8 GB" in plan
+    assert "WARNING" not in plan
+    assert "promises layers" not in plan
 
 
 def test_tens_of_thousands_of_tensors_are_planned(tmp_path):

@@ -77,6 +77,7 @@ MARLIN_LEGAL = NemotronConfig(
     num_key_value_heads=2,
     head_dim=32,
     n_routed_experts=8,
+    num_experts_per_tok=2,
     moe_intermediate_size=192,
     moe_shared_expert_intermediate_size=384,
 )

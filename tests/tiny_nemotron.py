@@ -5,6 +5,7 @@
 
 Two bf16 shards with an index, config.json and tokenizer files; random weights, the same at every run. Needs torch
 and safetensors. `nemotron_tensors(NANO_30B)` is the full inventory of Nemotron-3-Nano-30B: 6,243 tensors, 63.2 GB.
+`lightning_tensors()` is that of its successor with the layers that predict a further token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class NemotronConfig:
     num_key_value_heads: int
     head_dim: int
     n_routed_experts: int
+    num_experts_per_tok: int
     moe_intermediate_size: int
     moe_shared_expert_intermediate_size: int
 
@@ -58,6 +60,7 @@ NANO_30B = NemotronConfig(
     num_key_value_heads=2,
     head_dim=128,
     n_routed_experts=128,
+    num_experts_per_tok=6,
     moe_intermediate_size=1856,
     moe_shared_expert_intermediate_size=3712,
 )
@@ -75,6 +78,7 @@ TINY = NemotronConfig(
     num_key_value_heads=2,
     head_dim=64,
     n_routed_experts=4,
+    num_experts_per_tok=2,
     moe_intermediate_size=192,  # 1.5 groups of 128, as the real 1,856 are 14.5
     moe_shared_expert_intermediate_size=384,
 )
@@ -97,6 +101,51 @@ def nemotron_tensors(config: NemotronConfig) -> dict[str, tuple[torch.dtype, tup
         n: (torch.float32 if n.endswith(float32) else torch.bfloat16, shape)
         for n, shape in tensors.items()
     }
+
+
+LIGHTNING_LAYERS = {"M": "mamba", "*": "attention", "E": "moe"}
+
+
+def lightning_tensors() -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The inventory of Nemotron-3.5-Lightning-30B: Nano's layers under `model.`, and two more that predict a further
+    token (MTP): one of attention, one of experts."""
+    tensors = {}
+    for name, entry in nemotron_tensors(NANO_30B).items():
+        tensors[name.replace("backbone.", "model.")] = entry
+
+    config, hidden = NANO_30B, NANO_30B.hidden_size
+    shapes = {
+        "0.enorm.weight": (hidden,),
+        "0.hnorm.weight": (hidden,),
+        "0.eh_proj.weight": (hidden, 2 * hidden),
+        "0.norm.weight": (hidden,),
+        **{f"0.mixer.{name}": shape for name, shape in _attention_shapes(config).items()},
+        "1.norm.weight": (hidden,),
+        **{f"1.mixer.{name}": shape for name, shape in _moe_shapes(config).items()},
+        "1.final_layernorm.weight": (hidden,),
+    }
+    for name, shape in shapes.items():
+        dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        tensors[f"mtp.layers.{name}"] = (dtype, shape)
+    return tensors
+
+
+def write_lightning_config(folder: Path) -> None:
+    """config.json as transformers 5 writes it: a list of layers in place of a pattern and a count."""
+    sizes = asdict(NANO_30B)
+    pattern = sizes.pop("hybrid_override_pattern")
+    config = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "dtype": "bfloat16",
+        "layers_block_type": [LIGHTNING_LAYERS[letter] for letter in pattern],
+        "mtp_layers_block_type": ["attention", "moe"],
+        "num_nextn_predict_layers": 1,
+        "num_experts_per_tok": 6,
+        "max_position_embeddings": 1 << 20,
+        **sizes,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _mamba_shapes(config: NemotronConfig) -> dict[str, tuple[int, ...]]:
