@@ -16,7 +16,7 @@ from checkpoints import (
     save_model,
     write_sparse_checkpoint,
 )
-from conftest import ENGINE_FORMATS, assert_refused, quantize, refuse, run_cli
+from conftest import ENGINE_FORMATS, ROOT, assert_refused, quantize, refuse, run_cli
 from folders import read_tensors
 from tiny_nemotron import lightning_tensors, write_lightning_config
 
@@ -140,6 +140,23 @@ def test_nothing_of_lightning_is_missed_and_its_mtp_layer_is_promised_and_there(
     assert "65.8 GB" in plan
     assert "WARNING" not in plan
     assert "promises layers" not in plan
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "token"),
+    [
+        ([], "18.6 GB", "2.25 GB"),
+        (["--int8", "lm_head"], "18.2 GB", "1.90 GB"),
+        (["--int8", r"^(?!.*\.experts\.)"], "19.0 GB", "2.62 GB"),
+        (["--exclude", "mtp"], "20.5 GB", "2.25 GB"),
+    ],
+)
+def test_lightnings_sizes_are_those_of_the_readme(lightning, tmp_path, options, size, token):
+    options = ["--format", "compressed-tensors", "--dry_run", *options]
+    plan = quantize(lightning, tmp_path / "out", *options).stdout
+    assert re.search(rf"^output +[\d,]+ +{size} ", plan, re.MULTILINE)
+    assert f"A token:   reads {token} of weights" in plan
+    assert size in (ROOT / "README.md").read_text().replace("19.0\nGB", "19.0 GB")
 
 
 def test_tens_of_thousands_of_tensors_are_planned(tmp_path):
