@@ -2786,27 +2786,44 @@ class BaseMtp:
 
 
 def why_mtp_does_not_fit(base: BaseMtp, tensors: dict[str, TensorInfo], config: dict) -> str:
-    """Return why a model cannot take a base model's layers that predict further tokens: by what
-    there is of them, by config.json, and by the names and shapes of the model's own layers."""
-    promise = MtpPromise.of(config)
-    present = sorted(find_mtp(tensors, config))
+    """Return why a model cannot take a base model's layers that predict further tokens; "" if it
+    can."""
+    return (
+        why_mtp_is_not_due(base, tensors, config)
+        or how_configs_differ(base, config)
+        or how_mtp_differs(base, tensors, config)
+    )
+
+
+def why_mtp_is_not_due(base: BaseMtp, tensors: dict[str, TensorInfo], config: dict) -> str:
+    """Return why there is nothing to take, or nothing that the model lacks."""
     if not base.tensors:
         return "no layers that predict further tokens are in it"
+    present = sorted(find_mtp(tensors, config))
     if present:
         return f"the checkpoint has such layers already, e.g. {present[0]!r}: leave it out"
-    if promise is None:
+    if MtpPromise.of(config) is None:
         stated = MtpPromise.of(base.config)
         key = f" ({stated.key})" if stated else ""
         return f"{CONFIG_NAME} promises no such layers: add what that of the base says{key}"
+    return ""
 
-    has_words = any(re.search(VOCABULARY_WORDS, name) for name in base.tensors)
+
+def how_configs_differ(base: BaseMtp, config: dict) -> str:
+    """Return which size in config.json is another than the base model's."""
     keys = ["hidden_size", "d_model", "n_embd", *LAYER_COUNTS, *EXPERT_COUNTS, *EXPERT_WIDTHS]
-    for key in [*keys, *(["vocab_size"] if has_words else [])]:
+    if any(re.search(VOCABULARY_WORDS, name) for name in base.tensors):
+        keys.append("vocab_size")
+    for key in keys:
         own = set(config_values(config, key))
         others = set(config_values(base.config, key))
         if own and others and own != others:
             return f"its {key} is {list_in_words(others)}, and the model's {list_in_words(own)}"
+    return ""
 
+
+def how_mtp_differs(base: BaseMtp, tensors: dict[str, TensorInfo], config: dict) -> str:
+    """Return which of the base's tensors is named or shaped otherwise than the model's layers."""
     own_shapes: dict[str, set[tuple[int, ...]]] = {}
     containers = set()
     for name, info in tensors.items():
@@ -2814,6 +2831,7 @@ def why_mtp_does_not_fit(base: BaseMtp, tensors: dict[str, TensorInfo], config: 
         if layer and not re.search(TOWER_NAMES, name):
             own_shapes.setdefault(name[layer.end() :], set()).add(info.shape)
             containers.add(name[: layer.start(3)])
+
     widths = config_values(config, "hidden_size", "d_model", "n_embd")
     for name, info in base.tensors.items():
         layer = LAYER_PATTERN.match(name)
@@ -5308,7 +5326,8 @@ CONFIG_KEYS = {
 # Files beside the weights that are not the model's. All others at the folder's top level are
 # copied, among them the voices of Qwen2.5-Omni, without which transformers does not load it.
 OTHER_WEIGHTS = (
-    r"(?<!^spk_dict)\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
+    r"(?<!^spk_dict)"
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
     r"|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
 # Why an expert is kept decides the group size.
@@ -5742,33 +5761,40 @@ def count_token_bytes(tensors: list[TensorPlan], config: dict) -> TokenBytes | N
     not tell how many experts a token reaches."""
     sources = [tensor.source for tensor in tensors]
     apart = find_towers(sources, config) | find_mtp((info.name for info in sources), config)
-    is_pair = any(config_values(config, "is_encoder_decoder"))
-    heads = []
-    for tensor in tensors:
-        is_lone_head = tensor.source.name.endswith("lm_head.weight")
-        if tensor.kind == "head" and (is_lone_head or tensor.source.name not in apart):
-            heads.append(tensor)
-    if not heads and any(config_values(config, "tie_word_embeddings")):
-        embeddings = [tensor for tensor in tensors if tensor.kind == "embeddings"]
-        of_words = [tensor for tensor in embeddings if is_of_words(tensor.source.name)]
-        heads = sorted(of_words, key=output_bytes)[-1:]
-    if is_pair or not heads:
+    heads = find_heads(tensors, apart, config)
+    if any(config_values(config, "is_encoder_decoder")) or not heads:
         return None
 
     share = share_of_experts(config)
-    total = 0.0
+    head = sum(map(output_bytes, heads))
+    total = float(head)
     for tensor in tensors:
-        is_head = any(tensor is head for head in heads)
-        is_apart = tensor.kind == "embeddings" or tensor.source.name in apart
-        if is_apart and not is_head:
+        name = tensor.source.name
+        if tensor.kind in ("embeddings", "head") or name in apart:
             continue
-        if not is_routed(tensor.source.name):
+        if not is_routed(name):
             total += output_bytes(tensor)
         elif share is None:
             return None
         else:
             total += share * output_bytes(tensor)
-    return TokenBytes(round(total), sum(map(output_bytes, heads)))
+    return TokenBytes(round(total), head)
+
+
+def find_heads(tensors: list[TensorPlan], apart: set[str], config: dict) -> list[TensorPlan]:
+    """Find the language model's heads, or the embedding that stands for one.
+
+    `apart` names what is not in the language model, where its head may stand all the same."""
+    heads = []
+    for tensor in tensors:
+        is_own = tensor.source.name not in apart or is_lm_head(tensor.source.name)
+        if tensor.kind == "head" and is_own:
+            heads.append(tensor)
+    if heads or not any(config_values(config, "tie_word_embeddings")):
+        return heads
+    embeddings = [tensor for tensor in tensors if tensor.kind == "embeddings"]
+    of_words = [tensor for tensor in embeddings if is_of_words(tensor.source.name)]
+    return sorted(of_words, key=output_bytes)[-1:]
 
 
 def is_of_words(name: str) -> bool:
