@@ -3119,7 +3119,7 @@ def quantization_method(entry: object) -> str:
 # Patterns of weights' names, by the conventions of the hub's architectures. `find_kinds` finds
 # other embeddings, heads and routers by their shape and place.
 EMBEDDING_NAME = (
-    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|wte|wpe|\w+_bias|\w*pos_emb|\w+_token"
+    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|wte|wpe|\w+_bias|\w+_emb|\w*Embedder_\d+|\w+_token"
     r"|query_\d+\w*)\.weight$"
     r"|^(\w+\.)?shared\.weight$"
 )
@@ -3934,14 +3934,18 @@ TOWERS = "vision and audio"
 
 # Words in the paths of such weights, and in the keys of config.json under which they are described.
 TOWER_PATH = re.compile(
-    r"vis(ion|ual)|image|img|video|audio|speech|sound|vit(?![a-z])|(^|[._])(vq|mm_)|talker|wav"
-    r"|vocoder|projector|qformer|perceiver"
+    r"(?<![a-z])(vis(ion|ual)|image|img|video|audio|speech|sound)|acoustic|semantic_tokenizer"
+    r"|vit(?![a-z])|(^|[._])(vq|mm_)|talker|wav|vocoder|projector|qformer|perceiver"
 )
 
 # Those that no other model has in a weight's path: DistilBERT's head is a `vocab_projector`.
 SURE_TOWER_PATH = re.compile(
-    r"vis(ion|ual)|image|img|video|audio|speech|sound|(^|[._])mm_|talker|vocoder"
+    r"(?<![a-z])(vis(ion|ual)|image|img|video|audio|speech|sound)|acoustic|semantic_tokenizer"
+    r"|(^|[._])mm_|talker|vocoder"
 )
+
+# Words in the paths of modules that join a tower to a language model, and may stand inside of it.
+JOINT_PATH = re.compile(r"connector|merg|adapt|resampl|align|abstract|bridge|(^|\.)mlp\d")
 
 # A weight in a numbered layer: the list of layers, the number, and the path inside the layer.
 NUMBERED_LAYER = re.compile(r"(?P<layers>.+?)\.(?P<number>\d+)\.(?P<inside>.+\..+)")
@@ -3970,10 +3974,13 @@ class LanguageModel:
         """Check whether a tensor is the language model's."""
         if MTP_NAMES.search(name):
             return True
-        if not name.startswith(self.root) or TOWER_PATH.search(name[len(self.root) :]):
+        path = name.removeprefix(self.root)
+        if not name.startswith(self.root) or TOWER_PATH.search(path):
             return False
         layer = NUMBERED_LAYER.match(name, len(self.root))
-        return not layer or self.root + layer["layers"] in self.layers
+        if layer:
+            return self.root + layer["layers"] in self.layers
+        return not JOINT_PATH.search(path)
 
 
 def find_towers(tensors: list[TensorInfo | OutputTensor], config: dict) -> set[str]:
@@ -4007,16 +4014,29 @@ def has_config_of_tower(config: dict) -> bool:
 def find_language_model(
     tensors: list[TensorInfo | OutputTensor], config: dict
 ) -> LanguageModel | None:
-    """Find the language model: the nearest layers to an embedding of words, or to a head.
+    """Find the language model: the nearest layers to an embedding of words, or else to a head,
+    which often stands outside of the model.
 
     Lists with as many layers as config.json says come before others. Returns None if there are no
     such layers."""
+    words = find_word_embeddings(tensors, config)
+    heads = [info for info in words if re.search(HEAD_NAME, info.name)]
+    embeddings = [info for info in words if not re.search(HEAD_NAME, info.name)]
+    return layers_around(embeddings, tensors, config) or layers_around(heads, tensors, config)
+
+
+def layers_around(
+    weights: list[TensorInfo | OutputTensor],
+    tensors: list[TensorInfo | OutputTensor],
+    config: dict,
+) -> LanguageModel | None:
+    """Find the nearest layers to some weights; None if there are no layers of their width."""
     counts = set(config_values(config, *LAYER_COUNTS, "encoder_layers", "decoder_layers"))
     roots = []
     lists: set[str] = set()
     counted: set[str] = set()
-    for embedding in find_word_embeddings(tensors, config):
-        root, layers = find_nearest_layers(tensors, embedding)
+    for weight in weights:
+        root, layers = find_nearest_layers(tensors, weight)
         roots.append(root)
         lists |= layers.keys()
         counted |= {path for path, numbers in layers.items() if len(numbers) in counts}
@@ -4024,7 +4044,7 @@ def find_language_model(
     if not lists:
         return None
 
-    # A head often stands outside of the model, and an encoder's embedding inside of the encoder.
+    # An encoder's embedding may stand inside of the encoder.
     around = [root for root in roots if all(path.startswith(root) for path in lists)]
     return LanguageModel(max(around, key=len, default=""), frozenset(lists))
 
@@ -4094,7 +4114,7 @@ class MtpPromise:
         for part in [config, *config.values()]:
             keys = part if isinstance(part, dict) else []
             for key in keys:
-                if MTP_COUNTS.match(key) and as_count(part[key]):
+                if MTP_COUNTS.match(str(key)) and as_count(part[key]):
                     counts = config_values(part, *LAYER_COUNTS)
                     counts = counts or config_values(config, *LAYER_COUNTS)
                     return MtpPromise(key, max(counts, default=MAX_COUNT))
@@ -4485,7 +4505,11 @@ def describe_compressed_tensors(tensors: list[TensorPlan], _options: Options) ->
         "config_groups": groups,
         "ignore": [*([] if head_is_packed else ["lm_head"]), *kept],
     }
-    return {CONFIG_NAME: {"quantization_config": description}}
+    described = {"quantization_config": description}
+    # Without this key the model's class may tie the head to the embedding.
+    if head_is_packed:
+        described["tie_word_embeddings"] = False
+    return {CONFIG_NAME: described}
 
 
 def targets_of_experts(tensors: list[TensorPlan], packing: Packing) -> list[str]:
@@ -4553,16 +4577,28 @@ class ModuleNames:
         return self._by_tail[length].get(tail, [])
 
 
-# What engines also call such parts of a multimodal model, by their names in files.
-# (transformers 5.24.0, conversion_mapping.py; vLLM 0.33.0, `hf_to_vllm_mapper` of its models)
-BRANCHES_IN_ENGINES = {
-    "mlp1": "multi_modal_projector",
-    "vision_language_adapter": "multi_modal_projector",
-    "vision_model": "vision_tower",
-    "vision_encoder": "vision_tower",
-    "sound_encoder": "audio_tower",
-    "sound_projection": "embed_audio",
-}
+# What engines call the parts of a multimodal model beside its language model, whatever its files
+# call them. (transformers 5.24.0, conversion_mapping.py; vLLM 0.33.0, `hf_to_vllm_mapper` of its
+# models)
+BRANCHES_IN_ENGINES = (
+    "visual",
+    "vision_tower",
+    "vision_model",
+    "vision_encoder",
+    "vision_language_adapter",
+    "vision_projection",
+    "audio_tower",
+    "audio_encoder",
+    "sound_encoder",
+    "multi_modal_projector",
+    "projector",
+    "patch_merger",
+    "embed_vision",
+    "embed_audio",
+    "vpm",
+    "vit_merger",
+    "dit",
+)
 
 # Modules around a language model, which engines add, leave out and rename. No branch is named so.
 WRAPPERS = ("model", "language_model", "text_model", "llm", "thinker", "backbone", "transformer")
@@ -4598,14 +4634,15 @@ def patterns_of_branches(tensors: list[TensorPlan], packed: list[str]) -> list[s
 
     Engines split, join and rename the layers of a tower more than those of a language model, and
     each looks up names of its own. The name of the branch is in all of them."""
-    patterns = {}
-    for branch in find_kept_branches(tensors, packed):
-        name = branch.rpartition(".")[2]
-        for alias in (name, BRANCHES_IN_ENGINES.get(name, name)):
-            pattern = rf"(.*\.)?{re.escape(alias)}(\..*)?$"
-            if not any(map(re.compile(pattern).match, packed)):
-                patterns[pattern] = None
-    return list(patterns)
+    names = [branch.rpartition(".")[2] for branch in find_kept_branches(tensors, packed)]
+    if any(tensor.kind == TOWERS and not tensor.packing for tensor in tensors):
+        names += BRANCHES_IN_ENGINES
+    patterns = []
+    for name in dict.fromkeys(names):
+        pattern = rf"(.*\.)?{re.escape(name)}(\..*)?$"
+        if not any(map(re.compile(pattern).match, packed)):
+            patterns.append(pattern)
+    return patterns
 
 
 def find_kept_branches(tensors: list[TensorPlan], packed: list[str]) -> list[str]:
@@ -5765,7 +5802,7 @@ def count_token_bytes(tensors: list[TensorPlan], config: dict) -> TokenBytes | N
     if any(config_values(config, "is_encoder_decoder")) or not heads:
         return None
 
-    share = share_of_experts(config)
+    share = share_of_experts(sources, config)
     head = sum(map(output_bytes, heads))
     total = float(head)
     for tensor in tensors:
@@ -5792,8 +5829,12 @@ def find_heads(tensors: list[TensorPlan], apart: set[str], config: dict) -> list
             heads.append(tensor)
     if heads or not any(config_values(config, "tie_word_embeddings")):
         return heads
-    embeddings = [tensor for tensor in tensors if tensor.kind == "embeddings"]
-    of_words = [tensor for tensor in embeddings if is_of_words(tensor.source.name)]
+    widths = config_values(config, "hidden_size", "d_model", "n_embd")
+    of_words = []
+    for tensor in tensors:
+        is_as_wide = not widths or tensor.source.shape[-1] in widths
+        if tensor.kind == "embeddings" and is_as_wide and is_of_words(tensor.source.name):
+            of_words.append(tensor)
     return sorted(of_words, key=output_bytes)[-1:]
 
 
@@ -5812,10 +5853,10 @@ def is_routed(name: str) -> bool:
     return bool(EXPERT_PATTERN.match(name) or STACK_PATTERN.match(name))
 
 
-def share_of_experts(config: dict) -> float | None:
-    """Return which part of the routed experts a token reaches; None if config.json does not
-    tell."""
-    counts = set(config_values(config, *EXPERT_COUNTS))
+def share_of_experts(sources: list[TensorInfo], config: dict) -> float | None:
+    """Return which part of a layer's routed experts a token reaches; None if that is not known, or
+    not the same in all layers."""
+    counts = set(count_experts(sources).values())
     reached = set(config_values(config, *EXPERTS_PER_TOKEN))
     if len(counts) != 1 or len(reached) != 1:
         return None
@@ -6628,13 +6669,24 @@ def describe_lost_engines(draft: Draft, size: int) -> str:
     return f", but {list_in_words(lost)} cannot serve it{exclude and f': {exclude}'}"
 
 
+def with_fused_layers(infos: list[TensorInfo], packed: list[TensorInfo]) -> list[TensorInfo]:
+    """Add to some weights those of `packed` that vLLM holds as one with them."""
+    wanted = {info.name for info in infos}
+    for info in infos:
+        module, _, name = info.name.removesuffix(".weight").rpartition(".")
+        for row in ENGINES["vLLM"].fused_layers:
+            if name in row.split(","):
+                wanted |= {f"{module}.{part}.weight" for part in row.split(",")}
+    return [info for info in packed if info.name in wanted]
+
+
 def exclude_for_size(draft: Draft, size: int) -> str:
     """Return the option that keeps all that groups of this size do not divide, with what it costs;
     nothing where that is most of the model, or experts."""
     ragged = [info for info in draft.packed if info.shape[1] % size]
     if not ragged:
         return ""
-    pattern = pattern_of(ragged)
+    pattern = pattern_of(with_fused_layers(ragged, draft.packed))
     kept = [info for info in draft.packed if re.search(pattern, info.name)]
     nbytes = sum(info.nbytes for info in kept)
     are_most = 2 * nbytes > sum(info.nbytes for info in draft.packed)
@@ -6967,7 +7019,8 @@ def reasons_not_to_serve(engine: Engine, draft: Draft) -> Iterator[str]:
 
     ragged = [info for info in draft.packed if info.shape[0] % engine.row_multiple]
     if ragged:
-        remedy = f"--exclude {shlex.quote(pattern_of(ragged))} keeps them"
+        pattern = pattern_of(with_fused_layers(ragged, draft.packed))
+        remedy = f"--exclude {shlex.quote(pattern)} keeps them"
         problem = f"with rows that are no multiple of {engine.row_multiple}: {remedy}"
         yield f"cannot serve {next(describe_weights(ragged, problem))}"
 
@@ -7168,8 +7221,18 @@ def warn_of_packed_towers(draft: Draft) -> Iterator[str]:
     if towers:
         yield (
             f"--int8 packs {count_of(len(towers), 'layer')} of {TOWERS}, e.g."
-            f" {towers[0].source.name!r}: vLLM holds some models' as plain layers and then does not"
-            " load the folder; without --int8 for these all of them are kept"
+            f" {towers[0].source.name!r}: engines hold some models' as plain layers, or under other"
+            " names, and then do not load the folder; without --int8 for these all of them are kept"
+        )
+
+
+def warn_of_no_language_model(draft: Draft) -> Iterator[str]:
+    """Warn where a multimodal model's language model is not found."""
+    if has_config_of_tower(draft.config) and not find_language_model(draft.sources, draft.config):
+        yield (
+            f"{CONFIG_NAME} describes more than a language model, and no layers around an embedding"
+            " of words are found: all linear layers are quantized; --exclude keeps what is vision"
+            " or audio"
         )
 
 
@@ -7178,11 +7241,12 @@ def warn_of_small_language_model(draft: Draft) -> Iterator[str]:
     towers = [tensor for tensor in draft.tensors if tensor.kind == TOWERS and not tensor.packing]
     kept = sum(tensor.source.nbytes for tensor in towers)
     packed = sum(info.nbytes for info in draft.packed)
+    option = "--int8" if draft.form.has_two_widths else "--format compressed-tensors --int8"
     if kept > packed:
         yield (
             f"what is kept as {TOWERS} ({format_bytes(kept)}, e.g. {towers[0].source.name!r}) is"
             f" more than what is quantized ({format_bytes(packed)}, e.g. {draft.packed[0].name!r}):"
-            " if that is not the language model, name what is with --int8"
+            f" if that is not the language model, name what is with {option}"
         )
 
 
@@ -7320,6 +7384,7 @@ RULES = (
     Rule(WARNING, TENSORS, check_weights),
     Rule(WARNING, FOR_OTHERS, check_ends),
     Rule(WARNING, FOR_ENGINES, check_names_of_trainers),
+    Rule(WARNING, FOR_ENGINES, warn_of_no_language_model),
     Rule(WARNING, FOR_ENGINES, warn_of_small_language_model),
     Rule(WARNING, FOR_ENGINES, warn_of_packed_towers),
     Rule(WARNING, FOR_ENGINES, warn_of_float16),

@@ -365,11 +365,46 @@ def test_the_voices_of_qwen2_5_omni_are_copied(tmp_path):
     assert "other_spk_dict.pt (other weights)" in result.stdout
 
 
-@pytest.mark.parametrize(("name", "in_memory"), q.BRANCHES_IN_ENGINES.items())
-def test_a_branch_is_told_by_the_names_that_engines_give_it(name, in_memory, tmp_path):
-    shapes = expand(under("language_model.model", TEXT) | {f"{name}.1": [H, 128]})
+def test_a_kept_tower_is_told_by_every_name_that_engines_give_one(tmp_path):
+    """mlp1 is multi_modal_projector in transformers, and vision_model visual in some of vLLM's models."""
+    names = {f"{name}.1": [H, 128] for name in ("mlp1", "vision_model", "sound_projection")}
+    shapes = expand(under("language_model.model", TEXT) | names)
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
     source = save_model(tmp_path / "in", tensors, **SEES)
     quantize(source, tmp_path / "out", "--format", "compressed-tensors")
-    for branch in (name, in_memory):
+    for branch in ("mlp1", "sound_projection", *q.BRANCHES_IN_ENGINES):
         assert is_kept(tmp_path / "out", f"model.{branch}.linear_1")
+    assert not is_kept(tmp_path / "out", "model.language_model.layers.0.mlp.up_proj")
+
+
+def multimodal_plan(tmp_path, extra, **config):
+    """The plan's lines for a language model with a tower and what `extra` adds."""
+    shapes = expand(under("model", TEXT) | {"visual.blocks.0.proj": [H, 128]} | extra)
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    source = save_model(tmp_path / "in", tensors, **SEES, **config)
+    return quantize(
+        source, tmp_path / "out", "--format", "compressed-tensors", "--dry_run", "--list"
+    ).stdout
+
+
+@pytest.mark.parametrize("name", ["connector", "adapter", "merger", "resampler", "mlp1", "aligner"])
+def test_what_joins_a_tower_to_a_language_model_is_kept_where_it_stands_inside(tmp_path, name):
+    plan = multimodal_plan(tmp_path, {f"model.{name}.linear": [H, H]})
+    assert re.search(rf"^model\.{name}\.linear.*vision and audio", plan, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["division", "revision", "supervision"])
+def test_a_word_that_ends_as_vision_is_no_tower(tmp_path, name):
+    shapes = expand(under("model", TEXT) | {f"model.layers.0.{name}": [H, H]})
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    config = {key: value for key, value in SEES.items() if "vision" not in key}
+    source = save_model(tmp_path / "in", tensors, **config)
+    plan = quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--dry_run").stdout
+    assert "vision and audio" not in plan
+
+
+def test_a_tower_beside_no_language_model_is_a_warning(tmp_path):
+    tensors = {f"encoder.layers.{n}.fc.weight": torch.randn(64, 128).bfloat16() for n in range(2)}
+    source = save_model(tmp_path / "in", tensors, vision_config={"depth": 2})
+    result = quantize(source, tmp_path / "out", "--format", "compressed-tensors", "--dry_run")
+    assert "no layers around an embedding" in " ".join(result.stdout.split())
