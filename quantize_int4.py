@@ -4598,6 +4598,7 @@ BRANCHES_IN_ENGINES = (
     "vpm",
     "vit_merger",
     "dit",
+    "word_timestamp_encoder",
 )
 
 # Modules around a language model, which engines add, leave out and rename. No branch is named so.
