@@ -44,7 +44,8 @@ code is clamp(round(weight / scale), -8, 7) and decodes to code * scale.
 --scale absmax takes max|weight| / 7, rounded to the dtype of scales. --scale
 mse, the default for engines, takes the scale of least squared error.
 
---importance FILE is a file of activation statistics. For each X, a float32
+--importance FILE is a file of activation statistics, which collect_statistics
+of this script writes where the model can run. For each X, a float32
 tensor X holds the mean square of each column's inputs, which weighs the
 column's errors. If the file also holds X.factor (columns, up to 64), a factor
 of the inputs' second moments, each column makes up for the errors of those
@@ -123,7 +124,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -4904,12 +4905,14 @@ class Importance:
 
     They are named as a model's parameters, X and X.factor, whose wrappers may differ from the
     checkpoint's. Where the model holds its experts as a stack, one tensor (experts, columns) or
-    (experts, columns, rank) stands for all."""
+    (experts, columns, rank) stands for all. X.cost, beside them, is not used."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file = WeightsFile(path)
-        self.infos = self._file.infos
+        self.infos = {
+            name: info for name, info in self._file.infos.items() if not name.endswith(".cost")
+        }
         if not self.infos:
             raise QuantizeError(
                 f"{path}: names no layer: collect it from this model, as in README.md"
@@ -5122,6 +5125,7 @@ def collect_statistics(
     path: str | os.PathLike,
     rank: int = 32,
     whole_columns: int = WHOLE_COLUMNS,
+    costs: bool = True,
 ) -> None:
     """Run a model on prompts and write the file for --importance.
 
@@ -5135,6 +5139,12 @@ def collect_statistics(
     stack of experts has one of each, with the experts first. Second moments of up to
     `whole_columns` columns are held whole, but for those of experts.
 
+    With `costs` each batch is run a second time, and backwards, and the file also holds X.cost,
+    float32 () or (experts,): the divergence from the model, in nat a token, that a relative error
+    of 1 in the weight's outputs is expected to bring. The expected divergence of a quantized model
+    is the sum of costs times squared relative errors. Where there is no way back through the model,
+    costs are left out, and the reason is printed.
+
     Raises QuantizeError, before the model is run where that is possible, for a model that is
     quantized or not wholly in memory, for no or padded batches, and for a path or a rank that
     cannot be."""
@@ -5145,7 +5155,9 @@ def collect_statistics(
     refuse_collection(model, path, rank)
     inputs = find_inputs(model, whole_columns)
     with torch.no_grad(), in_use(model):
-        tokens = run_batches(model, batches, Recorder(inputs, rank))
+        recorder = Recorder(inputs, rank)
+        gradients = CostRecorder(inputs) if costs else None
+        tokens = run_batches(model, batches, recorder, gradients)
     if not any(part.tokens for part in inputs.values()):
         raise QuantizeError("no weight of the model was multiplied with anything that is recorded")
 
@@ -5157,9 +5169,11 @@ def collect_statistics(
         "tokens": str(tokens),
     }
     with torch.no_grad(), one_thread():
-        tensors = make_statistics(model, inputs, rank)
+        tensors = make_statistics(model, inputs, rank, gradients)
     save_file(tensors, path, metadata=metadata)
     say_collected(model, inputs.values(), path, tokens)
+    if gradients and gradients.failure:
+        say_paragraph("Costs:", f"left out: {gradients.failure}")
 
 
 def refuse_collection(model: torch.nn.Module, path: Path, rank: int) -> None:
@@ -5234,25 +5248,35 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_use(model: torch.nn.Module) -> Iterator[None]:
-    """Run a model as it is used, not trained, and expert by expert instead of by a kernel for all
-    of them (transformers 5)."""
+    """Run a model as it is used, without gradients of its weights, and expert by expert instead of
+    by a kernel for all of them (transformers 5)."""
     training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     experts = None
     if hasattr(model, "set_experts_implementation"):
         if hasattr(model, "get_experts_implementation"):
             experts = model.get_experts_implementation()
         model.set_experts_implementation("eager")
     model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module in training:
             module.training = True
         if experts:
             model.set_experts_implementation(experts)
 
 
-def run_batches(model: torch.nn.Module, batches: Iterable, recorder: Recorder) -> int:
+def run_batches(
+    model: torch.nn.Module,
+    batches: Iterable,
+    recorder: Recorder,
+    gradients: CostRecorder | None,
+) -> int:
     """Run the model on all batches, and return how many tokens these had."""
     device = next(model.parameters()).device
     total = len(batches) if hasattr(batches, "__len__") else None
@@ -5268,6 +5292,8 @@ def run_batches(model: torch.nn.Module, batches: Iterable, recorder: Recorder) -
             }
             with recorder:
                 model(**moved)
+            if gradients:
+                gradients.add(model, moved)
             tokens += count_tokens(prompts)
         progress.show(number, count_of(tokens, "token"))
     progress.end()
@@ -5337,16 +5363,29 @@ def count_tokens(arguments: Mapping) -> int:
     return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
 
 
-class Recorder(torch.overrides.TorchFunctionMode):
-    """Adds up what the weights are multiplied with. It knows them by their addresses, whatever
-    module or function does it."""
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of inputs (..., columns) and one weight (rows, columns)."""
 
-    def __init__(self, inputs: dict[int, Inputs], rank: int):
+    inputs: Inputs
+    # None once it was seen.
+    x: torch.Tensor | None
+    # Of those that one call makes; None if it makes one.
+    place: int | None = None
+    bias: torch.Tensor | None = None
+
+    def part_of(self, output: torch.Tensor) -> torch.Tensor:
+        """Return this product's part of what the call returned, or of its gradient."""
+        return output if self.place is None else output[self.place]
+
+
+class WeightFinder(torch.overrides.TorchFunctionMode):
+    """Sees what the weights are multiplied with. It knows them by their addresses, whatever module
+    or function does it."""
+
+    def __init__(self, inputs: dict[int, Inputs]):
         super().__init__()
         self._inputs = inputs
-        self._rank = rank
-        # The tensor that was multiplied last, its version, and who has the products of it.
-        self._last: tuple[torch.Tensor, int, Inputs] | None = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -5357,19 +5396,50 @@ class Recorder(torch.overrides.TorchFunctionMode):
             if isinstance(output, torch.Tensor) and output is not args[0]:
                 output.address = args[0].data_ptr()
         elif name in ("linear", "matmul", "bmm"):
-            factors = [*args, *kwargs.values()][:2]
-            for x, weight in zip(*factors) if name == "bmm" else [factors]:
-                rows_first = name == "linear" or weight.dim() == 1
-                self._find(x, weight if rows_first else weight.mT)
+            left, right, *bias = [*args, *kwargs.values()]
+            if name == "bmm":
+                products = [
+                    Product(inputs, x, place)
+                    for place, (x, weight) in enumerate(zip(left, right))
+                    if (inputs := self._find(x, weight.mT))
+                ]
+            else:
+                weight = right if name == "linear" or right.dim() == 1 else right.mT
+                inputs = self._find(left, weight)
+                bias = bias[0] if bias and name == "linear" else None
+                products = [Product(inputs, left, bias=bias)] if inputs else []
+            if products:
+                output = self.record(products, output)
         return output
 
-    def _find(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """Record the inputs (..., columns) of a weight (rows, columns), if it is one."""
+    def _find(self, x: torch.Tensor, weight: torch.Tensor) -> Inputs | None:
+        """Return what is known of a weight (rows, columns) that x (..., columns) multiplies;
+        None if it is no weight of the model."""
         inputs = self._inputs.get(getattr(weight, "address", weight.data_ptr()))
         if inputs and (weight.shape[1:], weight.stride()) in inputs.layouts and x.numel():
-            self._record(inputs, x)
+            return inputs
+        return None
 
-    def _record(self, inputs: Inputs, x: torch.Tensor) -> None:
+    def record(self, products: list[Product], output: torch.Tensor) -> torch.Tensor:
+        """Add the products of one call to what is known; return its output."""
+        raise NotImplementedError
+
+
+class Recorder(WeightFinder):
+    """Adds up what the weights are multiplied with."""
+
+    def __init__(self, inputs: dict[int, Inputs], rank: int):
+        super().__init__(inputs)
+        self._rank = rank
+        # The tensor that was multiplied last, its version, and who has the products of it.
+        self._last: tuple[torch.Tensor, int, Inputs] | None = None
+
+    def record(self, products: list[Product], output: torch.Tensor) -> torch.Tensor:
+        for product in products:
+            self._add(product.inputs, product.x)
+        return output
+
+    def _add(self, inputs: Inputs, x: torch.Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
         squares = rows.square().sum(0)
         inputs.squares = squares if inputs.squares is None else inputs.squares + squares
@@ -5392,6 +5462,91 @@ class Recorder(torch.overrides.TorchFunctionMode):
             inputs.products.addmm_(rows.T, others)
 
 
+@dataclass
+class CostSums:
+    """Sums over the tokens that reached a weight."""
+
+    rows: int = 0
+    tokens: int = 0
+    # Of squares, over all outputs: of the outputs without the bias, and of their gradients.
+    outputs: torch.Tensor | float = 0.0
+    gradients: torch.Tensor | float = 0.0
+
+
+class CostRecorder(WeightFinder):
+    """Adds up what the outputs of weights are, and the gradients that reach them.
+
+    The gradients are of the log-likelihood of tokens that are drawn from the model's own
+    predictions, so that their second moments are the Fisher matrix."""
+
+    def __init__(self, inputs: dict[int, Inputs]):
+        super().__init__(inputs)
+        self.sums: defaultdict[Inputs, CostSums] = defaultdict(CostSums)
+        # Tokens that were predicted.
+        self.tokens = 0
+        # Why there are no costs, if so.
+        self.failure = ""
+        self._generator: torch.Generator | None = None
+
+    def add(self, model: torch.nn.Module, arguments: Mapping) -> None:
+        """Run the model forwards and backwards; what that cannot be done with has no costs."""
+        if self.failure:
+            return
+        try:
+            with torch.enable_grad():
+                self._add(model, arguments)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+
+    def _add(self, model: torch.nn.Module, arguments: Mapping) -> None:
+        with self:
+            output = model(**arguments)
+        if getattr(output, "logits", None) is None:
+            raise ValueError("the model gives no logits")
+        logits = output.logits.flatten(0, -2).float()
+        if not self._generator:
+            self._generator = torch.Generator(logits.device).manual_seed(0)
+        chances = logits.detach().softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=self._generator).flatten()
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        self.tokens += len(logits)
+
+    def record(self, products: list[Product], output: torch.Tensor) -> torch.Tensor:
+        if not output.requires_grad:
+            # Nothing before it has a gradient: weights need none. What begins a graph may not be
+            # changed in place, and its copy may.
+            output = output.requires_grad_().clone()
+        for product in products:
+            sums = self.sums[product.inputs]
+            part = product.part_of(output.detach()).float()
+            if product.bias is not None:
+                part = part - product.bias
+            sums.rows = part.shape[-1]
+            sums.tokens += part[..., 0].numel()
+            sums.outputs += part.square().sum()
+
+        def add(gradient: torch.Tensor) -> None:
+            for product in found:
+                part = product.part_of(gradient).float()
+                self.sums[product.inputs].gradients += part.square().sum()
+
+        # Not the tensors, which may be large.
+        found = [replace(product, x=None, bias=None) for product in products]
+        output.register_hook(add)
+        return output
+
+    def cost_of(self, inputs: Inputs) -> torch.Tensor | None:
+        """Return the divergence, in nat a token, that a relative error of 1 in these outputs is
+        expected to bring; float32 (), None without data."""
+        sums = self.sums.get(inputs)
+        if self.failure or not sums:
+            return None
+        # 1/2 * share of the tokens * mean square of the gradients * mean of the squared norms.
+        gradients = float(sums.gradients) / (sums.tokens * sums.rows)
+        norms = float(sums.outputs) / sums.tokens
+        return torch.tensor(sums.tokens / self.tokens * gradients * norms / 2)
+
+
 @functools.lru_cache(maxsize=64)
 def directions_for(columns: int, rank: int, device: torch.device) -> torch.Tensor:
     """Return random directions, float32 (columns, rank and some more), always the same."""
@@ -5400,9 +5555,13 @@ def directions_for(columns: int, rank: int, device: torch.device) -> torch.Tenso
 
 
 def make_statistics(
-    model: torch.nn.Module, inputs: dict[int, Inputs], rank: int
+    model: torch.nn.Module,
+    inputs: dict[int, Inputs],
+    rank: int,
+    gradients: CostRecorder | None,
 ) -> dict[str, torch.Tensor]:
-    """Return the file's tensors: for each parameter with data its mean squares, and its factor."""
+    """Return the file's tensors: for each parameter with data its mean squares, its factor and its
+    cost."""
     parameters = list(model.named_parameters(remove_duplicate=False))
     progress = LoopProgress("factors", "weight", len(parameters))
     # Of the owners.
@@ -5417,6 +5576,8 @@ def make_statistics(
             if rank:
                 factors = [factor_of(part, rank, main_parts) for part in parts]
                 tensors[f"{key}.factor"] = stack(factors, shape)
+            if gradients and not gradients.failure:
+                tensors[f"{key}.cost"] = stack([gradients.cost_of(part) for part in parts], shape)
         progress.show(number)
     progress.end()
     return tensors
@@ -5427,7 +5588,7 @@ def stack(parts: list[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Ten
     that are missing."""
     zeros = torch.zeros_like(next(part for part in parts if part is not None))
     whole = torch.stack([zeros if part is None else part for part in parts])
-    return whole.view(*shape, *zeros.shape)
+    return whole.view((*shape, *zeros.shape))
 
 
 def mean_squares(inputs: Inputs) -> torch.Tensor | None:
@@ -5494,8 +5655,9 @@ class LoopProgress:
         parts = [self._task, f"{self._noun} {done:,}", more]
         if self._total:
             parts[1] += f" of {self._total:,}"
-            left = (now - self._started) / done * (self._total - done)
-            parts.append(f"about {format_time_left(left)} left")
+            if done < self._total:
+                left = (now - self._started) / done * (self._total - done)
+                parts.append(f"about {format_time_left(left)} left")
             if on_terminal:
                 filled = 20 * done // self._total
                 parts.insert(1, f"[{'#' * filled:.<20}]")
@@ -5530,7 +5692,7 @@ def say_collected(
         say_paragraph(
             "Experts:",
             f"the least saw {count_of(min(experts), 'token')}, the median {median:,};"
-            f" no token reached {experts.count(0):,} of {len(experts):,}",
+            f" no token reached {experts.count(0):,} of their {count_of(len(experts), 'weight')}",
         )
         times = max(times, ENOUGH_TOKENS_OF_EXPERT / max(median, 1))
         wanted += f", {ENOUGH_TOKENS_OF_EXPERT:,} for the median expert"

@@ -27,10 +27,10 @@ BATCHES = [
 ONE_TOKEN = [{"input_ids": TOKENS[:1, :1]}]
 
 
-def collect_vectors(model, batches, folder, **options):
+def collect_vectors(model, batches, folder, costs=False, **options):
     """Collect to a file in the folder; its tensors."""
     path = folder / "importance.safetensors"
-    q.collect_statistics(model, batches, path, **options)
+    q.collect_statistics(model, batches, path, costs=costs, **options)
     return load_file(path)
 
 
@@ -452,6 +452,98 @@ def test_transposed_stacks_have_the_factors_of_their_inputs(tmp_path):
     assert not factor[[0, 2]].any()
 
 
+# --- costs -------------------------------------------------------------------------------------------------------------
+
+
+def plain_costs(model, batches):
+    """Half the mean, over all tokens, of the squared gradients of each output, times that of the squared outputs."""
+    gradients, outputs = defaultdict(list), defaultdict(list)
+    tokens = 0
+
+    def hook(module, args, output, name):
+        outputs[name].append((args[0] @ module.weight.T).detach().flatten(0, -2))
+        output.register_hook(lambda gradient: gradients[name].append(gradient.flatten(0, -2)))
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda module, args, output, name=name: hook(module, args, output, name)
+            )
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches:
+        logits = model(**batch).logits.flatten(0, -2)
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        logits.log_softmax(-1).gather(1, drawn).sum().backward()
+        tokens += len(logits)
+    costs = {}
+    for name, parts in gradients.items():
+        gradient = torch.cat(parts).double()
+        norms = torch.cat(outputs[name]).double().square().sum(1)
+        assert len(gradient) == tokens
+        costs[name] = (gradient.square().mean() * norms.mean() / 2).float()
+    return costs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_costs_are_those_plainly_computed(name, tmp_path):
+    expected = plain_costs(build(name).float(), BATCHES)
+    vectors = collect_vectors(build(name).float(), BATCHES, tmp_path, costs=True, rank=0)
+    assert expected
+    for key, cost in expected.items():
+        torch.testing.assert_close(vectors[f"{key}.cost"], cost, rtol=1e-3, atol=0)
+
+
+def test_each_expert_has_the_cost_of_what_it_adds(tmp_path):
+    """The cost of a small error in one expert's outputs is the divergence that it brings, about."""
+    model = build("qwen3_moe").float()
+    vectors = collect_vectors(model, BATCHES * 20, tmp_path, costs=True, rank=0)
+    name = "model.layers.1.mlp.experts.down_proj"
+    costs = vectors[f"{name}.cost"]
+    assert (costs > 0).equal(vectors[name].any(1))
+    expert = int(costs.argmax())
+    weight = model.get_parameter(name)
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        plain = [model(**batch).logits.log_softmax(-1) for batch in BATCHES]
+        divergences = []
+        for seed in range(40):
+            noise = torch.randn(kept[expert].shape, generator=torch.Generator().manual_seed(seed))
+            # Relative to the outputs, whose inputs are not of one size in all columns.
+            size = (vectors[name][expert] * kept[expert].square()).sum()
+            size /= (vectors[name][expert] * noise.square()).sum()
+            weight[expert] = kept[expert] + 0.03 * size.sqrt() * noise
+            others = [model(**batch).logits.log_softmax(-1) for batch in BATCHES]
+            parts = [(p.exp() * (p - o)).sum(-1).flatten() for p, o in zip(plain, others)]
+            divergences.append(torch.cat(parts).mean() / 0.03**2)
+    assert torch.stack(divergences).mean() == pytest.approx(float(costs[expert]), rel=0.3)
+
+
+def test_costs_are_there_unless_they_are_not_asked_for(tmp_path):
+    q.collect_statistics(build("llama"), BATCHES, tmp_path / "file")
+    vectors = collect_vectors(build("llama"), BATCHES, tmp_path, costs=False)
+    costs = {name for name in load_file(tmp_path / "file") if name not in vectors}
+    assert costs == {f"{name}.cost" for name in vectors if not name.endswith(".factor")}
+
+
+def test_a_model_without_a_way_back_has_no_costs_and_says_why(tmp_path, capsys):
+    model = build("llama")
+    expected = collect_vectors(model, BATCHES, tmp_path)
+    model.forward = torch.no_grad()(model.forward)
+    capsys.readouterr()
+    assert_same_vectors(collect_vectors(model, BATCHES, tmp_path, costs=True), expected)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Costs:" in line]
+    assert line.startswith("Costs:     left out: RuntimeError: cannot register a hook on a tensor")
+
+
+def test_weights_have_no_gradients_and_need_them_afterwards_as_before(tmp_path):
+    model = build("llama")
+    model.lm_head.weight.requires_grad_(False)
+    collect_vectors(model, BATCHES, tmp_path, costs=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    needing = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert needing == {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
+
+
 # --- what batches may be ----------------------------------------------------------------------------------------------
 
 
@@ -595,7 +687,7 @@ def test_it_says_how_much_was_seen_and_whether_that_is_enough(tmp_path, capsys):
     experts = sum(len(stack) for stack in stacks)
     others = len(vectors) - len(stacks)
     assert f"{experts - unseen + others} weights with data from 55 tokens\n" in text
-    assert f"no token reached {unseen} of {experts}" in text
+    assert f"no token reached {unseen} of their {experts} weights" in text
     assert "too few, give " in text
 
 
@@ -653,5 +745,5 @@ def test_the_readmes_example_runs_as_it_is_printed(tmp_path, monkeypatch):
     (tmp_path / "expected").mkdir()
     assert_same_vectors(
         load_file("importance.safetensors"),
-        collect_vectors(build("llama"), expected, tmp_path / "expected"),
+        collect_vectors(build("llama"), expected, tmp_path / "expected", costs=True),
     )
