@@ -5535,12 +5535,12 @@ class CostRecorder(WeightFinder):
         output.register_hook(add)
         return output
 
-    def cost_of(self, inputs: Inputs) -> torch.Tensor | None:
+    def cost_of(self, inputs: Inputs | None) -> torch.Tensor:
         """Return the divergence, in nat a token, that a relative error of 1 in these outputs is
-        expected to bring; float32 (), None without data."""
+        expected to bring; float32 (), 0 without data."""
         sums = self.sums.get(inputs)
-        if self.failure or not sums:
-            return None
+        if not sums:
+            return torch.tensor(0.0)
         # 1/2 * share of the tokens * mean square of the gradients * mean of the squared norms.
         gradients = float(sums.gradients) / (sums.tokens * sums.rows)
         norms = float(sums.outputs) / sums.tokens
@@ -5577,7 +5577,8 @@ def make_statistics(
                 factors = [factor_of(part, rank, main_parts) for part in parts]
                 tensors[f"{key}.factor"] = stack(factors, shape)
             if gradients and not gradients.failure:
-                tensors[f"{key}.cost"] = stack([gradients.cost_of(part) for part in parts], shape)
+                numbers = [gradients.cost_of(part) for part in parts]
+                tensors[f"{key}.cost"] = stack(numbers, shape)
         progress.show(number)
     progress.end()
     return tensors

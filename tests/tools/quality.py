@@ -295,7 +295,7 @@ def compare(subject: Subject, group_sizes: list[int], rows: list[str], scratch: 
     files = {}
     for rank in {ROWS[row].rank for row in rows} - {None}:
         files[rank] = scratch / f"rank_{rank}.safetensors"
-        collect_statistics(subject.model, subject.calibration, files[rank], rank=rank)
+        collect_statistics(subject.model, subject.calibration, files[rank], rank=rank, costs=False)
     comparison = Comparison(subject.model, subject.held_out)
     for group_size, row in itertools.product(group_sizes, rows):
         output_format = subject.format_for(group_size)
