@@ -5182,7 +5182,11 @@ def refuse_collection(model: torch.nn.Module, path: Path, rank: int) -> None:
         raise QuantizeError(f"rank {rank} is not from 0 to {MAX_RANK}")
     if path.is_dir() or not path.parent.is_dir():
         raise QuantizeError(f"{path}: cannot be written: name a file in a folder that is there")
+    refuse_model(model)
 
+
+def refuse_model(model: torch.nn.Module) -> None:
+    """Raise if a model's weights are not all there, or are quantized."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         is_weight = isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1
         is_wrapped = is_weight and type(tensor.data) not in (torch.Tensor, torch.nn.Parameter)
