@@ -44,7 +44,8 @@ code is clamp(round(weight / scale), -8, 7) and decodes to code * scale.
 --scale absmax takes max|weight| / 7, rounded to the dtype of scales. --scale
 mse, the default for engines, takes the scale of least squared error.
 
---importance FILE is a file of activation statistics. For each X, a float32
+--importance FILE is a file of activation statistics, which collect_statistics
+of this script writes where the model can run. For each X, a float32
 tensor X holds the mean square of each column's inputs, which weighs the
 column's errors. If the file also holds X.factor (columns, up to 64), a factor
 of the inputs' second moments, each column makes up for the errors of those
@@ -68,6 +69,7 @@ Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 #   Architectures    `expert_weights`: what a stack of experts becomes; `find_kinds`: layers' kinds;
 #                    `find_language_model`: which part of a multimodal model is quantized
 #   Formats          `FORMATS` and `ENGINES`: what a weight becomes, and what engines can hold
+#   Collecting       `collect_statistics`: where a model runs, writes the file for --importance
 #   Plan             `plan_tensors` and `reason_to_keep`: what is quantized, why others are kept;
 #                    `with_recipe`: how; `plan_shards`: where each byte of the output goes
 #   Rules            `RULES`: what is refused, warned of and noted
@@ -122,7 +124,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -5161,12 +5163,14 @@ class Importance:
 
     They are named as a model's parameters, X and X.factor, whose wrappers may differ from the
     checkpoint's. Where the model holds its experts as a stack, one tensor (experts, columns) or
-    (experts, columns, rank) stands for all."""
+    (experts, columns, rank) stands for all. X.cost, beside them, is not used."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file = WeightsFile(path)
-        self.infos = self._file.infos
+        self.infos = {
+            name: info for name, info in self._file.infos.items() if not name.endswith(".cost")
+        }
         if not self.infos:
             raise QuantizeError(
                 f"{path}: names no layer: collect it from this model, as in README.md"
@@ -5332,6 +5336,631 @@ class Importance:
                 f" {float(sums[column]):.6g}, more than the column's mean square,"
                 f" {float(squares[column]):.6g}: collect both from the same inputs"
             )
+
+
+# ---- Collecting statistics: what the layers are given, where the model runs ----------------------
+
+# Of the file, in its metadata. Files without metadata, as README's snippet wrote them, are read
+# alike.
+STATISTICS_VERSION = "1"
+# Columns up to which second moments are added up whole. Beyond, and for experts, of which there are
+# many, only their products with some random directions are.
+WHOLE_COLUMNS = 4096
+# Directions that are followed beyond the rank of the factor.
+SPARE_DIRECTIONS = 8
+# How often whole second moments turn the directions to their main part. In SmolLM2 the factor then
+# leaves 0.3019 of the mean squares, with 4 turns 0.3026, with 2 0.3063, with 1 0.3173.
+TURNS = 8
+# Tokens that README's tables were measured with, in all and for each expert.
+ENOUGH_TOKENS = 2048
+ENOUGH_TOKENS_OF_EXPERT = 256
+# Parameters and buffers that hold codes, whatever their dtype.
+CODES_PATTERN = re.compile(r"(^|\.)(qweight|weight_packed|qzeros)$")
+
+
+@dataclass(eq=False)
+class Inputs:
+    """What one weight, or one expert of a stack, was multiplied with."""
+
+    name: str
+    # Columns, as a shape, and strides of a matrix of so many inputs; a stack may be transposed.
+    layouts: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    is_expert: bool
+    is_sketched: bool
+    tokens: int = 0
+    # Sums over tokens, float32: of squares (columns,), and of products with one another (columns,
+    # columns) or with directions (columns, directions). None before the first token.
+    squares: torch.Tensor | None = None
+    products: torch.Tensor | None = None
+    # The first of the weights that read the same, which has the products of all. None before the
+    # first token.
+    owner: Inputs | None = None
+
+
+def collect_statistics(
+    model: torch.nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor] | torch.Tensor],
+    path: str | os.PathLike,
+    rank: int = 32,
+    whole_columns: int = WHOLE_COLUMNS,
+    costs: bool = True,
+) -> None:
+    """Run a model on prompts and write the file for --importance.
+
+    A batch is a dict of the model's arguments, or a tensor of tokens, int64 (prompts, tokens) or
+    (tokens,); it is moved to the model's device. Of a batch with an attention mask (prompts,
+    tokens) that leaves tokens out, each prompt is run alone, without them.
+
+    For each weight X.weight that linear, matmul or bmm multiplied with, the file holds X, float32
+    (columns,), the mean square of each column's inputs, and, unless `rank` is 0, X.factor, float16
+    (columns, rank at most): factor @ factor.T is the main part of the inputs' second moments. A
+    stack of experts has one of each, with the experts first. Second moments of up to
+    `whole_columns` columns are held whole, but for those of experts.
+
+    With `costs` each batch is run a second time, and backwards, and the file also holds X.cost,
+    float32 () or (experts,): the divergence from the model, in nat a token, that a relative error
+    of 1 in the weight's outputs is expected to bring. The expected divergence of a quantized model
+    is the sum of costs times squared relative errors. Where there is no way back through the model,
+    costs are left out, and the reason is printed.
+
+    Raises QuantizeError, before the model is run where that is possible, for a model that is
+    quantized or not wholly in memory, for no or padded batches, and for a path or a rank that
+    cannot be."""
+    # The command does not need it.
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    refuse_collection(model, path, rank)
+    inputs = find_inputs(model, whole_columns)
+    with torch.no_grad(), in_use(model):
+        recorder = Recorder(inputs, rank)
+        gradients = CostRecorder(inputs) if costs else None
+        tokens = run_batches(model, batches, recorder, gradients)
+    if not any(part.tokens for part in inputs.values()):
+        raise QuantizeError("no weight of the model was multiplied with anything that is recorded")
+
+    config = getattr(model, "config", None)
+    metadata = {
+        "quantize_int4_statistics": STATISTICS_VERSION,
+        "model_type": str(getattr(config, "model_type", "")),
+        "rank": str(rank),
+        "tokens": str(tokens),
+    }
+    with torch.no_grad(), one_thread():
+        tensors = make_statistics(model, inputs, rank, gradients)
+    save_file(tensors, path, metadata=metadata)
+    say_collected(model, inputs.values(), path, tokens)
+    if gradients and gradients.failure:
+        say_paragraph("Costs:", f"left out: {gradients.failure}")
+
+
+def refuse_collection(model: torch.nn.Module, path: Path, rank: int) -> None:
+    """Raise if statistics of this model cannot be collected to this file."""
+    if not 0 <= rank <= MAX_RANK:
+        raise QuantizeError(f"rank {rank} is not from 0 to {MAX_RANK}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise QuantizeError(f"{path}: cannot be written: name a file in a folder that is there")
+    refuse_model(model)
+
+
+def refuse_model(model: torch.nn.Module) -> None:
+    """Raise if a model's weights are not all there, or are quantized."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        is_weight = isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1
+        is_wrapped = is_weight and type(tensor.data) not in (torch.Tensor, torch.nn.Parameter)
+        is_packed = is_weight and tensor.dtype not in FLOAT_DTYPES.values()
+        if tensor.is_meta:
+            raise QuantizeError(
+                f"{name!r} is offloaded: load the model without device_map, or where all of it fits"
+            )
+        if CODES_PATTERN.search(name) or is_packed:
+            raise QuantizeError(
+                f"{name!r} is {tensor.dtype}, so the model is quantized: load the original"
+            )
+        if is_wrapped:
+            raise QuantizeError(
+                f"{name!r} is a {type(tensor.data).__name__}, quantized or spread over devices:"
+                " load the original as plain tensors"
+            )
+
+
+def find_inputs(model: torch.nn.Module, whole_columns: int) -> dict[int, Inputs]:
+    """List what may be multiplied with, by the address of the weight or expert."""
+    inputs = {}
+    convolutions = weights_of(model, torch.nn.modules.conv._ConvNd)
+    for name, parameter in model.named_parameters():
+        if name in convolutions:
+            continue
+        is_stack = parameter.dim() == 3
+        is_expert = is_stack or ".experts." in name
+        for weight in matrices_of(parameter):
+            views = [weight, weight.mT] if is_stack else [weight]
+            inputs[weight.data_ptr()] = Inputs(
+                name,
+                [(view.shape[1:], view.stride()) for view in views],
+                is_expert,
+                is_sketched=is_expert or weight.shape[1] > whole_columns,
+            )
+    return inputs
+
+
+def weights_of(model: torch.nn.Module, kind: type) -> set[str]:
+    """Return the names of the weights of all modules of a kind."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def matrices_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Return a stack's experts, or the weight itself; nothing for vectors and the like."""
+    if parameter.dim() == 3:
+        return list(parameter)
+    return [parameter] if parameter.dim() == 2 else []
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work in one thread. With matrices as small as these several mostly wait for each
+    other: on a busy machine with two cores, two took more than ten times as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def in_use(model: torch.nn.Module) -> Iterator[None]:
+    """Run a model as it is used, without gradients of its weights, and expert by expert instead of
+    by a kernel for all of them (transformers 5)."""
+    training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    experts = None
+    if hasattr(model, "set_experts_implementation"):
+        if hasattr(model, "get_experts_implementation"):
+            experts = model.get_experts_implementation()
+        model.set_experts_implementation("eager")
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+        if experts:
+            model.set_experts_implementation(experts)
+
+
+def run_batches(
+    model: torch.nn.Module,
+    batches: Iterable,
+    recorder: Recorder,
+    gradients: CostRecorder | None,
+) -> int:
+    """Run the model on all batches, and return how many tokens these had."""
+    device = next(model.parameters()).device
+    total = len(batches) if hasattr(batches, "__len__") else None
+    progress = LoopProgress("collecting", "batch", total)
+    tokens = 0
+    for number, batch in enumerate(batches, 1):
+        for prompts in prompts_of(model, batch, f"batch {number}"):
+            if not count_tokens(prompts):
+                continue
+            moved = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value
+                for name, value in prompts.items()
+            }
+            with recorder:
+                model(**moved)
+            if gradients:
+                gradients.add(model, moved)
+            tokens += count_tokens(prompts)
+        progress.show(number, count_of(tokens, "token"))
+    progress.end()
+    if not tokens:
+        raise QuantizeError(
+            "batches gave no tokens: a generator can be read only once, a list more often"
+        )
+    return tokens
+
+
+def prompts_of(model: torch.nn.Module, batch: object, place: str) -> list[Mapping]:
+    """Return the arguments of the calls that a batch takes: one, or one a prompt if it is padded.
+
+    Padding would count as tokens."""
+    if isinstance(batch, torch.Tensor) and batch.dim() in (1, 2) and not batch.is_floating_point():
+        tokens = batch if batch.dim() == 2 else batch[None]
+        batch = {getattr(model, "main_input_name", "input_ids"): tokens}
+    if not isinstance(batch, Mapping):
+        raise QuantizeError(
+            f"{place} is a {type(batch).__name__}: give dicts of the model's arguments, or tensors"
+            " of tokens"
+        )
+    mask = batch.get("attention_mask")
+    if mask is None:
+        refuse_padding(model, batch, place)
+        return [batch]
+    if mask.dim() != 2 or mask.all():
+        return [batch]
+
+    prompts = []
+    for row, is_token in enumerate(mask.bool()):
+        places = is_token.nonzero().flatten().tolist()
+        if not places:
+            continue
+        columns = slice(places[0], places[-1] + 1)
+        alike = all(
+            isinstance(value, torch.Tensor) and value.shape == mask.shape
+            for value in batch.values()
+        )
+        if not alike or columns.stop - columns.start != len(places):
+            raise QuantizeError(
+                f"{place} is padded and cannot be cut to its tokens: give each prompt alone"
+            )
+        prompts.append({name: value[row : row + 1, columns] for name, value in batch.items()})
+    return prompts
+
+
+def refuse_padding(model: torch.nn.Module, batch: Mapping, place: str) -> None:
+    """Raise if prompts without an attention mask begin or end with padding. One such token may be
+    the prompt's own, since some models pad with what ends or begins a text."""
+    tokens = batch.get("input_ids")
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if tokens is None or not isinstance(padding, int) or tokens.dim() != 2 or tokens.shape[1] < 2:
+        return
+    is_padding = tokens == padding
+    if is_padding[:, :2].all(1).any() or is_padding[:, -2:].all(1).any():
+        raise QuantizeError(
+            f"{place} is padded (token {padding}) without an attention_mask: give the tokenizer's"
+            " whole result, or each prompt alone"
+        )
+
+
+def count_tokens(arguments: Mapping) -> int:
+    """Return how many tokens, or else rows of another input, a call of the model has."""
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    first = arguments.get("input_ids", tensors[0] if tensors else torch.zeros(0))
+    return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of inputs (..., columns) and one weight (rows, columns)."""
+
+    inputs: Inputs
+    # None once it was seen.
+    x: torch.Tensor | None
+    # Of those that one call makes; None if it makes one.
+    place: int | None = None
+    bias: torch.Tensor | None = None
+
+    def part_of(self, output: torch.Tensor) -> torch.Tensor:
+        """Return this product's part of what the call returned, or of its gradient."""
+        return output if self.place is None else output[self.place]
+
+
+class WeightFinder(torch.overrides.TorchFunctionMode):
+    """Sees what the weights are multiplied with. It knows them by their addresses, whatever module
+    or function does it."""
+
+    def __init__(self, inputs: dict[int, Inputs]):
+        super().__init__()
+        self._inputs = inputs
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in ("to", "type", "float"):
+            # Many routers multiply with a float32 copy of their weight.
+            if isinstance(output, torch.Tensor) and output is not args[0]:
+                output.address = args[0].data_ptr()
+        elif name in ("linear", "matmul", "bmm"):
+            left, right, *bias = [*args, *kwargs.values()]
+            if name == "bmm":
+                products = [
+                    Product(inputs, x, place)
+                    for place, (x, weight) in enumerate(zip(left, right))
+                    if (inputs := self._find(x, weight.mT))
+                ]
+            else:
+                weight = right if name == "linear" or right.dim() == 1 else right.mT
+                inputs = self._find(left, weight)
+                bias = bias[0] if bias and name == "linear" else None
+                products = [Product(inputs, left, bias=bias)] if inputs else []
+            if products:
+                output = self.record(products, output)
+        return output
+
+    def _find(self, x: torch.Tensor, weight: torch.Tensor) -> Inputs | None:
+        """Return what is known of a weight (rows, columns) that x (..., columns) multiplies;
+        None if it is no weight of the model."""
+        inputs = self._inputs.get(getattr(weight, "address", weight.data_ptr()))
+        if inputs and (weight.shape[1:], weight.stride()) in inputs.layouts and x.numel():
+            return inputs
+        return None
+
+    def record(self, products: list[Product], output: torch.Tensor) -> torch.Tensor:
+        """Add the products of one call to what is known; return its output."""
+        raise NotImplementedError
+
+
+class Recorder(WeightFinder):
+    """Adds up what the weights are multiplied with."""
+
+    def __init__(self, inputs: dict[int, Inputs], rank: int):
+        super().__init__(inputs)
+        self._rank = rank
+        # The tensor that was multiplied last, its version, and who has the products of it.
+        self._last: tuple[torch.Tensor, int, Inputs] | None = None
+
+    def record(self, products: list[Product], output: torch.Tensor) -> torch.Tensor:
+        for product in products:
+            self._add(product.inputs, product.x)
+        return output
+
+    def _add(self, inputs: Inputs, x: torch.Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        squares = rows.square().sum(0)
+        inputs.squares = squares if inputs.squares is None else inputs.squares + squares
+        inputs.tokens += len(rows)
+
+        if not inputs.owner:
+            # Layers that read the same share the products.
+            inputs.owner = inputs
+            if self._last and x is self._last[0] and x._version == self._last[1]:
+                inputs.owner = self._last[2]
+        self._last = (x, x._version, inputs.owner)
+        if not self._rank or inputs.owner is not inputs:
+            return
+        others = rows
+        if inputs.is_sketched:
+            others = rows @ directions_for(rows.shape[1], self._rank, rows.device)
+        if inputs.products is None:
+            inputs.products = rows.T @ others
+        else:
+            inputs.products.addmm_(rows.T, others)
+
+
+@dataclass
+class CostSums:
+    """Sums over the tokens that reached a weight."""
+
+    rows: int = 0
+    tokens: int = 0
+    # Of squares, over all outputs: of the outputs without the bias, and of their gradients.
+    outputs: torch.Tensor | float = 0.0
+    gradients: torch.Tensor | float = 0.0
+
+
+class CostRecorder(WeightFinder):
+    """Adds up what the outputs of weights are, and the gradients that reach them.
+
+    The gradients are of the log-likelihood of tokens that are drawn from the model's own
+    predictions, so that their second moments are the Fisher matrix."""
+
+    def __init__(self, inputs: dict[int, Inputs]):
+        super().__init__(inputs)
+        self.sums: defaultdict[Inputs, CostSums] = defaultdict(CostSums)
+        # Tokens that were predicted.
+        self.tokens = 0
+        # Why there are no costs, if so.
+        self.failure = ""
+        self._generator: torch.Generator | None = None
+
+    def add(self, model: torch.nn.Module, arguments: Mapping) -> None:
+        """Run the model forwards and backwards; what that cannot be done with has no costs."""
+        if self.failure:
+            return
+        try:
+            with torch.enable_grad():
+                self._add(model, arguments)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+
+    def _add(self, model: torch.nn.Module, arguments: Mapping) -> None:
+        with self:
+            output = model(**arguments)
+        if getattr(output, "logits", None) is None:
+            raise ValueError("the model gives no logits")
+        logits = output.logits.flatten(0, -2).float()
+        if not self._generator:
+            self._generator = torch.Generator(logits.device).manual_seed(0)
+        chances = logits.detach().softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=self._generator).flatten()
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        self.tokens += len(logits)
+
+    def record(self, products: list[Product], output: torch.Tensor) -> torch.Tensor:
+        if not output.requires_grad:
+            # Nothing before it has a gradient: weights need none. What begins a graph may not be
+            # changed in place, and its copy may.
+            output = output.requires_grad_().clone()
+        for product in products:
+            sums = self.sums[product.inputs]
+            part = product.part_of(output.detach()).float()
+            if product.bias is not None:
+                part = part - product.bias
+            sums.rows = part.shape[-1]
+            sums.tokens += part[..., 0].numel()
+            sums.outputs += part.square().sum()
+
+        def add(gradient: torch.Tensor) -> None:
+            for product in found:
+                part = product.part_of(gradient).float()
+                self.sums[product.inputs].gradients += part.square().sum()
+
+        # Not the tensors, which may be large.
+        found = [replace(product, x=None, bias=None) for product in products]
+        output.register_hook(add)
+        return output
+
+    def cost_of(self, inputs: Inputs | None) -> torch.Tensor:
+        """Return the divergence, in nat a token, that a relative error of 1 in these outputs is
+        expected to bring; float32 (), 0 without data."""
+        sums = self.sums.get(inputs)
+        if not sums:
+            return torch.tensor(0.0)
+        # 1/2 * share of the tokens * mean square of the gradients * mean of the squared norms.
+        gradients = float(sums.gradients) / (sums.tokens * sums.rows)
+        norms = float(sums.outputs) / sums.tokens
+        return torch.tensor(sums.tokens / self.tokens * gradients * norms / 2)
+
+
+@functools.lru_cache(maxsize=64)
+def directions_for(columns: int, rank: int, device: torch.device) -> torch.Tensor:
+    """Return random directions, float32 (columns, rank and some more), always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(columns, rank + SPARE_DIRECTIONS, generator=generator).to(device)
+
+
+def make_statistics(
+    model: torch.nn.Module,
+    inputs: dict[int, Inputs],
+    rank: int,
+    gradients: CostRecorder | None,
+) -> dict[str, torch.Tensor]:
+    """Return the file's tensors: for each parameter with data its mean squares, its factor and its
+    cost."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    progress = LoopProgress("factors", "weight", len(parameters))
+    # Of the owners.
+    main_parts: dict[Inputs, torch.Tensor] = {}
+    tensors = {}
+    for number, (name, parameter) in enumerate(parameters, 1):
+        parts = [inputs.get(matrix.data_ptr()) for matrix in matrices_of(parameter)]
+        key = name.removesuffix(".weight")
+        if any(part and part.tokens for part in parts):
+            shape = parameter.shape[:-2]
+            tensors[key] = stack([mean_squares(part) for part in parts], shape)
+            if rank:
+                factors = [factor_of(part, rank, main_parts) for part in parts]
+                tensors[f"{key}.factor"] = stack(factors, shape)
+            if gradients and not gradients.failure:
+                numbers = [gradients.cost_of(part) for part in parts]
+                tensors[f"{key}.cost"] = stack(numbers, shape)
+        progress.show(number)
+    progress.end()
+    return tensors
+
+
+def stack(parts: list[torch.Tensor | None], shape: tuple[int, ...]) -> torch.Tensor:
+    """Put the parts of a parameter together in this shape, (experts,) or (), with zeros for those
+    that are missing."""
+    zeros = torch.zeros_like(next(part for part in parts if part is not None))
+    whole = torch.stack([zeros if part is None else part for part in parts])
+    return whole.view((*shape, *zeros.shape))
+
+
+def mean_squares(inputs: Inputs) -> torch.Tensor | None:
+    """Return the mean square of each column, float32 (columns,); None without data."""
+    return inputs.squares.cpu() / inputs.tokens if inputs.tokens else None
+
+
+def factor_of(
+    inputs: Inputs, rank: int, main_parts: dict[Inputs, torch.Tensor]
+) -> torch.Tensor | None:
+    """Return a factor of the second moments, float16 (columns, rank at most); None without data."""
+    if not inputs.tokens:
+        return None
+    if inputs.owner not in main_parts:
+        main_parts[inputs.owner] = find_main_part(inputs.owner, rank).float()
+        # What is not needed again makes room.
+        inputs.owner.products = None
+    factor = main_parts[inputs.owner].double()
+
+    # What a sketch, or inputs of others, has beyond the mean square.
+    squares = factor.square().sum(1).clamp(min=1e-30)
+    share = mean_squares(inputs).double() / squares
+    return (factor * share.clamp(max=1).sqrt()[:, None]).half()
+
+
+def find_main_part(inputs: Inputs, rank: int) -> torch.Tensor:
+    """Return the factor of these second moments that leaves the least, float64 (columns, rank at
+    most).
+
+    By Nystrom's approximation from their products with some directions: random ones, or, where the
+    moments are whole, such as they have turned to their main part (Halko, Martinsson and Tropp
+    2011, algorithms 4.4 and 5.5)."""
+    products = inputs.products / inputs.tokens
+    directions = directions_for(len(products), rank, products.device)
+    if not inputs.is_sketched:
+        moments = products
+        for _ in range(TURNS):
+            directions = torch.linalg.qr(moments @ directions).Q
+        products = moments @ directions
+    products = products.double()
+    values, vectors = torch.linalg.eigh(directions.double().T @ products)
+    half = products @ vectors / values.clamp(min=values[-1] * 1e-6 + 1e-30).sqrt()
+    return (half @ torch.linalg.eigh(half.T @ half).eigenvectors)[:, -rank:].cpu()
+
+
+class LoopProgress:
+    """Shows how far a loop is: a bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, task: str, noun: str, total: int | None):
+        self._task = task
+        self._noun = noun
+        self._total = total
+        self._started = time.monotonic()
+        self._next = self._started
+        self._count_shown = 0
+
+    def show(self, done: int, more: str = "") -> None:
+        """Print how many rounds are done if the last line is old enough."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        on_terminal = is_terminal(sys.stdout)
+        self._next = now + PROGRESS_INTERVAL_S[on_terminal]
+        parts = [self._task, f"{self._noun} {done:,}", more]
+        if self._total:
+            parts[1] += f" of {self._total:,}"
+            if done < self._total:
+                left = (now - self._started) / done * (self._total - done)
+                parts.append(f"about {format_time_left(left)} left")
+            if on_terminal:
+                filled = 20 * done // self._total
+                parts.insert(1, f"[{'#' * filled:.<20}]")
+        line = "  ".join(filter(None, parts))
+        if on_terminal:
+            say(shorten(line, terminal_width() - 1), before=CLEAR_LINE, end="")
+        else:
+            say(line)
+
+    def end(self) -> None:
+        clear_line()
+
+
+def say_collected(
+    model: torch.nn.Module, inputs: Iterable[Inputs], path: Path, tokens: int
+) -> None:
+    """Print what the file knows, and whether that is as much as README's tables were made with."""
+    experts = [part.tokens for part in inputs if part.is_expert]
+    layers = [part for part in inputs if not part.is_expert]
+    embeddings = weights_of(model, torch.nn.Embedding)
+    without = [part.name for part in layers if not part.tokens and part.name not in embeddings]
+    reached = sum(part.tokens > 0 for part in inputs)
+    text = f"{count_of(reached, 'weight')} with data from {count_of(tokens, 'token')}"
+    if without:
+        text += f"; without: {quote_names(without)}"
+    say_paragraph("Statistics:", f"{path}: {text}")
+
+    times = ENOUGH_TOKENS / tokens
+    wanted = f"{ENOUGH_TOKENS:,} tokens"
+    if experts:
+        median = statistics.median_low(experts)
+        say_paragraph(
+            "Experts:",
+            f"the least saw {count_of(min(experts), 'token')}, the median {median:,};"
+            f" no token reached {experts.count(0):,} of their {count_of(len(experts), 'weight')}",
+        )
+        times = max(times, ENOUGH_TOKENS_OF_EXPERT / max(median, 1))
+        wanted += f", {ENOUGH_TOKENS_OF_EXPERT:,} for the median expert"
+    verdict = "enough" if times <= 1 else f"too few, give {math.ceil(times):,} times as many"
+    say_paragraph("Data:", f"{verdict}: README's tables were measured with {wanted}")
 
 
 # ---- Plan: all that is decided before the first weight is read -----------------------------------

@@ -55,6 +55,15 @@ def test_importance_changes_the_weights_it_names_and_the_plan_counts_the_others(
     }
 
 
+def test_costs_beside_the_statistics_change_nothing(three_layers, tmp_path):
+    vectors = {f"layers.{i}.up": torch.rand(200) ** 8 for i in range(3)}
+    quantize(three_layers, tmp_path / "plain", *importance_file(tmp_path, vectors))
+    costs = {f"{name}.cost": torch.tensor(0.5) for name in vectors}
+    result = quantize(three_layers, tmp_path / "out", *importance_file(tmp_path, vectors | costs))
+    assert "importance weighs 3 weights; 0 named without data, 0 not named" in result.stdout
+    assert not changed_tensors(tmp_path / "out", tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("vectors", "words"),
     [

@@ -7,7 +7,7 @@
 
 Each row quantizes the model, restores it to dense weights and compares it with the bf16 model on held-out text:
 perplexity, the Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same.
-Standard errors take tokens as independent. --importance comes from README.md's own snippet on a part of the training
+Standard errors take tokens as independent. --importance comes from `collect_statistics` on a part of the training
 text, with factors of the rank that a row names. Rows that the program refuses are named with its reason, and
 one that --verify finds wrong ends the script. Needs
 tests/requirements.txt.
@@ -45,8 +45,9 @@ from pathlib import Path
 import paths  # isort: skip
 import torch
 import transformers
-from recipe import collect
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3MoeConfig
+
+from quantize_int4 import collect_statistics
 
 
 @dataclass
@@ -291,11 +292,10 @@ def compare(subject: Subject, group_sizes: list[int], rows: list[str], scratch: 
     """Print a row for the model and for each way to quantize it."""
     source = scratch / "in"
     copy.deepcopy(subject.model).to(torch.bfloat16).save_pretrained(source)
-    inputs, files = [{"input_ids": batch} for batch in subject.calibration], {}
+    files = {}
     for rank in {ROWS[row].rank for row in rows} - {None}:
-        folder = scratch / f"rank_{rank}"
-        folder.mkdir()
-        files[rank] = collect(subject.model, inputs, folder, RANK=rank)
+        files[rank] = scratch / f"rank_{rank}.safetensors"
+        collect_statistics(subject.model, subject.calibration, files[rank], rank=rank, costs=False)
     comparison = Comparison(subject.model, subject.held_out)
     for group_size, row in itertools.product(group_sizes, rows):
         output_format = subject.format_for(group_size)
