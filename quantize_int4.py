@@ -3121,8 +3121,8 @@ def quantization_method(entry: object) -> str:
 # Patterns of weights' names, by the conventions of the hub's architectures. `find_kinds` finds
 # other embeddings, heads and routers by their shape and place.
 EMBEDDING_NAME = (
-    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|wte|wpe|\w+_bias|\w+_emb|\w*Embedder_\d+|\w+_token"
-    r"|query_\d+\w*)\.weight$"
+    r"(^|\.)(\w*embed(?!_out)\w*(\.(shard_)?\d+)?|\w+_emb|\w*Embedder_\d+|wte|wpe|\w+_bias"
+    r"|\w+_token|query_\d+\w*)\.weight$"
     r"|^(\w+\.)?shared\.weight$"
 )
 HEAD_NAME = (
