@@ -2997,7 +2997,7 @@ def raw_values(config: dict, *keys: str) -> list:
 
 def as_integer(value: object) -> int | None:
     """Return the integer that 12, 12.0 or "12" in JSON stands for; None for anything else."""
-    is_text = isinstance(value, str) and re.fullmatch(r"[0-9]{1,20}", value.strip())
+    is_text = isinstance(value, str) and re.fullmatch(r" *[0-9]{1,20} *", value)
     is_whole = isinstance(value, float) and value.is_integer()
     if is_text or is_whole:
         value = int(value)
