@@ -7156,7 +7156,13 @@ def check_patterns(draft: Draft) -> Iterator[str]:
             yield describe_useless_pattern(draft, "--exclude", pattern)
     for pattern in draft.options.int8:
         matched = [tensor for tensor in draft.tensors if named_by([pattern], tensor.source)]
-        if not matched:
+        is_tied = any(config_values(draft.config, "tie_word_embeddings"))
+        if not matched and is_tied and re.search(pattern, "lm_head.weight"):
+            yield (
+                f"--int8 {shlex.quote(pattern)} means the head, which {CONFIG_NAME} ties to the"
+                " embedding (tie_word_embeddings), and the embedding is kept: drop it"
+            )
+        elif not matched:
             yield describe_useless_pattern(draft, "--int8", pattern)
         elif not any(tensor.packing for tensor in matched):
             yield (

@@ -348,6 +348,14 @@ def test_a_packed_head_that_no_engine_would_read_is_refused(tmp_path, config, re
     quantize(source, tmp_path / "out", *ENGINE, "--int8", "up_proj")
 
 
+def test_a_tied_head_has_no_weight_to_pack(tmp_path):
+    model = {name: tensor for name, tensor in HEAD.items() if name != "lm_head.weight"}
+    source = save_model(tmp_path / "in", model, tie_word_embeddings=True)
+    refuse(
+        source, tmp_path / "out", "ties to the embedding", options=[*ENGINE, "--int8", "lm_head"]
+    )
+
+
 # --- bytes a token ----------------------------------------------------------------------------------------------------
 
 
