@@ -10528,7 +10528,10 @@ class Progress:
     def restart(self) -> None:
         """Count time from here."""
         self.started = time.monotonic()
-        self._next = self.started + PROGRESS_INTERVAL_S[is_terminal(sys.stdout)]
+        self._next = self.started
+        # A terminal's line is replaced by the next one, and so may come at once.
+        if not is_terminal(sys.stdout):
+            self._next += PROGRESS_INTERVAL_S[False]
 
     def mark(self, stage: str) -> None:
         """Note the memory at a stage, for the table at the end."""
