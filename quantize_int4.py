@@ -6919,6 +6919,22 @@ class Draft:
     def packed(self) -> list[TensorInfo]:
         return [tensor.source for tensor in self.tensors if tensor.packing]
 
+    @property
+    def packed_towers(self) -> list[TensorInfo]:
+        """The packed weights that are not the language model's."""
+        return [info for info in self.packed if self.kinds.get(info.name) == TOWERS]
+
+    @property
+    def packed_heads(self) -> list[TensorInfo]:
+        """The packed heads that have the one name by which engines know these."""
+        heads = [info for info in self.packed if self.kinds.get(info.name) == "head"]
+        return [info for info in heads if is_lm_head(info.name)]
+
+    @property
+    def types(self) -> list[str]:
+        """The types of the model and of its language model, as config.json names them."""
+        return config_values(self.config, "model_type")
+
     @functools.cached_property
     def widths(self) -> set[int]:
         """The bits of the packed weights' codes."""
@@ -7358,7 +7374,7 @@ def check_fused_layers(draft: Draft) -> Iterator[str]:
 def check_partly_kept_mtp(draft: Draft) -> Iterator[str]:
     """Check that no entry makes an engine take packed layers of MTP for unquantized ones."""
     packed = [tensor for tensor in draft.tensors if tensor.packing and tensor.kind == MTP]
-    types = config_values(draft.config, "model_type")
+    types = draft.types
     for engine in draft.form.engines:
         if not packed or not {*types} & {*engine.whole_mtp.get(draft.form.name, ())}:
             continue
@@ -7498,7 +7514,7 @@ def are_few(count: int, total: int) -> bool:
 def check_final_norm(draft: Draft) -> Iterator[str]:
     """Check that a model that generates text has a final norm if its layers have norms before
     attention or mixer."""
-    post_norm = "openai-gpt" in config_values(draft.config, "model_type")
+    post_norm = "openai-gpt" in draft.types
     container = draft.largest_container
     if not draft.generates_text or post_norm or TOWER_WORDS.search(container):
         return
@@ -7579,7 +7595,7 @@ def check_ends_for_engines(draft: Draft) -> Iterator[str]:
 def check_names_of_trainers(draft: Draft) -> Iterator[str]:
     """Check that names are not of a trainer's own format, which no loader of the model that
     config.json names knows."""
-    types = config_values(draft.config, "model_type")
+    types = draft.types
     if not types:
         return
     for row in TRAINERS_NAMES:
@@ -7793,15 +7809,14 @@ def where_to_take_mtp_from(checkpoint: Checkpoint) -> str:
 
 def types_without_float16(draft: Draft) -> list[str]:
     """List the model's types that vLLM does not compute in float16."""
-    types = config_values(draft.config, "model_type")
-    return [model_type for model_type in types if model_type in ENGINES["vLLM"].no_float16]
+    return [name for name in draft.types if name in ENGINES["vLLM"].no_float16]
 
 
 def check_types_for_engines(draft: Draft) -> Iterator[str]:
     """Check that engines load models of this type from the format."""
     name = draft.form.name
     for engine in draft.form.engines:
-        for model_type in config_values(draft.config, "model_type"):
+        for model_type in draft.types:
             if model_type in engine.not_loaded.get(name, ()):
                 yield (
                     f"{engine.name} does not load models of type {model_type} from {name}:"
@@ -7811,7 +7826,7 @@ def check_types_for_engines(draft: Draft) -> Iterator[str]:
 
 def check_packed_head(draft: Draft) -> Iterator[str]:
     """Check that a head in 8 bits is a weight of its own, and that engines load it."""
-    heads = [tensor.source.name for tensor in draft.tensors if tensor.packing and is_head(tensor)]
+    heads = [info.name for info in draft.packed_heads]
     if not heads:
         return
     if any(config_values(draft.config, "tie_word_embeddings")):
@@ -7821,7 +7836,7 @@ def check_packed_head(draft: Draft) -> Iterator[str]:
             " out, or untie it there if it is a weight of its own"
         )
     for engine in draft.form.engines:
-        for model_type in config_values(draft.config, "model_type"):
+        for model_type in draft.types:
             if model_type in engine.plain_heads:
                 yield (
                     f"--int8 matches {heads[0]!r}, and {engine.name} holds the head of models of"
@@ -7829,14 +7844,9 @@ def check_packed_head(draft: Draft) -> Iterator[str]:
                 )
 
 
-def is_head(tensor: TensorPlan) -> bool:
-    """Return whether this is the model's head."""
-    return tensor.kind == "head" and is_lm_head(tensor.source.name)
-
-
 def note_packed_head(draft: Draft) -> Iterator[str]:
     """Note which engines load a head in 8 bits."""
-    if any(tensor.packing and is_head(tensor) for tensor in draft.tensors):
+    if draft.packed_heads:
         yield "a head in 8 bits needs vLLM 0.20, for NemotronH 0.23"
 
 
@@ -7853,11 +7863,11 @@ def warn_of_float16(draft: Draft) -> Iterator[str]:
 
 def warn_of_packed_towers(draft: Draft) -> Iterator[str]:
     """Warn that not all engines hold towers packed."""
-    towers = [tensor for tensor in draft.tensors if tensor.packing and tensor.kind == TOWERS]
+    towers = draft.packed_towers
     if towers:
         yield (
             f"--int8 packs {count_of(len(towers), 'layer')} of {TOWERS}, e.g."
-            f" {towers[0].source.name!r}: engines hold some models' as plain layers, or under other"
+            f" {towers[0].name!r}: engines hold some models' as plain layers, or under other"
             " names, and then do not load the folder; without --int8 for these all of them are kept"
         )
 
@@ -7888,20 +7898,20 @@ def warn_of_small_language_model(draft: Draft) -> Iterator[str]:
 
 def note_packed_towers(draft: Draft) -> Iterator[str]:
     """Note that towers are quantized, too."""
-    towers = [tensor for tensor in draft.tensors if tensor.packing and tensor.kind == TOWERS]
+    towers = draft.packed_towers
     if towers:
-        size = format_bytes(sum(tensor.source.nbytes for tensor in towers))
+        size = format_bytes(sum(info.nbytes for info in towers))
         yield (
             f"{count_of(len(towers), 'layer')} of {TOWERS} ({size}) are quantized, too; the formats"
             f" for engines keep them, and so does --exclude {pattern_of_branches(towers)}"
         )
 
 
-def pattern_of_branches(tensors: list[TensorPlan]) -> str:
+def pattern_of_branches(infos: list[TensorInfo]) -> str:
     """Make a pattern for --exclude that means the modules around these tensors."""
     branches = {}
-    for tensor in tensors:
-        parts = tensor.source.name.split(".")
+    for info in infos:
+        parts = info.name.split(".")
         names = [part for part in parts[:-1] if part not in WRAPPERS]
         branches[re.escape(names[0])] = None
     return shlex.quote(rf"(^|\.)({'|'.join(branches)})\.")
