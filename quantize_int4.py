@@ -7913,7 +7913,8 @@ def pattern_of_branches(infos: list[TensorInfo]) -> str:
     for info in infos:
         parts = info.name.split(".")
         names = [part for part in parts[:-1] if part not in WRAPPERS]
-        branches[re.escape(names[0])] = None
+        # A weight may stand in wrappers alone.
+        branches[re.escape((names or parts)[0])] = None
     return shlex.quote(rf"(^|\.)({'|'.join(branches)})\.")
 
 

@@ -17,7 +17,7 @@ from checkpoints import (
     write_sparse_checkpoint,
 )
 from conftest import ENGINE_FORMATS, ROOT, assert_refused, quantize, refuse, run_cli
-from folders import read_tensors
+from folders import read_json, read_tensors
 from tiny_nemotron import lightning_tensors, write_lightning_config
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -646,6 +646,14 @@ def test_int4_packs_towers_and_names_the_exclude_that_keeps_them(tmp_path):
     kept = read_tensors(tmp_path / "kept")
     assert {"visual.merger.mlp.0.weight", "visual.blocks.0.attn.proj.weight"} <= kept.keys()
     assert "model.layers.0.mlp.up_proj.qweight" in kept
+
+
+def test_a_weight_beside_the_language_model_may_stand_in_wrappers_alone(tmp_path):
+    source = multimodal(tmp_path / "in")
+    tensors = read_tensors(source) | {"thinker.weight": random(64, 128)}
+    settings = read_json(source / "config.json")
+    result = quantize(save_model(tmp_path / "more", tensors, **settings), tmp_path / "out")
+    assert r"--exclude '(^|\.)(thinker|visual)\.'" in result.stdout
 
 
 def test_int8_packs_the_towers_that_it_names_with_a_warning(tmp_path):
