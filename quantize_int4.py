@@ -273,6 +273,12 @@ OPTIONS = (
         " (compressed-tensors only); may be repeated",
         PATTERNS,
     ),
+    Option(
+        "max_size_gb",
+        "fill a folder of so many 10^9 bytes, all its files counted, with 8 bits where these save"
+        " most; needs an --importance file with costs (compressed-tensors only)",
+        POSITIVE_GB,
+    ),
     Option("quantize_embeddings", "quantize embeddings too (int4 only; default: keep them)", FLAG),
     Option(
         "min_free_gb",
@@ -283,7 +289,8 @@ OPTIONS = (
     Option("dry_run", "print the plan and stop; write nothing", FLAG),
     Option(
         "list",
-        "with --dry_run: instead of the plan, print a line for each tensor, separated by tabs",
+        "print cells separated by tabs instead: with --dry_run a line for each tensor, with"
+        " --verify of a finished folder the errors of each weight",
         FLAG,
     ),
     Option(
@@ -344,14 +351,16 @@ def with_underscores(argument: str) -> str:
 
 def check_together(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with a usage error if the options make no sense together."""
-    names = "verify mtp_from format group_size exclude int8 scale importance quantize_embeddings"
-    if args.restore and any(getattr(args, name) for name in names.split()):
+    names = "verify mtp_from format group_size exclude int8 max_size_gb scale importance"
+    if args.restore and any(
+        getattr(args, name) for name in [*names.split(), "quantize_embeddings"]
+    ):
         parser.error(
             "--restore takes the layout from the folder: leave out --verify and the options that"
             " decide the layout, such as --format"
         )
-    if args.list and not args.dry_run:
-        parser.error("--list needs --dry_run")
+    if args.list and not args.dry_run and not args.verify:
+        parser.error("--list needs --dry_run, or --verify and a finished folder")
     if args.format and args.format not in FORMAT_NAMES:
         names = ", ".join(FORMAT_NAMES)
         suggestion = nearest(args.format, FORMAT_NAMES)
@@ -1390,7 +1399,7 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 # Sizes are decimal throughout, as in disk sizes and the hub's shard sizes.
 GB = 10**9
 # Raise it whenever the bytes of the output change: leftovers of an older version are then foreign.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 # 4-bit codes in an int32.
 CODES_PER_WORD = 8
@@ -5147,6 +5156,8 @@ class Vector:
 
     name: str
     expert: int | None = None
+    # Weights that the model holds as one, which share it.
+    sharers: int = 1
 
 
 def end_of_name(name: str) -> str:
@@ -5158,19 +5169,23 @@ def end_of_name(name: str) -> str:
 
 class Importance:
     """Statistics of each layer's input activations, from --importance: mean squares (columns,),
-    which weigh the error of a weight's columns, and a factor (columns, rank), which tells how the
-    columns go together, if there is one.
+    which weigh the error of a weight's columns, and, if they are there, a factor (columns, rank),
+    which tells how the columns go together, a cost (), which tells what errors lose, and a gain (),
+    which tells how large the outputs are.
 
-    They are named as a model's parameters, X and X.factor, whose wrappers may differ from the
-    checkpoint's. Where the model holds its experts as a stack, one tensor (experts, columns) or
-    (experts, columns, rank) stands for all. X.cost, beside them, is not used."""
+    They are named as a model's parameters, X, X.factor, X.cost and X.gain, whose wrappers may
+    differ from the checkpoint's. Where the model holds its experts as a stack, one tensor
+    (experts, columns), (experts, columns, rank) or (experts,) stands for all."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file = WeightsFile(path)
         self.infos = {
-            name: info for name, info in self._file.infos.items() if not name.endswith(".cost")
+            name: info
+            for name, info in self._file.infos.items()
+            if not name.endswith((".cost", ".gain"))
         }
+        self.has_costs = any(name.endswith(".cost") for name in self._file.infos)
         if not self.infos:
             raise QuantizeError(
                 f"{path}: names no layer: collect it from this model, as in README.md"
@@ -5184,18 +5199,20 @@ class Importance:
             if module not in self.infos:
                 raise QuantizeError(f"{path}: {name!r} has no {module!r} beside it")
             self.largest_factor = max(self.largest_factor, math.prod(info.shape[-2:]))
-        # By weight; see `rank_of`.
+        # By weight; see `rank_of` and `unexplained_share`.
         self._vectors: dict[str, Vector] = {}
         self._ranks: dict[str, int | None] = {}
+        self._shares: dict[str, float] = {}
+        self._number_of = functools.cache(self._read_number)
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
         self._file.check_unchanged()
 
     def match(self, weights: list[TensorInfo], tensors: list[TensorInfo], oddity: Oddity) -> None:
-        """Find each weight's vector: by name, else by what follows the wrappers, where only one
+        """Find each tensor's vector: by name, else by what follows the wrappers, where only one
         vector and only one of all tensors of the checkpoint ends so. Raises if more than half of
-        the weights have none."""
+        the weights, which are packed, have none."""
         names = [name for name in self.infos if not name.endswith(".factor")]
         vectors: dict[str, Vector] = {}
         for name in names:
@@ -5204,7 +5221,7 @@ class Importance:
         vector_ends = Counter(map(end_of_name, vectors))
         tensor_ends = Counter(end_of_name(info.name) for info in tensors)
         by_end = {end_of_name(name): vector for name, vector in vectors.items()}
-        for weight in weights:
+        for weight in tensors:
             end = end_of_name(weight.name)
             vector = vectors.get(weight.name)
             if not vector and vector_ends[end] == tensor_ends[end] == 1:
@@ -5212,11 +5229,12 @@ class Importance:
             if vector:
                 self._vectors[weight.name] = vector
 
-        if len(self._vectors) * 2 < len(weights):
+        named = sum(weight.name in self._vectors for weight in weights)
+        if named * 2 < len(weights):
             own_names = quote_names(names)
             other_names = quote_names(weight.name for weight in weights)
             raise QuantizeError(
-                f"{self.path} names {len(self._vectors):,} of {count_of(len(weights), 'weight')}"
+                f"{self.path} names {named:,} of {count_of(len(weights), 'weight')}"
                 f" that are quantized: its names are {own_names}, the checkpoint's {other_names}:"
                 " collect them from this model"
             )
@@ -5228,10 +5246,11 @@ class Importance:
         if len(shape) != 2 or not stack or not stack["projection"]:
             return {oddity.renamed(f"{name}.weight"): Vector(name)}
         vectors = {}
+        projections = oddity.projections_of(stack["projection"])
         for expert in range(shape[0]):
-            for projection in oddity.projections_of(stack["projection"]):
+            for projection in projections:
                 weight = f"{stack['place']}experts.{expert}.{projection}.weight"
-                vectors[oddity.renamed(weight)] = Vector(name, expert)
+                vectors[oddity.renamed(weight)] = Vector(name, expert, len(projections))
         return vectors
 
     def describe(self, weights: list[TensorInfo]) -> str:
@@ -5256,10 +5275,17 @@ class Importance:
         if info.name not in self._ranks:
             rank = None
             if moments := self.get(info):
-                _, factor = moments
+                squares, factor = moments
                 rank = factor.shape[1]
+                rest = (squares - factor.square().sum(1)).clamp_(min=0)
+                self._shares[info.name] = float(rest.double().sum() / squares.double().sum())
             self._ranks[info.name] = rank
         return self._ranks[info.name]
+
+    def unexplained_share(self, info: TensorInfo) -> float:
+        """Return the part of the mean squares that a weight's factor leaves, 1 without a factor."""
+        self.rank_of(info)
+        return self._shares.get(info.name, 1.0)
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Read a weight's mean squares, float32 (columns,), and its factor, float32
@@ -5293,12 +5319,36 @@ class Importance:
         self._refuse_factor_of_other_inputs(vector.name, factor, squares)
         return squares, factor.float()
 
+    def cost_of(self, info: TensorInfo) -> float | None:
+        """Read the divergence from the model, in nat a token, that a relative error of 1 in a
+        weight's outputs is expected to bring; None if the file does not tell."""
+        cost = self._number_of(info, "cost")
+        # What the model holds as one has one cost. Its weights have as many outputs each.
+        return cost and cost / self._vectors[info.name].sharers
+
+    def gain_of(self, info: TensorInfo) -> float | None:
+        """Read the mean square norm of a weight's outputs, in that which random weights as large
+        would give to the same inputs; None if the file does not tell."""
+        return self._number_of(info, "gain") or None
+
+    def _read_number(self, info: TensorInfo, what: str) -> float | None:
+        """Read a weight's cost or gain, if the file has it."""
+        vector = self._vectors.get(info.name)
+        name = f"{vector.name}.{what}" if vector else ""
+        if name not in self._file.infos:
+            return None
+        rule = f"a {what} is one float32, or one for each expert of a stack"
+        number = self._read_vector(replace(vector, name=name), ["F32"], [()], rule)
+        if number < 0:
+            raise QuantizeError(f"{self.path}: {name!r} is negative")
+        return float(number)
+
     def _read_vector(
         self, vector: Vector, dtypes: list[str], shapes: list[tuple[int, ...]], rule: str
     ) -> torch.Tensor:
         """Read a tensor of the file, or an expert's row of one, which must have one of these
         dtypes and shapes."""
-        info = self.infos[vector.name]
+        info = self._file.infos[vector.name]
         rows = 1
         row = 0
         shape = info.shape
@@ -5400,8 +5450,10 @@ def collect_statistics(
     With `costs` each batch is run a second time, and backwards, and the file also holds X.cost,
     float32 () or (experts,): the divergence from the model, in nat a token, that a relative error
     of 1 in the weight's outputs is expected to bring. The expected divergence of a quantized model
-    is the sum of costs times squared relative errors. Where there is no way back through the model,
-    costs are left out, and the reason is printed.
+    is the sum of costs times squared relative errors. X.gain, of the same shape, is the mean square
+    norm of the outputs (without a bias) in that which random weights as large would give to the
+    same inputs: E|Wx|^2 / (|W|^2 E|x|^2 / columns). Where there is no way back through the model,
+    both are left out, and the reason is printed.
 
     Raises QuantizeError, before the model is run where that is possible, for a model that is
     quantized or not wholly in memory, for no or padded batches, and for a path or a rank that
@@ -5803,10 +5855,20 @@ class CostRecorder(WeightFinder):
         sums = self.sums.get(inputs)
         if not sums:
             return torch.tensor(0.0)
-        # 1/2 * share of the tokens * mean square of the gradients * mean of the squared norms.
+        # 1/2 * share of the tokens * mean square of the gradients * mean square norm.
         gradients = float(sums.gradients) / (sums.tokens * sums.rows)
         norms = float(sums.outputs) / sums.tokens
         return torch.tensor(sums.tokens / self.tokens * gradients * norms / 2)
+
+    def gain_of(self, inputs: Inputs | None, weight: torch.Tensor) -> torch.Tensor:
+        """Return the mean square norm of these outputs, in that which random weights as large would
+        give; float32 (), 0 without data."""
+        sums = self.sums.get(inputs)
+        if not sums:
+            return torch.tensor(0.0)
+        norms = float(sums.outputs) / sums.tokens
+        random = float(weight.float().square().sum()) * float(mean_squares(inputs).mean())
+        return torch.tensor(norms / random if random else 0.0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -5830,7 +5892,8 @@ def make_statistics(
     main_parts: dict[Inputs, torch.Tensor] = {}
     tensors = {}
     for number, (name, parameter) in enumerate(parameters, 1):
-        parts = [inputs.get(matrix.data_ptr()) for matrix in matrices_of(parameter)]
+        matrices = matrices_of(parameter)
+        parts = [inputs.get(matrix.data_ptr()) for matrix in matrices]
         key = name.removesuffix(".weight")
         if any(part and part.tokens for part in parts):
             shape = parameter.shape[:-2]
@@ -5839,8 +5902,10 @@ def make_statistics(
                 factors = [factor_of(part, rank, main_parts) for part in parts]
                 tensors[f"{key}.factor"] = stack(factors, shape)
             if gradients and not gradients.failure:
-                numbers = [gradients.cost_of(part) for part in parts]
-                tensors[f"{key}.cost"] = stack(numbers, shape)
+                costs = [gradients.cost_of(part) for part in parts]
+                tensors[f"{key}.cost"] = stack(costs, shape)
+                gains = map(gradients.gain_of, parts, matrices)
+                tensors[f"{key}.gain"] = stack(list(gains), shape)
         progress.show(number)
     progress.end()
     return tensors
@@ -6012,6 +6077,11 @@ class Options:
     quantize_embeddings: bool
     # Patterns of what is packed in 8 bits.
     int8: list[str]
+    # For the whole folder; None where there is no limit.
+    max_size_gb: float | None
+    # What `spend_budget` chose for 8 bits beside these patterns: names of weights, or
+    # ROUTED_EXPERTS. None where it has not, or need not.
+    chosen: list[str] | None
     # "absmax", or "mse": least squared error.
     scale: str
     # FEEDBACK or WEIGHED, and the file's SHA-256.
@@ -6129,6 +6199,8 @@ class Plan:
     stacks: int = 0
     # Why transformers would not load all of the folder.
     fails_in_transformers: str = ""
+    # What the statistics' costs tell; None without these.
+    expectation: Expectation | None = None
 
 
 def plan_conversion(
@@ -6165,9 +6237,13 @@ def plan_conversion(
 
     if statistics:
         statistics.match(draft.packed, sources, oddity_with("projections", config))
+    if options.max_size_gb and options.chosen is None:
+        draft = spend_budget(draft)
+        refuse(draft, TENSORS)
+    options = draft.options
     warnings = list(messages(draft, WARNING))
     notes = list(messages(draft, NOTE))
-    tensors = [with_recipe(tensor, options, statistics) for tensor in tensors]
+    tensors = [with_recipe(tensor, options, statistics) for tensor in draft.tensors]
     return replace(
         plan_files(checkpoint, tensors, options),
         notes=notes,
@@ -6176,6 +6252,7 @@ def plan_conversion(
         stacks=len(separated),
         serving_dtype="bfloat16" if types_without_float16(draft) else "float16",
         fails_in_transformers=reason_transformers_fails(draft),
+        expectation=Expectation.of(draft),
     )
 
 
@@ -6364,7 +6441,9 @@ def plan_tensors(
 ) -> Iterator[TensorPlan]:
     """Decide for each tensor whether it is quantized, and what it becomes."""
     reasons = [reason_to_keep(info, options, kinds.get(info.name)) for info in sources]
-    eights = [not reason and named_by(options.int8, info) for info, reason in zip(sources, reasons)]
+    eights = []
+    for info, reason in zip(sources, reasons):
+        eights.append(not reason and gets_8_bits(info, kinds.get(info.name), options))
     # Groups of 128 where these fit. Engines hold routed experts as one, so they must fit all.
     ragged = {info.name for info, eight in zip(sources, eights) if eight and info.shape[1] % 128}
     ragged_experts = any(map(EXPERT_PATTERN.match, ragged))
@@ -6414,10 +6493,23 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
     # To ask for embeddings where they are whole is refused by a rule.
     is_whole = kind in options.form.whole_kinds and kind != "embeddings"
     may_have_8_bits = kind == TOWERS or (kind == "head" and is_lm_head(info.name))
-    is_asked_for = may_have_8_bits and named_by(options.int8, info) is not None
+    is_asked_for = may_have_8_bits and gets_8_bits(info, kind, options)
     if is_whole and not is_asked_for:
         return f"{kind} (whole for engines)"
     return None
+
+
+def gets_8_bits(info: TensorInfo, kind: str | None, options: Options) -> bool:
+    """Return whether --int8 names a weight, or --max_size_gb chose it."""
+    if named_by(options.int8, info) is not None:
+        return True
+    return chosen_name(info, kind) in (options.chosen or ())
+
+
+def chosen_name(info: TensorInfo, kind: str | None) -> str:
+    """Return the name by which a weight stands in `Options.chosen`."""
+    is_routed_expert = EXPERT_PATTERN.match(info.name) and kind != MTP
+    return ROUTED_EXPERTS if is_routed_expert else info.name
 
 
 def count_token_bytes(tensors: list[TensorPlan], config: dict) -> TokenBytes | None:
@@ -6759,6 +6851,8 @@ def are_options(value: object) -> bool:
         and size % CODES_PER_WORD == 0
         and are_patterns(value["exclude"])
         and are_patterns(value["int8"])
+        and isinstance(value["max_size_gb"], int | float | None)
+        and are_names(value["chosen"])
         and type(value["quantize_embeddings"]) is bool
         and type(value["restore"]) is bool
         and value["scale"] in ["absmax", "mse"]
@@ -6778,6 +6872,13 @@ def are_patterns(value: object) -> bool:
     except (TypeError, re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def are_names(value: object) -> bool:
+    """Return whether a value read from JSON is a list of names, or none is given."""
+    if value is None:
+        return True
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def are_sources(value: object) -> bool:
@@ -6815,8 +6916,9 @@ def what_differs(was: dict, now: dict) -> str:
         changed.append(f"the input was another, {quote_names(others)} had other names or sizes")
     for name, value in now["options"].items():
         before = was["options"].get(name)
-        # Where it is not given, the group size follows from the input's columns.
-        if before == value or (name == "group_size" and others):
+        # Where it is not given, the group size follows from the input's columns, and the choice
+        # from the other options.
+        if before == value or (name == "group_size" and others) or name == "chosen":
             continue
         if name == "importance" and before and value:
             changed.append("--importance was another file")
@@ -6835,6 +6937,226 @@ def describe_value(name: str, value: object) -> str:
     if isinstance(value, list):
         return f" --{name} ".join(value)
     return str(value)
+
+
+# ---- Budget: what errors are expected to lose, and what gets 8 bits for --max_size_gb ------------
+
+# Stands in `Options.chosen` for the routed experts of all layers, which engines hold in one width.
+ROUTED_EXPERTS = "routed experts"
+# Relative RMS errors of Gaussian weights in 4 bits with scales of least squared error, by the
+# columns of a group, and in 8 bits. With the next number they foretell what --verify then expects,
+# from 9 % less to 17 % more for SmolLM2, a small Llama and a small mixture of experts.
+USUAL_ERRORS = {128: 0.0967, 64: 0.0899, 32: 0.0810}
+USUAL_ERROR_OF_8_BITS = 0.0063
+# The part of the mean squares that error feedback leaves beyond what a factor does not explain.
+LEFT_BY_FEEDBACK = 0.1
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the statistics' costs tell before a weight is read."""
+
+    # The divergence from the source in nat a token, and what it would be without the choice of
+    # --max_size_gb.
+    divergence: float
+    without_choice: float
+    # Packed weights that the file has no costs of, and that are not counted.
+    unknown: int
+
+    @staticmethod
+    def of(draft: Draft) -> Expectation | None:
+        """Add up what is expected of a draft; None if its statistics have no costs."""
+        statistics = draft.statistics
+        if not statistics or not statistics.has_costs:
+            return None
+        losses = [expected_loss(tensor, statistics) for tensor in draft.tensors]
+        divergence = without_choice = sum_of_known(losses)
+        if draft.options.chosen:
+            plain = with_choice(draft, [])
+            without_choice = sum_of_known(
+                expected_loss(tensor, statistics) for tensor in plain.tensors
+            )
+        return Expectation(divergence, without_choice, losses.count(None))
+
+
+def sum_of_known(numbers: Iterable[float | None]) -> float:
+    """Add up numbers, without those that are not known. The order does not matter."""
+    return math.fsum(number for number in numbers if number is not None)
+
+
+def expected_loss(tensor: TensorPlan, statistics: Importance) -> float | None:
+    """Return the divergence that a tensor as it is planned is expected to bring, in nat a token:
+    its cost times the usual square of the relative error of its outputs. None if its cost is not
+    known."""
+    if not tensor.packing:
+        return 0.0
+    info = tensor.source
+    cost = statistics.cost_of(info)
+    if not cost:
+        return cost
+
+    error = USUAL_ERROR_OF_8_BITS
+    share = 1.0
+    if tensor.packing.bits == 4:
+        error = USUAL_ERRORS[min(USUAL_ERRORS, key=lambda n: abs(n - tensor.packing.group_size))]
+        share = min(1.0, statistics.unexplained_share(info) + LEFT_BY_FEEDBACK)
+    return cost * error**2 * share / (statistics.gain_of(info) or 1.0)
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """More bits for weights that engines hold in one width."""
+
+    # Of the weights, as in `Options.chosen`.
+    names: frozenset[str]
+    # What it adds to the folder, and takes from the expected divergence.
+    nbytes: int
+    saving: float
+
+
+def spend_budget(draft: Draft) -> Draft:
+    """Give 8 bits to the weights where a byte saves most of the expected divergence, until the
+    folder is as large as --max_size_gb allows. Raises if the least folder is larger.
+
+    A head that engines load in 8 bits begins with these, and may become whole."""
+    limit = round(draft.options.max_size_gb * GB)
+    if not draft.statistics.has_costs:
+        raise QuantizeError(
+            f"{draft.statistics.path} has no costs (X.cost), by which --max_size_gb chooses:"
+            " collect it again with costs=True, which is the default of collect_statistics"
+        )
+    heads = packable_heads(draft)
+    least = with_choice(draft, heads)
+    room = limit - folder_bytes(least)
+    if room < 0:
+        raise QuantizeError(describe_least(least, limit - room))
+
+    upgrades = find_upgrades(least, heads)
+    while True:
+        chosen = set(heads)
+        for upgrade in best_upgrades(upgrades, room):
+            # A head that was chosen no longer is.
+            chosen ^= upgrade.names
+        filled = with_choice(draft, chosen)
+        # Headers and config.json grow with what is chosen.
+        excess = folder_bytes(filled) - limit
+        if excess <= 0:
+            return filled
+        room -= excess
+
+
+def describe_least(draft: Draft, nbytes: int) -> str:
+    """Describe that a limit is too small, and the least that is not."""
+    # The number itself is written to each shard, and longer ones take more.
+    nbytes += 32 * (1 + math.ceil(nbytes / (draft.options.shard_size_gb * GB)))
+    head = ", 8 bits for the head" if draft.options.chosen else ""
+    return (
+        f"--max_size_gb {draft.options.max_size_gb} is too little: give"
+        f" {math.ceil(nbytes / 1000) / 1e6} or more, which is the least folder (4 bits for all that"
+        f" is quantized{head}, but for what --int8 and --exclude name)"
+    )
+
+
+def with_choice(draft: Draft, chosen: Iterable[str]) -> Draft:
+    """Plan a draft's tensors with this choice."""
+    options = replace(draft.options, chosen=sorted(chosen))
+    tensors = list(plan_tensors(draft.sources, draft.kinds, options, draft.config))
+    return replace(draft, options=options, tensors=tensors)
+
+
+def folder_bytes(draft: Draft) -> int:
+    """Return how large the folder of a draft is, with all its files."""
+    plan = plan_files(draft.checkpoint, draft.tensors, draft.options)
+    nbytes = sum(shard.size for shard in plan.shards)
+    for content in plan.other_files.values():
+        nbytes += content.stat().st_size if isinstance(content, Path) else len(content)
+    return nbytes
+
+
+def packable_heads(draft: Draft) -> list[str]:
+    """Name the heads that are whole by default, and that engines load in 8 bits."""
+    names = []
+    for tensor in draft.tensors:
+        name = tensor.source.name
+        is_known = draft.statistics.cost_of(tensor.source) is not None
+        if tensor.kind == "head" and is_lm_head(name) and not tensor.packing and is_known:
+            names.append(name)
+    packed = with_choice(draft, names)
+    problems = [*check_packed_head(packed), *check_columns(packed)]
+    is_packed = {tensor.source.name for tensor in packed.tensors if tensor.packing}
+    return [] if problems else sorted({*names} & is_packed)
+
+
+def find_upgrades(least: Draft, heads: list[str]) -> list[Upgrade]:
+    """List what may get more bits: all of a unit, if its costs are known, and an entry of
+    config.json can name it."""
+    statistics = least.statistics
+    units = []
+    for unit in units_of(least):
+        are_heads = all(tensor.source.name in heads for tensor in unit)
+        are_known = all(statistics.cost_of(tensor.source) is not None for tensor in unit)
+        if are_known and (are_heads or all(map(may_have_more_bits, unit))):
+            units.append(unit)
+
+    most = with_choice(least, set().union(*map(names_in, units)) - {*heads})
+    by_name = {tensor.source.name: tensor for tensor in most.tensors}
+    upgrades = []
+    for unit in units:
+        nbytes = 0
+        savings = []
+        for tensor in unit:
+            upgraded = by_name[tensor.source.name]
+            nbytes += output_bytes(upgraded) - output_bytes(tensor)
+            savings.append(expected_loss(tensor, statistics))
+            savings.append(-expected_loss(upgraded, statistics))
+        upgrades.append(Upgrade(names_in(unit), nbytes, math.fsum(savings)))
+    return upgrades
+
+
+def names_in(unit: list[TensorPlan]) -> frozenset[str]:
+    """Return the names by which weights stand in `Options.chosen`."""
+    return frozenset(chosen_name(tensor.source, tensor.kind) for tensor in unit)
+
+
+def may_have_more_bits(tensor: TensorPlan) -> bool:
+    """Return whether a weight has 4 bits and may have 8. The costs of layers that predict further
+    tokens are not of what the model itself predicts."""
+    is_packed = tensor.packing is not None and tensor.packing.bits == 4
+    return is_packed and tensor.kind != MTP and tensor.in_memory is not None
+
+
+def units_of(draft: Draft) -> list[list[TensorPlan]]:
+    """Group the tensors that engines hold as one, or in one width."""
+    # Of a tensor or a whole: another one of its unit, or itself.
+    links: dict[str, str] = {}
+
+    def first_of(name: str) -> str:
+        while links.setdefault(name, name) != name:
+            # Halve the way for those that come after.
+            links[name] = links[links[name]]
+            name = links[name]
+        return name
+
+    tensors = [tensor for tensor in draft.tensors if len(tensor.source.shape) > 1]
+    for tensor in tensors:
+        for whole in wholes_of(tensor, draft.form):
+            links[first_of(tensor.source.name)] = first_of(whole)
+    units: dict[str, list[TensorPlan]] = {}
+    for tensor in tensors:
+        units.setdefault(first_of(tensor.source.name), []).append(tensor)
+    return list(units.values())
+
+
+def best_upgrades(upgrades: list[Upgrade], room: int) -> Iterator[Upgrade]:
+    """Yield the upgrades that save most a byte, as long as there is room for them."""
+
+    def rank(upgrade: Upgrade) -> tuple:
+        return -upgrade.saving / upgrade.nbytes, sorted(upgrade.names)
+
+    for upgrade in sorted(upgrades, key=rank):
+        if upgrade.saving > 0 and upgrade.nbytes <= room:
+            room -= upgrade.nbytes
+            yield upgrade
 
 
 # ---- Rules: what is refused, warned of and noted, in the order of `RULES` at the end -------------
@@ -7090,6 +7412,13 @@ def check_int8(draft: Draft) -> Iterator[str]:
     if draft.options.int8 and not draft.form.has_two_widths:
         reason = "not all of its readers know two widths"
         yield f"--int8 is not for {draft.form.name}: {reason}: use --format compressed-tensors"
+
+
+def check_max_size(draft: Draft) -> Iterator[str]:
+    """Check that the format has two widths if there is a budget for the wider one."""
+    if draft.options.max_size_gb and not draft.form.has_two_widths:
+        reason = "not all of its readers know two widths: use --format compressed-tensors"
+        yield f"--max_size_gb is not for {draft.form.name}: {reason}"
 
 
 def check_fitness(draft: Draft) -> Iterator[str]:
@@ -8007,6 +8336,7 @@ def is_expert(tensor: TensorPlan) -> bool:
 # The first refusal ends the run. Warnings and notes are printed in this order.
 RULES = (
     Rule(REFUSED, CHECKPOINT, check_int8),
+    Rule(REFUSED, CHECKPOINT, check_max_size),
     Rule(REFUSED, CHECKPOINT, check_fitness),
     Rule(REFUSED, CHECKPOINT, check_low_rank_updates),
     Rule(REFUSED, STACKS, check_stacks),
@@ -8428,12 +8758,70 @@ def print_plan(
         say_paragraph(
             "A token:", f"reads {total} of weights, {format_bytes(token.head)} of it the head"
         )
+    print_expectation(plan)
     for warning in plan.warnings:
         say_paragraph("WARNING:", warning)
     for note in plan.notes:
         say_paragraph("Note:", note)
     print_files(plan, output)
     print_needs(plan, output, guard, threads)
+
+
+def print_expectation(plan: Plan) -> None:
+    """Print what --max_size_gb chose, and the divergence that is expected."""
+    if plan.options.max_size_gb:
+        chosen = [tensor for tensor in plan.tensors if is_chosen(tensor, plan.options)]
+        size = format_bytes(plan.options.max_size_gb * GB)
+        weights = count_of(len(chosen), "weight")
+        say_paragraph("Chosen:", f"8 bits for {weights}, so that the folder fills {size}")
+        for row in describe_chosen(chosen):
+            say_paragraph("", row)
+
+    expected = plan.expectation
+    if not expected:
+        return
+    text = f"a divergence of about {three_digits(expected.divergence)} nat a token from the source"
+    if plan.options.max_size_gb:
+        text += f"; without the choice {three_digits(expected.without_choice)}"
+    if expected.unknown:
+        text += f"; {count_of(expected.unknown, 'weight')} without a cost not counted"
+    say_paragraph("Expected:", text)
+
+
+def is_chosen(tensor: TensorPlan, options: Options) -> bool:
+    """Return whether --max_size_gb chose 8 bits for a weight."""
+    return chosen_name(tensor.source, tensor.kind) in (options.chosen or ())
+
+
+def describe_chosen(chosen: list[TensorPlan]) -> Iterator[str]:
+    """Yield for weights of a kind and of the same layers: the kind, their modules and layers."""
+    # By kind and module.
+    layers: dict[tuple[str, str], set[int]] = {}
+    for tensor in chosen:
+        name = tensor.source.name.removesuffix(".weight")
+        layer = LAYER_PATTERN.match(name)
+        module = re.sub(r"\d+\.", "", name[layer.end() :]) if layer else name
+        numbers = layers.setdefault((tensor.kind, module), set())
+        if layer:
+            numbers.add(int(layer[3]))
+
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (kind, module), numbers in layers.items():
+        alike.setdefault((kind, tuple(sorted(numbers))), []).append(module)
+    for (kind, numbers), modules in sorted(alike.items()):
+        place = f" of layers {format_ranges(numbers)}" if numbers else ""
+        yield f"{kind}: {', '.join(sorted(modules))}{place}"
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Return ascending numbers in short: 0-3, 7."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], number]
+        else:
+            ranges.append([number])
+    return ", ".join("-".join(map(str, ends)) for ends in ranges)
 
 
 def print_files(plan: Plan, output: OutputFolder) -> None:
@@ -10166,9 +10554,14 @@ class Measured:
             self.squares, other.squares, rtol=1e-4, equal_nan=True
         )
 
-    def relative_errors(self) -> list[float]:
-        """Return the relative RMS errors of the weight and of its outputs."""
+    def relative_errors(self, output_scale: float | None) -> list[float]:
+        """Return the relative RMS errors of the weight and of its outputs.
+
+        `output_scale` times the weight's square norm is that of its outputs, where the statistics
+        know it; else it follows from the factor, which does not know all of the inputs."""
         errors, values = self.squares
+        if output_scale:
+            values = values[0] * torch.tensor([1.0, output_scale])
         return (errors / values.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
 
 
@@ -10331,6 +10724,8 @@ class Verification:
         self.plan = plan
         self.errors: dict[str, list[float]] = {}  # by weight: relative, of it and of its outputs
         self.clipped: dict[str, Measured] = {}  # by weight, where some lie far from their codes
+        # By weight: what its error is expected to lose, in nat a token.
+        self.divergences: dict[str, float] = {}
         self.kept = 0  # tensors that are as in the source
         self.problems: list[str] = []
         # Without the statistics by which they were chosen, 4-bit codes are known within bounds.
@@ -10340,6 +10735,8 @@ class Verification:
         self._kernels = kernels_for(plan, "measure")
         self._energy_of = functools.lru_cache(KEPT_ROUNDINGS)(self._find_energy)
         self._measured: dict[str, Measured] = {}  # by tensor
+        # By weight: see `Measured.relative_errors`.
+        self._output_scales: dict[str, float] = {}
         self._wrong: dict[str, WrongRow] = {}  # by tensor: the first one
         self._lock = threading.Lock()
 
@@ -10389,11 +10786,20 @@ class Verification:
             if name in self._wrong:
                 self.problems.append(f"{name!r}: {self._wrong[name].problem}")
             elif name in self._measured:
-                self.errors[name] = self._measured[name].relative_errors()
-                if self._measured[name].clipped:
-                    self.clipped[name] = self._measured[name]
+                measured = self._measured[name]
+                self.errors[name] = measured.relative_errors(self._output_scales.get(name))
+                self._expect_divergence(tensor.source)
+                if measured.clipped:
+                    self.clipped[name] = measured
             else:
                 self.kept += 1
+
+    def _expect_divergence(self, info: TensorInfo) -> None:
+        """Note what a weight's error is expected to lose, if the statistics tell."""
+        cost = self.plan.statistics.cost_of(info) if self.plan.statistics else None
+        if cost is not None:
+            _, of_outputs = self.errors[info.name]
+            self.divergences[info.name] = cost * of_outputs**2 if cost else 0.0
 
     def _compare(self, job: Job, data: memoryview, workspace: Workspace) -> None:
         """Compare what a job's bytes become with what is there, and measure its errors."""
@@ -10465,7 +10871,13 @@ class Verification:
     def _find_energy(self, info: TensorInfo) -> OutputEnergy | None:
         """Prepare the statistics of a weight, if there are some."""
         given = self.plan.statistics.get(info) if self.plan.statistics else None
-        return OutputEnergy.of(*given) if given else None
+        if not given:
+            return None
+        mean_squares, factor = given
+        gain = self.plan.statistics.gain_of(info)
+        if gain:
+            self._output_scales[info.name] = gain * float(mean_squares.double().mean())
+        return OutputEnergy.of(mean_squares, factor)
 
 
 @dataclass(frozen=True, order=True)
@@ -10677,6 +11089,8 @@ def print_verification(verification: Verification) -> None:
     for name in sorted(errors, key=lambda name: errors[name][0], reverse=True)[:5]:
         error = three_digits(errors[name][0])
         say(f"  worst: {error}  {shorten(name, terminal_width() - 18)}")
+    if verification.divergences:
+        print_divergence(verification)
     if verification.clipped:
         print_clipped(verification.clipped)
     if verification.blind:
@@ -10699,16 +11113,22 @@ def print_errors(verification: Verification) -> None:
     say(titles)
     say(columns)
 
-    errors_by_kind: dict[str, list[list[float]]] = {}
-    for tensor in verification.plan.tensors:
+    errors_by_kind = by_kind(verification.plan, verification.errors)
+    for kind in sorted(errors_by_kind):
+        print_errors_of_kind(kind, errors_by_kind[kind])
+
+
+def by_kind(plan: Plan, values: Mapping[str, object]) -> dict[str, list]:
+    """List what was found of weights by the kinds of their layers and their bits."""
+    grouped: dict[str, list] = {}
+    for tensor in plan.tensors:
         name = tensor.source.name
-        if name in verification.errors:
+        if name in values:
             kind = tensor.kind
             if tensor.packing.bits == 8:
                 kind += ", 8 bits"
-            errors_by_kind.setdefault(kind, []).append(verification.errors[name])
-    for kind in sorted(errors_by_kind):
-        print_errors_of_kind(kind, errors_by_kind[kind])
+            grouped.setdefault(kind, []).append(values[name])
+    return grouped
 
 
 def print_errors_of_kind(kind: str, errors: list[list[float]]) -> None:
@@ -10726,6 +11146,26 @@ def print_errors_of_kind(kind: str, errors: list[list[float]]) -> None:
     say(line)
 
 
+def print_divergence(verification: Verification) -> None:
+    """Print the divergence that is expected, by kind of layer, and the weights that cost most."""
+    divergences = verification.divergences
+    total = math.fsum(divergences.values())
+    say(f"Expected divergence{three_digits(total):>13} nat a token", before="\n")
+    sums = {
+        kind: math.fsum(of_kind)
+        for kind, of_kind in by_kind(verification.plan, divergences).items()
+    }
+    for kind in sorted(sums, key=sums.get, reverse=True):
+        say(f"  {shorten(kind, 22):<22}{three_digits(sums[kind]):>8}{sums[kind] / total:>7.0%}")
+    for name in sorted(divergences, key=divergences.get, reverse=True)[:5]:
+        name_shown = shorten(name, terminal_width() - 20)
+        say(f"  costliest: {three_digits(divergences[name])}  {name_shown}")
+
+    without = len(verification.errors.keys() - divergences)
+    if without:
+        say(f"  not counted: {count_of(without, 'weight')} without a cost in the file")
+
+
 def print_bounds(rule: str) -> None:
     """Print how closely codes are checked without the statistics that they were chosen by."""
     reach = 0.5
@@ -10738,6 +11178,31 @@ def print_bounds(rule: str) -> None:
         f" within {reach} scales of its weight, and one at an end of the range on its weight's"
         " side; with the --importance file that they were made with, each is checked exactly",
     )
+
+
+def print_errors_of_weights(verification: Verification) -> None:
+    """Print a line for each quantized weight, separated by tabs. What is not known is empty."""
+    titles = (
+        "name",
+        "kind",
+        "bits",
+        "relative_error",
+        "relative_output_error",
+        "share_of_divergence",
+    )
+    say(before="\t".join(titles))
+    total = math.fsum(verification.divergences.values())
+    for tensor in verification.plan.tensors:
+        name = tensor.source.name
+        if name not in verification.errors:
+            continue
+        share = math.nan
+        if total and name in verification.divergences:
+            share = verification.divergences[name] / total
+        cells = [printable(name), tensor.kind, str(tensor.packing.bits)]
+        for number in (*verification.errors[name], share):
+            cells.append("" if math.isnan(number) else f"{number:.6g}")
+        say(before="\t".join(cells))
 
 
 def print_clipped(clipped: dict[str, Measured]) -> None:
@@ -10768,9 +11233,14 @@ def run(args: argparse.Namespace) -> None:
     folders = (args.input_dir, args.config_dir, args.mtp_from)
     with contextlib.closing(Checkpoint(*folders)) as checkpoint:
         plan = plan_as_asked(args, checkpoint, only_verify)
-        if args.list:
+        if args.list and args.dry_run:
             print_list(plan)
             return
+        if args.list and not only_verify:
+            raise QuantizeError(
+                f"{args.output_dir} is not finished, and --verify --list is for a finished folder:"
+                " convert without --list first"
+            )
         if only_verify:
             verify(args, checkpoint, plan, progress)
             return
@@ -10803,8 +11273,14 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
     scale = scale_rule(args)
     if args.importance and scale != "mse" and not finished:
         raise QuantizeError("--importance needs --scale mse", 2)
+    if args.max_size_gb and not args.importance and not finished:
+        raise QuantizeError(
+            "--max_size_gb needs --importance with a file of collect_statistics, whose costs tell"
+            " where 8 bits save most",
+            2,
+        )
     statistics = None
-    asked = {name: getattr(args, name) for name in Options.__annotations__}
+    asked = {name: getattr(args, name, None) for name in Options.__annotations__}
     if args.importance:
         statistics = Importance(args.importance)
         use = FEEDBACK if statistics.largest_factor else WEIGHED
@@ -10826,7 +11302,7 @@ def plan_restoration_as_asked(args: argparse.Namespace, checkpoint: Checkpoint) 
     options = facts["options"]
     if options["restore"]:
         raise QuantizeError(f"{args.input_dir} is restored already: nothing in it is packed")
-    options["importance"] = None
+    options["importance"] = options["max_size_gb"] = options["chosen"] = None
     options["restore"] = True
     options["shard_size_gb"] = args.shard_size_gb or DEFAULT_SHARD_SIZE_GB
     return plan_restoration(checkpoint, Options(**options), facts["dtypes"])
@@ -10954,19 +11430,25 @@ def describe_kept(output: OutputFolder, shards: list[ShardFile]) -> str:
 def verify(
     args: argparse.Namespace, checkpoint: Checkpoint, plan: Plan, progress: Progress
 ) -> None:
-    """Compare a finished folder with its source."""
-    say()
-    say_paragraph(
-        "Verifying",
-        f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}",
-    )
-    verification = Verification(checkpoint, plan, args.output_dir)
-    progress.restart()
-    try:
-        verification.run(args.threads, progress)
-    finally:
-        clear_line()
-    print_verification(verification)
+    """Compare a finished folder with its source, and print what was found.
+
+    With --list the cells alone are standard output's; all else is standard error's."""
+    elsewhere = contextlib.redirect_stdout(sys.stderr) if args.list else contextlib.nullcontext()
+    with elsewhere:
+        say()
+        say_paragraph(
+            "Verifying",
+            f"{args.output_dir} by decoding every weight and comparing it with {checkpoint.folder}",
+        )
+        verification = Verification(checkpoint, plan, args.output_dir)
+        progress.restart()
+        try:
+            verification.run(args.threads, progress)
+        finally:
+            clear_line()
+        print_verification(verification)
+    if args.list:
+        print_errors_of_weights(verification)
 
     if verification.problems:
         count = count_of(len(verification.problems), "problem")

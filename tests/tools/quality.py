@@ -127,6 +127,8 @@ MOE = Qwen3MoeConfig(
     num_experts=32,
     num_experts_per_tok=2,
     router_aux_loss_coef=0.01,
+    # Without it the loss that spreads tokens over the experts is not computed.
+    output_router_logits=True,
 )
 
 
@@ -327,7 +329,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     subject = {
         "small": lambda: train_small(DENSE, args.minutes, calibration_batches=30),
-        "moe": lambda: train_small(MOE, args.minutes, calibration_batches=1),
+        "moe": lambda: train_small(MOE, args.minutes, calibration_batches=4),
         "smollm2": load_smollm2,
     }[args.model]()
     with tempfile.TemporaryDirectory() as scratch:
