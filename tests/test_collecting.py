@@ -456,11 +456,13 @@ def test_transposed_stacks_have_the_factors_of_their_inputs(tmp_path):
 
 
 def plain_costs(model, batches):
-    """Half the mean, over all tokens, of the squared gradients of each output, times that of the squared outputs."""
-    gradients, outputs = defaultdict(list), defaultdict(list)
+    """By layer: half the mean, over all tokens, of the squared gradients of each output, times that of the squared
+    outputs; and the latter in that which random weights as large would give."""
+    gradients, outputs, inputs = defaultdict(list), defaultdict(list), defaultdict(list)
     tokens = 0
 
     def hook(module, args, output, name):
+        inputs[name].append(args[0].detach().flatten(0, -2))
         outputs[name].append((args[0] @ module.weight.T).detach().flatten(0, -2))
         output.register_hook(lambda gradient: gradients[name].append(gradient.flatten(0, -2)))
 
@@ -475,22 +477,26 @@ def plain_costs(model, batches):
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         logits.log_softmax(-1).gather(1, drawn).sum().backward()
         tokens += len(logits)
-    costs = {}
+    numbers = {}
     for name, parts in gradients.items():
         gradient = torch.cat(parts).double()
         norms = torch.cat(outputs[name]).double().square().sum(1)
         assert len(gradient) == tokens
-        costs[name] = (gradient.square().mean() * norms.mean() / 2).float()
-    return costs
+        weight = model.get_submodule(name).weight.detach().double()
+        random = weight.square().sum() * torch.cat(inputs[name]).double().square().mean()
+        cost = gradient.square().mean() * norms.mean() / 2
+        numbers[name] = (cost.float(), (norms.mean() / random).float())
+    return numbers
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_costs_are_those_plainly_computed(name, tmp_path):
+def test_costs_and_gains_are_those_plainly_computed(name, tmp_path):
     expected = plain_costs(build(name).float(), BATCHES)
     vectors = collect_vectors(build(name).float(), BATCHES, tmp_path, costs=True, rank=0)
     assert expected
-    for key, cost in expected.items():
+    for key, (cost, gain) in expected.items():
         torch.testing.assert_close(vectors[f"{key}.cost"], cost, rtol=1e-3, atol=0)
+        torch.testing.assert_close(vectors[f"{key}.gain"], gain, rtol=1e-3, atol=0)
 
 
 def test_each_expert_has_the_cost_of_what_it_adds(tmp_path):
@@ -522,7 +528,8 @@ def test_costs_are_there_unless_they_are_not_asked_for(tmp_path):
     q.collect_statistics(build("llama"), BATCHES, tmp_path / "file")
     vectors = collect_vectors(build("llama"), BATCHES, tmp_path, costs=False)
     costs = {name for name in load_file(tmp_path / "file") if name not in vectors}
-    assert costs == {f"{name}.cost" for name in vectors if not name.endswith(".factor")}
+    names = [name for name in vectors if not name.endswith(".factor")]
+    assert costs == {f"{name}.{what}" for name in names for what in ("cost", "gain")}
 
 
 def test_a_model_without_a_way_back_has_no_costs_and_says_why(tmp_path, capsys):

@@ -362,14 +362,14 @@ def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
 
 
 FACTS_AT_FAULT = {
-    "an older version": (lambda facts: facts.update(version=6), "(format 6, this one writes 8)"),
-    "a newer version": (lambda facts: facts.update(version=99), "(format 99, this one writes 8)"),
+    "an older version": (lambda facts: facts.update(version=6), "(format 6, this one writes 9)"),
+    "a newer version": (lambda facts: facts.update(version=99), "(format 99, this one writes 9)"),
     "of which nothing is known": (
         lambda facts: (facts.clear(), facts.update(version=7)),
         "format 7",
     ),
     "no version": (lambda facts: facts.pop("version"), "damaged"),
-    "a version that is no number": (lambda facts: facts.update(version=[8]), "damaged"),
+    "a version that is no number": (lambda facts: facts.update(version=[9]), "damaged"),
     "an option more": (lambda facts: facts["options"].update(colour="red"), "damaged"),
     "an option less": (lambda facts: facts["options"].pop("scale"), "damaged"),
     "no options": (lambda facts: facts.update(options=None), "damaged"),
