@@ -150,24 +150,36 @@ def quantize_within(source, folder, options, gigabytes):
     return folder
 
 
-def test_what_saves_most_a_byte_is_chosen_first(llama, tmp_path):
-    """The gate and up of a layer save twice as much as the output, and take three times as much room."""
-    costs = {
-        "model.layers.1.mlp.gate_proj": 8.0,
-        "model.layers.1.mlp.up_proj": 8.0,
-        "model.layers.2.self_attn.o_proj": 8.0,
-    }
-    options = statistics_file(tmp_path, statistics_of(llama, lambda name: costs.get(name, 0.1)))
-    least = size_of(quantize_within(llama, tmp_path / "least", options, 1e-9))
-    head = {"lm_head"}
-    assert in_8_bits(tmp_path / "least") == head
+GATE_AND_UP = {"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"}
+OUTPUT = "model.layers.2.self_attn.o_proj"
 
-    room = bytes_added((H, 64)) + 700
+
+def test_what_saves_most_a_byte_is_chosen_first(llama, tmp_path):
+    """The gate and up of a layer save more than the output does, and take six times as much room."""
+    costs = dict.fromkeys(GATE_AND_UP, 6.0) | {OUTPUT: 8.0}
+    options = statistics_file(tmp_path, statistics_of(llama, lambda name: costs.get(name, 0.0)))
+    least = size_of(quantize_within(llama, tmp_path / "least", options, 1e-9))
+    assert in_8_bits(tmp_path / "least") == {"lm_head"}
+
+    room = 2 * bytes_added((192, H)) + 1000
     quantize_within(llama, tmp_path / "small", options, (least + room) / 1e9)
-    assert in_8_bits(tmp_path / "small") == head | {"model.layers.2.self_attn.o_proj"}
-    room += 2 * bytes_added((192, H)) + 700
+    assert in_8_bits(tmp_path / "small") == {"lm_head", OUTPUT}
+    room += bytes_added((H, 64))
     quantize_within(llama, tmp_path / "larger", options, (least + room) / 1e9)
-    assert in_8_bits(tmp_path / "larger") == head | costs.keys()
+    assert in_8_bits(tmp_path / "larger") == {"lm_head", OUTPUT, *GATE_AND_UP}
+
+
+def test_what_error_feedback_makes_up_for_counts_less(llama, tmp_path):
+    """Two layers cost as much, and one of them has inputs that a factor explains."""
+    explained = "model.layers.0.self_attn.o_proj"
+    costs = {explained: 1.1, OUTPUT: 1.0}
+    tensors = statistics_of(llama, lambda name: costs.get(name, 0.0))
+    tensors[f"{explained}.factor"] = torch.full((64, 1), 0.9)
+    options = statistics_file(tmp_path, tensors)
+    least = size_of(quantize_within(llama, tmp_path / "least", options, 1e-9))
+    room = bytes_added((H, 64)) + 1000
+    quantize_within(llama, tmp_path / "small", options, (least + room) / 1e9)
+    assert in_8_bits(tmp_path / "small") == {"lm_head", OUTPUT}
 
 
 def test_experts_of_all_layers_get_8_bits_together_or_not_at_all(tmp_path):
@@ -361,6 +373,7 @@ def test_a_resumed_run_chooses_the_same_and_another_limit_is_another_run(llama, 
     assert folder_bytes(folder) == expected
     other = [*options[:-1], options[-1] + 1e-5]
     refuse(llama, folder, "--max_size_gb was", options=other)
+    assert "chosen" not in run_cli(llama, folder, *other).stderr
     refuse(llama, folder, "--max_size_gb was", options=[*other, "--verify"])
 
 
