@@ -49,7 +49,9 @@ of this script writes where the model can run. For each X, a float32
 tensor X holds the mean square of each column's inputs, which weighs the
 column's errors. If the file also holds X.factor (columns, up to 64), a factor
 of the inputs' second moments, each column makes up for the errors of those
-before it, as in GPTQ.
+before it, as in GPTQ. Where it holds X.cost (), the plan and --verify tell the
+divergence from the source that is expected, and --max_size_gb N gives 8 bits
+where they save most of it, until the folder has N GB.
 
 What --int8 names is packed in 8 bits: the scale is max|weight| / 127, and
 weight_packed (rows, columns // 4) holds code + 128, the first in the lowest
@@ -8771,9 +8773,8 @@ def print_expectation(plan: Plan) -> None:
     """Print what --max_size_gb chose, and the divergence that is expected."""
     if plan.options.max_size_gb:
         chosen = [tensor for tensor in plan.tensors if is_chosen(tensor, plan.options)]
-        size = format_bytes(plan.options.max_size_gb * GB)
-        weights = count_of(len(chosen), "weight")
-        say_paragraph("Chosen:", f"8 bits for {weights}, so that the folder fills {size}")
+        what = f"8 bits for {count_of(len(chosen), 'weight')}" if chosen else "nothing"
+        say_paragraph("Chosen:", f"{what}, within --max_size_gb {plan.options.max_size_gb}")
         for row in describe_chosen(chosen):
             say_paragraph("", row)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from conftest import run_cli
 from folders import read_config, read_tensors
 from safetensors.torch import save_file
 
@@ -918,6 +919,26 @@ def options(name, layers):
     if layers in family.wide:
         return ["--int8", family.wide[layers]]
     return ["--exclude", family.excludes[layers]] if layers else []
+
+
+def limited(name, folder):
+    """Save a family's model in the folder; it, and options that give 8 bits to its head and some layers, by costs from
+    a seed."""
+    source = folder / "source"
+    save(name, FAMILIES[name].saved[0], source)
+    generator = torch.Generator().manual_seed(0)
+    statistics = {}
+    for key, tensor in read_tensors(source).items():
+        if tensor.dim() == 2 and key.endswith(".weight"):
+            module = key.removesuffix(".weight")
+            statistics[module] = torch.ones(tensor.shape[1])
+            statistics[f"{module}.cost"] = 10 ** (2 * torch.rand((), generator=generator))
+    save_file(statistics, folder / "statistics.safetensors")
+    options = ["--format", "compressed-tensors", "--importance", folder / "statistics.safetensors"]
+    options += group_size(name)
+    refused = run_cli(source, folder / "least", *options, "--max_size_gb", 1e-9)
+    least = float(re.search(r"give (\S+) or more", refused.stderr)[1])
+    return source, [*options, "--max_size_gb", 1.1 * least]
 
 
 def group_size(name):

@@ -154,6 +154,24 @@ def test_the_twin_resembles_the_model_that_was_saved(loaded):
     check_source(loaded)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, family in FAMILIES.items()
+        if name not in ELSEWHERE and not family.decoded_at_once and not family.refused
+    ],
+)
+def test_what_is_chosen_within_a_limit_is_loaded_as_the_twin(name, tmp_path):
+    source, options = families.limited(name, tmp_path)
+    quantize(source, tmp_path / "out", *options)
+    assert len(read_config(tmp_path / "out")["quantization_config"]["config_groups"]) > 1
+    loaded = load_with_twin(name, tmp_path / "out")
+    check_report(loaded)
+    check_parameters(loaded)
+    check_logits(loaded)
+
+
 @pytest.mark.parametrize("name", ["nemotron_h", "llama"])
 def test_groups_of_32_and_negative_scales_of_mse_survive(name, tmp_path):
     options = ["--format", "compressed-tensors", "--group_size", 32, "--scale", "mse"]

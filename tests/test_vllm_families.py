@@ -149,6 +149,23 @@ def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, layers, t
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, family in FAMILIES.items()
+        if (name, family.saved[0]) not in NOT_LOADED and not family.refused
+    ],
+)
+def test_vllm_holds_what_is_chosen_within_a_limit_as_the_twin(name, tmp_path):
+    source, options = families.limited(name, tmp_path)
+    quantize(source, tmp_path / "out", *options)
+    write_dense_twin(
+        tmp_path / "out", tmp_path / "twin", loader.DENSE_CASES["compressed-tensors"]
+    )
+    check_load(tmp_path / "out", tmp_path / "twin")
+
+
+@pytest.mark.parametrize(
     ("name", "saved", "layers"),
     [
         case
