@@ -6110,6 +6110,7 @@ OTHER_WEIGHTS = (
     r"|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
 # Why an expert is kept decides the group size.
+USUAL_GROUP_SIZE = 128
 NARROW = "narrow: under {} columns"
 
 
@@ -6305,11 +6306,11 @@ def plan_conversion(
 
 def choose_group_size(sources: list[TensorInfo], kinds: dict[str, str], options: Options) -> int:
     """Return how many columns share a scale: what was asked for; else for engines the largest size
-    that they hold and that divides all columns, or the least if none does; else 128."""
+    that they hold and that divides all columns, or the least if none does; else the usual one."""
     if options.group_size:
         return options.group_size
     if not options.form.for_engines:
-        return 128
+        return USUAL_GROUP_SIZE
     sizes = options.form.group_sizes
     for size in sizes:
         if fits_all(sources, kinds, replace(options, group_size=size)):
@@ -6878,8 +6879,8 @@ def parse_facts(text: str) -> dict:
         raise damaged
     if version != FORMAT_VERSION:
         raise FactsError(
-            f"made by quantize_int4.py {program}, in format {version}, and this is {__version__},"
-            f" which reads format {FORMAT_VERSION}",
+            f"made by quantize_int4.py {program} (format {version}), this is {__version__} (format"
+            f" {FORMAT_VERSION})",
             f"use version {program}, or convert again",
         )
     if facts.keys() != {"version", "options", "sources", "dtypes"}:
@@ -8009,9 +8010,9 @@ def note_statistics(draft: Draft) -> Iterator[str]:
 
 
 def note_group_size(draft: Draft) -> Iterator[str]:
-    """State the group size where it was not asked for and is not the usual one, the largest."""
+    """State the group size where it was not asked for and is not the usual one."""
     size = draft.options.group_size
-    if draft.group_size_is_chosen and size != draft.form.group_sizes[0]:
+    if draft.group_size_is_chosen and size != USUAL_GROUP_SIZE:
         sizes = list_in_words(draft.form.group_sizes)
         yield f"groups of {size}: the largest of {sizes} that divides all columns"
 
@@ -8901,7 +8902,7 @@ def print_needs(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: i
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     """Print how many tensors there are of each packing and kind, and how large they are."""
-    say(f"{'Plan':<38}{'tensors':>7}{'size':>8}", before="\n")
+    say(f"{'Plan':<36}{'tensors':>7}{'size':>10}", before="\n")
     inputs = len(checkpoint.tensors)
     size = format_bytes(size_of(plan.tensors))
     print_row("input", inputs, size, count_of(len(checkpoint.files), "file"))
@@ -8916,6 +8917,8 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     kept = [tensor for tensor in plan.tensors if not tensor.packing]
     if kept:
         print_row("kept as they are", len(kept), format_bytes(size_of(kept)))
+    # Of a folder that is restored, all else is kept for the one reason that it is not packed.
+    if not plan.options.restore:
         print_kinds(kept)
 
     outputs = sum(len(tensor.outputs) for tensor in plan.tensors)
@@ -8928,7 +8931,7 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
 def print_row(label: str, count: int, size: str, note: str = "") -> None:
     """Print a row of the plan's table."""
     note = shorten(note, terminal_width() - 55)
-    say(f"{shorten(label, 38):<38}{count:>7,}{size:>8}  {note}".rstrip())
+    say(f"{shorten(label, 36):<36}{count:>7,}{size:>10}  {note}".rstrip())
 
 
 def print_packed(plan: Plan, packing: Packing) -> None:

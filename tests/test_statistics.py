@@ -60,7 +60,7 @@ def test_costs_beside_the_statistics_change_nothing(three_layers, tmp_path):
     quantize(three_layers, tmp_path / "plain", *importance_file(tmp_path, vectors))
     costs = {f"{name}.cost": torch.tensor(0.5) for name in vectors}
     result = quantize(three_layers, tmp_path / "out", *importance_file(tmp_path, vectors | costs))
-    assert "importance weighs 3 weights; 0 named without data, 0 not named" in result.stdout
+    assert "importance weighs 3 weights\n" in result.stdout
     assert not changed_tensors(tmp_path / "out", tmp_path / "plain")
 
 
@@ -189,9 +189,7 @@ def test_a_stack_of_vectors_weighs_the_experts_of_a_layer_each_by_its_own(tmp_pa
     for folder, given in (("out", stacked_vectors(vectors, place)), ("expected", vectors)):
         options = importance_file(tmp_path, given)
         result = quantize(source, tmp_path / folder, "--group_size", 64, *options)
-        assert (
-            f"importance weighs {3 * E} weights; 0 named without data, 2 not named" in result.stdout
-        )
+        assert f"importance weighs {3 * E} weights; 2 not named\n" in result.stdout
     assert_same_tensors(tmp_path / "out", tmp_path / "expected")
 
 
@@ -323,10 +321,7 @@ def test_a_layer_without_data_is_neither_weighed_nor_fed_back(tmp_path):
     tensors = tensors_of("layers.0.up", correlated_inputs(COLUMNS), 8)
     tensors |= {"layers.1.up": torch.zeros(COLUMNS), "layers.1.up.factor": torch.zeros(COLUMNS, 8)}
     result = quantize(model, tmp_path / "out", *importance_file(tmp_path, tensors), "--verify")
-    assert (
-        "weighs 1 weight, 1 of them with error feedback of rank 8; 1 named without data"
-        in result.stdout
-    )
+    assert "weighs 1 weight, with error feedback of rank 8; 1 named without data\n" in result.stdout
     quantize(model, tmp_path / "plain", "--scale", "mse")
     assert changed_tensors(tmp_path / "out", tmp_path / "plain") == {
         "layers.0.up.qweight",
