@@ -8902,7 +8902,7 @@ def print_needs(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: i
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
     """Print how many tensors there are of each packing and kind, and how large they are."""
-    say(f"{'Plan':<36}{'tensors':>7}{'size':>10}", before="\n")
+    say(f"{'Plan':<38}{'tensors':>7}{'size':>8}", before="\n")
     inputs = len(checkpoint.tensors)
     size = format_bytes(size_of(plan.tensors))
     print_row("input", inputs, size, count_of(len(checkpoint.files), "file"))
@@ -8931,7 +8931,9 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
 def print_row(label: str, count: int, size: str, note: str = "") -> None:
     """Print a row of the plan's table."""
     note = shorten(note, terminal_width() - 55)
-    say(f"{shorten(label, 36):<36}{count:>7,}{size:>10}  {note}".rstrip())
+    # "812 bytes" would touch the count.
+    size = size.replace(" bytes", " B")
+    say(f"{shorten(label, 38):<38}{count:>7,}{size:>8}  {note}".rstrip())
 
 
 def print_packed(plan: Plan, packing: Packing) -> None:

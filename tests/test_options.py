@@ -46,18 +46,17 @@ def test_help_is_short_with_a_line_or_two_for_each_option_and_the_layouts_after_
     )
     lines = result.stdout.splitlines()
     assert len(lines) <= 85
-    assert len(result.stdout.split()) <= 500
+    assert len(result.stdout.split()) < 600
     assert max(map(len, lines)) <= 80
-    headings = [line for line in lines if re.fullmatch(r"[a-z ]+:", line)]
+    (end,) = [number for number, line in enumerate(lines) if line.startswith("The folders may")]
+    headings = [line for line in lines[:end] if re.fullmatch(r"[a-z ]+:", line)]
     assert headings == [f"{heading}:" for heading in q.OPTIONS]
-    end = lines.index(
-        "The folders may also be given alone, and options spelled with hyphens. A REGEX"
-    )
     starts = [number for number, line in enumerate(lines[:end]) if line.startswith("  -")]
     assert len(starts) == sum(map(len, q.OPTIONS.values())) + 2  # --version and --help
     for number in starts:
         assert lines[number][23:25] == "  "
-        assert not lines[number + 2].startswith(" " * 25)
+    continued = [number for number, line in enumerate(lines[:end]) if line.startswith(" " * 25)]
+    assert not any(number + 1 in continued for number in continued)
     assert max(n for n, line in enumerate(lines) if line.startswith("  --")) < end
     assert lines.index("    of your own       X.scales         float16  (rows, padded // g)") > end
 

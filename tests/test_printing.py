@@ -164,7 +164,7 @@ def test_the_plans_columns_do_not_touch(tmp_path):
         for line in quantize(folder, tmp_path / "out").stdout.splitlines()
         if "vectors and scalars" in line
     ]
-    assert re.search(r" 1 +400 bytes  norm", row)
+    assert re.search(r" 1 +400 B  norm", row)
 
 
 @pytest.mark.parametrize(
