@@ -320,7 +320,7 @@ OPTIONS = {
         ),
         Option(
             "list",
-            "print tab-separated lines: of all tensors with --dry_run, of all weights' errors with"
+            "print tab-separated lines: each tensor with --dry_run, each weight's errors with"
             " --verify",
             FLAG,
         ),
@@ -8792,10 +8792,9 @@ def print_plan(
     say_paragraph("Format:", f"{options.format}, {fate}")
     say_paragraph("From:", str(checkpoint.folder))
     say_paragraph("To:", str(output.folder))
-    how = [f"groups of {options.group_size}", count_of(threads, "thread")]
-    if not options.restore:
-        how.insert(1, f"scales {options.rule}")
-    say_paragraph("How:", ", ".join(how))
+    scales = "" if options.restore else f" scales {options.rule},"
+    how = f"groups of {options.group_size},{scales} {count_of(threads, 'thread')}"
+    say_paragraph("How:", how)
     print_table(plan, checkpoint)
     say()
 
