@@ -5,19 +5,16 @@
 # ///
 """Quantize a merged bf16 checkpoint to INT4, on the CPU, in constant memory.
 
-    python quantize_int4.py --input_dir merged_model --output_dir merged_int4
+    python quantize_int4.py --input_dir merged --output_dir merged_int4 \\
+        --format compressed-tensors --verify
 
-The two folders may also be given alone, and options may be spelled with
-hyphens (--input-dir). No model code is imported, so any architecture will do.
-The plan is printed before the first weight is read.
+The folders may also be given alone, and options spelled with hyphens. A REGEX
+may match anywhere in a tensor's name. A GB is 10^9 bytes.
 
-A 2-D floating-point tensor X.weight of rows (outputs) by columns (inputs) is
-quantized if its rows are at least one group wide. A group is group_size
-columns of a row, which share a scale. 3-D stacks of routed experts are read as
-one weight for each expert and projection. Embeddings and what --exclude names
-are kept. In formats for engines, so are heads, expert routers and, of a model
-that sees, hears or speaks, all but its language model, unless --int8 names it.
-All that is not quantized is kept bit for bit.
+Quantized are 2-D floating-point tensors X.weight and stacks of routed experts.
+Kept bit for bit are embeddings, what --exclude names, rows narrower than a
+group and, in formats for engines, heads, routers and all but the language
+model, unless --int8 names it.
 
 --format decides what X.weight (rows, columns) becomes. Here g is group_size,
 and padded is columns rounded up to whole groups:
@@ -32,34 +29,17 @@ and padded is columns rounded up to whole groups:
     models only       X.qzeros         int32    (columns // g, rows // 8): 7s
                       X.g_idx          int32    (columns,): group of each
 
-* is bfloat16 or float16 if config.json names it, else the weight's own dtype
-(float32 for float64). Where padded differs from columns, quantize_config.json
-lists the weight. For engines the default of g is the largest of 128, 64 and 32
+* is the 16-bit dtype that config.json names, else the weight's own (float32
+for float64). For engines the default of g is the largest of 128, 64 and 32
 that divides all columns.
 
-A word holds eight codes along the columns, element 0 in the lowest bits. int4
-stores a code as 4-bit two's complement, the other formats as code + 8. Each
-code is clamp(round(weight / scale), -8, 7) and decodes to code * scale.
+A word holds eight codes along the columns, the first in its lowest bits: int4
+as 4-bit two's complement, the others as code + 8. A weight is code * scale.
+In 8 bits a word of weight_packed holds four codes, as code + 128. Weights that
+are padded are listed in quantize_config.json.
 
---scale absmax takes max|weight| / 7, rounded to the dtype of scales. --scale
-mse, the default for engines, takes the scale of least squared error.
-
---importance FILE is a file of activation statistics, which collect_statistics
-of this script writes where the model can run. For each X, a float32
-tensor X holds the mean square of each column's inputs, which weighs the
-column's errors. If the file also holds X.factor (columns, up to 64), a factor
-of the inputs' second moments, each column makes up for the errors of those
-before it, as in GPTQ. Where it holds X.cost (), the plan and --verify tell the
-divergence from the source that is expected, and --max_size_gb N gives 8 bits
-where they save most of it, until the folder has N GB.
-
-What --int8 names is packed in 8 bits: the scale is max|weight| / 127, and
-weight_packed (rows, columns // 4) holds code + 128, the first in the lowest
-byte.
-
-With a C compiler (cc, or what CC names) this takes at most half the time that
-torch needs, with the same result. A run that was stopped, killed or out
-of memory or disk continues with the same command.
+A run that was stopped continues with the same command. With a C compiler (cc,
+or what CC names) it takes half the time, with the same result.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM.
@@ -132,7 +112,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, ClassVar, TextIO
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 # ---- Options: what may be asked for. Before the imports of torch and others, which take seconds --
 
@@ -163,10 +143,63 @@ def printable(text: str) -> str:
     )
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question about what was meant, for the end of an error; empty if that is unclear."""
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a question about what was meant, for the end of an error; empty if that is unclear.
+
+    prefix: what stands before each of `known` and says nothing of how near it is"""
     matches = difflib.get_close_matches(word, list(known), 1)
-    return f": did you mean {matches[0]}?" if matches else ""
+    return f": did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def meaning_of(word: str, meanings: Mapping[str, str]) -> str:
+    """Return what a word of others means here, for the end of an error; empty if none is known.
+
+    meanings: by words, separated by blanks"""
+    for words, meaning in meanings.items():
+        if word in words.split():
+            return f": {meaning}"
+    return ""
+
+
+# Options of other programs, without their hyphens.
+OTHER_OPTIONS = {
+    "bits num_bits w_bits wbits int4": "codes have 4 bits, and --int8 REGEX names those of 8",
+    "quant quantization scheme w4a16": "--format names the layout",
+    "in model model_dir model_id model_path": "--input_dir names the checkpoint's folder",
+    "out": "--output_dir names the folder to write to",
+    "force": "--overwrite replaces what an earlier run left",
+    "ignore modules_to_not_convert": "--exclude REGEX names what is kept",
+    "continue resume": "the same command continues a run that was stopped",
+}
+
+# What others call formats, and what loads them.
+OTHER_FORMATS = {
+    "hf huggingface llm-compressor transformers vllm w4a16": (
+        "vLLM and transformers load --format compressed-tensors"
+    ),
+    "sglang": (
+        "SGLang should load --format compressed-tensors of dense models, which was never tried"
+    ),
+    "autoawq awq marlin": (
+        "no such layout is made here, but --format compressed-tensors, which vLLM serves with the"
+        " same kernels"
+    ),
+    "edge-llm edgellm tensorrt-edge-llm tensorrt-edgellm": (
+        "TensorRT Edge-LLM loads --format gptq --group_size 128"
+    ),
+    "tensorrt tensorrt-llm trt trt-llm": (
+        "TensorRT Edge-LLM loads --format gptq --group_size 128; for TensorRT-LLM, NVIDIA's Model"
+        " Optimizer quantizes"
+    ),
+    "gguf llama.cpp ollama": (
+        "not made here; llama.cpp makes it from the same checkpoint, with convert_hf_to_gguf.py"
+        " and llama-quantize"
+    ),
+    "fp4 fp8 mxfp4 nvfp4": (
+        "floats are not made here; llm-compressor and NVIDIA's Model Optimizer make them"
+    ),
+    "int8 w8a16": "--format compressed-tensors --int8 REGEX gives 8 bits to what REGEX names",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -175,8 +208,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
         if unknown and unknown[1].startswith("-"):
-            options = [name for action in self._actions for name in action.option_strings]
-            message += nearest(unknown[1], options)
+            name = unknown[1].lstrip("-")
+            options = [known.lstrip("-") for known in self._option_string_actions]
+            message += meaning_of(name, OTHER_OPTIONS) or nearest(name, options, "--")
         elif unknown:
             message += (
                 ": quote a value with a space or a *, and give --exclude or --int8 once for each"
@@ -224,105 +258,110 @@ MULTIPLE_OF_8 = checked("N", "a positive multiple of 8", int, lambda n: n > 0 an
 THREADS = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
 PATTERN = checked("REGEX", "a regular expression", lambda text: re.compile(text).pattern)
 PATTERNS = PATTERN | {"action": "append", "default": []}
-OPTIONS = (
-    Option("input_dir", "folder of the merged checkpoint (safetensors or torch pickles)", FOLDER),
-    Option("output_dir", "folder to write to: new, empty or left by an earlier run", FOLDER),
-    Option(
-        "config_dir",
-        "folder of config.json, the tokenizer and so on, if it is not --input_dir",
-        FOLDER,
+# By the headings under which --help lists them. A line of help has room for 54 characters.
+OPTIONS = {
+    "folders": (
+        Option("input_dir", "merged checkpoint: safetensors or torch pickles", FOLDER),
+        Option("output_dir", "where to write: new, empty or of an earlier run", FOLDER),
+        Option("config_dir", "where config.json and the tokenizer are, if elsewhere", FOLDER),
+        Option("mtp_from", "base model, for MTP layers that a fine-tune lost", FOLDER),
+        Option(
+            "shard_size_gb",
+            "maximum size of a file; a larger tensor gets its own"
+            f" (default: {DEFAULT_SHARD_SIZE_GB})",
+            POSITIVE_GB,
+        ),
     ),
-    Option(
-        "mtp_from",
-        "folder of the base model, whose layers that predict further tokens (MTP) are taken along"
-        " where a fine-tune lost them",
-        FOLDER,
+    "what is quantized": (
+        Option("exclude", "keep tensors whose name matches; may be repeated", PATTERNS),
+        Option(
+            "int8",
+            "8 bits for weights whose name matches; may be repeated (compressed-tensors only)",
+            PATTERNS,
+        ),
+        Option(
+            "max_size_gb",
+            "fill a folder of this size with 8 bits where they help most (compressed-tensors only;"
+            " needs --importance)",
+            POSITIVE_GB,
+        ),
+        Option("quantize_embeddings", "quantize embeddings, too (int4 only)", FLAG),
     ),
-    Option(
-        "format",
-        "layout of the output, see below: int4 (default), compressed-tensors or gptq",
-        {"metavar": "NAME"},
+    "how": (
+        Option(
+            "format",
+            "int4 (default), compressed-tensors or gptq: see below",
+            {"metavar": "NAME"},
+        ),
+        Option(
+            "group_size",
+            "columns that share a scale (default: 128; see below)",
+            MULTIPLE_OF_8,
+        ),
+        Option(
+            "scale",
+            "absmax: max|weight| / 7 (default for int4); mse: of least squared error (default for"
+            " engines)",
+            {"choices": ("absmax", "mse")},
+        ),
+        Option(
+            "importance",
+            "activation statistics file that collect_statistics of this script wrote; needs"
+            " --scale mse",
+            FILE,
+        ),
     ),
-    Option(
-        "group_size",
-        "columns that share a scale, a multiple of 8 (default: 128; for engines see below)",
-        MULTIPLE_OF_8,
+    "checking and converting back": (
+        Option("dry_run", "print the plan and write nothing", FLAG),
+        Option(
+            "verify",
+            "check the output against the source, after writing or on a finished folder",
+            FLAG,
+        ),
+        Option(
+            "list",
+            "print tab-separated lines: each tensor with --dry_run, each weight's errors with"
+            " --verify",
+            FLAG,
+        ),
+        Option("restore", "convert a quantized folder back to a plain checkpoint", FLAG),
     ),
-    Option(
-        "shard_size_gb",
-        "size limit of an output file, in 10^9 bytes; only a larger tensor exceeds it"
-        f" (default: {DEFAULT_SHARD_SIZE_GB})",
-        POSITIVE_GB,
+    "safety": (
+        Option("overwrite", "replace what an earlier run left, and nothing else", FLAG),
+        Option(
+            "min_free_gb",
+            "stop when less memory is available (default: 10)",
+            GIGABYTES | {"default": 10.0},
+        ),
     ),
-    Option(
-        "exclude",
-        "keep tensors whose name matches this regular expression anywhere; may be repeated",
-        PATTERNS,
+    "other options": (
+        Option("threads", "worker threads (default: all usable cores)", THREADS),
+        Option("debug", "show tracebacks, and the memory at each stage", FLAG),
     ),
-    Option(
-        "scale",
-        "how scales are chosen, see below (default: absmax; for engines: mse)",
-        {"choices": ("absmax", "mse")},
-    ),
-    Option(
-        "importance",
-        "activation statistics file (safetensors), see below; needs --scale mse",
-        FILE,
-    ),
-    Option(
-        "int8",
-        "use 8 bits for tensors whose name matches this regular expression anywhere"
-        " (compressed-tensors only); may be repeated",
-        PATTERNS,
-    ),
-    Option(
-        "max_size_gb",
-        "fill a folder of so many 10^9 bytes, all its files counted, with 8 bits where these save"
-        " most; needs an --importance file with costs (compressed-tensors only)",
-        POSITIVE_GB,
-    ),
-    Option("quantize_embeddings", "quantize embeddings too (int4 only; default: keep them)", FLAG),
-    Option(
-        "min_free_gb",
-        "stop when less memory is available, in 10^9 bytes; container limits count (default: 10)",
-        GIGABYTES | {"default": 10.0},
-    ),
-    Option("threads", "worker threads (default: the cores that this process may use)", THREADS),
-    Option("dry_run", "print the plan and stop; write nothing", FLAG),
-    Option(
-        "list",
-        "print cells separated by tabs instead: with --dry_run a line for each tensor, with"
-        " --verify of a finished folder the errors of each weight",
-        FLAG,
-    ),
-    Option(
-        "verify",
-        "compare every weight with the source, after writing or in a finished folder",
-        FLAG,
-    ),
-    Option("restore", "the reverse: decode a folder of any format into a plain checkpoint", FLAG),
-    Option(
-        "overwrite",
-        "replace what an earlier run left in the output folder, and nothing else",
-        FLAG,
-    ),
-    Option("debug", "show a traceback with an error", FLAG),
-)
+}
 
 
 def make_parser() -> Parser:
     """Declare the options, each with its default and its check."""
-    summary, description = __doc__.split("\n\n", 1)
-    parser = Parser(description=summary, epilog=description, allow_abbrev=False)
+    summary, example, rest = __doc__.split("\n\n", 2)
+    parser = Parser(
+        description=f"{summary}\n\n{example}", epilog=rest, allow_abbrev=False, add_help=False
+    )
     parser.usage = "quantize_int4.py --input_dir DIR --output_dir DIR [option ...]"
     parser.formatter_class = functools.partial(
-        argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1
+        argparse.RawDescriptionHelpFormatter, width=terminal_width() - 1, max_help_position=25
     )
     # The two folders without their options.
     parser.add_argument("folders", nargs="*", type=FOLDER["type"], help=argparse.SUPPRESS)
-    for option in OPTIONS:
-        parser.add_argument(f"--{option.name}", help=option.text, **option.settings)
-    parser.add_argument("--version", action="version", version=f"quantize_int4.py {__version__}")
+    for heading, options in OPTIONS.items():
+        group = parser.add_argument_group(heading)
+        for option in options:
+            group.add_argument(f"--{option.name}", help=option.text, **option.settings)
+
+    # Under the last heading.
+    version = f"quantize_int4.py {__version__}"
+    group.add_argument("--version", action="version", version=version, help="print the version")
+    group.add_argument("-h", "--help", action="help", help="print this help")
     return parser
 
 
@@ -365,7 +404,8 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--list needs --dry_run, or --verify and a finished folder")
     if args.format and args.format not in FORMAT_NAMES:
         names = ", ".join(FORMAT_NAMES)
-        suggestion = nearest(args.format, FORMAT_NAMES)
+        name = args.format.lower().replace("_", "-")
+        suggestion = meaning_of(name, OTHER_FORMATS) or nearest(name, FORMAT_NAMES)
         parser.error(f"--format {args.format!r} is none of {names}{suggestion}")
 
 
@@ -1402,6 +1442,9 @@ from safetensors import SafetensorError, safe_open  # noqa: E402
 GB = 10**9
 # Raise it whenever the bytes of the output change: leftovers of an older version are then foreign.
 FORMAT_VERSION = 9
+# The first version of this program that has the above. Folders state it, and not `__version__`:
+# another version with the same format writes the same bytes, and may continue a run.
+FORMAT_SINCE = "1.1.0"
 
 # 4-bit codes in an int32.
 CODES_PER_WORD = 8
@@ -4347,6 +4390,8 @@ class Format:
     constants: tuple[Constant, ...]
     # Makes what is added to JSON files, by their names.
     describe: Callable[[list[TensorPlan], Options], dict[str, dict]]
+    # Who reads it, after its name in the plan's first line.
+    readers: str
     # Names of rows of `ENGINES`. A format without any is padded to whole groups.
     loaded_by: tuple[str, ...] = ()
     # None where scales have the dtype that the model computes in.
@@ -4440,7 +4485,7 @@ def describe_int4(tensors: list[TensorPlan], options: Options) -> dict[str, dict
     description = {
         "quant_method": "int4_weight_only",
         "format": form.name,
-        "producer": f"quantize_int4.py {__version__}",
+        "producer": f"quantize_int4.py {FORMAT_SINCE}",
         "bits": 4,
         "group_size": size,
         "symmetric": True,
@@ -5110,17 +5155,15 @@ ENGINES = {
 }
 
 USE_COMPRESSED_TENSORS = "--format compressed-tensors makes what vLLM and transformers load"
-NO_ENGINE = f"no engine loads int4, which is for readers of your own; {USE_COMPRESSED_TENSORS}"
 INT4 = Format(
     name="int4",
     words=".qweight",
     scales=".scales",
     constants=(),
     describe=describe_int4,
-    other_steps=(
-        ("Serve", NO_ENGINE),
-        ("Read", "dequantize_int4 of quantize_int4.py, by {name}/quantize_config.json"),
-    ),
+    readers="which only your own code reads (dequantize_int4); for vLLM and transformers give"
+    " --format compressed-tensors",
+    other_steps=(("Read", "dequantize_int4 of quantize_int4.py, by {name}/quantize_config.json"),),
 )
 COMPRESSED_TENSORS = Format(
     name="compressed-tensors",
@@ -5128,6 +5171,7 @@ COMPRESSED_TENSORS = Format(
     scales=".weight_scale",
     constants=(WEIGHT_SHAPE,),
     describe=describe_compressed_tensors,
+    readers="for vLLM and transformers",
     loaded_by=("vLLM", "transformers"),
     scale_dtype=None,
     with_offset=True,
@@ -5138,6 +5182,7 @@ GPTQ = Format(
     scales=".scales",
     constants=(ZERO_POINTS, GROUP_INDICES),
     describe=describe_gptq,
+    readers="for engines that read GPTQ (v1)",
     loaded_by=("vLLM", "transformers", "GPTQModel", EDGE_LLM),
     with_offset=True,
     transposed=True,
@@ -5263,12 +5308,15 @@ class Importance:
         feedback = ""
         if different := sorted(set(ranks) - {None, 0}):
             count = weighed - ranks.count(0)
+            some = f"{count:,} of them " if count < weighed else ""
             different = ", ".join(map(str, different))
-            feedback = f", {count:,} of them with error feedback of rank {different}"
-        return (
-            f"importance weighs {count_of(weighed, 'weight')}{feedback};"
-            f" {named - weighed:,} named without data, {len(weights) - named:,} not named"
-        )
+            feedback = f", {some}with error feedback of rank {different}"
+        parts = [f"importance weighs {count_of(weighed, 'weight')}{feedback}"]
+        if named > weighed:
+            parts.append(f"{named - weighed:,} named without data")
+        if len(weights) > named:
+            parts.append(f"{len(weights) - named:,} not named")
+        return "; ".join(parts)
 
     def rank_of(self, info: TensorInfo) -> int | None:
         """Return the rank of a weight's factor, 0 if it has none; None if it has no statistics.
@@ -5985,9 +6033,7 @@ class LoopProgress:
         parts = [self._task, f"{self._noun} {done:,}", more]
         if self._total:
             parts[1] += f" of {self._total:,}"
-            if done < self._total:
-                left = (now - self._started) / done * (self._total - done)
-                parts.append(f"about {format_time_left(left)} left")
+            parts += describe_time_left(now - self._started, done / self._total)
             if on_terminal:
                 filled = 20 * done // self._total
                 parts.insert(1, f"[{'#' * filled:.<20}]")
@@ -6019,11 +6065,10 @@ def say_collected(
     wanted = f"{ENOUGH_TOKENS:,} tokens"
     if experts:
         median = statistics.median_low(experts)
-        say_paragraph(
-            "Experts:",
-            f"the least saw {count_of(min(experts), 'token')}, the median {median:,};"
-            f" no token reached {experts.count(0):,} of their {count_of(len(experts), 'weight')}",
-        )
+        seen = f"the least saw {count_of(min(experts), 'token')}, the median {median:,}"
+        if unseen := experts.count(0):
+            seen += f"; no token reached {unseen:,} of their {count_of(len(experts), 'weight')}"
+        say_paragraph("Experts:", seen)
         times = max(times, ENOUGH_TOKENS_OF_EXPERT / max(median, 1))
         wanted += f", {ENOUGH_TOKENS_OF_EXPERT:,} for the median expert"
     verdict = "enough" if times <= 1 else f"too few, give {math.ceil(times):,} times as many"
@@ -6065,6 +6110,7 @@ OTHER_WEIGHTS = (
     r"|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
 # Why an expert is kept decides the group size.
+USUAL_GROUP_SIZE = 128
 NARROW = "narrow: under {} columns"
 
 
@@ -6260,11 +6306,11 @@ def plan_conversion(
 
 def choose_group_size(sources: list[TensorInfo], kinds: dict[str, str], options: Options) -> int:
     """Return how many columns share a scale: what was asked for; else for engines the largest size
-    that they hold and that divides all columns, or the least if none does; else 128."""
+    that they hold and that divides all columns, or the least if none does; else the usual one."""
     if options.group_size:
         return options.group_size
     if not options.form.for_engines:
-        return 128
+        return USUAL_GROUP_SIZE
     sizes = options.form.group_sizes
     for size in sizes:
         if fits_all(sources, kinds, replace(options, group_size=size)):
@@ -6610,6 +6656,7 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
 
     facts = {
         "version": FORMAT_VERSION,
+        "program": FORMAT_SINCE,
         "options": vars(options),
         "sources": checkpoint.sources,
         "dtypes": {} if options.restore else dtypes_of_packed(tensors),
@@ -6826,11 +6873,15 @@ def parse_facts(text: str) -> dict:
     version = facts.get("version") if isinstance(facts, dict) else None
     if type(version) is not int:
         raise damaged
+    # Version 1.0.0 did not state itself.
+    program = facts.pop("program", "1.0.0")
+    if not isinstance(program, str):
+        raise damaged
     if version != FORMAT_VERSION:
         raise FactsError(
-            f"made by another version of this program (format {version}, this one writes"
+            f"made by quantize_int4.py {program} (format {version}), this is {__version__} (format"
             f" {FORMAT_VERSION})",
-            "use that version, or convert again",
+            f"use version {program}, or convert again",
         )
     if facts.keys() != {"version", "options", "sources", "dtypes"}:
         raise damaged
@@ -7959,10 +8010,10 @@ def note_statistics(draft: Draft) -> Iterator[str]:
 
 
 def note_group_size(draft: Draft) -> Iterator[str]:
-    """State the group size where it was not asked for."""
-    if draft.group_size_is_chosen:
+    """State the group size where it was not asked for and is not the usual one."""
+    size = draft.options.group_size
+    if draft.group_size_is_chosen and size != USUAL_GROUP_SIZE:
         sizes = list_in_words(draft.form.group_sizes)
-        size = draft.options.group_size
         yield f"groups of {size}: the largest of {sizes} that divides all columns"
 
 
@@ -8039,11 +8090,6 @@ def has_chat_template(checkpoint: Checkpoint) -> bool:
             if b'"chat_template"' in (folder / name).read_bytes():
                 return True
     return False
-
-
-def note_no_engine(_draft: Draft) -> Iterator[str]:
-    """State that the folder is for readers other than engines."""
-    yield NO_ENGINE
 
 
 def note_delicate_layers(draft: Draft) -> Iterator[str]:
@@ -8372,7 +8418,6 @@ RULES = (
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_group_size),
     Rule(NOTE, FOR_ENGINES, note_other_engines),
-    Rule(NOTE, FOR_OTHERS, note_no_engine),
     Rule(NOTE, FOR_OTHERS, note_packed_towers),
     Rule(NOTE, TENSORS, note_delicate_layers),
     Rule(NOTE, TENSORS, note_conv1d),
@@ -8743,14 +8788,13 @@ def print_plan(
 ) -> None:
     """Print what a run will do, and what the user should know before it."""
     options = plan.options
-    choice = "restored to dense weights" if options.restore else f"scales {options.rule}"
+    fate = "restored to dense weights" if options.restore else options.form.readers
+    say_paragraph("Format:", f"{options.format}, {fate}")
     say_paragraph("From:", str(checkpoint.folder))
     say_paragraph("To:", str(output.folder))
-    say_paragraph(
-        "How:",
-        f"format {options.format}, groups of {options.group_size}, {choice},"
-        f" {count_of(threads, 'thread')}",
-    )
+    scales = "" if options.restore else f" scales {options.rule},"
+    how = f"groups of {options.group_size},{scales} {count_of(threads, 'thread')}"
+    say_paragraph("How:", how)
     print_table(plan, checkpoint)
     say()
 
@@ -8847,17 +8891,11 @@ def print_needs(plan: Plan, output: OutputFolder, guard: MemoryGuard, threads: i
     shortage = ": not enough" if needed > free else ""
     say_paragraph("Disk:", f"{format_bytes(needed)} to write, {format_bytes(free)} free{shortage}")
     peak = guard.own() + buffer_bytes(plan, threads)
-    say_paragraph(
-        "Memory:",
-        f"about {format_bytes(peak)} at the peak; {format_bytes(guard.read().available)} available,"
-        f" stops below {format_bytes(guard.min_free)}",
-    )
-    if shares_memory_with_gpu():
-        free = format_bytes(psutil.virtual_memory().free)
-        say_paragraph(
-            "GPU:",
-            f"shares this memory; its programs see {free} free now, the page cache not counted",
-        )
+    available = format_bytes(guard.read().available)
+    memory = f"about {format_bytes(peak)} at the peak; {available} available"
+    if guard.min_free:
+        memory += f", stops below {format_bytes(guard.min_free)}"
+    say_paragraph("Memory:", memory)
 
 
 def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -8875,18 +8913,24 @@ def print_table(plan: Plan, checkpoint: Checkpoint) -> None:
         print_packed(plan, packing)
 
     kept = [tensor for tensor in plan.tensors if not tensor.packing]
-    print_row("kept as they are", len(kept), format_bytes(size_of(kept)))
-    print_kinds(kept)
+    if kept:
+        print_row("kept as they are", len(kept), format_bytes(size_of(kept)))
+    # Of a folder that is restored, all else is kept for the one reason that it is not packed.
+    if not plan.options.restore:
+        print_kinds(kept)
 
     outputs = sum(len(tensor.outputs) for tensor in plan.tensors)
-    shards = count_of(len(plan.shards), "shard")
-    note = f"{shards}, up to {format_bytes(plan.options.shard_size_gb * GB)}"
+    note = count_of(len(plan.shards), "shard")
+    if len(plan.shards) > 1:
+        note += f", up to {format_bytes(plan.options.shard_size_gb * GB)}"
     print_row("output", outputs, format_bytes(plan.total_size), note)
 
 
 def print_row(label: str, count: int, size: str, note: str = "") -> None:
     """Print a row of the plan's table."""
     note = shorten(note, terminal_width() - 55)
+    # "812 bytes" would touch the count.
+    size = size.replace(" bytes", " B")
     say(f"{shorten(label, 38):<38}{count:>7,}{size:>8}  {note}".rstrip())
 
 
@@ -10931,22 +10975,15 @@ def describe_difference(run: Run, first: int) -> str:
 # By whether standard output is a terminal.
 PROGRESS_INTERVAL_S = {True: 0.5, False: 10.0}
 
-# What the stage half-way through a task is called in the table at the end.
-MIDWAY = {
-    "quantizing": "Mid-quantization",
-    "restoring": "Mid-restoration",
-    "verifying": "Mid-verification",
-}
-
 
 class Progress:
     """Shows how far the work is: one updating line on a terminal, else a line every ten seconds."""
 
     def __init__(self, guard: MemoryGuard):
         self.guard = guard
-        # The machine's memory at each stage, by name.
-        self.stages = {"Baseline": guard.read()}
-        self.cached = cached_bytes()
+        # The machine's memory and its page cache at each stage, by name.
+        self.stages: dict[str, tuple[MemoryReading, int]] = {}
+        self.mark("Baseline")
         self.restart()
 
     def restart(self) -> None:
@@ -10958,14 +10995,13 @@ class Progress:
             self._next += PROGRESS_INTERVAL_S[False]
 
     def mark(self, stage: str) -> None:
-        """Note the memory at a stage, for the table at the end."""
-        self.stages[stage] = self.guard.read()
+        """Note the memory at a stage, for the table of --debug."""
+        self.stages[stage] = (self.guard.read(), cached_bytes())
 
     def show(self, account: Account) -> None:
         """Print how far the work is if the last line is old enough; note the memory half-way."""
-        midway = MIDWAY[account.task]
-        if midway not in self.stages and account.nbytes_done * 2 >= account.nbytes:
-            self.mark(midway)
+        if "Half-way" not in self.stages and account.nbytes_done * 2 >= account.nbytes:
+            self.mark("Half-way")
 
         now = time.monotonic()
         if now < self._next:
@@ -10988,15 +11024,12 @@ class Progress:
             return [f"{account.task}: {tensors} done, waiting for the disk"]
 
         share = account.effort_done / account.effort
-        parts = [f"{account.task}  {share:.0%}"]
-        if elapsed >= 2 and share >= 0.02:
-            left = math.ceil(elapsed / share * (1 - share) / 5) * 5
-            parts.append(f"about {format_time_left(left)} left")
-
         done = account.nbytes_done
         memory = self.guard.read()
         return [
-            *parts,
+            # Not 100 % before all is done.
+            f"{account.task}  {min(int(share * 100), 99)}%",
+            *describe_time_left(elapsed, share),
             f"{format_bytes(done)} of {format_bytes(account.nbytes)}",
             f"{format_bytes(done / max(elapsed, 1e-9))}/s",
             f"{account.tensors_done:,}/{tensors}",
@@ -11007,6 +11040,14 @@ class Progress:
 def cached_bytes() -> int:
     """Return how many bytes of files the page cache holds; 0 where the system does not tell."""
     return getattr(psutil.virtual_memory(), "cached", 0)
+
+
+def describe_time_left(elapsed: float, share: float) -> list[str]:
+    """Return how long the rest takes, as a part of a line of progress; none while it is a guess."""
+    if elapsed < 2 or not 0.05 <= share < 1:
+        return []
+    left = math.ceil(elapsed / share * (1 - share) / 5) * 5
+    return [f"about {format_time_left(left)} left"]
 
 
 def format_time_left(seconds: float) -> str:
@@ -11031,29 +11072,29 @@ def print_summary(plan: Plan, account: Account, progress: Progress) -> None:
     if not plan.options.restore:
         verb = "quantized"
         smaller = f" ({three_digits(before / max(plan.total_size, 1))} times smaller)"
-    say_paragraph(
-        "Result:",
-        f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller};"
-        f" {count_of(packed, 'tensor')} {verb}, {len(plan.tensors) - packed:,} kept",
-    )
-    print_memory(progress)
+    result = f"{format_bytes(before)} became {format_bytes(plan.total_size)}{smaller}"
+    result += f"; {count_of(packed, 'tensor')} {verb}"
+    if packed < len(plan.tensors):
+        result += f", {len(plan.tensors) - packed:,} kept"
+    say_paragraph("Result:", result)
 
-
-def print_memory(progress: Progress) -> None:
-    """Print this process's peak, and the machine's memory at each stage."""
     peak = format_bytes(progress.guard.own_peak)
     say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
-    growth = psutil.virtual_memory().cached - progress.cached
-    extra = format_bytes(growth) if growth > 0 else "no"
-    say_paragraph("Cache:", f"the page cache holds {extra} more than before")
     if shares_memory_with_gpu():
         free = format_bytes(psutil.virtual_memory().free)
-        say_paragraph("GPU:", f"its programs see {free} free now")
+        say_paragraph(
+            "GPU:",
+            f"shares this memory; its programs see {free} free now, the page cache not counted",
+        )
 
-    say(f"{'All programs, no page cache':<34}{'RAM used':>12}{'Available':>12}", before="\n")
-    for stage, memory in progress.stages.items():
-        used = format_bytes(memory.used)
-        say(f"{stage:<34}{used:>12}{format_bytes(memory.available):>12}")
+
+def print_stages(progress: Progress) -> None:
+    """Print the machine's memory at each stage."""
+    titles = f"{'RAM used':>12}{'Available':>12}{'Page cache':>12}"
+    say(f"{'All programs':<34}{titles}", before="\n")
+    for stage, (memory, cached) in progress.stages.items():
+        sizes = (memory.used, memory.available, cached)
+        say(f"{stage:<34}" + "".join(f"{format_bytes(size):>12}" for size in sizes))
 
 
 def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
@@ -11085,7 +11126,8 @@ def print_verification(verification: Verification) -> None:
     """Print errors by kind of layer, the worst weights by name, and what is wrong."""
     say()
     print_errors(verification)
-    say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
+    if verification.kept:
+        say(f"  {'kept, bit for bit':<22}{verification.kept:>7,}")
     errors = verification.errors
     for name in sorted(errors, key=lambda name: errors[name][0], reverse=True)[:5]:
         error = three_digits(errors[name][0])
@@ -11247,6 +11289,8 @@ def run(args: argparse.Namespace) -> None:
             return
 
         converted = print_and_convert(args, checkpoint, plan, progress)
+        if converted and args.debug:
+            print_stages(progress)
         if converted and args.verify:
             verify(args, checkpoint, plan, progress)
     if converted:

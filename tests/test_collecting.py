@@ -694,8 +694,18 @@ def test_it_says_how_much_was_seen_and_whether_that_is_enough(tmp_path, capsys):
     experts = sum(len(stack) for stack in stacks)
     others = len(vectors) - len(stacks)
     assert f"{experts - unseen + others} weights with data from 55 tokens\n" in text
-    assert f"no token reached {unseen} of their {experts} weights" in text
+    assert unseen == 0
+    assert "no token reached" not in text
     assert "too few, give " in text
+
+
+def test_it_counts_the_experts_that_no_token_reached(tmp_path, capsys):
+    vectors = collect_vectors(build("qwen3_moe"), [torch.tensor([[1]])], tmp_path, rank=0)
+    stacks = [stack for stack in vectors.values() if stack.dim() == 2]
+    unseen = sum(int((~stack.any(1)).sum()) for stack in stacks)
+    assert unseen > 0
+    counted = f"no token reached {unseen} of their {sum(map(len, stacks))} weights\n"
+    assert counted in capsys.readouterr().out
 
 
 def test_enough_is_what_the_readmes_tables_had(tmp_path, capsys):

@@ -221,7 +221,15 @@ def test_leftovers_of_a_source_that_changed_since_are_foreign(model, tmp_path, c
 def test_leftovers_of_another_format_version_are_foreign(model, tmp_path):
     leftovers(model, tmp_path / "out")
     result = run_cli(model, tmp_path / "out", *SHARDS, constants={"FORMAT_VERSION": 1})
-    assert_refused(result, "--overwrite starts afresh")
+    assert_refused(result, "(format 9), this is", "(format 1): --overwrite starts afresh")
+
+
+def test_another_version_of_the_program_with_the_same_format_continues(model, expected, tmp_path):
+    quantize(model, tmp_path / "out", *SHARDS)
+    (tmp_path / "out" / "model-00002.safetensors").unlink()
+    result = quantize(model, tmp_path / "out", *SHARDS, constants={"__version__": "9.9.9"})
+    assert "finished by an earlier run" in result.stdout
+    assert folder_bytes(tmp_path / "out") == expected
 
 
 def test_a_finished_folder_of_a_source_of_another_time_is_left_as_it_is_and_can_be_verified(

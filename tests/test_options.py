@@ -14,6 +14,8 @@ from conftest import SCRIPT, assert_refused, command, quantize, refuse, run_cli
 from folders import assert_same_tensors, folder_bytes, read_tensors
 from launcher import Run, Setting
 
+import quantize_int4 as q
+
 
 def test_help_names_the_formats_and_every_option_with_its_default(tmp_path):
     result = subprocess.run(
@@ -33,6 +35,39 @@ def test_help_names_the_formats_and_every_option_with_its_default(tmp_path):
     ):
         assert tensor in result.stdout
     assert {"128", "4.0", "10"} <= set(re.findall(r"\(default:\s+([\d.]+)", result.stdout))
+
+
+def test_help_is_short_with_a_line_or_two_for_each_option_and_the_layouts_after_them(tmp_path):
+    result = subprocess.run(
+        [*command(tmp_path, tmp_path), "--help"],
+        env=os.environ | {"COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 85
+    assert len(result.stdout.split()) < 600
+    assert max(map(len, lines)) <= 80
+    (end,) = [number for number, line in enumerate(lines) if line.startswith("The folders may")]
+    headings = [line for line in lines[:end] if re.fullmatch(r"[a-z ]+:", line)]
+    assert headings == [f"{heading}:" for heading in q.OPTIONS]
+    starts = [number for number, line in enumerate(lines[:end]) if line.startswith("  -")]
+    assert len(starts) == sum(map(len, q.OPTIONS.values())) + 2  # --version and --help
+    for number in starts:
+        assert lines[number][23:25] == "  "
+    continued = [number for number, line in enumerate(lines[:end]) if line.startswith(" " * 25)]
+    assert not any(number + 1 in continued for number in continued)
+    assert max(n for n, line in enumerate(lines) if line.startswith("  --")) < end
+    assert lines.index("    of your own       X.scales         float16  (rows, padded // g)") > end
+
+
+def test_help_begins_with_an_example_that_an_engine_loads(tmp_path):
+    result = subprocess.run(
+        [*command(tmp_path, tmp_path), "--help"], capture_output=True, text=True
+    )
+    example = result.stdout.split("\n\n")[2]
+    assert "quantize_int4.py --input_dir" in example
+    assert "--format compressed-tensors --verify" in example
 
 
 def test_version_is_printed(tmp_path):
@@ -128,7 +163,7 @@ def test_a_bad_value_is_a_usage_error(model, tmp_path, option, value):
 
 
 def test_an_unknown_option_is_a_usage_error(model, tmp_path):
-    refuse(model, tmp_path / "out", "--bits", options=["--bits", "4"], exit_code=2)
+    refuse(model, tmp_path / "out", "--colour", options=["--colour", "4"], exit_code=2)
 
 
 def test_a_missing_option_is_a_usage_error(model):
@@ -143,7 +178,19 @@ def test_a_missing_option_is_a_usage_error(model):
         (["--group-sise=64"], "did you mean --group_size?"),
         (["--format", "compressed_tensors"], "did you mean compressed-tensors?"),
         (["--exclude", "q_proj", "k_proj"], "give --exclude or --int8 once for each pattern"),
-        (["--format", "awq"], "is none of int4, compressed-tensors, gptq"),
+        (["--format", "INT4"], "did you mean int4?"),
+        (["--input", "in"], "did you mean --input_dir?"),
+        (["--output=out"], "did you mean --output_dir?"),
+        (["--group", "64"], "did you mean --group_size?"),
+        (["--max_shard_size", "4"], "did you mean --shard_size_gb?"),
+        (["--bits", "4"], "--bits: codes have 4 bits, and --int8 REGEX names those of 8"),
+        (["--w-bits", "8"], "codes have 4 bits, and --int8 REGEX names those of 8"),
+        (["--model", "in"], "--input_dir names the checkpoint's folder"),
+        (["--quant", "w4a16"], "--quant: --format names the layout"),
+        (["--w4a16"], "--format names the layout"),
+        (["--resume"], "the same command continues a run that was stopped"),
+        (["--force"], "--overwrite replaces what an earlier run left"),
+        (["--ignore", "lm_head"], "--exclude REGEX names what is kept"),
     ],
     ids=" ".join,
 )
@@ -154,6 +201,45 @@ def test_a_near_miss_is_a_usage_error_that_says_what_was_meant(tiny, tmp_path, o
         "(see quantize_int4.py --help)",
         exit_code=2,
     )
+
+
+@pytest.mark.parametrize(
+    "option", ["--dtype", "--device", "--seed", "--verbose", "--size", "--colour"]
+)
+def test_an_option_that_is_near_to_none_gets_no_suggestion(tiny, tmp_path, option):
+    result = run_cli(tiny, tmp_path / "out", option)
+    assert_refused(result, f"unrecognized arguments: {option} (see", exit_code=2)
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (
+            "vllm vLLM hf huggingface transformers w4a16",
+            "vLLM and transformers load --format compressed-tensors",
+        ),
+        ("sglang", "SGLang should load --format compressed-tensors of dense models"),
+        ("awq autoawq marlin", "no such layout is made here, but --format compressed-tensors"),
+        ("edge-llm edge_llm", "TensorRT Edge-LLM loads --format gptq --group_size 128"),
+        (
+            "trt tensorrt TensorRT-LLM",
+            "TensorRT Edge-LLM loads --format gptq --group_size 128; for",
+        ),
+        ("gguf", "not made here; llama.cpp makes it from the same checkpoint"),
+        (
+            "nvfp4",
+            "floats are not made here; llm-compressor and NVIDIA's Model Optimizer make them",
+        ),
+        ("int8", "--format compressed-tensors --int8 REGEX"),
+    ],
+)
+def test_what_others_call_a_format_is_answered_with_what_loads_there(tiny, tmp_path, names, hint):
+    for name in names.split():
+        assert_refused(
+            run_cli(tiny, tmp_path / "out", "--format", name),
+            f"--format '{name}' is none of int4, compressed-tensors, gptq: {hint}",
+            exit_code=2,
+        )
 
 
 def test_importance_without_mse_is_a_usage_error(model, tmp_path):

@@ -185,10 +185,6 @@ def test_what_others_had_of_another_users_files_in_the_cache_stays_there(foreign
         assert abs(cached_bytes(path) - was) < HEADERS
 
 
-def test_the_summary_says_what_the_cache_holds_more_than_before(checkpoint, tmp_path):
-    assert "the page cache holds " in quantize(checkpoint, tmp_path / "out").stdout
-
-
 @pytest.fixture
 def small_container():
     """A control group with 170 MB of memory beside what the imports take: its bytes, and the file that puts a process

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import save_model
+from checkpoints import WEIGHT, save_model
 from conftest import command, quantize, run_in_terminal
 from folders import folder_bytes
 
@@ -85,12 +85,29 @@ def test_sizes_have_three_digits(number, text):
 # --- plan and summary -------------------------------------------------------------------------------------------------
 
 
-def test_int4_says_that_no_engine_loads_it_in_the_plan_and_at_the_end(tiny, tmp_path):
-    plan, end = quantize(tiny, tmp_path / "out").stdout.split("Done in")
-    for text in (plan, end):
-        assert "no engine loads int4" in text
-        assert "--format compressed-tensors makes what vLLM and transformers load" in text
-    quantize(tiny, tmp_path / "engine", "--format", "compressed-tensors")  # as it says
+READERS = {
+    "int4": "which only your own code reads (dequantize_int4); for vLLM and transformers give"
+    " --format compressed-tensors",
+    "compressed-tensors": "for vLLM and transformers",
+    "gptq": "for engines that read GPTQ (v1)",
+}
+
+
+@pytest.mark.parametrize("form", READERS)
+def test_the_plans_first_line_says_once_who_reads_the_format(tiny, tmp_path, form):
+    text = quantize(tiny, tmp_path / "out", "--format", form).stdout
+    assert text.startswith(f"Format:    {form}, {READERS[form]}\n")
+    assert text.count("your own code") == (form == "int4")
+    assert text.count("--format compressed-tensors") == (form != "compressed-tensors")
+
+
+def test_a_restored_folder_is_not_said_to_be_of_a_format_that_only_your_own_code_reads(
+    tiny, tmp_path
+):
+    quantize(tiny, tmp_path / "out")
+    text = quantize(tmp_path / "out", tmp_path / "dense", "--restore").stdout
+    assert text.startswith("Format:    int4, restored to dense weights\n")
+    assert "your own code" not in text
 
 
 def test_config_json_is_named_among_what_is_written(tiny, tmp_path):
@@ -101,19 +118,53 @@ def test_config_json_is_named_among_what_is_written(tiny, tmp_path):
     assert "config.json" not in copied.replace(",", "").split()
 
 
-def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
+def test_the_summary_has_time_sizes_counts_and_the_peak(tiny, tmp_path):
     summary = quantize(tiny, tmp_path / "out").stdout.split("\nDone in")[1]
     for words in (
         "29 tensors quantized, 14 kept",
         "times smaller",
         "at the peak of this process",
-        "RAM used",
-        "Available",
     ):
         assert words in summary
-    stages = ["Baseline", "Headers read", "Mid-quantization", "Written"]
-    rows = summary.split("All programs, no page cache")[1].splitlines()[1:5]
-    assert [line.split()[0] for line in rows] == [stage.split()[0] for stage in stages]
+    assert "RAM used" not in summary
+    assert "age cache" not in summary
+
+
+def test_the_memory_at_each_stage_is_for_debug(tiny, tmp_path):
+    summary = quantize(tiny, tmp_path / "out", "--debug").stdout.split("\nDone in")[1]
+    title, *rows = summary.split("\n\n")[1].splitlines()
+    assert title.split() == ["All", "programs", "RAM", "used", "Available", "Page", "cache"]
+    size = r" +[\d.]+ [kMGT]B"
+    stages = [re.fullmatch(rf"(\S.*?){size}{size}{size}", row)[1] for row in rows]
+    assert stages == ["Baseline", "Headers read", "Half-way", "Written"]
+
+
+def test_counts_of_nothing_are_left_out(model, tmp_path):
+    text = quantize(model, tmp_path / "out", "--verify").stdout
+    assert "1 tensor quantized\n" in text
+    assert "kept" not in text
+    assert "  1 shard\n" in text
+    assert "stops below" not in text
+    text = quantize(tmp_path / "out", tmp_path / "back", "--restore").stdout
+    assert "1 tensor restored\n" in text
+    assert "kept" not in text
+
+
+def test_limits_are_stated_where_they_limit_something(tiny, tmp_path):
+    options = ["--shard_size_gb", "0.001", "--min_free_gb", "0.25"]
+    text = quantize(tiny, tmp_path / "out", *options).stdout
+    assert "  2 shards, up to 1.00 MB\n" in text
+    assert "available, stops below 250 MB\n" in text
+
+
+def test_the_plans_columns_do_not_touch(tmp_path):
+    folder = save_model(tmp_path / "in", {**WEIGHT, "norm.weight": torch.ones(100)})
+    (row,) = [
+        line
+        for line in quantize(folder, tmp_path / "out").stdout.splitlines()
+        if "vectors and scalars" in line
+    ]
+    assert re.search(r" 1 +400 B  norm", row)
 
 
 @pytest.mark.parametrize(
@@ -129,21 +180,16 @@ def test_the_summary_has_time_sizes_counts_memory_and_stages(tiny, tmp_path):
         ),
         (
             [],
-            [
-                "no engine loads int4",
-                "dequantize_int4 of quantize_int4.py",
-                "with --verify; then copy",
-            ],
+            ["dequantize_int4 of quantize_int4.py", "with --verify; then copy"],
         ),
     ],
     ids=["compressed-tensors", "gptq, verified", "int4"],
 )
-def test_the_end_says_in_three_lines_what_can_be_done_with_the_folder(
-    tiny, tmp_path, options, lines
-):
-    end = quantize(tiny, tmp_path / "out", *options).stdout.splitlines()[-4:]
-    assert end[0] == f"Next, in   {tmp_path}:"
-    for line, words in zip(end[1:], lines):
+def test_the_end_says_a_line_each_what_can_be_done_with_the_folder(tiny, tmp_path, options, lines):
+    end = quantize(tiny, tmp_path / "out", *options).stdout.split("\nNext, in   ")[1]
+    folder, *found = end.splitlines()
+    assert folder == f"{tmp_path}:"
+    for line, words in zip(found, lines, strict=True):
         assert words in line
 
 
@@ -194,7 +240,7 @@ def test_a_terminal_gets_one_line_that_updates(large, tmp_path):
     text = b"".join(chunks).decode()
     loading, plan, *updates = text.split("\r\033[K")
     assert loading == "loading torch ..."
-    assert plan.startswith("From:")
+    assert plan.startswith("Format:")
     assert len(updates) >= 2
     assert PROGRESS.match(updates[0])
     assert "\n" not in "".join(updates[:-1])
@@ -240,15 +286,22 @@ def test_on_a_narrow_terminal_the_memory_goes_first(shown):
 def test_for_the_estimate_what_is_kept_counts_a_fifth(shown):
     assert "quantizing  0%  0 bytes of 1.00 GB" in shown(60, 0, 100, kept=50)
     # 50 kept jobs are 10 of 60 parts, and 80 jobs are 40.
-    assert "quantizing  17%  about 50 s left  500 MB of" in shown(9.5, 50, 100, kept=50)
-    assert "quantizing  67%  about 10 s left  800 MB of" in shown(18, 80, 100, kept=50)
+    assert "quantizing  16%  about 50 s left  500 MB of" in shown(9.5, 50, 100, kept=50)
+    assert "quantizing  66%  about 10 s left  800 MB of" in shown(18, 80, 100, kept=50)
     assert "quantizing  50%  about 20 s left" in shown(18, 50, 100, kept=100)
 
 
 def test_there_is_no_estimate_before_it_means_something(shown):
-    assert "left" not in shown(30, 1, 100)
+    assert "left" not in shown(30, 4, 100)
+    assert "left" not in shown(30, 49, 1000)
+    assert "5%  about 10 min left" in shown(30, 5, 100)
     assert "left" not in shown(1, 10, 100)  # of the first two seconds
     assert "10%  about 45 s left" in shown(5, 10, 100)
+
+
+def test_what_is_not_done_is_never_100_percent(shown):
+    assert "quantizing  99%  about 5 s left" in shown(100, 9999, 10000)
+    assert shown(100, 100, 100) == "quantizing: 100 tensors done, waiting for the disk"
 
 
 @pytest.mark.parametrize(

@@ -362,11 +362,21 @@ def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
 
 
 FACTS_AT_FAULT = {
-    "an older version": (lambda facts: facts.update(version=6), "(format 6, this one writes 9)"),
-    "a newer version": (lambda facts: facts.update(version=99), "(format 99, this one writes 9)"),
+    "an older version": (
+        lambda facts: (facts.pop("program"), facts.update(version=6)),
+        "made by quantize_int4.py 1.0.0 (format 6), this is 1.1.0 (format 9)",
+    ),
+    "a newer version": (
+        lambda facts: facts.update(version=99, program="7.5.0"),
+        "made by quantize_int4.py 7.5.0 (format 99), this is 1.1.0",
+    ),
     "of which nothing is known": (
         lambda facts: (facts.clear(), facts.update(version=7)),
-        "format 7",
+        "made by quantize_int4.py 1.0.0 (format 7)",
+    ),
+    "a program that has no name": (
+        lambda facts: facts.update(version=99, program=[7]),
+        "damaged",
     ),
     "no version": (lambda facts: facts.pop("version"), "damaged"),
     "a version that is no number": (lambda facts: facts.update(version=[9]), "damaged"),
@@ -395,7 +405,10 @@ def test_a_folder_of_another_version_or_with_damaged_facts_is_refused_with_what_
     quantize(source, tmp_path / "out")
     change, problem = FACTS_AT_FAULT[case]
     edit_facts(tmp_path / "out", change)
-    remedy = "copy the folder again" if problem == "damaged" else "use that version"
+    remedy = "copy the folder again"
+    if problem != "damaged":
+        program = problem.removeprefix("made by quantize_int4.py ").partition(" ")[0]
+        remedy = f"use version {program}, or"
     for runs in (
         [source, tmp_path / "out", "--verify"],
         [tmp_path / "out", tmp_path / "back", "--restore"],
@@ -403,6 +416,15 @@ def test_a_folder_of_another_version_or_with_damaged_facts_is_refused_with_what_
         assert_refused(run_cli(*runs), "model-00001.safetensors", problem, remedy, "convert again")
     assert_refused(run_cli(source, tmp_path / "out", "--group_size", 64), problem, "--overwrite")
     quantize(source, tmp_path / "out", "--group_size", 64, "--overwrite")
+
+
+def test_a_folder_of_the_same_format_is_read_whatever_program_it_names(tmp_path):
+    source = save_model(tmp_path / "in", WEIGHT)
+    quantize(source, tmp_path / "out")
+    for change in (lambda facts: facts.update(program="9.9.9"), lambda facts: facts.pop("program")):
+        edit_facts(tmp_path / "out", change)
+        assert "no problems found" in quantize(source, tmp_path / "out", "--verify").stdout
+        quantize(tmp_path / "out", tmp_path / "back", "--restore", "--overwrite")
 
 
 def test_shards_of_two_runs_are_not_taken_for_one_folder(tmp_path):

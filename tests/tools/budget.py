@@ -59,7 +59,7 @@ def main(sizes: list[str]) -> None:
             option = ["--max_size_gb", size] if size else []
             result = subprocess.run([*command, *option], capture_output=True, text=True)
             text = re.search(
-                r"^output.*?(?=^WARNING|^Note)", result.stdout, re.MULTILINE | re.DOTALL
+                r"^output.*?(?=^WARNING|^Note|^Copied)", result.stdout, re.MULTILINE | re.DOTALL
             )
             seconds = time.monotonic() - started
             print(f"--max_size_gb {size}" if size else "without", f"({seconds:.1f} s)")
