@@ -54,22 +54,22 @@ imported; to compare the kernels' results with torch's takes 0.02 s each, with e
 with an earlier version, 2.2 billion weights took 2.1 s, with --scale mse 17 s, and with error feedback thirty times as
 long as with one.
 
-The full inventory of Nemotron-3-Nano-30B (63.16 GB, as files of zeros that are no more than holes on the disk) took 0.20
-GB of the process's own memory at the peak, and 41 s, to write 17.07 GB. A build of torch for CUDA holds more as soon as
-it is imported: a run over 4.4 GB took 0.27 GB with torch 2.13.0 for CPUs, 0.38 GB with 2.8.0 for CUDA 12.8, and 0.41 GB
-with 2.14.1 for CUDA 13.0.
+The full inventory of Nemotron-3-Nano-30B (63.16 GB, as files of zeros that are no more than holes on the disk) took
+0.20 GB of the process's own memory at the peak, and 41 s, to write 17.07 GB. A build of torch for CUDA holds more as
+soon as it is imported: a run over 4.4 GB took 0.27 GB with torch 2.13.0 for CPUs, 0.38 GB with 2.8.0 for CUDA 12.8, and
+0.41 GB with 2.14.1 for CUDA 13.0.
 
 The page cache: what is not cached (of files of another user, to 256 kB) is read around the cache, and what a run alone
 brought there it drops again. The run over 4.4 GB from a cold cache left 72 MB more (torch's own libraries; without this
 it was 5.6 GB) and took 2.1 to 2.6 s; `cat` of its input took 7.7 s.
 
-A DGX Spark, on paper: half a minute to a minute and a half for the 63 GB with --scale mse, one to two minutes with error
-feedback, and for --verify as long again. Calculated from 31.6 billion weights, the figures above, and two assumptions
-that were not tried: that its 20 cores do half to all of what one of these does, and that its SSD reads 2 to 6 GB/s and
-writes half as much. The cores then take 8 to 16 s (error feedback 22 to 44 s), the disk 16 to 50 s; and workers hold
-Python's lock for 0.7 ns a weight (py-spy, 400 samples a second; absmax 0.4, error feedback 1.0, --verify as long as the
-conversion), which is 23 s (12, 32) however many cores there are. --verify takes 1.3 times the processor's time of the
-conversion with the same options, and reads what was written instead of writing it.
+A DGX Spark, on paper: half a minute to a minute and a half for the 63 GB with --scale mse, one to two minutes with
+error feedback, and for --verify as long again. Calculated from 31.6 billion weights, the figures above, and two
+assumptions that were not tried: that its 20 cores do half to all of what one of these does, and that its SSD reads 2 to
+6 GB/s and writes half as much. The cores then take 8 to 16 s (error feedback 22 to 44 s), the disk 16 to 50 s; and
+workers hold Python's lock for 0.7 ns a weight (py-spy, 400 samples a second; absmax 0.4, error feedback 1.0, --verify
+as long as the conversion), which is 23 s (12, 32) however many cores there are. --verify takes 1.3 times the
+processor's time of the conversion with the same options, and reads what was written instead of writing it.
 """
 
 from __future__ import annotations
