@@ -1,4 +1,8 @@
-"""Architectures: stacks of experts, and what a tensor is for (README: "Stacks of experts become experts")."""
+"""Architectures: stacks of experts, and what a tensor is for (README: "Stacks of experts become experts").
+
+A stack whose layout names, shapes and config.json do not decide is refused. Transposed stacks (Llama 4) are read at a
+tenth of the speed: columns are gathered.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint, headers: accepted as the safetensors library does (README: "not a whole safetensors file")."""
+"""Checkpoint, headers: accepted as the safetensors library does (README: "It refuses what would come out wrong")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint, pickles: what safetensors would give, and ModelOpt's leftovers (README: "Pickles are opened")."""
+"""Checkpoint, pickles: what safetensors would give, and ModelOpt's leftovers (README: "Pickles that would run code")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command: how it may be started (README: "One file, one command, three dependencies")."""
+"""Command: how it may be started (README: "Quick path")."""
 
 from __future__ import annotations
 

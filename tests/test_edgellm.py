@@ -1,7 +1,16 @@
 """What TensorRT Edge-LLM's own loader makes of gptq folders: every code, scale and kept tensor is that of the folder.
 
-It is an optional extra, in an environment of its own (tests/tools/requirements-edgellm.txt); these tests skip without it.
-Its loader prepares the weights for its kernels on the CPU. What the kernels compute takes a GPU and is not run.
+It is an optional extra, in an environment of its own (tests/tools/requirements-edgellm.txt), since its wheel has 200 MB;
+these tests skip without it. Its loader prepares the weights for its kernels on the CPU. What the kernels compute takes a
+GPU and is not run. The README's commands were not run: their flags are those of NVIDIA's wheel, and of llm_build and
+cmake those that NVIDIA's instructions for Orin were reported to name.
+
+Groups of 128 are what it computes rightly: at 64 or 32 it loads and builds without a warning, and answers noise. It does
+not have Nemotron-3-Nano's experts but in NVFP4, which an Orin does not compute. Its exporter reads compressed-tensors
+and int4 as noise without an error, its direct builder stops. The plan says what else stands in the way: Qwen3.5's
+in_proj_[ab], experts that are kept, a type of model that it takes for Llama (Gemma 2 and 3, OLMo 2, Mixtral, SmolLM3,
+Granite, Phi-3), no chat template. NemotronH's count of layers, which transformers 5 leaves out of config.json and
+Edge-LLM needs, is written there.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Formats: tensors, scales, config files, sizes they cannot hold (README: "int4, for readers of your own")."""
+"""Formats: tensors, scales, config files, sizes they cannot hold (README: "Layouts")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernel: the bytes of torch, or it is done without (README: "The search and the rounding are done by a kernel")."""
+"""Kernel: the bytes of torch, or it is done without (README: "torch gives the same bytes")."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_lightnings_sizes_are_those_of_the_readme(lightning, tmp_path, options, 
     plan = quantize(lightning, tmp_path / "out", *options).stdout
     assert re.search(rf"^output +[\d,]+ +{size} ", plan, re.MULTILINE)
     assert f"A token:   reads {token} of weights" in plan
-    assert size in (ROOT / "README.md").read_text().replace("19.0\nGB", "19.0 GB")
+    assert size in (ROOT / "README.md").read_text()
 
 
 def test_tens_of_thousands_of_tensors_are_planned(tmp_path):

@@ -1,4 +1,4 @@
-"""Quantization: scales, codes, packing, and the way back (README: "For each group of `group_size` columns")."""
+"""Quantization: scales, codes, packing, and the way back (README: "Columns that share a scale")."""
 
 from __future__ import annotations
 

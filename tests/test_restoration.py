@@ -1,4 +1,4 @@
-"""Restoration: what a quantized folder decodes to, under the names of the source (README: "**restore** to dense")."""
+"""Restoration: what a quantized folder decodes to, under the names of the source (README: "restore** dense weights")."""
 
 from __future__ import annotations
 

@@ -3,6 +3,12 @@
 "It loaded" proves nothing: what a loader does not find it fills with random numbers, what it does not know it skips. So
 every parameter, buffer and logit is compared with those of a dense twin, the checkpoint of the weights as a reader of
 its own decodes them, and the twin with the model that was saved, which no name in any file connects with it.
+
+What the README's tables leave out. transformers 5.16 to 5.24 load experts that --exclude kept only as stacks: at one
+weight an expert 5.24 stops, or leaves NemotronH's random. It stops, too, where it splits or joins packed weights as it
+loads them. Through GPTQModel and optimum (2.3) NemotronH's experts are left random. The plan says all of these. Gemma 3
+with images loads as it is, since its tower is kept. CompressedTensorsConfig(run_compressed=False) is not for folders
+with --int8, all of whose layers it decodes as if they had one width. MTP: test_transformers_mtp.py.
 """
 
 import os

@@ -1,4 +1,9 @@
-"""Verification finds what is wrong with a folder, and nothing where all is well (README: "It checks")."""
+"""Verification finds what is wrong with a folder, and nothing where all is well (README: "It checks").
+
+Its bounds: a code inside the range must lie within half a scale of its weight, or 2.5 scales where error feedback moved
+the weight. A code at an end of the range may be any distance away on its side, since a scale may clip weights: how many
+lie more than 3 scales from what is decoded is printed, and is no fault.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,14 @@ The twin is the dense checkpoint of the dequantized weights. No name of any tens
 stacks or renames, it does to both, so the decoded parameters of a module must equal those of the same module of the
 twin. Before loading every parameter is filled with what no checkpoint holds, and nothing of that may be left.
 
+What the README's table leaves out. Families are tried with and without layers kept by --exclude or in 8 bits, saved by
+save_pretrained and as model.state_dict(). Llama 4, Gemma 3 without images and the like are the text models; Qwen3.5 and
+Qwen3.5-MoE have their vision towers; InternVL is of both conventions, its class of the hub's own code was not tried.
+gptq is equal, too, but for Gemma 3 with images, which vLLM does not compute in float16, and Whisper, which is refused.
+Nemotron-Nano-Omni was not run: it wants the hub's config and a tokenizer. Granite 4 hybrid, experts kept: from a state
+dict vLLM has no name for the experts and stops. Qwen3-VL-MoE, experts kept: equal from the hub's stacks; at transformers
+5's own, which are not transposed, it stops. vLLM does not have T5, dense or quantized. MTP: test_vllm_mtp.py.
+
 How vLLM is asked without a GPU, and what it needs to be installed: see test_vllm_loader.py.
 """
 

