@@ -6125,11 +6125,6 @@ class Options:
     quantize_embeddings: bool
     # Patterns of what is packed in 8 bits.
     int8: list[str]
-    # For the whole folder; None where there is no limit.
-    max_size_gb: float | None
-    # What `spend_budget` chose for 8 bits beside these patterns: names of weights, or
-    # ROUTED_EXPERTS. None where it has not, or need not.
-    chosen: list[str] | None
     # "absmax", or "mse": least squared error.
     scale: str
     # FEEDBACK or WEIGHED, and the file's SHA-256.
@@ -6137,6 +6132,11 @@ class Options:
     # The other way: from `format` to dense weights.
     restore: bool
     shard_size_gb: float
+    # Of the whole folder; None where there is no limit.
+    max_size_gb: float | None = None
+    # What `spend_budget` chose for 8 bits beside --int8: names of weights, or ROUTED_EXPERTS. None
+    # where there is no limit, or nothing was chosen yet.
+    chosen: list[str] | None = None
 
     @property
     def form(self) -> Format:
