@@ -24,6 +24,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
@@ -66,6 +67,9 @@ NOT_LOADED = {
     # It knows the hub's config.json, which has another type, and wants a tokenizer.
     ("nemotron_h_omni", "pretrained"): "no attribute 'patch_size'",
 }
+# transformers 5.20, which vLLM 0.33 needs, saves one wrapper too many.
+if transformers.__version__.startswith("5.20."):
+    NOT_LOADED["qwen2_audio", "pretrained"] = "no module or parameter named 'model'"
 
 
 # What vLLM does not load from gptq, in float16, and what it says.
