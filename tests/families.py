@@ -731,7 +731,7 @@ class Family:
 
 
 QKV = r"layers\.1\.self_attn\.[qkv]_proj"
-LLM_QKV = r"language_model\.(model\.)?layers\.1\.self_attn\.[qkv]_proj"
+LLM_QKV = r"language_model\.(model\.)*layers\.1\.self_attn\.[qkv]_proj"
 TOWER = r"visual\."
 WIDE_HEAD = {"head in 8 bits": r"lm_head"}
 WIDE_ATTENTION = {"attention in 8 bits": r"self_attn"}
@@ -921,11 +921,11 @@ def options(name, layers):
     return ["--exclude", family.excludes[layers]] if layers else []
 
 
-def limited(name, folder):
-    """Save a family's model in the folder; it, and options that give 8 bits to its head and some layers, by costs from
+def limited(name, saved, folder):
+    """Save a family's model in the folder in one way; it, and options that give 8 bits to its head and some layers, by costs from
     a seed."""
     source = folder / "source"
-    save(name, FAMILIES[name].saved[0], source)
+    save(name, saved, source)
     generator = torch.Generator().manual_seed(0)
     statistics = {}
     for key, tensor in read_tensors(source).items():
@@ -960,6 +960,15 @@ def cases(without=()):
         )
         if name not in without and (name, saved) not in without
     ]
+
+
+def cases_of_limits(without):
+    """Each family and the first way to save it that is not left out."""
+    first = {}
+    for name, saved, layers in cases(without):
+        if not layers:
+            first.setdefault(name, saved)
+    return list(first.items())
 
 
 @torch.no_grad()

@@ -160,16 +160,14 @@ def test_the_twin_resembles_the_model_that_was_saved(loaded):
     check_source(loaded)
 
 
+DECODED_AT_ONCE = [name for name, family in FAMILIES.items() if family.decoded_at_once]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name, family in FAMILIES.items()
-        if name not in ELSEWHERE and not family.decoded_at_once and not family.refused
-    ],
+    ("name", "saved"), families.cases_of_limits({*ELSEWHERE, *DECODED_AT_ONCE})
 )
-def test_what_is_chosen_within_a_limit_is_loaded_as_the_twin(name, tmp_path):
-    source, options = families.limited(name, tmp_path)
+def test_what_is_chosen_within_a_limit_is_loaded_as_the_twin(name, saved, tmp_path):
+    source, options = families.limited(name, saved, tmp_path)
     quantize(source, tmp_path / "out", *options)
     assert len(read_config(tmp_path / "out")["quantization_config"]["config_groups"]) > 1
     loaded = load_with_twin(name, tmp_path / "out")

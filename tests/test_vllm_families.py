@@ -160,20 +160,11 @@ def test_vllm_holds_what_it_holds_of_the_dequantized_twin(name, saved, layers, t
     check_load(*convert(name, saved, layers, tmp_path))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name, family in FAMILIES.items()
-        if (name, family.saved[0]) not in NOT_LOADED and not family.refused
-    ],
-)
-def test_vllm_holds_what_is_chosen_within_a_limit_as_the_twin(name, tmp_path):
-    source, options = families.limited(name, tmp_path)
+@pytest.mark.parametrize(("name", "saved"), families.cases_of_limits(NOT_LOADED))
+def test_vllm_holds_what_is_chosen_within_a_limit_as_the_twin(name, saved, tmp_path):
+    source, options = families.limited(name, saved, tmp_path)
     quantize(source, tmp_path / "out", *options)
-    write_dense_twin(
-        tmp_path / "out", tmp_path / "twin", loader.DENSE_CASES["compressed-tensors"]
-    )
+    write_dense_twin(tmp_path / "out", tmp_path / "twin", loader.DENSE_CASES["compressed-tensors"])
     check_load(tmp_path / "out", tmp_path / "twin")
 
 
