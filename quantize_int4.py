@@ -5327,8 +5327,9 @@ class Importance:
             if moments := self.get(info):
                 squares, factor = moments
                 rank = factor.shape[1]
-                rest = (squares - factor.square().sum(1)).clamp_(min=0)
-                self._shares[info.name] = float(rest.double().sum() / squares.double().sum())
+                rest = (squares.double() - factor.double().square().sum(1)).clamp_(min=0)
+                # Rounded, since machines add up in orders of their own, and all shall choose alike.
+                self._shares[info.name] = round(float(rest.sum() / squares.double().sum()), 6)
             self._ranks[info.name] = rank
         return self._ranks[info.name]
 
@@ -7121,11 +7122,10 @@ def describe_least(draft: Draft, nbytes: int) -> str:
     """Describe that a limit is too small, and the least that is not."""
     # The number itself is written to each shard, and longer ones take more.
     nbytes += 32 * (1 + math.ceil(nbytes / (draft.options.shard_size_gb * GB)))
-    head = ", 8 bits for the head" if draft.options.chosen else ""
+    head = " and a head in 8" if draft.options.chosen else ""
     return (
         f"--max_size_gb {draft.options.max_size_gb} is too little: give"
-        f" {math.ceil(nbytes / 1000) / 1e6} or more, which is the least folder (4 bits for all that"
-        f" is quantized{head}, but for what --int8 and --exclude name)"
+        f" {math.ceil(nbytes / 1000) / 1e6} or more, which the folder takes with 4 bits{head}"
     )
 
 
