@@ -5327,8 +5327,9 @@ class Importance:
             if moments := self.get(info):
                 squares, factor = moments
                 rank = factor.shape[1]
-                rest = (squares - factor.square().sum(1)).clamp_(min=0)
-                self._shares[info.name] = float(rest.double().sum() / squares.double().sum())
+                rest = (squares.double() - factor.double().square().sum(1)).clamp_(min=0)
+                # Rounded, since machines add up in orders of their own, and all shall choose alike.
+                self._shares[info.name] = round(float(rest.sum() / squares.double().sum()), 6)
             self._ranks[info.name] = rank
         return self._ranks[info.name]
 
@@ -6996,12 +6997,20 @@ def describe_value(name: str, value: object) -> str:
 
 # Stands in `Options.chosen` for the routed experts of all layers, which engines hold in one width.
 ROUTED_EXPERTS = "routed experts"
-# Relative RMS errors of Gaussian weights in 4 bits with scales of least squared error, by the
-# columns of a group, and in 8 bits. With the next number they foretell what --verify then expects,
-# from 9 % less to 17 % more for SmolLM2, a small Llama and a small mixture of experts.
-USUAL_ERRORS = {128: 0.0967, 64: 0.0899, 32: 0.0810}
+# Relative RMS errors of Gaussian weights in 4 bits, by the rule of scales and the columns of a
+# group, and in 8 bits.
+USUAL_ERRORS = {
+    "absmax": {128: 0.1174, 64: 0.1077, 32: 0.0971},
+    "mse": {128: 0.0967, 64: 0.0899, 32: 0.0810},
+}
 USUAL_ERROR_OF_8_BITS = 0.0063
+# How many times as large the errors of trained weights may be, and with error feedback, which
+# trades them for errors of outputs: for SmolLM2's worst weights 1.3 and 1.7 times.
+STILL_USUAL = 1.5
+STILL_USUAL_WITH_FEEDBACK = 2.0
 # The part of the mean squares that error feedback leaves beyond what a factor does not explain.
+# With the errors above and factors of rank 32 it foretells what --verify then expects, and up to a
+# third more, for SmolLM2, a small Llama and a small mixture of experts.
 LEFT_BY_FEEDBACK = 0.1
 
 
@@ -7051,9 +7060,20 @@ def expected_loss(tensor: TensorPlan, statistics: Importance) -> float | None:
     error = USUAL_ERROR_OF_8_BITS
     share = 1.0
     if tensor.packing.bits == 4:
-        error = USUAL_ERRORS[min(USUAL_ERRORS, key=lambda n: abs(n - tensor.packing.group_size))]
+        size = tensor.packing.group_size
+        errors = USUAL_ERRORS["mse"]
+        error = errors[min(errors, key=lambda known: abs(known - size))]
         share = min(1.0, statistics.unexplained_share(info) + LEFT_BY_FEEDBACK)
     return cost * error**2 * share / (statistics.gain_of(info) or 1.0)
+
+
+def largest_usual_error(packing: Packing, options: Options) -> float | None:
+    """Return up to what a weight's relative RMS error is usual; None where that is not known."""
+    if packing.bits == 8:
+        return STILL_USUAL * USUAL_ERROR_OF_8_BITS
+    usual = USUAL_ERRORS[options.scale].get(packing.group_size)
+    times = STILL_USUAL_WITH_FEEDBACK if FEEDBACK in options.rule else STILL_USUAL
+    return usual and times * usual
 
 
 @dataclass(frozen=True)
@@ -7102,11 +7122,10 @@ def describe_least(draft: Draft, nbytes: int) -> str:
     """Describe that a limit is too small, and the least that is not."""
     # The number itself is written to each shard, and longer ones take more.
     nbytes += 32 * (1 + math.ceil(nbytes / (draft.options.shard_size_gb * GB)))
-    head = ", 8 bits for the head" if draft.options.chosen else ""
+    head = " and a head in 8" if draft.options.chosen else ""
     return (
         f"--max_size_gb {draft.options.max_size_gb} is too little: give"
-        f" {math.ceil(nbytes / 1000) / 1e6} or more, which is the least folder (4 bits for all that"
-        f" is quantized{head}, but for what --int8 and --exclude name)"
+        f" {math.ceil(nbytes / 1000) / 1e6} or more, which the folder takes with 4 bits{head}"
     )
 
 
@@ -11132,6 +11151,7 @@ def print_verification(verification: Verification) -> None:
     for name in sorted(errors, key=lambda name: errors[name][0], reverse=True)[:5]:
         error = three_digits(errors[name][0])
         say(f"  worst: {error}  {shorten(name, terminal_width() - 18)}")
+    print_unusual(verification)
     if verification.divergences:
         print_divergence(verification)
     if verification.clipped:
@@ -11187,6 +11207,34 @@ def print_errors_of_kind(kind: str, errors: list[list[float]]) -> None:
         median = three_digits(statistics.median(of_outputs))
         line += f"{median:>12}{three_digits(max(of_outputs)):>8}"
     say(line)
+
+
+def print_unusual(verification: Verification) -> None:
+    """Print up to what errors are usual, and name the weights whose errors are larger."""
+    limits = {}
+    unusual = []
+    for tensor in verification.plan.tensors:
+        error, _ = verification.errors.get(tensor.source.name, (math.nan, math.nan))
+        limit = tensor.packing and largest_usual_error(tensor.packing, verification.plan.options)
+        if not limit or math.isnan(error):
+            continue
+        limits[tensor.packing] = limit
+        if error > limit:
+            unusual.append(tensor.source.name)
+
+    places = []
+    for packing in sorted(limits, key=lambda packing: (packing.bits, packing.group_size)):
+        place = "in 8 bits" if packing.bits == 8 else f"in groups of {packing.group_size}"
+        places.append(f"{three_digits(limits[packing])} {place}")
+    if unusual:
+        label = "  unusual:"
+        verb = "has" if len(unusual) == 1 else "have"
+        found = f"{count_of(len(unusual), 'weight')} {verb} more: {quote_names(unusual)}"
+    else:
+        label = "  usual:"
+        found = "no weight has more"
+    if places:
+        say_paragraph(label, f"errors are up to {list_in_words(dict.fromkeys(places))}; {found}")
 
 
 def print_divergence(verification: Verification) -> None:

@@ -276,7 +276,7 @@ def test_a_head_that_engines_would_not_load_in_8_bits_is_whole(tmp_path, reason)
 def test_a_limit_below_the_least_names_the_least_and_that_is_kept(llama, tmp_path):
     options = statistics_file(tmp_path, statistics_of(llama))
     result = run_cli(llama, tmp_path / "out", *options, "--max_size_gb", 0.00001)
-    assert_refused(result, "--max_size_gb 1e-05 is too little", "8 bits for the head")
+    assert_refused(result, "--max_size_gb 1e-05 is too little", "with 4 bits and a head in 8")
     least = float(re.search(r"give (\S+) or more", result.stderr)[1])
     quantize(llama, tmp_path / "out", *options, "--max_size_gb", least)
     assert least * 1e9 - 3000 < size_of(tmp_path / "out") <= round(least * 1e9)

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -538,3 +539,47 @@ def test_a_system_that_reads_less_at_a_time_is_asked_again(tmp_path, monkeypatch
     with pytest.raises(q.QuantizeError, match=r"model-00001\.safetensors was cut off while it was"):
         shard.read(buffer, 20)
     shard.close()
+
+
+# --- errors that are not usual ----------------------------------------------------------------------------------------
+
+
+def outliers():
+    """A weight with one large number a row, beside which most others are rounded to zero."""
+    weight = random(64, 256)
+    weight[:, ::64] = 12
+    return weight
+
+
+def found_unusual(result):
+    text = " ".join(result.stdout.split())
+    return re.search(r"(unusual|usual): errors are up to (.*?) in groups of \d+.*?; (.*?) /", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        (["--scale", "mse", "--group_size", 64], "0.135"),
+        (["--scale", "absmax", "--group_size", 64], "0.162"),
+        (["--scale", "absmax", "--group_size", 128], "0.176"),
+    ],
+)
+def test_errors_that_are_usual_are_said_to_be_so_and_others_are_named(tmp_path, options, limit):
+    usual = {f"layers.{number}.up.weight": random(64, 256) for number in range(2)}
+    source = save_model(tmp_path / "in", usual)
+    found = found_unusual(quantize(source, tmp_path / "out", *options, "--verify"))
+    assert found.groups() == ("usual", limit, "no weight has more")
+
+    source = save_model(tmp_path / "odd", usual | {"layers.2.up.weight": outliers()})
+    found = found_unusual(quantize(source, tmp_path / "odd_out", *options, "--verify"))
+    assert found.groups() == ("unusual", limit, "1 weight has more: 'layers.2.up.weight'")
+
+
+def test_8_bits_have_usual_errors_of_their_own_and_other_groups_none(tmp_path):
+    weights = {"layers.0.up.weight": random(64, 256), "layers.1.up.weight": random(64, 256)}
+    source = save_model(tmp_path / "in", weights)
+    options = ["--format", "compressed-tensors", "--int8", r"layers\.1", "--verify"]
+    text = quantize(source, tmp_path / "out", *options).stdout
+    assert "errors are up to 0.145 in groups of 128 and 0.00945 in 8 bits" in " ".join(text.split())
+    options = ["--group_size", 8, "--verify"]
+    assert "errors are up to" not in quantize(source, tmp_path / "eights", *options).stdout
