@@ -30,16 +30,17 @@ and padded is columns rounded up to whole groups:
                       X.g_idx          int32    (columns,): group of each
 
 * is the 16-bit dtype that config.json names, else the weight's own (float32
-for float64). For engines the default of g is the largest of 128, 64 and 32
-that divides all columns.
+for float64). For engines --group_size defaults to the largest of 128, 64 and
+32 that divides all columns.
 
 A word holds eight codes along the columns, the first in its lowest bits: int4
 as 4-bit two's complement, the others as code + 8. A weight is code * scale.
 In 8 bits a word of weight_packed holds four codes, as code + 128. Weights that
 are padded are listed in quantize_config.json.
 
-A run that was stopped continues with the same command. With a C compiler (cc,
-or what CC names) it takes half the time, with the same result.
+A run that was stopped continues with the same command. Without a C compiler
+(cc, or what CC names) it takes twice the time, with error feedback thirty
+times, and has the same result.
 
 Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 129, 130, 143 stopped by SIGHUP, SIGINT, SIGTERM.
@@ -167,6 +168,9 @@ OTHER_OPTIONS = {
     "quant quantization scheme w4a16": "--format names the layout",
     "in model model_dir model_id model_path": "--input_dir names the checkpoint's folder",
     "out": "--output_dir names the folder to write to",
+    "calib calib_data calib_dataset calibration dataset": (
+        "--importance FILE gives activation statistics, which collect_statistics writes"
+    ),
     "force": "--overwrite replaces what an earlier run left",
     "ignore modules_to_not_convert": "--exclude REGEX names what is kept",
     "continue resume": "the same command continues a run that was stopped",
@@ -256,7 +260,11 @@ GIGABYTES = checked("GB", "a number of gigabytes", float, lambda n: 0 <= n <= 1e
 POSITIVE_GB = checked("GB", "a positive number of gigabytes", float, lambda n: 0 < n <= 1e9)
 MULTIPLE_OF_8 = checked("N", "a positive multiple of 8", int, lambda n: n > 0 and n % 8 == 0)
 THREADS = checked("N", "a number of threads from 1 to 1024", int, lambda n: 1 <= n <= 1024)
-PATTERN = checked("REGEX", "a regular expression", lambda text: re.compile(text).pattern)
+PATTERN = checked(
+    "REGEX",
+    "a regular expression (attn matches anywhere, without a *)",
+    lambda text: re.compile(text).pattern,
+)
 PATTERNS = PATTERN | {"action": "append", "default": []}
 # By the headings under which --help lists them. A line of help has room for 54 characters.
 OPTIONS = {
@@ -1489,6 +1497,8 @@ UNFINISHED_PATTERN = re.compile(r".+\.([0-9a-f]{12})\.unfinished")
 
 # Keys of a shard's __metadata__. The fingerprint of sources and options:
 METADATA_KEY = "quantize_int4"
+# Of a file of statistics, the version of its layout:
+STATISTICS_KEY = "quantize_int4_statistics"
 # The sources' sizes and times, and the options, as JSON:
 FACTS_KEY = "quantize_int4_facts"
 # Name and SHA-256 of all files but shards and index, as JSON:
@@ -2935,6 +2945,7 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
         weight_map = read_weight_map(index, [*safetensors, *pickles])
         return sorted(set(weight_map.values())), weight_map
 
+    safetensors = [name for name in safetensors if not holds_statistics(folder / name)]
     weights = safetensors or [name for name in pickles if name.endswith(".bin")] or pickles
     problem = why_not_one_set(weights) if weights else why_no_weights(folder, names)
     if problem:
@@ -2951,9 +2962,19 @@ def safetensors_of_model(names: list[str]) -> list[str]:
     return hugging_face or safetensors
 
 
+def holds_statistics(path: Path) -> bool:
+    """Return whether a file is one that `collect_statistics` wrote."""
+    return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
+
+
 def why_no_weights(folder: Path, names: list[str]) -> str:
     """Explain that none of the files in a folder, which have these names, holds weights."""
     problem = "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
+    if any(name.endswith(".gguf") for name in names):
+        return f"{problem}: GGUF is quantized already, give the checkpoint it was made from"
+    for name in names:
+        if name.endswith(".safetensors"):
+            return f"{name} holds statistics, for --importance: give the checkpoint's folder"
     if (folder / ADAPTER_CONFIG_NAME).exists():
         return f"{problem}: it holds a LoRA adapter, merge that into its base model first"
     others = [name for name in names if name.endswith((".ckpt", ".bin"))]
@@ -5524,7 +5545,7 @@ def collect_statistics(
 
     config = getattr(model, "config", None)
     metadata = {
-        "quantize_int4_statistics": STATISTICS_VERSION,
+        STATISTICS_KEY: STATISTICS_VERSION,
         "model_type": str(getattr(config, "model_type", "")),
         "rank": str(rank),
         "tokens": str(tokens),
@@ -6757,6 +6778,8 @@ def reason_to_leave_out(path: Path) -> str | None:
         return "hidden"
     if TRAINER_PATTERN.search(path.name):
         return "training state"
+    if holds_statistics(path):
+        return "statistics"
     if re.search(OTHER_WEIGHTS, path.name):
         return "other weights"
     if path.name == ADAPTER_CONFIG_NAME:
@@ -6974,8 +6997,9 @@ def what_differs(was: dict, now: dict) -> str:
         # from the other options.
         if before == value or (name == "group_size" and others) or name == "chosen":
             continue
-        if name == "importance" and before and value:
-            changed.append("--importance was another file")
+        if name == "importance":
+            was_another = "another file" if before and value else describe_value(name, bool(before))
+            changed.append(f"--importance was {was_another}")
         else:
             said = f"was {describe_value(name, before)}, is {describe_value(name, value)}"
             changed.append(f"--{name} {said}")
@@ -8873,7 +8897,8 @@ def describe_chosen(chosen: list[TensorPlan]) -> Iterator[str]:
     for (kind, module), numbers in layers.items():
         alike.setdefault((kind, tuple(sorted(numbers))), []).append(module)
     for (kind, numbers), modules in sorted(alike.items()):
-        place = f" of layers {format_ranges(numbers)}" if numbers else ""
+        noun = "layer" if len(numbers) == 1 else "layers"
+        place = f" of {noun} {format_ranges(numbers)}" if numbers else ""
         yield f"{kind}: {', '.join(sorted(modules))}{place}"
 
 
@@ -11098,7 +11123,7 @@ def print_summary(plan: Plan, account: Account, progress: Progress) -> None:
     say_paragraph("Result:", result)
 
     peak = format_bytes(progress.guard.own_peak)
-    say_paragraph("Memory:", f"{peak} at the peak of this process (mapped files not counted)")
+    say_paragraph("Memory:", f"{peak} at the peak of this process")
     if shares_memory_with_gpu():
         free = format_bytes(psutil.virtual_memory().free)
         say_paragraph(
@@ -11241,13 +11266,14 @@ def print_divergence(verification: Verification) -> None:
     """Print the divergence that is expected, by kind of layer, and the weights that cost most."""
     divergences = verification.divergences
     total = math.fsum(divergences.values())
-    say(f"Expected divergence{three_digits(total):>13} nat a token", before="\n")
+    say(f"Expected divergence{three_digits(total):>14} nat a token", before="\n")
     sums = {
         kind: math.fsum(of_kind)
         for kind, of_kind in by_kind(verification.plan, divergences).items()
     }
     for kind in sorted(sums, key=sums.get, reverse=True):
-        say(f"  {shorten(kind, 22):<22}{three_digits(sums[kind]):>8}{sums[kind] / total:>7.0%}")
+        share = sums[kind] / (total or 1)
+        say(f"  {shorten(kind, 22):<22}{three_digits(sums[kind]):>9}{share:>7.0%}")
     for name in sorted(divergences, key=divergences.get, reverse=True)[:5]:
         name_shown = shorten(name, terminal_width() - 20)
         say(f"  costliest: {three_digits(divergences[name])}  {name_shown}")
@@ -11365,7 +11391,10 @@ def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bo
 
     scale = scale_rule(args)
     if args.importance and scale != "mse" and not finished:
-        raise QuantizeError("--importance needs --scale mse", 2)
+        raise QuantizeError(
+            "--importance needs --scale mse, which is the default of --format compressed-tensors",
+            2,
+        )
     if args.max_size_gb and not args.importance and not finished:
         raise QuantizeError(
             "--max_size_gb needs --importance with a file of collect_statistics, whose costs tell"

@@ -397,3 +397,10 @@ def test_an_output_folder_in_the_config_folder_is_refused(tmp_path, tiny, where)
     before = folder_bytes(config)
     assert_refused(run_cli(folder, config / where, "--config_dir", config), "config")
     assert folder_bytes(config) == before
+
+
+def test_a_folder_of_gguf_says_what_to_give(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    words = ["GGUF is quantized already", "give the checkpoint it was made from"]
+    refuse(tmp_path / "in", tmp_path / "out", *words)

@@ -189,6 +189,7 @@ def test_a_missing_option_is_a_usage_error(model):
         (["--quant", "w4a16"], "--quant: --format names the layout"),
         (["--w4a16"], "--format names the layout"),
         (["--resume"], "the same command continues a run that was stopped"),
+        (["--calib_data", "x"], "--importance FILE gives activation statistics"),
         (["--force"], "--overwrite replaces what an earlier run left"),
         (["--ignore", "lm_head"], "--exclude REGEX names what is kept"),
     ],
@@ -246,7 +247,7 @@ def test_importance_without_mse_is_a_usage_error(model, tmp_path):
     refuse(
         model,
         tmp_path / "out",
-        "--importance needs --scale mse",
+        "--importance needs --scale mse, which is the default of --format compressed-tensors",
         options=["--importance", "x"],
         exit_code=2,
     )

@@ -686,6 +686,38 @@ def test_output_errors_are_printed_by_kind_where_statistics_are_given(model, fin
     assert "of their outputs" not in quantize(model, folder, "--verify").stdout
 
 
+def collected(folder):
+    """A file as `collect_statistics` writes it."""
+    path = folder / "importance.safetensors"
+    vectors = {"model.layers.0.mlp.up_proj": torch.rand(128)}
+    save_file(vectors, path, metadata={q.STATISTICS_KEY: q.STATISTICS_VERSION})
+    return path
+
+
+def test_statistics_beside_the_weights_are_none_of_them(tmp_path):
+    source = save_model(tmp_path / "in", {"model.layers.0.mlp.up_proj.weight": random(64, 128)})
+    options = ["--format", "compressed-tensors", "--importance", collected(source), "--verify"]
+    result = quantize(source, tmp_path / "out", *options)
+    assert "importance.safetensors (statistics)" in " ".join(result.stdout.split())
+    assert "importance weighs 1 weight" in result.stdout
+    assert not (tmp_path / "out" / "importance.safetensors").exists()
+
+
+def test_a_folder_of_statistics_alone_is_said_to_be_that(tmp_path):
+    (tmp_path / "in").mkdir()
+    collected(tmp_path / "in")
+    words = ["importance.safetensors holds statistics, for --importance", "the checkpoint's folder"]
+    refuse(tmp_path / "in", tmp_path / "out", *words)
+
+
+def test_costs_of_zero_are_added_up_to_zero(three_layers, tmp_path):
+    vectors = {f"layers.{i}.up": torch.rand(200) ** 8 for i in range(3)}
+    costs = {f"{name}.cost": torch.tensor(0.0) for name in vectors}
+    options = importance_file(tmp_path, vectors | costs)
+    result = quantize(three_layers, tmp_path / "out", *options, "--verify")
+    assert re.search(r"Expected divergence +0\.0* nat a token", result.stdout)
+
+
 def test_statistics_without_names_are_refused(tmp_path):
     source = save_model(tmp_path / "in", PROJECTION)
     save_file({}, tmp_path / "statistics.safetensors")

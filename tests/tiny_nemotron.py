@@ -202,6 +202,16 @@ def random_tensors(config: NemotronConfig, seed: int = 0) -> dict[str, torch.Ten
     }
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def byte_letters() -> dict[str, int]:
+    """The letters that stand for the 256 bytes in a tokenizer: those that can be printed are their own."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (chr(number) for number in range(256, 512))
+    return {chr(byte) if byte in printable else next(others): byte for byte in range(256)}
+
+
 def write_other_files(folder: Path, config: NemotronConfig) -> None:
     """config.json and tokenizer files; the vocabulary is the 256 bytes."""
     layers = len(config.hybrid_override_pattern)
@@ -214,8 +224,14 @@ def write_other_files(folder: Path, config: NemotronConfig) -> None:
             **asdict(config),
         },
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
-        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"},
-        "tokenizer.json": {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}},
+        "special_tokens_map.json": {},
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": BYTES,
+            "decoder": BYTES,
+            "model": {"type": "BPE", "vocab": byte_letters(), "merges": []},
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": 4096,
