@@ -8155,6 +8155,18 @@ def note_conv1d(draft: Draft) -> Iterator[str]:
         yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
 
 
+# Names of files of which a tokenizer has one at least.
+TOKENIZER_NAMES = r"^(tokenizer|vocab|merges|tekken|spiece|sentencepiece)|\.(model|tiktoken)$"
+
+
+def note_tokenizer(draft: Draft) -> Iterator[str]:
+    """Note that a model which generates text has no tokenizer, without which nobody serves it."""
+    folder = draft.checkpoint.config_folder
+    names = [path.name for path in folder.iterdir()]
+    if draft.generates_text and not any(re.search(TOKENIZER_NAMES, name) for name in names):
+        yield f"no tokenizer is in {folder}: copy the model's own there, or give --config_dir"
+
+
 def note_kept_stacks(draft: Draft) -> Iterator[str]:
     """Count 3-D weights that are kept, which may be much of the model."""
     stacks = []
@@ -8459,6 +8471,7 @@ RULES = (
     Rule(WARNING, TENSORS, warn_of_missing_mtp),
     Rule(NOTE, TENSORS, note_checkpoint),
     Rule(NOTE, TENSORS, note_statistics),
+    Rule(NOTE, FOR_ENGINES, note_tokenizer),
     Rule(NOTE, FOR_ENGINES, note_group_size),
     Rule(NOTE, FOR_ENGINES, note_other_engines),
     Rule(NOTE, FOR_OTHERS, note_packed_towers),

@@ -692,3 +692,22 @@ def test_whisper_is_refused_as_gptq(tmp_path):
     source = save_model(tmp_path / "in", layers, model_type="whisper")
     refuse(source, tmp_path / "out", "whisper from gptq", options=["--format", "gptq"])
     quantize(source, tmp_path / "out", "--format", "compressed-tensors")
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "noted"),
+    [(None, True), ("tokenizer.json", False), ("tokenizer.model", False), ("vocab.json", False)],
+)
+def test_a_model_without_a_tokenizer_is_noted_for_engines(tmp_path, name, noted):
+    tensors = {"model.layers.0.self_attn.q_proj.weight": random(64, 128)}
+    tensors |= {"model.embed_tokens.weight": random(96, 128), "lm_head.weight": random(96, 128)}
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 128}
+    source = save_model(tmp_path / "in", tensors, **config)
+    if name:
+        (source / name).write_text("{}")
+    result = run_cli(source, tmp_path / "out", "--format", "compressed-tensors", "--dry_run")
+    assert ("no tokenizer is in" in result.stdout) == noted
+    assert "no tokenizer" not in run_cli(source, tmp_path / "out", "--dry_run").stdout
