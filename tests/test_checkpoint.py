@@ -144,6 +144,11 @@ DENIED = {  # what is closed to others, and the chmod that mends it
 }
 
 
+# Whoever is not root cannot run the command as another user.
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@AS_ROOT
 @pytest.mark.parametrize("case", DENIED)
 def test_what_another_user_may_not_read_is_answered_with_the_chmod_that_mends_it(open_folder, case):
     names, remedy = DENIED[case]
@@ -162,12 +167,14 @@ def test_what_another_user_may_not_read_is_answered_with_the_chmod_that_mends_it
     assert run_cli(source, open_folder / "out", **AS_NOBODY).returncode == 0
 
 
+@AS_ROOT
 def test_a_closed_folder_above_is_named_with_the_chmod_that_mends_it(open_folder):
     os.chmod(open_folder, 0o700)
     result = run_cli(open_folder / "in", "/nowhere/out", **AS_NOBODY)
     assert_refused(result, f"folder {open_folder} belongs to", f"chmod a+x {open_folder}")
 
 
+@AS_ROOT
 def test_statistics_that_another_user_may_not_read_are_answered_so_too(open_folder):
     path = open_folder / "statistics.safetensors"
     save_file({"x": torch.ones(1)}, path)

@@ -355,7 +355,10 @@ def test_a_file_with_mtp_that_the_index_does_not_list_is_named_and_can_be_taken(
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file(mtp, source / "extra.safetensors")
     said = words_of(quantize(source, tmp_path / "out", *OPTIONS, "--dry_run").stdout)
-    assert f"extra.safetensors, which no index lists, has them: --mtp_from {source} takes" in said
+    assert (
+        f"extra.safetensors, which no index lists, has them: --mtp_from {shlex.quote(str(source))} takes"
+        in said
+    )
     said = words_of(quantize(source, tmp_path / "out", *OPTIONS, "--mtp_from", source).stdout)
     assert "WARNING" not in said and "extra.safetensors" not in said.partition("Left out:")[2]
     assert torch.equal(read_tensors(tmp_path / "out")["mtp.fc.weight"], mtp["mtp.fc.weight"])
