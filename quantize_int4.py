@@ -55,6 +55,7 @@ Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 #   Collecting       `collect_statistics`: where a model runs, writes the file for --importance
 #   Plan             `plan_tensors` and `reason_to_keep`: what is quantized, why others are kept;
 #                    `with_recipe`: how; `plan_shards`: where each byte of the output goes
+#   Budget           `spend_budget`: what gets 8 bits for --max_size_gb
 #   Rules            `RULES`: what is refused, warned of and noted
 #   Jobs             `cut_into_jobs`: the blocks in which the work is done
 #   Output folder    `OutputFolder._survey`: whether an earlier run may be continued
@@ -400,10 +401,11 @@ def with_underscores(argument: str) -> str:
 
 def check_together(parser: Parser, args: argparse.Namespace) -> None:
     """Exit with a usage error if the options make no sense together."""
-    names = "verify mtp_from format group_size exclude int8 max_size_gb scale importance"
-    if args.restore and any(
-        getattr(args, name) for name in [*names.split(), "quantize_embeddings"]
-    ):
+    names = (
+        "verify mtp_from format group_size exclude int8 max_size_gb scale importance"
+        " quantize_embeddings"
+    )
+    if args.restore and any(getattr(args, name) for name in names.split()):
         parser.error(
             "--restore takes the layout from the folder: leave out --verify and the options that"
             " decide the layout, such as --format"
@@ -5289,13 +5291,13 @@ class Importance:
         vector_ends = Counter(map(end_of_name, vectors))
         tensor_ends = Counter(end_of_name(info.name) for info in tensors)
         by_end = {end_of_name(name): vector for name, vector in vectors.items()}
-        for weight in tensors:
-            end = end_of_name(weight.name)
-            vector = vectors.get(weight.name)
+        for info in tensors:
+            end = end_of_name(info.name)
+            vector = vectors.get(info.name)
             if not vector and vector_ends[end] == tensor_ends[end] == 1:
                 vector = by_end[end]
             if vector:
-                self._vectors[weight.name] = vector
+                self._vectors[info.name] = vector
 
         named = sum(weight.name in self._vectors for weight in weights)
         if named * 2 < len(weights):
@@ -5858,6 +5860,11 @@ class CostSums:
     outputs: torch.Tensor | float = 0.0
     gradients: torch.Tensor | float = 0.0
 
+    @property
+    def mean_square_norm(self) -> float:
+        """Of the outputs without the bias."""
+        return float(self.outputs) / self.tokens
+
 
 class CostRecorder(WeightFinder):
     """Adds up what the outputs of weights are, and the gradients that reach them.
@@ -5929,8 +5936,8 @@ class CostRecorder(WeightFinder):
             return torch.tensor(0.0)
         # 1/2 * share of the tokens * mean square of the gradients * mean square norm.
         gradients = float(sums.gradients) / (sums.tokens * sums.rows)
-        norms = float(sums.outputs) / sums.tokens
-        return torch.tensor(sums.tokens / self.tokens * gradients * norms / 2)
+        share = sums.tokens / self.tokens
+        return torch.tensor(share * gradients * sums.mean_square_norm / 2)
 
     def gain_of(self, inputs: Inputs | None, weight: torch.Tensor) -> torch.Tensor:
         """Return the mean square norm of these outputs, in that which random weights as large would
@@ -5938,9 +5945,8 @@ class CostRecorder(WeightFinder):
         sums = self.sums.get(inputs)
         if not sums:
             return torch.tensor(0.0)
-        norms = float(sums.outputs) / sums.tokens
         random = float(weight.float().square().sum()) * float(mean_squares(inputs).mean())
-        return torch.tensor(norms / random if random else 0.0)
+        return torch.tensor(sums.mean_square_norm / random if random else 0.0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -6131,8 +6137,8 @@ OTHER_WEIGHTS = (
     r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
     r"|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
-# Why an expert is kept decides the group size.
 USUAL_GROUP_SIZE = 128
+# Why an expert is kept decides the group size.
 NARROW = "narrow: under {} columns"
 
 
@@ -6571,8 +6577,11 @@ def reason_to_keep(info: TensorInfo, options: Options, kind: str | None) -> str 
 
 def gets_8_bits(info: TensorInfo, kind: str | None, options: Options) -> bool:
     """Return whether --int8 names a weight, or --max_size_gb chose it."""
-    if named_by(options.int8, info) is not None:
-        return True
+    return named_by(options.int8, info) is not None or is_chosen(info, kind, options)
+
+
+def is_chosen(info: TensorInfo, kind: str | None, options: Options) -> bool:
+    """Return whether --max_size_gb chose 8 bits for a weight."""
     return chosen_name(info, kind) in (options.chosen or ())
 
 
@@ -6713,6 +6722,11 @@ def plan_files(checkpoint: Checkpoint, tensors: list[TensorPlan], options: Optio
         token_bytes=None if options.restore else count_token_bytes(tensors, checkpoint.config),
         loader=loading_class(checkpoint.config),
     )
+
+
+def bytes_of_other(content: Path | bytes) -> int:
+    """Return how large one of `Plan.other_files` is."""
+    return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def count_of_listed_layers(config: dict) -> dict[str, int]:
@@ -7164,9 +7178,7 @@ def folder_bytes(draft: Draft) -> int:
     """Return how large the folder of a draft is, with all its files."""
     plan = plan_files(draft.checkpoint, draft.tensors, draft.options)
     nbytes = sum(shard.size for shard in plan.shards)
-    for content in plan.other_files.values():
-        nbytes += content.stat().st_size if isinstance(content, Path) else len(content)
-    return nbytes
+    return nbytes + sum(map(bytes_of_other, plan.other_files.values()))
 
 
 def packable_heads(draft: Draft) -> list[str]:
@@ -7503,18 +7515,12 @@ PACKED_PART = (
 )
 
 
-def check_int8(draft: Draft) -> Iterator[str]:
-    """Check that the format has two widths if --int8 asks for them."""
-    if draft.options.int8 and not draft.form.has_two_widths:
-        reason = "not all of its readers know two widths"
-        yield f"--int8 is not for {draft.form.name}: {reason}: use --format compressed-tensors"
-
-
-def check_max_size(draft: Draft) -> Iterator[str]:
-    """Check that the format has two widths if there is a budget for the wider one."""
-    if draft.options.max_size_gb and not draft.form.has_two_widths:
-        reason = "not all of its readers know two widths: use --format compressed-tensors"
-        yield f"--max_size_gb is not for {draft.form.name}: {reason}"
+def check_two_widths(draft: Draft) -> Iterator[str]:
+    """Check that the format has two widths if an option asks for the wider one."""
+    for name in ("int8", "max_size_gb"):
+        if getattr(draft.options, name) and not draft.form.has_two_widths:
+            reason = "not all of its readers know two widths: use --format compressed-tensors"
+            yield f"--{name} is not for {draft.form.name}: {reason}"
 
 
 def check_fitness(draft: Draft) -> Iterator[str]:
@@ -8052,6 +8058,18 @@ def note_statistics(draft: Draft) -> Iterator[str]:
         yield draft.statistics.describe(four_bits)
 
 
+# Names of files of which a tokenizer has one at least.
+TOKENIZER_NAMES = r"^(tokenizer|vocab|merges|tekken|spiece|sentencepiece)|\.(model|tiktoken)$"
+
+
+def note_tokenizer(draft: Draft) -> Iterator[str]:
+    """Note that a model which generates text has no tokenizer, without which nobody serves it."""
+    folder = draft.checkpoint.config_folder
+    names = [path.name for path in folder.iterdir()]
+    if draft.generates_text and not any(re.search(TOKENIZER_NAMES, name) for name in names):
+        yield f"no tokenizer is in {folder}: copy the model's own there, or give --config_dir"
+
+
 def note_group_size(draft: Draft) -> Iterator[str]:
     """State the group size where it was not asked for and is not the usual one."""
     size = draft.options.group_size
@@ -8153,18 +8171,6 @@ def note_conv1d(draft: Draft) -> Iterator[str]:
     if draft.conv1d:
         weights = count_of(len(draft.conv1d), "weight")
         yield f"{weights} of GPT-2's Conv1D, as (in, out): groups run along the outputs"
-
-
-# Names of files of which a tokenizer has one at least.
-TOKENIZER_NAMES = r"^(tokenizer|vocab|merges|tekken|spiece|sentencepiece)|\.(model|tiktoken)$"
-
-
-def note_tokenizer(draft: Draft) -> Iterator[str]:
-    """Note that a model which generates text has no tokenizer, without which nobody serves it."""
-    folder = draft.checkpoint.config_folder
-    names = [path.name for path in folder.iterdir()]
-    if draft.generates_text and not any(re.search(TOKENIZER_NAMES, name) for name in names):
-        yield f"no tokenizer is in {folder}: copy the model's own there, or give --config_dir"
 
 
 def note_kept_stacks(draft: Draft) -> Iterator[str]:
@@ -8438,8 +8444,7 @@ def is_expert(tensor: TensorPlan) -> bool:
 
 # The first refusal ends the run. Warnings and notes are printed in this order.
 RULES = (
-    Rule(REFUSED, CHECKPOINT, check_int8),
-    Rule(REFUSED, CHECKPOINT, check_max_size),
+    Rule(REFUSED, CHECKPOINT, check_two_widths),
     Rule(REFUSED, CHECKPOINT, check_fitness),
     Rule(REFUSED, CHECKPOINT, check_low_rank_updates),
     Rule(REFUSED, STACKS, check_stacks),
@@ -8872,7 +8877,10 @@ def print_plan(
 def print_expectation(plan: Plan) -> None:
     """Print what --max_size_gb chose, and the divergence that is expected."""
     if plan.options.max_size_gb:
-        chosen = [tensor for tensor in plan.tensors if is_chosen(tensor, plan.options)]
+        chosen = []
+        for tensor in plan.tensors:
+            if is_chosen(tensor.source, tensor.kind, plan.options):
+                chosen.append(tensor)
         what = f"8 bits for {count_of(len(chosen), 'weight')}" if chosen else "nothing"
         say_paragraph("Chosen:", f"{what}, within --max_size_gb {plan.options.max_size_gb}")
         for row in describe_chosen(chosen):
@@ -8887,11 +8895,6 @@ def print_expectation(plan: Plan) -> None:
     if expected.unknown:
         text += f"; {count_of(expected.unknown, 'weight')} without a cost not counted"
     say_paragraph("Expected:", text)
-
-
-def is_chosen(tensor: TensorPlan, options: Options) -> bool:
-    """Return whether --max_size_gb chose 8 bits for a weight."""
-    return chosen_name(tensor.source, tensor.kind) in (options.chosen or ())
 
 
 def describe_chosen(chosen: list[TensorPlan]) -> Iterator[str]:
@@ -9344,7 +9347,7 @@ class OutputFolder:
                 needed += shard.size
         for name, content in self.plan.other_files.items():
             if name not in self.finished:
-                needed += content.stat().st_size if isinstance(content, Path) else len(content)
+                needed += bytes_of_other(content)
 
         free = shutil.disk_usage(self.existing).free
         for path in self.remove:
@@ -10663,7 +10666,7 @@ class Measured:
         know it; else it follows from the factor, which does not know all of the inputs."""
         errors, values = self.squares
         if output_scale:
-            values = values[0] * torch.tensor([1.0, output_scale])
+            values = values[0] * torch.tensor([1.0, output_scale], dtype=torch.float64)
         return (errors / values.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
 
 
@@ -10895,6 +10898,11 @@ class Verification:
                     self.clipped[name] = measured
             else:
                 self.kept += 1
+
+    @property
+    def divergence(self) -> float:
+        """What all errors are expected to lose, in nat a token."""
+        return math.fsum(self.divergences.values())
 
     def _expect_divergence(self, info: TensorInfo) -> None:
         """Note what a weight's error is expected to lose, if the statistics tell."""
@@ -11278,7 +11286,7 @@ def print_unusual(verification: Verification) -> None:
 def print_divergence(verification: Verification) -> None:
     """Print the divergence that is expected, by kind of layer, and the weights that cost most."""
     divergences = verification.divergences
-    total = math.fsum(divergences.values())
+    total = verification.divergence
     say(f"Expected divergence{three_digits(total):>14} nat a token", before="\n")
     sums = {
         kind: math.fsum(of_kind)
@@ -11321,7 +11329,7 @@ def print_errors_of_weights(verification: Verification) -> None:
         "share_of_divergence",
     )
     say(before="\t".join(titles))
-    total = math.fsum(verification.divergences.values())
+    total = verification.divergence
     for tensor in verification.plan.tensors:
         name = tensor.source.name
         if name not in verification.errors:
@@ -11360,17 +11368,18 @@ def run(args: argparse.Namespace) -> None:
     # Of a folder that is finished, --verify writes nothing.
     is_finished = (args.output_dir / INDEX_NAME).exists()
     only_verify = args.verify and is_finished and not args.overwrite and not args.dry_run
+    if args.list and not only_verify and not args.dry_run:
+        state = "would be replaced" if is_finished else "is not finished"
+        raise QuantizeError(
+            f"{args.output_dir} {state}, and --verify --list is for a finished folder: convert"
+            " without --list first"
+        )
     folders = (args.input_dir, args.config_dir, args.mtp_from)
     with contextlib.closing(Checkpoint(*folders)) as checkpoint:
         plan = plan_as_asked(args, checkpoint, only_verify)
         if args.list and args.dry_run:
             print_list(plan)
             return
-        if args.list and not only_verify:
-            raise QuantizeError(
-                f"{args.output_dir} is not finished, and --verify --list is for a finished folder:"
-                " convert without --list first"
-            )
         if only_verify:
             verify(args, checkpoint, plan, progress)
             return

@@ -160,6 +160,11 @@ def refuse(
     assert before == (folder_bytes(output_dir) if output_dir.is_dir() else output_dir.exists())
 
 
+def least_size(refused: subprocess.CompletedProcess) -> str:
+    """The number that a refusal of a smaller --max_size_gb gives."""
+    return re.search(r"is too little: give (\S+) or more", refused.stderr)[1]
+
+
 # --- runs that are watched --------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from conftest import run_cli
+from conftest import least_size, run_cli
 from folders import read_config, read_tensors
 from safetensors.torch import save_file
 
@@ -937,8 +937,7 @@ def limited(name, saved, folder):
     options = ["--format", "compressed-tensors", "--importance", folder / "statistics.safetensors"]
     options += group_size(name)
     refused = run_cli(source, folder / "least", *options, "--max_size_gb", 1e-9)
-    least = float(re.search(r"give (\S+) or more", refused.stderr)[1])
-    return source, [*options, "--max_size_gb", 1.1 * least]
+    return source, [*options, "--max_size_gb", 1.1 * float(least_size(refused))]
 
 
 def group_size(name):

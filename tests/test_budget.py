@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 import torch
 from checkpoints import E, gated, random, save_model
-from conftest import assert_refused, quantize, refuse, run_cli
+from conftest import assert_refused, least_size, quantize, refuse, run_cli
 from folders import (
     assert_same_tensors,
     edit_shard,
@@ -145,8 +145,7 @@ def quantize_within(source, folder, options, gigabytes):
     """Convert within a limit, or, if that is too small, within the least that the error names."""
     result = run_cli(source, folder, *options, "--max_size_gb", f"{gigabytes:.9f}")
     if result.returncode:
-        least = re.search(r"is too little: give (\S+) or more", result.stderr)[1]
-        quantize(source, folder, *options, "--max_size_gb", least)
+        quantize(source, folder, *options, "--max_size_gb", least_size(result))
     return folder
 
 
@@ -277,7 +276,7 @@ def test_a_limit_below_the_least_names_the_least_and_that_is_kept(llama, tmp_pat
     options = statistics_file(tmp_path, statistics_of(llama))
     result = run_cli(llama, tmp_path / "out", *options, "--max_size_gb", 0.00001)
     assert_refused(result, "--max_size_gb 1e-05 is too little", "with 4 bits and a head in 8")
-    least = float(re.search(r"give (\S+) or more", result.stderr)[1])
+    least = float(least_size(result))
     quantize(llama, tmp_path / "out", *options, "--max_size_gb", least)
     assert least * 1e9 - 3000 < size_of(tmp_path / "out") <= round(least * 1e9)
     refuse(llama, tmp_path / "no", options=[*options, "--max_size_gb", least - 4e-6])

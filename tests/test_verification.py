@@ -583,3 +583,8 @@ def test_8_bits_have_usual_errors_of_their_own_and_other_groups_none(tmp_path):
     assert "errors are up to 0.145 in groups of 128 and 0.00945 in 8 bits" in " ".join(text.split())
     options = ["--group_size", 8, "--verify"]
     assert "errors are up to" not in quantize(source, tmp_path / "eights", *options).stdout
+
+
+def test_a_weight_of_zeros_has_no_error_whatever_its_outputs_are_said_to_be():
+    assert q.Measured().relative_errors(None) == [0, 0]
+    assert q.Measured().relative_errors(2.0) == [0, 0]
