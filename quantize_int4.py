@@ -6405,7 +6405,7 @@ def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> 
         module = name.removesuffix(form.words)
         if module != name:
             dtype = dtype_of.get(f"{module}.weight", dtypes["most"])
-            tensors.append(plan_restored_weight(checkpoint, form, module, dtype, padded))
+            tensors.append(plan_restored_weight(checkpoint, options, module, dtype, padded))
             parts |= {module + suffix for suffix in form.suffixes}
     kept = [info for name, info in checkpoint.tensors.items() if name not in parts]
 
@@ -6420,17 +6420,19 @@ def plan_restoration(checkpoint: Checkpoint, options: Options, dtypes: dict) -> 
 
 def plan_restored_weight(
     checkpoint: Checkpoint,
-    form: Format,
+    options: Options,
     module: str,
     dtype: str,
     padded: dict[str, tuple[int, int]],
 ) -> TensorPlan:
     """Decide what the parts of a packed weight are decoded to."""
+    form = options.form
     infos = checkpoint.tensors
     for suffix in form.suffixes:
         if module + suffix not in infos:
             problem = f"tensor {module + suffix!r} is missing: copy it again"
             raise QuantizeError(f"{checkpoint.folder}: {problem}")
+    packing = packing_of_parts(checkpoint, options, module)
     words = infos[module + form.words]
     scales = infos[module + form.scales]
     if form.transposed:
@@ -6438,13 +6440,7 @@ def plan_restored_weight(
         scales = scales.transposed()
 
     rows = words.shape[0]
-    columns = words.shape[1] * CODES_PER_WORD
-    # Twice as many columns and 8 bits have as many words.
-    if WEIGHT_SHAPE in form.constants:
-        stated = checkpoint.read(infos[module + WEIGHT_SHAPE.suffix], 0, 16)
-        rows, columns = struct.unpack("<2q", stated)
-    packing = Packing(32 * words.shape[1] // columns, columns // scales.shape[1])
-
+    columns = words.shape[1] * packing.codes_per_word
     shape = padded.get(f"{module}.weight", (rows, columns))
     if shape[0] != rows or packing.columns_of(shape[1]) != columns:
         raise QuantizeError(
@@ -6454,6 +6450,44 @@ def plan_restored_weight(
     output = OutputTensor(f"{module}.weight", dtype, shape)
     recipe = Recipe(form.with_offset)
     return TensorPlan(words, None, packing, (output,), scales, recipe=recipe)
+
+
+def packing_of_parts(checkpoint: Checkpoint, options: Options, module: str) -> Packing:
+    """Find how a weight is packed. Raises if its parts are not what this program makes of any
+    weight with the folder's options."""
+    form = options.form
+    size = options.group_size
+    parts = [checkpoint.tensors[module + suffix] for suffix in form.suffixes]
+    for packing in (Packing(4, size), Packing(8, 128), Packing(8, size)):
+        if are_parts_of(packing, parts, form, checkpoint):
+            return packing
+
+    found = ", ".join(f"{info.name!r} {info.dtype} {info.shape}" for info in parts)
+    raise QuantizeError(
+        f"{checkpoint.folder}: {found} are not the parts of a weight in {form.name}, groups of"
+        f" {size}: copy the folder again"
+    )
+
+
+def are_parts_of(
+    packing: Packing, parts: list[TensorInfo], form: Format, checkpoint: Checkpoint
+) -> bool:
+    """Check whether a weight that is packed so has such parts, by their dtypes and shapes."""
+    words, scales = parts[:2]
+    if len(words.shape) != 2 or scales.dtype not in FLOAT_DTYPES:
+        return False
+    rows, row_words = words.shape[::-1] if form.transposed else words.shape
+    weight = replace(words, shape=(rows, row_words * packing.codes_per_word))
+    outputs = form.outputs(weight, packing, scales.dtype)
+    for info, output in zip(parts, outputs):
+        if (info.dtype, info.shape) != (output.dtype, output.shape):
+            return False
+
+    # Twice as many columns in 4 bits have as many words as these in 8.
+    for info, constant, output in zip(parts[2:], form.constants, outputs[2:]):
+        if constant == WEIGHT_SHAPE and checkpoint.read(info, 0, info.nbytes) != output.content():
+            return False
+    return True
 
 
 def read_padded_weights(folder: Path) -> dict[str, tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import shlex
 
 import pytest
@@ -219,6 +220,47 @@ def test_a_folder_that_lacks_a_part_of_a_weight_is_refused(tiny, tmp_path, layou
     )
     result = run_cli(tmp_path / "out", tmp_path / "back", "--restore")
     assert_refused(result, f"tensor {lost!r} is missing")
+
+
+MATRICES = {
+    "int4": ["qweight", "scales"],
+    "compressed-tensors": ["weight_packed", "weight_scale"],
+    "gptq": ["qweight", "scales", "qzeros"],
+}
+OTHER_SHAPES = {
+    "exchanged": lambda tensor: tensor.T,
+    "in a row": lambda tensor: tensor.flatten(),
+    "of a stack": lambda tensor: tensor[None],
+    "of another dtype": lambda tensor: tensor.to(torch.int64),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_SHAPES)
+@pytest.mark.parametrize("layout", MATRICES)
+def test_parts_that_no_packed_weight_has_are_refused(tmp_path, layout, change):
+    weights = {f"m.{number}.up_proj.weight": random(64, 256) for number in range(3)}
+    out = tmp_path / "out"
+    quantize(save_model(tmp_path / "in", weights), out, *LAYOUTS[layout])
+    shard = out / "model-00001.safetensors"
+    whole = shard.read_bytes()
+    for ending in MATRICES[layout]:
+        name = f"m.1.up_proj.{ending}"
+        changed = {name: OTHER_SHAPES[change](read_tensors(out)[name])}
+        edit_shard(shard, operator.methodcaller("update", changed))
+        refused = run_cli(out, tmp_path / "back", "--restore")
+        assert_refused(refused, name, "are not the parts of a weight", "copy the folder again")
+        shard.write_bytes(whole)
+
+
+@pytest.mark.parametrize("stated", [(0, 0), (256, 64), (64, 128), (64, 512), (-64, 256)], ids=str)
+def test_a_stated_shape_that_is_not_the_weights_is_refused(tmp_path, stated):
+    weights = {"m.0.up_proj.weight": random(64, 256)}
+    quantize(save_model(tmp_path / "in", weights), tmp_path / "out", *LAYOUTS["compressed-tensors"])
+    name = "m.0.up_proj.weight_shape"
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    edit_shard(shard, lambda parts: parts.update({name: torch.tensor(stated)}))
+    refused = run_cli(tmp_path / "out", tmp_path / "back", "--restore")
+    assert_refused(refused, name, "are not the parts of a weight")
 
 
 def test_a_weight_that_decodes_beyond_its_sources_dtype_is_refused_and_the_advice_helps(tmp_path):
