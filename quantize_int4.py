@@ -997,6 +997,7 @@ typedef struct {
     long code_bits;
     long has_offset;
     long scale_bits_dropped;
+    long moved_from;
     float tolerance;
     float tiny;
     double squared_errors;
@@ -1067,15 +1068,18 @@ static float scale_at(const measure_call *call, long group) {
     return call->scale_bits_dropped == 13 ? float16_of(bits) : (word){bits << 16}.value;
 }
 
-/* Whether no conversion can have made a code, as in `measure`. */
-static inline int is_wrong(const measure_call *call, float error, float code, float scale) {
-    float magnitude = scale < 0 ? -scale : scale;
-    float beyond = scale < 0 ? -error : error;
+/* Whether no conversion can have made the code of a column, as in `measure`. */
+static inline int is_wrong(const measure_call *call, const span *part, long i, long column) {
+    float code = part->codes[i];
+    float decoded = code * part->scales[i];
+    float divisor = (part->scales[i] == 0) & (column >= call->moved_from) ? 1 : part->scales[i];
+    float error = part->weights[i] - code * divisor;
+    float magnitude = divisor < 0 ? -divisor : divisor;
+    float beyond = divisor < 0 ? -error : error;
     float bound = magnitude * call->tolerance + call->tiny;
-    float decoded = code * scale;
     float largest = call->code_bits == 8 ? 127 : 7;
-    int open_above = (code == largest) & (scale != 0);
-    int open_below = (code == -largest - 1) & (scale != 0);
+    int open_above = (code == largest) & (divisor != 0);
+    int open_below = (code == -largest - 1) & (divisor != 0);
     int above = !(beyond <= bound) & !open_above;
     int below = !(beyond >= -bound) & !open_below;
     int not_finite = !(decoded - decoded == 0);
@@ -1084,12 +1088,12 @@ static inline int is_wrong(const measure_call *call, float error, float code, fl
 
 /* Look closer at a span in which some weights are farther from their codes than a code inside the
    range allows: find the first that is wrong, and count those more than FAR_SCALES away. */
-static void inspect(measure_call *call, long start, const span *part, long count) {
+static void inspect(measure_call *call, long row, long column, const span *part, long count) {
     int wrong = 0;
     int far = 0;
     int32_t furthest = 0;
     for (long i = 0; i < count; i++) {
-        wrong += is_wrong(call, part->errors[i], part->codes[i], part->scales[i]);
+        wrong += is_wrong(call, part, i, column + i);
         word distance = {.value = part->errors[i] / part->scales[i]};
         distance.bits &= 0x7FFFFFFF;
         int is_far = (distance.value > FAR_SCALES) & (part->scales[i] != 0);
@@ -1102,8 +1106,8 @@ static void inspect(measure_call *call, long start, const span *part, long count
     if (call->first_wrong >= 0)
         return;
     for (long i = 0; wrong && i < count; i++)
-        if (is_wrong(call, part->errors[i], part->codes[i], part->scales[i])) {
-            call->first_wrong = start + i;
+        if (is_wrong(call, part, i, column + i)) {
+            call->first_wrong = row * call->columns + column + i;
             return;
         }
 }
@@ -1209,7 +1213,7 @@ static void measure_row(measure_call *call, long row) {
         long count = MIN(width, call->columns - column);
         read_span(call, row, column, count, &part);
         if (!find_errors(call, &part, count))
-            inspect(call, row * call->columns + column, &part, count);
+            inspect(call, row, column, &part, count);
 #if VARIANT == OUTPUTS
         /* Some weights of a run may have no statistics. */
         if (!call->rest)
@@ -10707,6 +10711,15 @@ class Measuring:
     moved: bool  # by error feedback
     energy: OutputEnergy | None = None
     kernel: Kernel | None = None
+    first_column: int = 0  # of the part of each row that is measured
+
+    @property
+    def moved_from(self) -> int | None:
+        """Return the first column of a part before which there may be errors that feedback carries
+        on; None without feedback. A row's first group is rounded by a scale of its own weights."""
+        if not self.moved:
+            return None
+        return 0 if self.first_column else self.packing.group_size
 
     def tolerance(self, scale_dtype: torch.dtype) -> float:
         """Return how many scales a weight may lie from its code, if that is inside the range."""
@@ -10733,7 +10746,8 @@ def measure(
 
     The rule holds for every input. A code inside the range lies within half a scale of its weight,
     or where error feedback moved the weight, within MAX_CHANGE scales more. A code at an end of the
-    range has no bound on its side, since the search may clip any weight there."""
+    range has no bound on its side, since the search may clip any weight there. Where feedback moved
+    all weights of a group so close to 0 that their scale is 0, codes are those of a scale of 1."""
     if measuring.kernel:
         return measure_with_kernel(weights, words, scales, measuring, workspace)
 
@@ -10751,11 +10765,15 @@ def measure(
     decoded = codes * steps
     errors = weights - decoded
 
+    divisors = steps.clone()
+    if measuring.moved_from is not None:
+        moved = divisors[:, measuring.moved_from :]
+        moved[moved == 0] = 1
     # Beyond is positive where the weight lies on the side of the larger codes.
-    beyond = torch.where(steps < 0, -errors, errors)
-    bound = steps.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
-    right = (beyond <= bound) | (codes == packing.code_max) & (steps != 0)
-    right &= (beyond >= -bound) | (codes == -half) & (steps != 0)
+    beyond = (weights - codes * divisors) * torch.where(divisors < 0, -1, 1)
+    bound = divisors.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
+    right = (beyond <= bound) | (codes == packing.code_max) & (divisors != 0)
+    right &= (beyond >= -bound) | (codes == -half) & (divisors != 0)
     right &= torch.isfinite(decoded)
     wrong = (~right).flatten().nonzero()
 
@@ -10797,6 +10815,7 @@ def measure_with_kernel(
         code_bits=measuring.packing.bits,
         has_offset=measuring.with_offset,
         scale_bits_dropped=SCALE_BITS_DROPPED[scales.dtype],
+        moved_from=columns if measuring.moved_from is None else measuring.moved_from,
         tolerance=measuring.tolerance(scales.dtype),
         tiny=measuring.tiny(scales.dtype),
         first_wrong=-1,
@@ -10949,6 +10968,7 @@ class Verification:
             moved=job.tensor.packing.bits == 4 and FEEDBACK in self.plan.options.rule,
             energy=self._energy_of(info),
             kernel=self._kernels.get(job.tensor.recipe.measured_by),
+            first_column=job.column,
         )
         measured = Measured()
         wrong = -1

@@ -665,6 +665,48 @@ def test_weights_that_are_clipped_are_counted_and_not_called_wrong(
         assert 3 < float(reach) < 100
 
 
+@pytest.fixture
+def moved_to_zero(tmp_path):
+    """Tiny weights, alone in their groups, that feedback of the groups before moves to 0 here and there."""
+    weight = torch.zeros(1024, 64)
+    weight[:, :32] = seeded(1024, 32) * 1e-5
+    weight[:, 40] = 4.8e-7 + 4e-7 * seeded(1024, seed=1).abs().clamp(max=1)
+    source = save_model(tmp_path / "in", {f"{NAME}.weight": weight}, torch_dtype="float32")
+    factor = torch.zeros(64, 1)
+    factor[:32] = factor[40] = 0.9
+    return source, {NAME: torch.ones(64), f"{NAME}.factor": factor}
+
+
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+@pytest.mark.parametrize("form", ["int4", "gptq"])
+def test_weights_whose_scale_feedback_makes_zero_are_not_called_wrong(
+    moved_to_zero, tmp_path, form, compiler
+):
+    source, tensors = moved_to_zero
+    options = importance_file(tmp_path, tensors, "--format", form, "--group_size", 32)
+    environment = {"CC": compiler}
+    quantize(source, tmp_path / "out", *options, "--verify", environment=environment)
+    scales = read_tensors(tmp_path / "out")[f"{NAME}.scales"]
+    assert (scales.view(-1, 1024) if form == "gptq" else scales.T)[1].eq(0).any()
+    quantize(source, tmp_path / "out", "--verify", environment=environment)
+
+
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+def test_words_and_scales_that_a_hole_replaced_are_found_without_the_statistics(
+    model, finished, compiler
+):
+    folder, _ = finished
+
+    def change(tensors):
+        for part in ("qweight", "scales"):
+            tensors[f"{NAME}.{part}"][7] = 0
+
+    edit_shard(folder / "model-00001.safetensors", change)
+    result = run_cli(model, folder, "--verify", environment={"CC": compiler})
+    assert_refused(result, "1 problem")
+    assert f"WRONG:     '{NAME}.weight': row 7, column 0 decodes to 0" in result.stdout
+
+
 def test_no_column_is_without_weight_in_the_choice_of_scales():
     importance = torch.full((1, 64), 0.2)
     importance[0, 7] = 10768
