@@ -5222,6 +5222,10 @@ FORMATS = {form.name: form for form in (INT4, COMPRESSED_TENSORS, GPTQ)}
 
 # Numbers in a factor. A worker holds eight times as many.
 MAX_FACTOR = 1 << 21
+# The largest mean square of a weight's inputs is taken as it is between these. Beyond, its products
+# with errors, or a part of it, may be no float32.
+LEAST_LARGEST_SQUARE = 2.0**-64
+MOST_LARGEST_SQUARE = 2.0**64
 
 
 @dataclass(frozen=True)
@@ -5367,8 +5371,8 @@ class Importance:
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Read a weight's mean squares, float32 (columns,), and its factor, float32
-        (columns, rank), of rank 0 if it has none. None if the file does not name the weight, or if
-        no data reached the layer."""
+        (columns, rank), of rank 0 if it has none, in a unit of their own. None if the file does not
+        name the weight, or if no data reached the layer."""
         vector = self._vectors.get(info.name)
         if not vector:
             return None
@@ -5381,7 +5385,7 @@ class Importance:
             return None
         vector = replace(vector, name=f"{vector.name}.factor")
         if vector.name not in self.infos:
-            return squares, torch.zeros(columns, 0)
+            return in_usual_range(squares, torch.zeros(columns, 0))
 
         rule = (
             f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
@@ -5395,7 +5399,7 @@ class Importance:
                 f" {MAX_FACTOR // columns}"
             )
         self._refuse_factor_of_other_inputs(vector.name, factor, squares)
-        return squares, factor.float()
+        return in_usual_range(squares, factor.float())
 
     def cost_of(self, info: TensorInfo) -> float | None:
         """Read the divergence from the model, in nat a token, that a relative error of 1 in a
@@ -5456,7 +5460,8 @@ class Importance:
         least = factor.float().abs()
         least.mul_(1 - dtype.eps).sub_(dtype.eps * dtype.tiny).clamp_(min=0)
         sums = least.square_().sum(1)
-        beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
+        rounded = squares.max() * 1e-6 + torch.finfo(squares.dtype).tiny
+        beyond = sums > squares * (1 + 1e-4) + rounded
         if beyond.any():
             column = int(beyond.int().argmax())
             raise QuantizeError(
@@ -5464,6 +5469,23 @@ class Importance:
                 f" {float(sums[column]):.6g}, more than the column's mean square,"
                 f" {float(squares[column]):.6g}: collect both from the same inputs"
             )
+
+
+def in_usual_range(
+    squares: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean squares and their factor in a unit in which the largest is no extreme number.
+
+    Nothing depends on more than their ratios. The unit is a power of 4, that of the factor its
+    root, and so all others are what they were, bit for bit."""
+    largest = float(squares.max())
+    if LEAST_LARGEST_SQUARE <= largest <= MOST_LARGEST_SQUARE:
+        return squares, factor
+    exponent = math.frexp(largest)[1] // 2
+    return (
+        (squares.double() * 4.0**-exponent).float(),
+        (factor.double() * 2.0**-exponent).float(),
+    )
 
 
 # ---- Collecting statistics: what the layers are given, where the model runs ----------------------

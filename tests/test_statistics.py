@@ -707,6 +707,29 @@ def test_words_and_scales_that_a_hole_replaced_are_found_without_the_statistics(
     assert f"WRONG:     '{NAME}.weight': row 7, column 0 decodes to 0" in result.stdout
 
 
+@pytest.mark.parametrize("largest", [2.0**-149, 1e-42, 3e38], ids=["least", "denormal", "most"])
+def test_statistics_of_any_loudness_convert_and_verify(tmp_path, largest):
+    # All but a third of the columns are silent.
+    mean_squares = torch.zeros(COLUMNS)
+    mean_squares[::3] = largest
+    factor = mean_squares.double().sqrt()[:, None] * seeded(COLUMNS, 8).double().clamp(-1, 1) / 4
+    tensors = {NAME: mean_squares, f"{NAME}.factor": factor.float()}
+    weight = seeded(ROWS, COLUMNS).bfloat16() * 1e25
+    source = save_model(tmp_path / "in", {f"{NAME}.weight": weight}, dtype="bfloat16")
+    options = ["--format", "compressed-tensors", "--group_size", GROUP_SIZE]
+    options = importance_file(tmp_path, tensors, *options)
+    quantize(source, tmp_path / "out", *options, "--verify")
+    quantize(source, tmp_path / "out", "--verify")
+
+
+def test_a_unit_of_statistics_changes_no_byte(tmp_path, model):
+    tensors = tensors_of(NAME, correlated_inputs(COLUMNS), 8)
+    louder = {NAME: tensors[NAME] * 2.0**80, f"{NAME}.factor": tensors[f"{NAME}.factor"] * 2.0**40}
+    for folder, statistics in (("plain", tensors), ("louder", louder)):
+        quantize(model, tmp_path / folder, *importance_file(tmp_path, statistics))
+    assert_same_tensors(tmp_path / "plain", tmp_path / "louder")
+
+
 def test_no_column_is_without_weight_in_the_choice_of_scales():
     importance = torch.full((1, 64), 0.2)
     importance[0, 7] = 10768
