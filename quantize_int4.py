@@ -9523,8 +9523,17 @@ def hash_file(path: Path) -> str:
 
 # ---- Pipeline: threads that read, work and sync. It knows nothing of quantization ----------------
 
-# Shards that wait for the disk. Each may be an open file, and the system allows about a thousand.
+# Shards that wait for the disk, at the most. Each may be an open file.
 MAX_WAITING_SHARDS = 100
+
+
+def most_waiting_shards() -> int:
+    """Return how many shards may wait for the disk: they take a quarter of the files that this
+    process may have open, which are a thousand or more, or under some limits a few dozen."""
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files == resource.RLIM_INFINITY:
+        return MAX_WAITING_SHARDS
+    return min(MAX_WAITING_SHARDS, most_files // 4)
 
 
 class Pipeline:
@@ -9549,6 +9558,7 @@ class Pipeline:
         # Jobs that were taken from the queue, and what returns their bytes.
         self._ahead: deque[tuple[Job, Callable]] = deque()
         self._tasks: set[concurrent.futures.Future] = set()  # that are not known to be done
+        self._most_tasks = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -9563,6 +9573,8 @@ class Pipeline:
             executor(1) as self._background,
             executor(threads) as workers,
         ):
+            # The workers are tasks, too.
+            self._most_tasks = threads + most_waiting_shards()
             with self._lock:
                 self._tasks |= {workers.submit(self._work) for _ in range(threads)}
             try:
@@ -9591,8 +9603,7 @@ class Pipeline:
         with self._lock:
             self._tasks.add(self._background.submit(function, *arguments))
 
-        # The workers are tasks, too.
-        while len(self._tasks) > MAX_WAITING_SHARDS + threading.active_count():
+        while len(self._tasks) > self._most_tasks:
             if self._stop.is_set():
                 return
             time.sleep(0.01)

@@ -331,14 +331,7 @@ def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_z
 def test_more_shards_than_descriptors_do_not_use_up_the_descriptors(tmp_path):
     tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)}
     source = save_model(tmp_path / "in", tensors)
-    quantize(
-        source,
-        tmp_path / "out",
-        "--shard_size_gb",
-        1e-6,
-        constants={"MAX_WAITING_SHARDS": 8},
-        open_files=60,
-    )
+    quantize(source, tmp_path / "out", "--shard_size_gb", 1e-6, open_files=60)
     assert len(finished_shards(tmp_path / "out")) > 100
 
 
@@ -346,7 +339,7 @@ def test_more_files_than_descriptors_are_converted_verified_and_restored(tmp_pat
     tensors = {f"m.{i}.weight": torch.randn(8, 128).bfloat16() for i in range(100)}
     write_checkpoint(tmp_path / "in", tensors, shards=100)
     small = ["--shard_size_gb", 1e-6]
-    setting = {"constants": {"MAX_WAITING_SHARDS": 8}, "open_files": 60}
+    setting = {"open_files": 60}
     quantize(tmp_path / "in", tmp_path / "out", *small, **setting)
     assert len(finished_shards(tmp_path / "out")) > 100
     quantize(tmp_path / "in", tmp_path / "out", "--verify", **setting)
