@@ -9086,19 +9086,28 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
         offset += count
 
 
-# Of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER.
+# With it the interpreter lock is released meanwhile.
+SYNC_FILE_RANGE = ctypes.CDLL(None, use_errno=True).sync_file_range
+# SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER.
 SYNC_AND_WAIT = 7
+# What it fails with where there is no such call, or none for this file.
+NO_SYNC_FILE_RANGE = (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ESPIPE, errno.ENOTSUP)
 
 
 def sync_file(fd: int) -> None:
     """Make what was written to a file survive a power cut."""
     # fsync alone may take minutes on a slow disk, and no signal ends it. So the file is synced
-    # piece by piece before. (sync_file_range(2))
-    sync_range = ctypes.CDLL(None).sync_file_range
+    # piece by piece before. What fails then is not reported once more by fsync.
+    # (sync_file_range(2); mm/filemap.c, file_fdatawait_range)
     nbytes = 2 * COPY_BYTES
     for start in range(0, os.fstat(fd).st_size, nbytes):
         check_signals()
-        sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(nbytes), SYNC_AND_WAIT)
+        part = (ctypes.c_int64(start), ctypes.c_int64(nbytes))
+        if SYNC_FILE_RANGE(fd, *part, SYNC_AND_WAIT):
+            problem = ctypes.get_errno()
+            if problem not in NO_SYNC_FILE_RANGE:
+                raise OSError(problem, os.strerror(problem))
+            break
     os.fsync(fd)
 
 
