@@ -2664,6 +2664,7 @@ class Checkpoint:
         """Read config.json, and note what in it, or beside it, is not used."""
         folder = self.config_folder
         self.has_config = (folder / CONFIG_NAME).exists()
+        self.config_hash = hash_file(folder / CONFIG_NAME) if self.has_config else ""
         self.config = read_json(folder / CONFIG_NAME) if self.has_config else {}
         self.quantization = describe_quantization(pop_quantization(self.config), folder)
         if (folder / ADAPTER_CONFIG_NAME).exists():
@@ -9452,6 +9453,32 @@ class OutputFolder:
             sync_folder(self.folder)
             self._has_made_way = True
 
+    def check_other_files(self, checkpoint: Checkpoint) -> None:
+        """Raise if config.json changed since the plan was made, or if a file that is copied came or
+        went: the folder would not be what the next run plans.
+
+        That the others are as they were is found when they are copied."""
+        written = set()
+        planned = set()
+        for name, content in self.plan.other_files.items():
+            (planned if isinstance(content, Path) else written).add(name)
+        copied, _ = plan_other_files(checkpoint, written)
+        folder = checkpoint.config_folder
+        for name in sorted(planned - copied.keys()):
+            raise self._changed_since_plan(folder / name, "is gone")
+        for name in sorted(copied.keys() - planned):
+            raise self._changed_since_plan(folder / name, "is new")
+        if checkpoint.has_config and hash_file(folder / CONFIG_NAME) != checkpoint.config_hash:
+            raise self._changed_since_plan(folder / CONFIG_NAME, "changed")
+
+    def _changed_since_plan(self, path: Path, what: str) -> QuantizeError:
+        afresh = "the same command starts afresh"
+        if not self.overwrite:
+            undo = {"is gone": "put it back", "is new": "remove it"}
+            undo = undo.get(what, "put it back as it was")
+            afresh = f"{undo}, or give --overwrite to start afresh"
+        return QuantizeError(f"{path} {what} since the plan was made: {afresh}")
+
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name, the
         index last, once all else is on the disk."""
@@ -9467,10 +9494,7 @@ class OutputFolder:
             with source as file:
                 digest = write_copy(file, temporary)
             if digest != self.plan.hashes[name]:
-                afresh = "the same command starts afresh"
-                if not self.overwrite:
-                    afresh = "put it back as it was, or give --overwrite to start afresh"
-                raise QuantizeError(f"{content} changed since the plan was made: {afresh}")
+                raise self._changed_since_plan(content, "changed")
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
 
@@ -11587,14 +11611,19 @@ def convert(
     output.prepare()
     progress.restart()
     with deferring_signals():
-        write_output(plan, conversion, output, threads, progress)
+        write_output(checkpoint, plan, conversion, output, threads, progress)
 
     progress.mark("Written")
     print_summary(plan, conversion.account, progress)
 
 
 def write_output(
-    plan: Plan, conversion: Conversion, output: OutputFolder, threads: int, progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    conversion: Conversion,
+    output: OutputFolder,
+    threads: int,
+    progress: Progress,
 ) -> None:
     """Write all files.
 
@@ -11604,6 +11633,7 @@ def write_output(
             conversion.run(threads, progress)
             if plan.statistics:
                 plan.statistics.check_unchanged()
+            output.check_other_files(checkpoint)
             output.write_other_files()
     except (QuantizeError, Stopped) as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:

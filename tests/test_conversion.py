@@ -438,6 +438,41 @@ def test_a_file_that_changes_before_it_is_copied_is_an_error(model, expected, tm
         assert folder_bytes(folder) == expected
 
 
+def add_a_file(folder):
+    (folder / "added.json").write_text("{}")
+    return "added.json is new", "remove it"
+
+
+def remove_the_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    return "tokenizer.json is gone", "put it back"
+
+
+def edit_the_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"added": 1, ', 1))
+    return "config.json changed", "put it back as it was"
+
+
+@pytest.mark.parametrize("change", [add_a_file, remove_the_tokenizer, edit_the_config])
+def test_a_folder_whose_files_change_meanwhile_is_not_finished_as_another_than_the_next_run_plans(
+    model, expected, tmp_path, change
+):
+    source, folder = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(model, source)
+    run = start(source, folder)
+    wait_until(lambda: list(folder.glob("model-*")))
+    problem, undo = change(source)
+    advice = f"since the plan was made: {undo}, or give --overwrite to start afresh"
+    assert_refused(run.wait(), f"{source}/{problem} {advice}")
+    assert not (folder / "model.safetensors.index.json").exists()
+    (source / "added.json").unlink(missing_ok=True)
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copy(model / name, source)
+    assert "Resuming:" in quantize(source, folder, *SHARDS).stdout
+    assert folder_bytes(folder) == expected
+
+
 def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path):
     source, folder = tmp_path / "in", tmp_path / "out"
     source.mkdir()
