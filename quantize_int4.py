@@ -412,7 +412,7 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.list and not args.dry_run and not args.verify:
         parser.error("--list needs --dry_run, or --verify and a finished folder")
-    if args.format and args.format not in FORMAT_NAMES:
+    if args.format is not None and args.format not in FORMAT_NAMES:
         names = ", ".join(FORMAT_NAMES)
         name = args.format.lower().replace("_", "-")
         suggestion = meaning_of(name, OTHER_FORMATS) or nearest(name, FORMAT_NAMES)
