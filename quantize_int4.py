@@ -1718,14 +1718,19 @@ def user_name(uid: int) -> str:
         return f"user {uid}"
 
 
+def is_lack_of_memory(error: Exception) -> bool:
+    """Return whether Python, torch or the system raised this for want of memory."""
+    words = "can't allocate memory|can't start new thread|Cannot allocate memory|bad_alloc"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
 @contextlib.contextmanager
 def converting_memory_errors() -> Iterator[None]:
-    """Turn all that Python, torch and the system raise for want of memory into one error."""
+    """Turn all that is raised for want of memory into one error."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        lacks = "can't allocate memory|can't start new thread|Cannot allocate memory"
-        if not isinstance(error, MemoryError) and not re.search(lacks, str(error)):
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if not is_lack_of_memory(error):
             raise
         problem = "no memory for another thread" if "thread" in str(error) else "out of memory"
         advice = "stop other programs, raise the limits of the container or of ulimit"
@@ -2534,6 +2539,8 @@ def unpickle(path: Path) -> object:
         advice = "only tensors are read: save model.state_dict() alone"
         raise QuantizeError(f"{path} {problem}, and {advice}") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
         problem = " ".join(str(error).split())
         raise QuantizeError(
             f"{path}: not a whole torch checkpoint ({problem}): copy or save it again"
@@ -2970,8 +2977,10 @@ def safetensors_of_model(names: list[str]) -> list[str]:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Return whether a file is one that `collect_statistics` wrote."""
-    return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
+    """Return whether a file is one that `collect_statistics` wrote; not if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
+    return False
 
 
 def why_no_weights(folder: Path, names: list[str]) -> str:
@@ -6907,14 +6916,22 @@ def read_facts(folder: Path) -> dict:
         facts = facts or stated
         shard_of_run.setdefault(metadata.get(METADATA_KEY), path.name)
     if not facts:
-        raise QuantizeError(
-            f"{folder}: no shard in it says how it was made: only this program's own folders can"
-            " be read"
-        )
+        raise QuantizeError(f"{folder}: {why_no_facts(folder)}")
     if len(shard_of_run) > 1:
         shards = quote_names(shard_of_run.values())
         raise QuantizeError(f"{folder}: {shards} are of different runs: convert again")
     return facts
+
+
+def why_no_facts(folder: Path) -> str:
+    """Explain that no shard in a folder says how it was made."""
+    for path in filter(Path.is_file, sorted(folder.glob("model-*.safetensors"))):
+        try:
+            read_header(path)
+        except (ValueError, RecursionError) as error:
+            return f"{path.name} is not a whole safetensors file ({error}): copy it again"
+    problem = "no shard in it says how it was made"
+    return f"{problem}: only this program's own folders can be read"
 
 
 class FactsError(Exception):
@@ -9518,12 +9535,13 @@ def write_copy(source: BinaryIO, target: Path) -> str:
 
 
 def read_metadata(shard: Path) -> dict[str, str]:
-    """Read a shard's `__metadata__`, where this program leaves its marks; empty if it has none."""
+    """Read a shard's `__metadata__`, where this program leaves its marks; empty if it has none, or
+    is no whole file."""
     try:
         if not shard.is_file():
             return {}
         header, _ = read_header(shard)
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return texts_in(header.get("__metadata__"))
 
@@ -11094,7 +11112,11 @@ def check_shard(shard: ShardFile) -> str:
         # Not held open: pages that the library maps cannot be dropped from the cache.
         with safe_open(shard.path, framework="pt"):
             found, start = read_header(shard.path)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
+        return f"cannot be opened ({error})"
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
         return f"cannot be opened ({error})"
     finally:
         # There may be more shards than descriptors.

@@ -17,7 +17,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import WEIGHT, random, save_model
-from conftest import FORMATS, assert_refused, quantize, run_cli
+from conftest import AS_NOBODY, FORMATS, assert_refused, quantize, run_cli
 from folders import edit_facts, edit_json, edit_metadata, edit_shard, overwrite_weights, read_header
 from reference import pack_rows
 from safetensors.torch import load_file, save_file
@@ -240,6 +240,29 @@ def test_an_unreadable_shard_is_found(damaged, tiny):
     shard = folder / "model-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     assert_found(tiny, folder, "model-00001.safetensors: cannot be opened")
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_wrong(open_folder):
+    source, folder = open_folder / "in", open_folder / "out"
+    quantize(source, folder, "--shard_size_gb", 0.0005)
+    shard = folder / "model-00002.safetensors"
+    shard.chmod(0)
+    result = run_cli(source, folder, "--verify", **AS_NOBODY)
+    assert_refused(result, f"{shard}: Permission denied", f"chmod a+r {shard}")
+    assert "WRONG" not in result.stdout
+    again = run_cli(source, folder, "--shard_size_gb", 0.0005, **AS_NOBODY)
+    assert_refused(again, f"{shard}: Permission denied")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: bytes(len(data))])
+def test_a_folder_whose_only_shard_lost_its_header_is_not_said_to_be_another_programs(
+    model, tmp_path, damage
+):
+    quantize(model, tmp_path / "out")
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    shard.write_bytes(damage(shard.read_bytes()))
+    result = run_cli(model, tmp_path / "out", "--verify")
+    assert_refused(result, "model-00001.safetensors is not a whole safetensors file", "copy it")
 
 
 # --- index, config and other files ------------------------------------------------------------------------------------
