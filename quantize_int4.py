@@ -6903,8 +6903,8 @@ def read_facts(folder: Path) -> dict:
     """Read how a folder was made, `Plan.facts`, which each of its shards states. Raises if no shard
     does, if another version made one of them, or if they are not of one run."""
     facts: dict = {}
-    # By fingerprint.
-    shard_of_run: dict[str | None, str] = {}
+    # By fingerprint and facts, which all shards of a run have in common.
+    shard_of_run: dict[tuple[str | None, str], str] = {}
     for path in sorted(folder.glob("model-*.safetensors")):
         metadata = read_metadata(path)
         if FACTS_KEY not in metadata:
@@ -6914,7 +6914,8 @@ def read_facts(folder: Path) -> dict:
         except FactsError as error:
             raise QuantizeError(f"{path}: {error}: {error.remedy}") from None
         facts = facts or stated
-        shard_of_run.setdefault(metadata.get(METADATA_KEY), path.name)
+        run = (metadata.get(METADATA_KEY), metadata[FACTS_KEY])
+        shard_of_run.setdefault(run, path.name)
     if not facts:
         raise QuantizeError(f"{folder}: {why_no_facts(folder)}")
     if len(shard_of_run) > 1:
@@ -9546,6 +9547,17 @@ def read_metadata(shard: Path) -> dict[str, str]:
     return texts_in(header.get("__metadata__"))
 
 
+def are_marks_whole(metadata: dict[str, str]) -> bool:
+    """Return whether a shard's `__metadata__` has all that this program leaves there, or nothing of
+    it: another program may have rewritten the shard."""
+    marks = {METADATA_KEY, FACTS_KEY, FILES_KEY}
+    if not metadata.keys() & marks:
+        return True
+    # transformers reads no shard of another format. The facts were read before.
+    is_whole = metadata.keys() == marks | {"format"} and metadata["format"] == "pt"
+    return is_whole and metadata[FILES_KEY] == json.dumps(files_of_run(metadata))
+
+
 def files_of_run(metadata: dict[str, str]) -> dict[str, str]:
     """Read which other files a shard's run wrote: their SHA-256, by name; empty if the shard does
     not say, or is damaged."""
@@ -10965,6 +10977,10 @@ class Verification:
             if name.endswith(".safetensors"):
                 self.problems.append(f"{name} is none of the shards")
 
+        if read_facts(self.folder)["dtypes"] != self.plan.facts["dtypes"]:
+            problem = "the dtypes to which --restore would go back are not the source's"
+            self.problems.append(f"{problem}: what the shards say of them is damaged")
+
         # The other files, as they were written by what the shards say.
         hashes = {INDEX_NAME: self.plan.hashes[INDEX_NAME]}
         sound = []
@@ -10974,7 +10990,11 @@ class Verification:
                 self.problems.append(f"{shard.final.name}: {problem}")
             else:
                 sound.append(shard)
-            hashes |= files_of_run(read_metadata(shard.path))
+            metadata = read_metadata(shard.path)
+            hashes |= files_of_run(metadata)
+            if not are_marks_whole(metadata):
+                problem = "what it says of its format and of the run that made it is damaged"
+                self.problems.append(f"{shard.final.name}: {problem}")
 
         for name in hashes.keys() - names:
             self.problems.append(f"{name} is missing")
