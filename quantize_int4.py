@@ -10614,6 +10614,8 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
         largest = torch.finfo(scales.dtype).max * job.tensor.packing.code_max
         dtype = str(scales.dtype).removeprefix("torch.")
         problem = f"needs a scale beyond {dtype} (weights up to {largest:.6g})"
+        if abs(value) <= largest:
+            problem += ", since error feedback changes its group"
     row, group = divmod(bad, -(-job.columns // group_size))
     column = job.column + group * group_size + place
     where = f"row {job.row + first_row + row}, column {column}"

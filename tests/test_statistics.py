@@ -563,6 +563,21 @@ def test_a_bad_weight_is_named_by_its_place(tmp_path):
     )
 
 
+def test_a_weight_that_feedback_moves_beyond_all_scales_is_not_said_to_be_too_large_itself(
+    tmp_path,
+):
+    weight = torch.full((ROWS, COLUMNS), 4.5e5).bfloat16()
+    weight[:, :GROUP_SIZE] = (seeded(ROWS, GROUP_SIZE) * 1e5).clamp(-4e5, 4e5).bfloat16()
+    model = save_model(tmp_path / "in", {f"{NAME}.weight": weight})
+    mean_squares = torch.ones(COLUMNS)
+    mean_squares[:GROUP_SIZE] = 1e3
+    tensors = {NAME: mean_squares, f"{NAME}.factor": mean_squares.sqrt()[:, None] * 0.99}
+    result = run_cli(
+        model, tmp_path / "out", *importance_file(tmp_path, tensors, "--group_size", 64)
+    )
+    assert_refused(result, "needs a scale beyond float16", "since error feedback changes its")
+
+
 # --- --verify ---------------------------------------------------------------------------------------------------------
 
 
