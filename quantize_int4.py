@@ -9472,22 +9472,32 @@ class OutputFolder:
             self._has_made_way = True
 
     def check_other_files(self, checkpoint: Checkpoint) -> None:
-        """Raise if config.json changed since the plan was made, or if a file that is copied came or
-        went: the folder would not be what the next run plans.
+        """Raise if config.json changed since the plan was made, or if a file that is read or copied
+        came or went: the folder would not be what the next run plans.
 
-        That the others are as they were is found when they are copied."""
+        That copied files are as they were is found when they are copied."""
         written = set()
-        planned = set()
+        planned = set(checkpoint.files)
         for name, content in self.plan.other_files.items():
-            (planned if isinstance(content, Path) else written).add(name)
+            if isinstance(content, Path):
+                planned.add(content)
+            else:
+                written.add(name)
         copied, _ = plan_other_files(checkpoint, written)
-        folder = checkpoint.config_folder
-        for name in sorted(planned - copied.keys()):
-            raise self._changed_since_plan(folder / name, "is gone")
-        for name in sorted(copied.keys() - planned):
-            raise self._changed_since_plan(folder / name, "is new")
-        if checkpoint.has_config and hash_file(folder / CONFIG_NAME) != checkpoint.config_hash:
-            raise self._changed_since_plan(folder / CONFIG_NAME, "changed")
+        weights, _ = find_weights(checkpoint.folder)
+        found = {*copied.values(), *(checkpoint.folder / name for name in weights)}
+
+        config = checkpoint.config_folder / CONFIG_NAME
+        if checkpoint.has_config:
+            planned.add(config)
+        if config.exists():
+            found.add(config)
+        for path in sorted(path for path in planned - found if not path.exists()):
+            raise self._changed_since_plan(path, "is gone")
+        for path in sorted(found - planned):
+            raise self._changed_since_plan(path, "is new")
+        if checkpoint.has_config and hash_file(config) != checkpoint.config_hash:
+            raise self._changed_since_plan(config, "changed")
 
     def _changed_since_plan(self, path: Path, what: str) -> QuantizeError:
         afresh = "the same command starts afresh"

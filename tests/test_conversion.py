@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from checkpoints import save_model, write_checkpoint
+from checkpoints import save_model, write_checkpoint, write_sparse_checkpoint
 from conftest import GB, assert_refused, pause, quantize, run_cli, start_cli, wait_until
 from folders import assert_same_tensors, folder_bytes, overwrite_weights, read_tensors
 from safetensors.torch import save_file
@@ -448,13 +448,20 @@ def remove_the_tokenizer(folder):
     return "tokenizer.json is gone", "put it back"
 
 
+def remove_the_config(folder):
+    (folder / "config.json").unlink()
+    return "config.json is gone", "put it back"
+
+
 def edit_the_config(folder):
     path = folder / "config.json"
     path.write_text(path.read_text().replace("{", '{"added": 1, ', 1))
     return "config.json changed", "put it back as it was"
 
 
-@pytest.mark.parametrize("change", [add_a_file, remove_the_tokenizer, edit_the_config])
+@pytest.mark.parametrize(
+    "change", [add_a_file, remove_the_tokenizer, edit_the_config, remove_the_config]
+)
 def test_a_folder_whose_files_change_meanwhile_is_not_finished_as_another_than_the_next_run_plans(
     model, expected, tmp_path, change
 ):
@@ -471,6 +478,20 @@ def test_a_folder_whose_files_change_meanwhile_is_not_finished_as_another_than_t
         shutil.copy(model / name, source)
     assert "Resuming:" in quantize(source, folder, *SHARDS).stdout
     assert folder_bytes(folder) == expected
+
+
+def test_weights_that_appear_before_a_run_is_done_are_an_error(tmp_path):
+    shapes = {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(4)}
+    write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
+    (tmp_path / "in" / "model.safetensors.index.json").unlink()
+    weights = next((tmp_path / "in").glob("*.safetensors")).rename(
+        tmp_path / "in" / "a.safetensors"
+    )
+    run = start(tmp_path / "in", tmp_path / "out")
+    wait_until(lambda: list((tmp_path / "out").glob("model-*")))
+    write_checkpoint(tmp_path / "more", {"n.weight": torch.ones(8, 128)}, shards=1)
+    next((tmp_path / "more").glob("*.safetensors")).rename(weights.with_name("b.safetensors"))
+    assert_refused(run.wait(), "b.safetensors is new since the plan was made: remove it")
 
 
 def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path):
