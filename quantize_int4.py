@@ -412,7 +412,7 @@ def check_together(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.list and not args.dry_run and not args.verify:
         parser.error("--list needs --dry_run, or --verify and a finished folder")
-    if args.format and args.format not in FORMAT_NAMES:
+    if args.format is not None and args.format not in FORMAT_NAMES:
         names = ", ".join(FORMAT_NAMES)
         name = args.format.lower().replace("_", "-")
         suggestion = meaning_of(name, OTHER_FORMATS) or nearest(name, FORMAT_NAMES)
@@ -997,6 +997,7 @@ typedef struct {
     long code_bits;
     long has_offset;
     long scale_bits_dropped;
+    long moved_from;
     float tolerance;
     float tiny;
     double squared_errors;
@@ -1067,15 +1068,18 @@ static float scale_at(const measure_call *call, long group) {
     return call->scale_bits_dropped == 13 ? float16_of(bits) : (word){bits << 16}.value;
 }
 
-/* Whether no conversion can have made a code, as in `measure`. */
-static inline int is_wrong(const measure_call *call, float error, float code, float scale) {
-    float magnitude = scale < 0 ? -scale : scale;
-    float beyond = scale < 0 ? -error : error;
+/* Whether no conversion can have made the code of a column, as in `measure`. */
+static inline int is_wrong(const measure_call *call, const span *part, long i, long column) {
+    float code = part->codes[i];
+    float decoded = code * part->scales[i];
+    float divisor = (part->scales[i] == 0) & (column >= call->moved_from) ? 1 : part->scales[i];
+    float error = part->weights[i] - code * divisor;
+    float magnitude = divisor < 0 ? -divisor : divisor;
+    float beyond = divisor < 0 ? -error : error;
     float bound = magnitude * call->tolerance + call->tiny;
-    float decoded = code * scale;
     float largest = call->code_bits == 8 ? 127 : 7;
-    int open_above = (code == largest) & (scale != 0);
-    int open_below = (code == -largest - 1) & (scale != 0);
+    int open_above = (code == largest) & (divisor != 0);
+    int open_below = (code == -largest - 1) & (divisor != 0);
     int above = !(beyond <= bound) & !open_above;
     int below = !(beyond >= -bound) & !open_below;
     int not_finite = !(decoded - decoded == 0);
@@ -1084,12 +1088,12 @@ static inline int is_wrong(const measure_call *call, float error, float code, fl
 
 /* Look closer at a span in which some weights are farther from their codes than a code inside the
    range allows: find the first that is wrong, and count those more than FAR_SCALES away. */
-static void inspect(measure_call *call, long start, const span *part, long count) {
+static void inspect(measure_call *call, long row, long column, const span *part, long count) {
     int wrong = 0;
     int far = 0;
     int32_t furthest = 0;
     for (long i = 0; i < count; i++) {
-        wrong += is_wrong(call, part->errors[i], part->codes[i], part->scales[i]);
+        wrong += is_wrong(call, part, i, column + i);
         word distance = {.value = part->errors[i] / part->scales[i]};
         distance.bits &= 0x7FFFFFFF;
         int is_far = (distance.value > FAR_SCALES) & (part->scales[i] != 0);
@@ -1102,8 +1106,8 @@ static void inspect(measure_call *call, long start, const span *part, long count
     if (call->first_wrong >= 0)
         return;
     for (long i = 0; wrong && i < count; i++)
-        if (is_wrong(call, part->errors[i], part->codes[i], part->scales[i])) {
-            call->first_wrong = start + i;
+        if (is_wrong(call, part, i, column + i)) {
+            call->first_wrong = row * call->columns + column + i;
             return;
         }
 }
@@ -1209,7 +1213,7 @@ static void measure_row(measure_call *call, long row) {
         long count = MIN(width, call->columns - column);
         read_span(call, row, column, count, &part);
         if (!find_errors(call, &part, count))
-            inspect(call, row * call->columns + column, &part, count);
+            inspect(call, row, column, &part, count);
 #if VARIANT == OUTPUTS
         /* Some weights of a run may have no statistics. */
         if (!call->rest)
@@ -1714,14 +1718,19 @@ def user_name(uid: int) -> str:
         return f"user {uid}"
 
 
+def is_lack_of_memory(error: Exception) -> bool:
+    """Return whether Python, torch or the system raised this for want of memory."""
+    words = "can't allocate memory|can't start new thread|Cannot allocate memory|bad_alloc"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
 @contextlib.contextmanager
 def converting_memory_errors() -> Iterator[None]:
-    """Turn all that Python, torch and the system raise for want of memory into one error."""
+    """Turn all that is raised for want of memory into one error."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        lacks = "can't allocate memory|can't start new thread|Cannot allocate memory"
-        if not isinstance(error, MemoryError) and not re.search(lacks, str(error)):
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if not is_lack_of_memory(error):
             raise
         problem = "no memory for another thread" if "thread" in str(error) else "out of memory"
         advice = "stop other programs, raise the limits of the container or of ulimit"
@@ -2530,6 +2539,8 @@ def unpickle(path: Path) -> object:
         advice = "only tensors are read: save model.state_dict() alone"
         raise QuantizeError(f"{path} {problem}, and {advice}") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
         problem = " ".join(str(error).split())
         raise QuantizeError(
             f"{path}: not a whole torch checkpoint ({problem}): copy or save it again"
@@ -2660,6 +2671,7 @@ class Checkpoint:
         """Read config.json, and note what in it, or beside it, is not used."""
         folder = self.config_folder
         self.has_config = (folder / CONFIG_NAME).exists()
+        self.config_hash = hash_file(folder / CONFIG_NAME) if self.has_config else ""
         self.config = read_json(folder / CONFIG_NAME) if self.has_config else {}
         self.quantization = describe_quantization(pop_quantization(self.config), folder)
         if (folder / ADAPTER_CONFIG_NAME).exists():
@@ -2965,8 +2977,10 @@ def safetensors_of_model(names: list[str]) -> list[str]:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Return whether a file is one that `collect_statistics` wrote."""
-    return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
+    """Return whether a file is one that `collect_statistics` wrote; not if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
+    return False
 
 
 def why_no_weights(folder: Path, names: list[str]) -> str:
@@ -5218,6 +5232,10 @@ FORMATS = {form.name: form for form in (INT4, COMPRESSED_TENSORS, GPTQ)}
 
 # Numbers in a factor. A worker holds eight times as many.
 MAX_FACTOR = 1 << 21
+# The largest mean square of a weight's inputs is taken as it is between these. Beyond, its products
+# with errors, or a part of it, may be no float32.
+LEAST_LARGEST_SQUARE = 2.0**-64
+MOST_LARGEST_SQUARE = 2.0**64
 
 
 @dataclass(frozen=True)
@@ -5363,8 +5381,8 @@ class Importance:
 
     def get(self, info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Read a weight's mean squares, float32 (columns,), and its factor, float32
-        (columns, rank), of rank 0 if it has none. None if the file does not name the weight, or if
-        no data reached the layer."""
+        (columns, rank), of rank 0 if it has none, in a unit of their own. None if the file does not
+        name the weight, or if no data reached the layer."""
         vector = self._vectors.get(info.name)
         if not vector:
             return None
@@ -5377,7 +5395,7 @@ class Importance:
             return None
         vector = replace(vector, name=f"{vector.name}.factor")
         if vector.name not in self.infos:
-            return squares, torch.zeros(columns, 0)
+            return in_usual_range(squares, torch.zeros(columns, 0))
 
         rule = (
             f"a factor is float32 or float16 (columns, rank), here ({columns:,}, 1 to {MAX_RANK})"
@@ -5391,7 +5409,7 @@ class Importance:
                 f" {MAX_FACTOR // columns}"
             )
         self._refuse_factor_of_other_inputs(vector.name, factor, squares)
-        return squares, factor.float()
+        return in_usual_range(squares, factor.float())
 
     def cost_of(self, info: TensorInfo) -> float | None:
         """Read the divergence from the model, in nat a token, that a relative error of 1 in a
@@ -5452,7 +5470,8 @@ class Importance:
         least = factor.float().abs()
         least.mul_(1 - dtype.eps).sub_(dtype.eps * dtype.tiny).clamp_(min=0)
         sums = least.square_().sum(1)
-        beyond = sums > squares * (1 + 1e-4) + squares.max() * 1e-6
+        rounded = squares.max() * 1e-6 + torch.finfo(squares.dtype).tiny
+        beyond = sums > squares * (1 + 1e-4) + rounded
         if beyond.any():
             column = int(beyond.int().argmax())
             raise QuantizeError(
@@ -5460,6 +5479,23 @@ class Importance:
                 f" {float(sums[column]):.6g}, more than the column's mean square,"
                 f" {float(squares[column]):.6g}: collect both from the same inputs"
             )
+
+
+def in_usual_range(
+    squares: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean squares and their factor in a unit in which the largest is no extreme number.
+
+    Nothing depends on more than their ratios. The unit is a power of 4, that of the factor its
+    root, and so all others are what they were, bit for bit."""
+    largest = float(squares.max())
+    if LEAST_LARGEST_SQUARE <= largest <= MOST_LARGEST_SQUARE:
+        return squares, factor
+    exponent = math.frexp(largest)[1] // 2
+    return (
+        (squares.double() * 4.0**-exponent).float(),
+        (factor.double() * 2.0**-exponent).float(),
+    )
 
 
 # ---- Collecting statistics: what the layers are given, where the model runs ----------------------
@@ -6901,8 +6937,8 @@ def read_facts(folder: Path) -> dict:
     """Read how a folder was made, `Plan.facts`, which each of its shards states. Raises if no shard
     does, if another version made one of them, or if they are not of one run."""
     facts: dict = {}
-    # By fingerprint.
-    shard_of_run: dict[str | None, str] = {}
+    # By fingerprint and facts, which all shards of a run have in common.
+    shard_of_run: dict[tuple[str | None, str], str] = {}
     for path in sorted(folder.glob("model-*.safetensors")):
         metadata = read_metadata(path)
         if FACTS_KEY not in metadata:
@@ -6912,16 +6948,25 @@ def read_facts(folder: Path) -> dict:
         except FactsError as error:
             raise QuantizeError(f"{path}: {error}: {error.remedy}") from None
         facts = facts or stated
-        shard_of_run.setdefault(metadata.get(METADATA_KEY), path.name)
+        run = (metadata.get(METADATA_KEY), metadata[FACTS_KEY])
+        shard_of_run.setdefault(run, path.name)
     if not facts:
-        raise QuantizeError(
-            f"{folder}: no shard in it says how it was made: only this program's own folders can"
-            " be read"
-        )
+        raise QuantizeError(f"{folder}: {why_no_facts(folder)}")
     if len(shard_of_run) > 1:
         shards = quote_names(shard_of_run.values())
         raise QuantizeError(f"{folder}: {shards} are of different runs: convert again")
     return facts
+
+
+def why_no_facts(folder: Path) -> str:
+    """Explain that no shard in a folder says how it was made."""
+    for path in filter(Path.is_file, sorted(folder.glob("model-*.safetensors"))):
+        try:
+            read_header(path)
+        except (ValueError, RecursionError) as error:
+            return f"{path.name} is not a whole safetensors file ({error}): copy it again"
+    problem = "no shard in it says how it was made"
+    return f"{problem}: only this program's own folders can be read"
 
 
 class FactsError(Exception):
@@ -9094,19 +9139,28 @@ def write_at(fd: int, buffer: memoryview, offset: int) -> None:
         offset += count
 
 
-# Of sync_file_range: SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER.
+# With it the interpreter lock is released meanwhile.
+SYNC_FILE_RANGE = ctypes.CDLL(None, use_errno=True).sync_file_range
+# SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER.
 SYNC_AND_WAIT = 7
+# What it fails with where there is no such call, or none for this file.
+NO_SYNC_FILE_RANGE = (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ESPIPE, errno.ENOTSUP)
 
 
 def sync_file(fd: int) -> None:
     """Make what was written to a file survive a power cut."""
     # fsync alone may take minutes on a slow disk, and no signal ends it. So the file is synced
-    # piece by piece before. (sync_file_range(2))
-    sync_range = ctypes.CDLL(None).sync_file_range
+    # piece by piece before. What fails then is not reported once more by fsync.
+    # (sync_file_range(2); mm/filemap.c, file_fdatawait_range)
     nbytes = 2 * COPY_BYTES
     for start in range(0, os.fstat(fd).st_size, nbytes):
         check_signals()
-        sync_range(fd, ctypes.c_int64(start), ctypes.c_int64(nbytes), SYNC_AND_WAIT)
+        part = (ctypes.c_int64(start), ctypes.c_int64(nbytes))
+        if SYNC_FILE_RANGE(fd, *part, SYNC_AND_WAIT):
+            problem = ctypes.get_errno()
+            if problem not in NO_SYNC_FILE_RANGE:
+                raise OSError(problem, os.strerror(problem))
+            break
     os.fsync(fd)
 
 
@@ -9451,6 +9505,42 @@ class OutputFolder:
             sync_folder(self.folder)
             self._has_made_way = True
 
+    def check_other_files(self, checkpoint: Checkpoint) -> None:
+        """Raise if config.json changed since the plan was made, or if a file that is read or copied
+        came or went: the folder would not be what the next run plans.
+
+        That copied files are as they were is found when they are copied."""
+        written = set()
+        planned = set(checkpoint.files)
+        for name, content in self.plan.other_files.items():
+            if isinstance(content, Path):
+                planned.add(content)
+            else:
+                written.add(name)
+        copied, _ = plan_other_files(checkpoint, written)
+        weights, _ = find_weights(checkpoint.folder)
+        found = {*copied.values(), *(checkpoint.folder / name for name in weights)}
+
+        config = checkpoint.config_folder / CONFIG_NAME
+        if checkpoint.has_config:
+            planned.add(config)
+        if config.exists():
+            found.add(config)
+        for path in sorted(path for path in planned - found if not path.exists()):
+            raise self._changed_since_plan(path, "is gone")
+        for path in sorted(found - planned):
+            raise self._changed_since_plan(path, "is new")
+        if checkpoint.has_config and hash_file(config) != checkpoint.config_hash:
+            raise self._changed_since_plan(config, "changed")
+
+    def _changed_since_plan(self, path: Path, what: str) -> QuantizeError:
+        afresh = "the same command starts afresh"
+        if not self.overwrite:
+            undo = {"is gone": "put it back", "is new": "remove it"}
+            undo = undo.get(what, "put it back as it was")
+            afresh = f"{undo}, or give --overwrite to start afresh"
+        return QuantizeError(f"{path} {what} since the plan was made: {afresh}")
+
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name, the
         index last, once all else is on the disk."""
@@ -9466,10 +9556,7 @@ class OutputFolder:
             with source as file:
                 digest = write_copy(file, temporary)
             if digest != self.plan.hashes[name]:
-                afresh = "the same command starts afresh"
-                if not self.overwrite:
-                    afresh = "put it back as it was, or give --overwrite to start afresh"
-                raise QuantizeError(f"{content} changed since the plan was made: {afresh}")
+                raise self._changed_since_plan(content, "changed")
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
 
@@ -9493,14 +9580,26 @@ def write_copy(source: BinaryIO, target: Path) -> str:
 
 
 def read_metadata(shard: Path) -> dict[str, str]:
-    """Read a shard's `__metadata__`, where this program leaves its marks; empty if it has none."""
+    """Read a shard's `__metadata__`, where this program leaves its marks; empty if it has none, or
+    is no whole file."""
     try:
         if not shard.is_file():
             return {}
         header, _ = read_header(shard)
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return texts_in(header.get("__metadata__"))
+
+
+def are_marks_whole(metadata: dict[str, str]) -> bool:
+    """Return whether a shard's `__metadata__` has all that this program leaves there, or nothing of
+    it: another program may have rewritten the shard."""
+    marks = {METADATA_KEY, FACTS_KEY, FILES_KEY}
+    if not metadata.keys() & marks:
+        return True
+    # transformers reads no shard of another format. The facts were read before.
+    is_whole = metadata.keys() == marks | {"format"} and metadata["format"] == "pt"
+    return is_whole and metadata[FILES_KEY] == json.dumps(files_of_run(metadata))
 
 
 def files_of_run(metadata: dict[str, str]) -> dict[str, str]:
@@ -9531,8 +9630,17 @@ def hash_file(path: Path) -> str:
 
 # ---- Pipeline: threads that read, work and sync. It knows nothing of quantization ----------------
 
-# Shards that wait for the disk. Each may be an open file, and the system allows about a thousand.
+# Shards that wait for the disk, at the most. Each may be an open file.
 MAX_WAITING_SHARDS = 100
+
+
+def most_waiting_shards() -> int:
+    """Return how many shards may wait for the disk: they take a quarter of the files that this
+    process may have open, which are a thousand or more, or under some limits a few dozen."""
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most_files == resource.RLIM_INFINITY:
+        return MAX_WAITING_SHARDS
+    return min(MAX_WAITING_SHARDS, most_files // 4)
 
 
 class Pipeline:
@@ -9557,6 +9665,7 @@ class Pipeline:
         # Jobs that were taken from the queue, and what returns their bytes.
         self._ahead: deque[tuple[Job, Callable]] = deque()
         self._tasks: set[concurrent.futures.Future] = set()  # that are not known to be done
+        self._most_tasks = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -9571,6 +9680,8 @@ class Pipeline:
             executor(1) as self._background,
             executor(threads) as workers,
         ):
+            # The workers are tasks, too.
+            self._most_tasks = threads + most_waiting_shards()
             with self._lock:
                 self._tasks |= {workers.submit(self._work) for _ in range(threads)}
             try:
@@ -9599,8 +9710,7 @@ class Pipeline:
         with self._lock:
             self._tasks.add(self._background.submit(function, *arguments))
 
-        # The workers are tasks, too.
-        while len(self._tasks) > MAX_WAITING_SHARDS + threading.active_count():
+        while len(self._tasks) > self._most_tasks:
             if self._stop.is_set():
                 return
             time.sleep(0.01)
@@ -10548,6 +10658,8 @@ def describe_bad_value(job: Job, first_row: int, groups: torch.Tensor, scales: t
         largest = torch.finfo(scales.dtype).max * job.tensor.packing.code_max
         dtype = str(scales.dtype).removeprefix("torch.")
         problem = f"needs a scale beyond {dtype} (weights up to {largest:.6g})"
+        if abs(value) <= largest:
+            problem += ", since error feedback changes its group"
     row, group = divmod(bad, -(-job.columns // group_size))
     column = job.column + group * group_size + place
     where = f"row {job.row + first_row + row}, column {column}"
@@ -10741,6 +10853,15 @@ class Measuring:
     moved: bool  # by error feedback
     energy: OutputEnergy | None = None
     kernel: Kernel | None = None
+    first_column: int = 0  # of the part of each row that is measured
+
+    @property
+    def moved_from(self) -> int | None:
+        """Return the first column of a part before which there may be errors that feedback carries
+        on; None without feedback. A row's first group is rounded by a scale of its own weights."""
+        if not self.moved:
+            return None
+        return 0 if self.first_column else self.packing.group_size
 
     def tolerance(self, scale_dtype: torch.dtype) -> float:
         """Return how many scales a weight may lie from its code, if that is inside the range."""
@@ -10767,7 +10888,8 @@ def measure(
 
     The rule holds for every input. A code inside the range lies within half a scale of its weight,
     or where error feedback moved the weight, within MAX_CHANGE scales more. A code at an end of the
-    range has no bound on its side, since the search may clip any weight there."""
+    range has no bound on its side, since the search may clip any weight there. Where feedback moved
+    all weights of a group so close to 0 that their scale is 0, codes are those of a scale of 1."""
     if measuring.kernel:
         return measure_with_kernel(weights, words, scales, measuring, workspace)
 
@@ -10785,11 +10907,15 @@ def measure(
     decoded = codes * steps
     errors = weights - decoded
 
+    divisors = steps.clone()
+    if measuring.moved_from is not None:
+        moved = divisors[:, measuring.moved_from :]
+        moved[moved == 0] = 1
     # Beyond is positive where the weight lies on the side of the larger codes.
-    beyond = torch.where(steps < 0, -errors, errors)
-    bound = steps.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
-    right = (beyond <= bound) | (codes == packing.code_max) & (steps != 0)
-    right &= (beyond >= -bound) | (codes == -half) & (steps != 0)
+    beyond = (weights - codes * divisors) * torch.where(divisors < 0, -1, 1)
+    bound = divisors.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
+    right = (beyond <= bound) | (codes == packing.code_max) & (divisors != 0)
+    right &= (beyond >= -bound) | (codes == -half) & (divisors != 0)
     right &= torch.isfinite(decoded)
     wrong = (~right).flatten().nonzero()
 
@@ -10831,6 +10957,7 @@ def measure_with_kernel(
         code_bits=measuring.packing.bits,
         has_offset=measuring.with_offset,
         scale_bits_dropped=SCALE_BITS_DROPPED[scales.dtype],
+        moved_from=columns if measuring.moved_from is None else measuring.moved_from,
         tolerance=measuring.tolerance(scales.dtype),
         tiny=measuring.tiny(scales.dtype),
         first_wrong=-1,
@@ -10896,6 +11023,10 @@ class Verification:
             if name.endswith(".safetensors"):
                 self.problems.append(f"{name} is none of the shards")
 
+        if read_facts(self.folder)["dtypes"] != self.plan.facts["dtypes"]:
+            problem = "the dtypes to which --restore would go back are not the source's"
+            self.problems.append(f"{problem}: what the shards say of them is damaged")
+
         # The other files, as they were written by what the shards say.
         hashes = {INDEX_NAME: self.plan.hashes[INDEX_NAME]}
         sound = []
@@ -10905,7 +11036,11 @@ class Verification:
                 self.problems.append(f"{shard.final.name}: {problem}")
             else:
                 sound.append(shard)
-            hashes |= files_of_run(read_metadata(shard.path))
+            metadata = read_metadata(shard.path)
+            hashes |= files_of_run(metadata)
+            if not are_marks_whole(metadata):
+                problem = "what it says of its format and of the run that made it is damaged"
+                self.problems.append(f"{shard.final.name}: {problem}")
 
         for name in hashes.keys() - names:
             self.problems.append(f"{name} is missing")
@@ -10983,6 +11118,7 @@ class Verification:
             moved=job.tensor.packing.bits == 4 and FEEDBACK in self.plan.options.rule,
             energy=self._energy_of(info),
             kernel=self._kernels.get(job.tensor.recipe.measured_by),
+            first_column=job.column,
         )
         measured = Measured()
         wrong = -1
@@ -11042,7 +11178,11 @@ def check_shard(shard: ShardFile) -> str:
         # Not held open: pages that the library maps cannot be dropped from the cache.
         with safe_open(shard.path, framework="pt"):
             found, start = read_header(shard.path)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
+        return f"cannot be opened ({error})"
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
         return f"cannot be opened ({error})"
     finally:
         # There may be more shards than descriptors.
@@ -11559,14 +11699,19 @@ def convert(
     output.prepare()
     progress.restart()
     with deferring_signals():
-        write_output(plan, conversion, output, threads, progress)
+        write_output(checkpoint, plan, conversion, output, threads, progress)
 
     progress.mark("Written")
     print_summary(plan, conversion.account, progress)
 
 
 def write_output(
-    plan: Plan, conversion: Conversion, output: OutputFolder, threads: int, progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    conversion: Conversion,
+    output: OutputFolder,
+    threads: int,
+    progress: Progress,
 ) -> None:
     """Write all files.
 
@@ -11576,6 +11721,7 @@ def write_output(
             conversion.run(threads, progress)
             if plan.statistics:
                 plan.statistics.check_unchanged()
+            output.check_other_files(checkpoint)
             output.write_other_files()
     except (QuantizeError, Stopped) as stop:
         if stop.exit_code == 3 or stop.exit_code > 128:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from checkpoints import save_model, write_checkpoint
+from checkpoints import save_model, write_checkpoint, write_sparse_checkpoint
 from conftest import GB, assert_refused, pause, quantize, run_cli, start_cli, wait_until
 from folders import assert_same_tensors, folder_bytes, overwrite_weights, read_tensors
 from safetensors.torch import save_file
@@ -331,14 +331,7 @@ def test_an_unfinished_shard_that_somebody_removes_is_an_error_and_no_shard_of_z
 def test_more_shards_than_descriptors_do_not_use_up_the_descriptors(tmp_path):
     tensors = {f"m.{i}.weight": torch.ones(8, 128).bfloat16() for i in range(60)}
     source = save_model(tmp_path / "in", tensors)
-    quantize(
-        source,
-        tmp_path / "out",
-        "--shard_size_gb",
-        1e-6,
-        constants={"MAX_WAITING_SHARDS": 8},
-        open_files=60,
-    )
+    quantize(source, tmp_path / "out", "--shard_size_gb", 1e-6, open_files=60)
     assert len(finished_shards(tmp_path / "out")) > 100
 
 
@@ -346,7 +339,7 @@ def test_more_files_than_descriptors_are_converted_verified_and_restored(tmp_pat
     tensors = {f"m.{i}.weight": torch.randn(8, 128).bfloat16() for i in range(100)}
     write_checkpoint(tmp_path / "in", tensors, shards=100)
     small = ["--shard_size_gb", 1e-6]
-    setting = {"constants": {"MAX_WAITING_SHARDS": 8}, "open_files": 60}
+    setting = {"open_files": 60}
     quantize(tmp_path / "in", tmp_path / "out", *small, **setting)
     assert len(finished_shards(tmp_path / "out")) > 100
     quantize(tmp_path / "in", tmp_path / "out", "--verify", **setting)
@@ -443,6 +436,62 @@ def test_a_file_that_changes_before_it_is_copied_is_an_error(model, expected, tm
     if not overwrite:
         assert "Resuming:" in result.stdout
         assert folder_bytes(folder) == expected
+
+
+def add_a_file(folder):
+    (folder / "added.json").write_text("{}")
+    return "added.json is new", "remove it"
+
+
+def remove_the_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    return "tokenizer.json is gone", "put it back"
+
+
+def remove_the_config(folder):
+    (folder / "config.json").unlink()
+    return "config.json is gone", "put it back"
+
+
+def edit_the_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"added": 1, ', 1))
+    return "config.json changed", "put it back as it was"
+
+
+@pytest.mark.parametrize(
+    "change", [add_a_file, remove_the_tokenizer, edit_the_config, remove_the_config]
+)
+def test_a_folder_whose_files_change_meanwhile_is_not_finished_as_another_than_the_next_run_plans(
+    model, expected, tmp_path, change
+):
+    source, folder = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(model, source)
+    run = start(source, folder)
+    wait_until(lambda: list(folder.glob("model-*")))
+    problem, undo = change(source)
+    advice = f"since the plan was made: {undo}, or give --overwrite to start afresh"
+    assert_refused(run.wait(), f"{source}/{problem} {advice}")
+    assert not (folder / "model.safetensors.index.json").exists()
+    (source / "added.json").unlink(missing_ok=True)
+    for name in ("tokenizer.json", "config.json"):
+        shutil.copy(model / name, source)
+    assert "Resuming:" in quantize(source, folder, *SHARDS).stdout
+    assert folder_bytes(folder) == expected
+
+
+def test_weights_that_appear_before_a_run_is_done_are_an_error(tmp_path):
+    shapes = {f"m.{i}.weight": (torch.bfloat16, (4096, 4096)) for i in range(4)}
+    write_sparse_checkpoint(tmp_path / "in", shapes, shards=1)
+    (tmp_path / "in" / "model.safetensors.index.json").unlink()
+    weights = next((tmp_path / "in").glob("*.safetensors")).rename(
+        tmp_path / "in" / "a.safetensors"
+    )
+    run = start(tmp_path / "in", tmp_path / "out")
+    wait_until(lambda: list((tmp_path / "out").glob("model-*")))
+    write_checkpoint(tmp_path / "more", {"n.weight": torch.ones(8, 128)}, shards=1)
+    next((tmp_path / "more").glob("*.safetensors")).rename(weights.with_name("b.safetensors"))
+    assert_refused(run.wait(), "b.safetensors is new since the plan was made: remove it")
 
 
 def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path):

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from checkpoints import write_sparse_checkpoint
+from checkpoints import save_pickle, write_sparse_checkpoint
 from conftest import GB, assert_refused, command, peak_anonymous, quantize, run_cli, start_cli
 from safetensors.torch import save_file
 
@@ -405,6 +405,22 @@ def test_memory_that_cannot_be_had_is_one_line_and_exit_code_3(tmp_path, where):
     result = run_cli(tmp_path / "in", tmp_path / "out", *options, more_memory=more)
     assert_refused(result, "memory", "--threads", exit_code=3)
     assert not list(tmp_path.glob("out/*.unfinished"))
+
+
+def test_a_pickle_that_finds_no_addresses_is_not_called_damaged(tmp_path):
+    save_pickle(tmp_path / "in", {"m.weight": torch.zeros(8192, 8192).bfloat16()})
+    result = run_cli(tmp_path / "in", tmp_path / "out", more_memory=90_000_000)
+    assert_refused(result, "out of memory", exit_code=3)
+
+
+def test_a_shard_that_finds_no_addresses_is_not_called_wrong(tmp_path):
+    # The library maps it twice.
+    tensors = {"table": (torch.float32, (5000, 5000)), "m.weight": (torch.bfloat16, (8, 128))}
+    write_sparse_checkpoint(tmp_path / "in", tensors, shards=1)
+    quantize(tmp_path / "in", tmp_path / "out")
+    result = run_cli(tmp_path / "in", tmp_path / "out", "--verify", more_memory=160_000_000)
+    assert_refused(result, "out of memory", exit_code=3)
+    assert "WRONG" not in result.stdout
 
 
 def test_what_the_disk_writes_to_memory_is_not_lost_in_a_fork():

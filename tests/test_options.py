@@ -85,9 +85,12 @@ def test_version_is_printed(tmp_path):
         (["in", ""], "'' is not the name of a folder"),
         (["in", "out", "--config_dir="], "--config_dir: '' is not the name of a folder"),
         (["in", "out", "--importance", ""], "--importance: '' is not the name of a file"),
+        (["in", "out", "--format", ""], "--format '' is none of int4, compressed-tensors, gptq"),
     ],
 )
-def test_an_empty_name_is_a_usage_error_and_not_the_current_folder(arguments, problem):
+def test_an_empty_name_is_a_usage_error_and_not_the_current_folder_or_the_default(
+    arguments, problem
+):
     result = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
     assert_refused(result, problem, exit_code=2)
 

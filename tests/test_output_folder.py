@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -356,6 +357,24 @@ def test_a_mount_that_syncs_no_folders_is_no_error_and_a_failing_disk_is(
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match=tmp_path.name) if number == errno.EIO else nullcontext():
         q.sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EIO, errno.ENOSPC])
+def test_an_error_that_only_the_sync_of_a_part_of_a_file_reports_is_one(
+    tmp_path, monkeypatch, number
+):
+    def fail(*_) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(q, "SYNC_FILE_RANGE", fail)
+    expected = nullcontext()
+    if number != errno.ENOSYS:
+        expected = pytest.raises(OSError, match=os.strerror(number))
+    with open(tmp_path / "file", "wb") as file, expected:
+        file.write(b"1")
+        file.flush()
+        q.sync_file(file.fileno())
 
 
 # --- other files ------------------------------------------------------------------------------------------------------

@@ -563,6 +563,21 @@ def test_a_bad_weight_is_named_by_its_place(tmp_path):
     )
 
 
+def test_a_weight_that_feedback_moves_beyond_all_scales_is_not_said_to_be_too_large_itself(
+    tmp_path,
+):
+    weight = torch.full((ROWS, COLUMNS), 4.5e5).bfloat16()
+    weight[:, :GROUP_SIZE] = (seeded(ROWS, GROUP_SIZE) * 1e5).clamp(-4e5, 4e5).bfloat16()
+    model = save_model(tmp_path / "in", {f"{NAME}.weight": weight})
+    mean_squares = torch.ones(COLUMNS)
+    mean_squares[:GROUP_SIZE] = 1e3
+    tensors = {NAME: mean_squares, f"{NAME}.factor": mean_squares.sqrt()[:, None] * 0.99}
+    result = run_cli(
+        model, tmp_path / "out", *importance_file(tmp_path, tensors, "--group_size", 64)
+    )
+    assert_refused(result, "needs a scale beyond float16", "since error feedback changes its")
+
+
 # --- --verify ---------------------------------------------------------------------------------------------------------
 
 
@@ -663,6 +678,71 @@ def test_weights_that_are_clipped_are_counted_and_not_called_wrong(
         count, reach = re.fullmatch(rf"{text}{NAME}\.weight", line).groups()
         assert 20 <= int(count) <= ROWS
         assert 3 < float(reach) < 100
+
+
+@pytest.fixture
+def moved_to_zero(tmp_path):
+    """Tiny weights, alone in their groups, that feedback of the groups before moves to 0 here and there."""
+    weight = torch.zeros(1024, 64)
+    weight[:, :32] = seeded(1024, 32) * 1e-5
+    weight[:, 40] = 4.8e-7 + 4e-7 * seeded(1024, seed=1).abs().clamp(max=1)
+    source = save_model(tmp_path / "in", {f"{NAME}.weight": weight}, torch_dtype="float32")
+    factor = torch.zeros(64, 1)
+    factor[:32] = factor[40] = 0.9
+    return source, {NAME: torch.ones(64), f"{NAME}.factor": factor}
+
+
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+@pytest.mark.parametrize("form", ["int4", "gptq"])
+def test_weights_whose_scale_feedback_makes_zero_are_not_called_wrong(
+    moved_to_zero, tmp_path, form, compiler
+):
+    source, tensors = moved_to_zero
+    options = importance_file(tmp_path, tensors, "--format", form, "--group_size", 32)
+    environment = {"CC": compiler}
+    quantize(source, tmp_path / "out", *options, "--verify", environment=environment)
+    scales = read_tensors(tmp_path / "out")[f"{NAME}.scales"]
+    assert (scales.view(-1, 1024) if form == "gptq" else scales.T)[1].eq(0).any()
+    quantize(source, tmp_path / "out", "--verify", environment=environment)
+
+
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+def test_words_and_scales_that_a_hole_replaced_are_found_without_the_statistics(
+    model, finished, compiler
+):
+    folder, _ = finished
+
+    def change(tensors):
+        for part in ("qweight", "scales"):
+            tensors[f"{NAME}.{part}"][7] = 0
+
+    edit_shard(folder / "model-00001.safetensors", change)
+    result = run_cli(model, folder, "--verify", environment={"CC": compiler})
+    assert_refused(result, "1 problem")
+    assert f"WRONG:     '{NAME}.weight': row 7, column 0 decodes to 0" in result.stdout
+
+
+@pytest.mark.parametrize("largest", [2.0**-149, 1e-42, 3e38], ids=["least", "denormal", "most"])
+def test_statistics_of_any_loudness_convert_and_verify(tmp_path, largest):
+    # All but a third of the columns are silent.
+    mean_squares = torch.zeros(COLUMNS)
+    mean_squares[::3] = largest
+    factor = mean_squares.double().sqrt()[:, None] * seeded(COLUMNS, 8).double().clamp(-1, 1) / 4
+    tensors = {NAME: mean_squares, f"{NAME}.factor": factor.float()}
+    weight = seeded(ROWS, COLUMNS).bfloat16() * 1e25
+    source = save_model(tmp_path / "in", {f"{NAME}.weight": weight}, dtype="bfloat16")
+    options = ["--format", "compressed-tensors", "--group_size", GROUP_SIZE]
+    options = importance_file(tmp_path, tensors, *options)
+    quantize(source, tmp_path / "out", *options, "--verify")
+    quantize(source, tmp_path / "out", "--verify")
+
+
+def test_a_unit_of_statistics_changes_no_byte(tmp_path, model):
+    tensors = tensors_of(NAME, correlated_inputs(COLUMNS), 8)
+    louder = {NAME: tensors[NAME] * 2.0**80, f"{NAME}.factor": tensors[f"{NAME}.factor"] * 2.0**40}
+    for folder, statistics in (("plain", tensors), ("louder", louder)):
+        quantize(model, tmp_path / folder, *importance_file(tmp_path, statistics))
+    assert_same_tensors(tmp_path / "plain", tmp_path / "louder")
 
 
 def test_no_column_is_without_weight_in_the_choice_of_scales():

@@ -17,7 +17,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import WEIGHT, random, save_model
-from conftest import FORMATS, assert_refused, quantize, run_cli
+from conftest import AS_NOBODY, FORMATS, assert_refused, quantize, run_cli
 from folders import edit_facts, edit_json, edit_metadata, edit_shard, overwrite_weights, read_header
 from reference import pack_rows
 from safetensors.torch import load_file, save_file
@@ -242,6 +242,29 @@ def test_an_unreadable_shard_is_found(damaged, tiny):
     assert_found(tiny, folder, "model-00001.safetensors: cannot be opened")
 
 
+def test_a_shard_that_may_not_be_read_is_not_called_wrong(open_folder):
+    source, folder = open_folder / "in", open_folder / "out"
+    quantize(source, folder, "--shard_size_gb", 0.0005)
+    shard = folder / "model-00002.safetensors"
+    shard.chmod(0)
+    result = run_cli(source, folder, "--verify", **AS_NOBODY)
+    assert_refused(result, f"{shard}: Permission denied", f"chmod a+r {shard}")
+    assert "WRONG" not in result.stdout
+    again = run_cli(source, folder, "--shard_size_gb", 0.0005, **AS_NOBODY)
+    assert_refused(again, f"{shard}: Permission denied")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: bytes(len(data))])
+def test_a_folder_whose_only_shard_lost_its_header_is_not_said_to_be_another_programs(
+    model, tmp_path, damage
+):
+    quantize(model, tmp_path / "out")
+    shard = tmp_path / "out" / "model-00001.safetensors"
+    shard.write_bytes(damage(shard.read_bytes()))
+    result = run_cli(model, tmp_path / "out", "--verify")
+    assert_refused(result, "model-00001.safetensors is not a whole safetensors file", "copy it")
+
+
 # --- index, config and other files ------------------------------------------------------------------------------------
 
 
@@ -367,6 +390,28 @@ def test_a_shard_without_its_marks_is_still_compared(tiny, tmp_path):
     assert_refused(run_cli(tiny, tmp_path / "out", "--verify"), "found 1 problem")
 
 
+def misspell(key):
+    def change(metadata):
+        metadata[key.replace("i", "j")] = metadata.pop(key)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: metadata.update(format="pu"),
+        misspell("quantize_int4_files"),
+        misspell("quantize_int4"),
+    ],
+    ids=["format", "files", "fingerprint"],
+)
+def test_damaged_marks_of_a_shard_are_found(model, tmp_path, change):
+    quantize(model, tmp_path / "out")
+    edit_metadata(tmp_path / "out", change)
+    assert_found(model, tmp_path / "out", "model-00001.safetensors: what it says of its format")
+
+
 FACTS_AT_FAULT = {
     "an older version": (
         lambda facts: (facts.pop("program"), facts.update(version=6)),
@@ -433,6 +478,12 @@ def test_a_folder_of_the_same_format_is_read_whatever_program_it_names(tmp_path)
         quantize(tmp_path / "out", tmp_path / "back", "--restore", "--overwrite")
 
 
+def test_dtypes_of_the_source_that_a_shard_names_wrongly_are_found(model, tmp_path):
+    quantize(model, tmp_path / "out")
+    edit_facts(tmp_path / "out", lambda facts: facts["dtypes"].update(most="F16"))
+    assert_found(model, tmp_path / "out", "the dtypes to which --restore would go back are not")
+
+
 def test_shards_of_two_runs_are_not_taken_for_one_folder(tmp_path):
     source = save_model(tmp_path / "in", {f"m.{i}.weight": random(8, 128) for i in range(2)})
     quantize(source, tmp_path / "out", "--shard_size_gb", 0.000002)
@@ -455,11 +506,11 @@ def test_a_restored_folder_is_neither_verified_nor_restored_again(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["5", "[]", "{", '{"config.json": 5}'])
-def test_damaged_names_of_other_files_are_no_unexpected_error(tmp_path, text):
+def test_damaged_names_of_other_files_are_found_and_no_unexpected_error(tmp_path, text):
     source = save_model(tmp_path / "in", WEIGHT)
     quantize(source, tmp_path / "out")
     edit_metadata(tmp_path / "out", lambda metadata: metadata.update(quantize_int4_files=text))
-    assert "unexpected" not in run_cli(source, tmp_path / "out", "--verify").stderr
+    assert_found(source, tmp_path / "out", "model-00001.safetensors: what it says of its format")
     assert "unexpected" not in run_cli(source, tmp_path / "out").stderr
 
 
