@@ -6633,8 +6633,9 @@ def find_heads(tensors: list[TensorPlan], apart: set[str], config: dict) -> list
     widths = config_values(config, "hidden_size", "d_model", "n_embd")
     of_words = []
     for tensor in tensors:
-        is_as_wide = not widths or tensor.source.shape[-1] in widths
-        if tensor.kind == "embeddings" and is_as_wide and is_of_words(tensor.source.name):
+        # Of two dimensions, and not a scalar.
+        is_embedding = tensor.kind == "embeddings" and is_of_words(tensor.source.name)
+        if is_embedding and (not widths or tensor.source.shape[1] in widths):
             of_words.append(tensor)
     return sorted(of_words, key=output_bytes)[-1:]
 
