@@ -3324,6 +3324,14 @@ class Oddity:
     # A pattern of the weights that transformers joins or permutes as it loads them.
     computed: str = ""
 
+    # A pattern of the tensors that it joins or permutes so, and beside packed layers reads only
+    # packed.
+    joined: str = ""
+
+    # Ends of layers' names in memory, separated by blanks. transformers stops at a folder in which
+    # one of them is the end of no packed layer's name.
+    packed_at_least: str = ""
+
     # A pattern of names. A checkpoint that has such has half as many layers as config.json says.
     halved: str = ""
 
@@ -3331,6 +3339,11 @@ class Oddity:
     def tells_experts(self) -> bool:
         """Whether this row says how loaders know the experts of its types."""
         return bool(self.projections or self.problem or self.problem_of_engines)
+
+    @property
+    def tells_loading(self) -> bool:
+        """Whether this row says what transformers makes of names or tensors as it loads them."""
+        return bool(self.in_memory or self.computed or self.joined or self.packed_at_least)
 
     @property
     def has_gate(self) -> bool:
@@ -3366,6 +3379,7 @@ TO_Q_K_V = {
     r"\.self_attn\.to_out\.": ".self_attn.o_proj.",
 }
 FORGET_GATE = {r"self_attn\.f_([ab])_proj\.": r"self_attn.forget_gate.f_\1_proj."}
+JOINED_CONVOLUTIONS = r"\.[qkv]_conv1d\.weight$"
 MLP1 = {
     r"^mlp1\.1\.": "multi_modal_projector.linear_1.",
     r"^mlp1\.3\.": "multi_modal_projector.linear_2.",
@@ -3391,6 +3405,7 @@ RENAMED_WHEN_LOADED = (
             r"self_attn\.f_proj\.": "self_attn.forget_gate.f_proj.",
             r"\.self_attn\.dense\.": ".self_attn.o_proj.",
         },
+        joined=JOINED_CONVOLUTIONS,
     ),
     Oddity("cosmos3_omni", in_memory=TO_Q_K_V),
     Oddity(
@@ -3434,6 +3449,7 @@ RENAMED_WHEN_LOADED = (
             r"(blocks\.\d+\.mlp)\.fc2\.": r"\1.down_proj.",
             r"(blocks\.\d+\.mlp)\.fc3\.": r"\1.up_proj.",
         },
+        joined=r"blocks\.\d+\.mlp\.experts\.\d+\.fc\d\.weight$",
     ),
     Oddity(
         "exaone",
@@ -3452,8 +3468,9 @@ RENAMED_WHEN_LOADED = (
             r"(spatial|temporal)_linear\.0\.": r"\1_linear.fc1.",
             r"(spatial|temporal)_linear\.2\.": r"\1_linear.fc2.",
         },
+        joined=r"\.mlp\.gate\.weight$",
     ),
-    Oddity("glm5_next glm5_next_text", in_memory=FORGET_GATE),
+    Oddity("glm5_next glm5_next_text", in_memory=FORGET_GATE, joined=JOINED_CONVOLUTIONS),
     Oddity(
         "gte",
         in_memory={
@@ -3472,6 +3489,7 @@ RENAMED_WHEN_LOADED = (
             ),
             r"\.attn\.o_proj\.": ".self_attn.o_proj.",
         },
+        packed_at_least="self_attn.gate_proj mlp.gate_proj",
     ),
     Oddity("hy_v3", in_memory={r"mlp\.shared_mlp\.": "mlp.shared_experts."}),
     Oddity(
@@ -3493,6 +3511,7 @@ RENAMED_WHEN_LOADED = (
             r"mlp\.w2_md\.": "mlp.down_proj.",
             r"\.unembed\.": ".lm_head.",
         },
+        joined=r"(^|\.)(unembed|lm_head)\.weight$",
     ),
     Oddity("jev", in_memory={"^weight$": "proj.weight"}),
     Oddity(
@@ -3530,6 +3549,7 @@ RENAMED_WHEN_LOADED = (
             **FORGET_GATE,
             r"\.block_sparse_moe\.": ".mlp.",
         },
+        joined=JOINED_CONVOLUTIONS,
     ),
     Oddity("laguna", in_memory={r"mlp\.shared_expert\.": "mlp.shared_experts."}),
     Oddity(
@@ -3546,6 +3566,7 @@ RENAMED_WHEN_LOADED = (
             r"^patch_merge_mlp\.linear_(\d)\.": r"multi_modal_projector.merge_linear_\1.",
         },
         computed=r"\.(gate|up)_proj\.weight$",
+        joined=r"\.(mlp|shared_experts)\.(gate|up)_proj\.weight$",
     ),
     Oddity(
         "mistral_large4 mistral_large4_text",
@@ -3583,6 +3604,7 @@ RENAMED_WHEN_LOADED = (
             r"image_projector\.w2": "image_projector.down_proj",
             r"image_projector\.w3": "image_projector.up_proj",
         },
+        packed_at_least="mlp.up_proj",
     ),
     Oddity(
         "nemo_speechlm",
@@ -3591,8 +3613,10 @@ RENAMED_WHEN_LOADED = (
             r"^(perception|ctc_timestamp)\.": UNKNOWN,
         },
         computed=r"\.attn\.w_qkv\.",
+        packed_at_least=".self_attn.q_proj",
     ),
     Oddity("nemotron_h_omni NemotronH_Omni_Reasoning_V3", in_memory=MLP1),
+    Oddity("olmo_hybrid", joined=JOINED_CONVOLUTIONS),
     Oddity("phimoe", in_memory={r"\.block_sparse_moe\.gate\.weight": ".mlp.router.weight"}),
     Oddity(
         "qianfan_ocr",
@@ -3601,7 +3625,9 @@ RENAMED_WHEN_LOADED = (
             r"(layers\.\d+)\.attn\.proj\.": r"\1.attention.projection_layer.",
             r"attn\.qkv\.": "attention.q_proj.|attention.k_proj.|attention.v_proj.",
         },
+        packed_at_least="attention.q_proj",
     ),
+    Oddity("qwen4_exp qwen4_exp_text", joined=r"\.ngram_embedding\.shard_\d+\.weight$"),
     Oddity(
         "radio",
         in_memory={
@@ -3623,6 +3649,7 @@ RENAMED_WHEN_LOADED = (
             r"\.attn\.": ".self_attn.",
             r"attn\.in_proj_weight": "attn.q_proj.weight|attn.k_proj.weight|attn.v_proj.weight",
         },
+        joined=r"\.moe\.(gate|up)_proj\.weight$",
     ),
     Oddity(
         "timesfm2_5",
@@ -3643,6 +3670,10 @@ RENAMED_WHEN_LOADED = (
             r"projector\.layers\.": "multi_modal_projector.",
         },
     ),
+    Oddity(
+        "unlimited_ocr unlimited_ocr_vision unlimited_ocr_vision_encoder",
+        packed_at_least="q_proj",
+    ),
     # Encoders of images and sound, in whose files layers have altogether other names.
     Oddity(
         "cohere_asr",
@@ -3651,7 +3682,12 @@ RENAMED_WHEN_LOADED = (
             r"encoder|decoder": UNKNOWN,
         },
     ),
-    Oddity("gradium_phonon_tts", in_memory={r"^flow_lm\.": UNKNOWN}, computed=r"in_proj\."),
+    Oddity(
+        "gradium_phonon_tts",
+        in_memory={r"^flow_lm\.": UNKNOWN},
+        computed=r"in_proj\.",
+        packed_at_least="self_attn.q_proj",
+    ),
     Oddity("tipsv2_dpt", in_memory={r"_head\.": UNKNOWN}),
     Oddity(
         """altclip audio-spectrogram-transformer beit conditional_detr d_fine deformable_detr
@@ -3661,6 +3697,11 @@ RENAMED_WHEN_LOADED = (
         tipsv2_vision_model vit vit_mae vit_msn vivit""",
         in_memory={r"\.\d+\.": UNKNOWN},
         computed=r"in_proj\.|qkv\.|weights_in\.|\.w12\.",
+    ),
+    Oddity(
+        """depth_anything depth_pro dinov2 dinov2_with_registers prompt_depth_anything sapiens2
+        tipsv2 tipsv2_dpt tipsv2_vision_model""",
+        packed_at_least="mlp.gate_proj",
     ),
 )
 
@@ -3774,7 +3815,7 @@ def loadings_of(config: dict, scope: str = "") -> Iterator[Loading]:
     The scope is that of all names, or for a part beside the language model that of towers."""
     model_type = as_string(config.get("model_type"))
     for row in ODDITIES:
-        if (row.in_memory or row.computed) and row.is_about(model_type):
+        if row.tells_loading and row.is_about(model_type):
             yield Loading(scope, row)
     for key, nested in config.items():
         if isinstance(nested, dict):
@@ -5019,6 +5060,8 @@ class Engine:
     # Whether it renames, splits or joins tensors as it loads them, and looks modules up by the
     # names that these have in memory.
     converts_tensors: bool = False
+    # Formats for which it first unpacks what it splits or joins, and lets nothing else through.
+    unpacks_first: tuple[str, ...] = ()
     # Formats in which it knows weights of 8 bits beside those of 4, and in which it knows
     # experts that are kept.
     two_widths: tuple[str, ...] = ()
@@ -5124,6 +5167,7 @@ ENGINES = {
             sources=("conversion_mapping.py", "quantizers/quantizer_compressed_tensors.py"),
             one_width_of_experts=True,
             converts_tensors=True,
+            unpacks_first=("compressed-tensors",),
             two_widths=("compressed-tensors",),
             kept_experts=("compressed-tensors",),
             misreads_experts={"gptq": "transformers leaves them random without an error"},
@@ -8394,11 +8438,16 @@ def reason_transformers_fails(draft: Draft) -> str:
         return ""
     computed = computed_when_loaded(draft)
     if computed:
-        pattern = shlex.quote(pattern_of(computed))
         return (
             f"stops at this folder: it splits or joins {computed[0].name!r} and alike as it loads"
-            " them, which packed weights do not survive; vLLM may read them; --exclude"
-            f" {pattern} keeps them"
+            f" them, which packed weights do not survive; vLLM may read them{RESTORE_INSTEAD}"
+            f"{advice_to_keep(computed, draft)}"
+        )
+    lost = lost_beside_packed(draft)
+    if lost:
+        return (
+            f"stops at this folder: it splits or joins {lost} as it loads them, and beside packed"
+            f" layers takes only packed ones for these; vLLM may read them{RESTORE_INSTEAD}"
         )
 
     row = oddity_with("tells_experts", draft.config)
@@ -8420,6 +8469,48 @@ def reason_transformers_fails(draft: Draft) -> str:
             "reads this model's experts only as stacks, and leaves these random; vLLM may read them"
         )
     return "stops at experts that are kept beside packed layers (RuntimeError); vLLM reads them"
+
+
+RESTORE_INSTEAD = "; for transformers --restore it to dense weights"
+
+
+def advice_to_keep(computed: list[TensorInfo], draft: Draft) -> str:
+    """Return how to keep weights that transformers computes with as it loads them, as the end of a
+    sentence; nothing where it would stop at them then, too."""
+    names = {info.name for info in computed}
+    tensors = []
+    for tensor in draft.tensors:
+        if tensor.source.name in names:
+            if tensor.in_memory is None:
+                return ""
+            tensor = replace(tensor, packing=None)
+        tensors.append(tensor)
+    if lost_beside_packed(replace(draft, tensors=tensors)):
+        return ""
+    return f", or --exclude {shlex.quote(pattern_of(computed))} keeps them"
+
+
+def lost_beside_packed(draft: Draft) -> str:
+    """Describe what transformers splits or joins as it loads it, where it takes only packed tensors
+    for that once a folder has packed layers; nothing if there is no such."""
+    if draft.form.name not in ENGINES["transformers"].unpacks_first:
+        return ""
+    loadings = list(loadings_of(draft.config))
+    for tensor in draft.tensors:
+        name = tensor.source.name
+        for loading in loadings:
+            joined = loading.oddity.joined
+            is_kept = joined and not tensor.packing and loading.applies_to(name)
+            if is_kept and re.search(joined, name):
+                return f"{name!r} and alike"
+
+    ends = [end for loading in loadings for end in loading.oddity.packed_at_least.split()]
+    if ends:
+        packed = [name for tensor in draft.tensors if tensor.packing for name in modules_of(tensor)]
+        for end in ends:
+            if not any(name.endswith(end) for name in packed):
+                return f"layers called {end!r}"
+    return ""
 
 
 def computed_when_loaded(draft: Draft) -> list[TensorInfo]:

@@ -20,6 +20,7 @@ from conftest import assert_refused, quantize, run_cli
 from families import ATTENTION, COMMON, LINEAR_ATTENTION, TOKENS, UNTIED
 from folders import write_dense_twin
 from meta_models import as_tensors
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 import quantize_int4
 
@@ -133,6 +134,54 @@ def test_the_table_has_all_weights_that_are_split_or_joined_while_loading(models
             assert said, f"{built.model_type}: {name} goes through {operations}"
 
 
+def unpacking_loader():
+    """The part of transformers that changes how tensors are split and joined where layers are packed."""
+    loader = CompressedTensorsHfQuantizer.__new__(CompressedTensorsHfQuantizer)
+    loader.pre_quantized = True
+    loader.use_fp8_kernel = False
+    loader.quantization_config = SimpleNamespace(dequantize=False)
+    return loader
+
+
+def what_stops_the_loader(built, tensors):
+    """What transformers itself takes for packed in this plan and is kept, or why it stops before it reads any."""
+    packed, kept = set(), []
+    for tensor in tensors:
+        targets, operations = built.load(tensor.source.name)
+        if tensor.packing and "MergeModulelist" not in operations:
+            packed |= {target.removesuffix(".weight") for target in targets}
+        elif not tensor.packing:
+            kept.append(tensor.source.name)
+    names = [name for name in built.in_memory if name.removesuffix(".weight") not in packed]
+    names += [f"{name}.weight_{part}" for name in packed for part in ("packed", "scale", "shape")]
+    model = SimpleNamespace(named_parameters=lambda: [(name, None) for name in names])
+    try:
+        changed = unpacking_loader().update_weight_conversions(built.transforms, model)
+    except ValueError as error:
+        return [str(error)]
+    other = replace(built, converters=changed)
+    return [name for name in kept if "CompressedTensorsDequantize" in other.load(name)[1]]
+
+
+@pytest.mark.parametrize("way", ["in_file", "in_memory"])
+def test_the_table_says_where_what_is_split_or_joined_while_loading_must_be_packed(models, way):
+    for built in models:
+        infos = [replace(info, nbytes=1) for info in as_tensors(getattr(built, way)).values()]
+        kinds = quantize_int4.find_kinds(infos, built.config)
+        tensors = list(quantize_int4.plan_tensors(infos, kinds, OPTIONS, built.config))
+        checkpoint = SimpleNamespace(config=built.config)
+        draft = quantize_int4.Draft(checkpoint, OPTIONS, sources=infos, tensors=tensors)
+        computed = {info.name for info in quantize_int4.computed_when_loaded(draft)}
+        # As planned, and with all that is computed kept.
+        for names in ({}, computed):
+            plan = [replace(t, packing=None) if t.source.name in names else t for t in tensors]
+            said = quantize_int4.lost_beside_packed(replace(draft, tensors=plan))
+            if computed and not names:
+                continue  # said in other words
+            found = what_stops_the_loader(built, plan)
+            assert bool(said) == bool(found), f"{built.model_type}, {way}: {said}, {found[:1]}"
+
+
 OPTIONS = quantize_int4.Options("compressed-tensors", 32, [], False, [], "mse", None, False, 4.0)
 REFUSED = {  # their layers are Conv1D, or their experts' rows alternate, so that no such run begins
     "decision_transformer",
@@ -175,7 +224,9 @@ MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 TINY = {
     "exaone": {key: value for key, value in SIZES.items() if key != "head_dim"},
     "lara_mini": SIZES | MOE | LINEAR_ATTENTION | MIXED,
+    "hrm_text": SIZES | {"num_layers_per_stack": 2},
     "mixtral": SIZES | MIXTRAL,
+    "olmo_hybrid": SIZES | LINEAR_ATTENTION | MIXED,
     "phimoe": SIZES | MIXTRAL,
     "qwen3_moe": SIZES | MOE,
     "sarvam_moe": SIZES | MOE | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
@@ -252,6 +303,44 @@ def test_packed_weights_that_transformers_splits_while_loading_are_told_instead_
     assert "AutoModelForCausalLM" not in result.stdout
     with pytest.raises(Exception, match=r"conversion|shape|size"):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lost"),
+    [
+        ("olmo_hybrid", [], "model.layers.0.linear_attn.k_conv1d.weight"),
+        ("hrm_text", ["--exclude", "gqkv_proj|gate_up_proj"], "self_attn.gate_proj"),
+    ],
+)
+def test_what_transformers_splits_or_joins_only_where_it_is_packed_is_told(
+    tmp_path, name, options, lost
+):
+    save(name, tmp_path / "source")
+    result = quantize(tmp_path / "source", tmp_path / "out", *CLOSED, *options)
+    (line,) = [line for line in result.stdout.splitlines() if "  Load:" in line]
+    assert "not with transformers (5.24), which stops" in line
+    assert f"'{lost}'" in line
+    assert "for transformers --restore it" in line
+    assert "--exclude" not in line
+    with pytest.raises((RuntimeError, ValueError)):
+        load(tmp_path / "out")
+    quantize(tmp_path / "out", tmp_path / "restored", "--restore")
+    _, report = load(tmp_path / "restored")
+    assert not report
+
+
+def test_only_an_exclude_that_helps_is_named(tmp_path):
+    save("hrm_text", tmp_path / "hrm_text")
+    plan = quantize(tmp_path / "hrm_text", tmp_path / "out", *CLOSED, "--dry_run").stdout
+    assert "stops at this folder" in plan
+    assert "--exclude" not in plan
+
+    save("lara_mini", tmp_path / "lara_mini")
+    options = [*CLOSED, "--exclude", r"\.experts\."]
+    plan = quantize(tmp_path / "lara_mini", tmp_path / "out", *options, "--dry_run").stdout
+    pattern = re.search(r"stops at this folder: .*, or --exclude '(.*)' keeps them", plan)[1]
+    quantize(tmp_path / "lara_mini", tmp_path / "kept", *options, "--exclude", pattern)
+    assert_loads_as_its_twin(tmp_path / "kept")
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
