@@ -4826,9 +4826,11 @@ def entries_of(tensor: TensorPlan) -> list[Entry]:
     if dimensions < 2 or (module == "lm_head" and not tensor.packing):
         return []
 
-    # One entry for the layer's experts: vLLM asks for projections that a model need not have.
+    # One entry for the layer's experts: vLLM asks for projections that a model need not have. Those
+    # with names instead of numbers need not be kept alike.
     looked_up = dict.fromkeys([name, tensor.in_vllm or name])
-    experts = [re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name) for name in looked_up]
+    place = r"((?:.*\.)?experts)\.(?!gate\.|router\.|[a-z]\w*\.\w+\.weight$)"
+    experts = [re.match(place, name) for name in looked_up]
     if all(experts):
         return [Entry(match[1], r"(\..*)?$") for match in experts]
 
