@@ -6152,7 +6152,14 @@ def say_collected(
 # ---- Plan: all that is decided before the first weight is read -----------------------------------
 
 # Keys of config.json.
-LAYER_COUNTS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = (
+    "num_hidden_groups",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_layers_per_stack",
+)
 # All keys that are read there, by the kind of value that belongs under each.
 CONFIG_KEYS = {
     as_integer: (
@@ -7449,10 +7456,19 @@ class Draft:
 
     @functools.cached_property
     def largest_container(self) -> str:
-        """The container of the most layers, which are the language model's if any are."""
+        """The container of the most layers, which are the language model's if any are.
+
+        A layer has matrices in modules of its own, other than the parts of a sequence."""
+        whole = set()
+        for info in self.sources:
+            match = LAYER_PATTERN.match(info.name)
+            module = info.name[match.end() :].removesuffix(".weight") if match else ""
+            if len(info.shape) == 2 and "." in module:
+                whole.add(f"{match[1]}.{match[2]}".lstrip("."))
         others = r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder"
-        names = [name for name in self.layers if not re.search(others, name)]
-        return max(names or self.layers, key=lambda name: len(self.layers[name]), default="layers")
+        lists = [name for name in self.layers if name in whole] or [*self.layers]
+        names = [name for name in lists if not re.search(others, name)]
+        return max(names or lists, key=lambda name: len(self.layers[name]), default="layers")
 
     @property
     def generates_text(self) -> bool:
@@ -8048,12 +8064,27 @@ def missing_ends(draft: Draft) -> Iterator[str]:
     if not draft.generates_text:
         return
     ties = config_values(draft.config, "tie_word_embeddings")
-    if ties and not any(ties) and "head" not in draft.kinds.values():
+    if ties and not any(ties) and not has_head(draft):
         yield f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
     embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
     has_vocabulary = config_values(draft.config, "vocab_size")
     if has_vocabulary and all(re.search(NO_WORDS, name) for name in embeddings):
         yield f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
+
+
+def has_head(draft: Draft) -> bool:
+    """Return whether a head is there, or what may be one under another name: a matrix outside of
+    the layers with a row for each word of an embedding."""
+    if "head" in draft.kinds.values():
+        return True
+    embeddings = [info for info in draft.sources if draft.kinds.get(info.name) == "embeddings"]
+    words = replace(Vocabulary.of(embeddings, draft.config), widths=set())
+    for info in draft.sources:
+        kind = draft.kinds.get(info.name, "embeddings")
+        is_outside = not re.search(r"\.\d+\.", info.name)
+        if kind != "embeddings" and is_outside and words.fits(*info.shape):
+            return True
+    return False
 
 
 def check_ends(draft: Draft) -> Iterator[str]:
