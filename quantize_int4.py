@@ -3332,6 +3332,12 @@ class Oddity:
     # one of them is the end of no packed layer's name.
     packed_at_least: str = ""
 
+    # Whether transformers asks its layers for dense weights, and so must decode them while loading.
+    asks_for_dense: bool = False
+
+    # Whether the same holds where the head is tied, since it takes that for packed.
+    other_head: bool = False
+
     # A pattern of names. A checkpoint that has such has half as many layers as config.json says.
     halved: str = ""
 
@@ -3782,6 +3788,44 @@ ODDITIES = (
     Oddity("ernie4_5_moe", in_vllm={r"\bmtp_block\.0\.": "layers.{layers}."}),
     # The models of transformers 5.24.0 that use Conv1D of pytorch_utils.
     Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
+    # The models of transformers 5.24.0 that ask layers for their `weight` as they are made or run.
+    Oddity(
+        """altclip_vision_model blt_global_transformer blt_local_decoder blt_local_encoder
+        blt_patcher bridgetower bridgetower_text_model bridgetower_vision_model
+        chinese_clip_vision_model chmv2 clap clap_audio_model clap_text_model clipseg
+        clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder
+        colmodernvbert cvt d_fine deformable_detr depth_anything depth_pro dinov2
+        dinov2_with_registers dinov3_vit emu3_vqgan esmfold2 falcon falcon_mamba
+        fastspeech2_conformer fastspeech2_conformer_with_hifigan gpt_bigcode grounding-dino
+        groupvit groupvit_text_model groupvit_vision_model hiera ijepa kosmos-2
+        kosmos_2_text_model kosmos_2_vision_model longt5 lw_detr lw_detr_vit mamba mamba2
+        mask2former mgp-str mlcd_vision_model mm-grounding-dino modernbert
+        modernbert-decoder modernvbert mt5 musicgen musicgen_melody nanochat neomme neucodec
+        omdet-turbo oneformer owlv2 owlv2_text_model owlv2_vision_model owlvit
+        owlvit_text_model owlvit_vision_model pe_audio phi4_multimodal_vision pix2struct
+        pix2struct_text_model pix2struct_vision_model pop2piano pp_doclayout_v2
+        pp_doclayout_v3 pp_doclayout_v4 prompt_depth_anything pvt pvt_v2 qwen2_5_omni radio
+        recurrent_gemma regnet rf_detr rf_detr_dinov2 rt_detr rt_detr_v2 rwkv sam3_lite_text
+        sam3_lite_text_text_model sapiens2 seggpt siglip siglip2 siglip2_text_model
+        siglip2_vision_model siglip_text_model siglip_vision_model speech-encoder-decoder
+        swiftformer swin2sr switch_transformers t5 timesformer tipsv2_dpt
+        tipsv2_vision_model udop umt5 unispeech unispeech-sat videoprism
+        videoprism_text_model videoprism_vision_model vitdet vitpose vitpose_backbone vjepa2
+        wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm xclip xclip_text_model
+        xclip_vision_model xcodec xcodec2 xlstm zamba2""",
+        asks_for_dense=True,
+    ),
+    # Those with a tied head that is not called lm_head: it is in no file, and so in no entry.
+    Oddity(
+        """albert bark bert bert-generation big_bird biogpt blip blip-2 camembert canary
+        convbert deberta deberta-v2 distilbert electra encoder-decoder ernie esm
+        fine_acoustics fnet gpt_neox_japanese granite_speech5_ctc gte ibert instructblip
+        instructblipvideo jina_embeddings_v3 kosmos-2 kosmos-2.5 layoutlm longformer
+        megatron-bert mobilebert modernbert modernbert-decoder moonshine mpnet mra neomme
+        nomic_bert nystromformer rag roberta roberta-prelayernorm roc_bert roformer
+        shieldgemma2 t5gemma trocr whisper xlm-roberta xlm-roberta-xl xmod""",
+        other_head=True,
+    ),
 )
 
 
@@ -4983,7 +5027,13 @@ SAME_NAMES = (
     " SemanticSegmentation SequenceClassification TDT TableRecognition TextRecognition"
     " TokenClassification UniversalSegmentation VideoClassification"
 )
-LOAD_STEP = "transformers.{loader}.from_pretrained({path}, dtype='auto')"
+LOAD_STEP = "transformers.{loader}.from_pretrained({path}, {load_options})"
+LOAD_OPTIONS = "dtype='auto'"
+# Where transformers has to decode all weights as it loads them.
+DECODING_OPTIONS = (
+    f"{LOAD_OPTIONS},"
+    " quantization_config=transformers.CompressedTensorsConfig(run_compressed=False)"
+)
 
 
 def loading_class(config: dict) -> str:
@@ -6317,8 +6367,9 @@ class Plan:
     left_out: list[str]
     # None where config.json and shapes do not tell.
     token_bytes: TokenBytes | None
-    # The class of transformers that loads the whole model.
+    # The class of transformers that loads the whole model, and the options that it needs.
     loader: str
+    load_options: str = LOAD_OPTIONS
     # The dtype for `vllm serve` where the format's scales have one of their own.
     serving_dtype: str = "float16"
     notes: Collection[str] = ()
@@ -6381,6 +6432,7 @@ def plan_conversion(
         stacks=len(separated),
         serving_dtype="bfloat16" if types_without_float16(draft) else "float16",
         fails_in_transformers=reason_transformers_fails(draft),
+        load_options=DECODING_OPTIONS if must_be_decoded(draft) else LOAD_OPTIONS,
         expectation=Expectation.of(draft),
     )
 
@@ -8483,6 +8535,12 @@ def reason_transformers_fails(draft: Draft) -> str:
             f" layers takes only packed ones for these; vLLM may read them{RESTORE_INSTEAD}"
         )
 
+    if must_be_decoded(draft) and len(draft.widths) > 1:
+        return (
+            "asks this model's layers for dense weights, and decodes two widths wrongly; vLLM may"
+            f" read them{RESTORE_INSTEAD}"
+        )
+
     row = oddity_with("tells_experts", draft.config)
     is_told = draft.form.name in transformers.kept_experts
     kept = [tensor for tensor in draft.tensors if is_expert(tensor) and not tensor.packing]
@@ -8544,6 +8602,16 @@ def lost_beside_packed(draft: Draft) -> str:
             if not any(name.endswith(end) for name in packed):
                 return f"layers called {end!r}"
     return ""
+
+
+def must_be_decoded(draft: Draft) -> bool:
+    """Return whether transformers has to decode the folder's weights as it loads them."""
+    if draft.form.name not in ENGINES["transformers"].unpacks_first:
+        return False
+    head_is_tied = "head" not in draft.kinds.values()
+    if head_is_tied and oddity_with("other_head", draft.config).other_head:
+        return True
+    return oddity_with("asks_for_dense", draft.config).asks_for_dense
 
 
 def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
@@ -11306,6 +11374,7 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 
     for label, text in steps.items():
         text = text.replace("{loader}", plan.loader)
+        text = text.replace("{load_options}", plan.load_options)
         text = text.replace("{dtype}", plan.serving_dtype)
         text = text.replace("{path}", repr(name))
         text = text.replace("{name}", shlex.quote(name))

@@ -5,6 +5,7 @@ A new version of transformers that has a type which the table lacks, or names so
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import replace
@@ -204,6 +205,63 @@ def test_what_is_packed_is_a_linear_layer_in_memory_or_an_expert(models):
                 assert layer in built.linear, f"{built.model_type}: {name} becomes {target}"
 
 
+def tied_to_others(built):
+    """The tensors of a model that no file holds, since they are those of other names."""
+    return getattr(built.model, "all_tied_weights_keys", None) or {}
+
+
+def layers_without_weights(built, tensors):
+    """The model's linear layers that are packed, and those that the loader takes for packed: no entry keeps them."""
+    packed = set()
+    for tensor in tensors:
+        targets, operations = built.load(tensor.source.name)
+        if tensor.packing and "MergeModulelist" not in operations:
+            packed |= {target.removesuffix(".weight") for target in targets}
+    patterns = [*quantize_int4.patterns_of_modules(tensors, None), "lm_head$"]
+    tied = {name.removesuffix(".weight") for name in tied_to_others(built)}
+    not_kept = {name for name in tied if not any(re.match(p, name) for p in patterns)}
+    return packed & built.linear, not_kept & built.linear
+
+
+@contextlib.contextmanager
+def as_if_loaded(model, packed):
+    """A model all of whose tensors are loaded, those of packed layers under other names than `weight`."""
+    modules = dict(model.named_modules())
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = True
+    held = {name: modules[name]._parameters.pop("weight") for name in packed}
+    for name, weight in held.items():
+        modules[name].register_parameter("weight_packed", weight)
+    try:
+        yield
+    finally:
+        for name, weight in held.items():
+            del modules[name]._parameters["weight_packed"]
+            modules[name].register_parameter("weight", weight)
+        for module in modules.values():
+            vars(module).pop("_is_hf_initialized", None)
+
+
+def test_the_table_has_each_type_whose_layers_are_asked_for_dense_weights_while_loading(models):
+    for built in models:
+        tied = tied_to_others(built)
+        shapes = {name: shape for name, shape in built.in_file.items() if name not in tied}
+        infos = [replace(info, nbytes=1) for info in as_tensors(shapes).values()]
+        kinds = quantize_int4.find_kinds(infos, built.config)
+        tensors = list(quantize_int4.plan_tensors(infos, kinds, OPTIONS, built.config))
+        checkpoint = SimpleNamespace(config=built.config)
+        draft = quantize_int4.Draft(checkpoint, OPTIONS, sources=infos, kinds=kinds)
+        packed, taken_for_packed = layers_without_weights(built, tensors)
+        if quantize_int4.must_be_decoded(draft):
+            continue
+        assert not taken_for_packed, f"{built.model_type}: {taken_for_packed}"
+        with as_if_loaded(built.model, packed), torch.no_grad(), torch.device("meta"):
+            try:
+                built.model.initialize_weights()
+            except AttributeError as error:
+                raise AssertionError(f"{built.model_type} is in no row of ODDITIES") from error
+
+
 def test_no_norm_and_no_bias_of_a_whole_model_is_called_missing(models):
     for built in models:
         config = built.config | {"architectures": [type(built.model).__name__]}
@@ -280,6 +338,33 @@ def test_kept_layers_that_transformers_renames_or_splits_while_loading_are_loade
     result = quantize(tmp_path / "source", tmp_path / "out", *CLOSED, "--exclude", KEPT[name])
     assert_loads_as_its_twin(tmp_path / "out")
     assert "AutoModelForCausalLM" in result.stdout
+
+
+T5 = {"d_model": 128, "d_ff": 128, "num_layers": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (transformers.T5Config(vocab_size=320, **T5), "T5ForConditionalGeneration"),
+        (transformers.BioGptConfig(**SIZES | {"tie_word_embeddings": True}), "BioGptForCausalLM"),
+    ],
+)
+def test_the_line_that_loads_decodes_where_dense_weights_are_asked_for(tmp_path, config, name):
+    model = getattr(transformers, name)(config).bfloat16()
+    model.save_pretrained(tmp_path / "in")
+    printed = quantize(tmp_path / "in", tmp_path / "out", *CLOSED).stdout
+    line = re.search(r"  Load: +(.*)", printed)[1].replace("'out'", repr(str(tmp_path / "out")))
+    loaded = eval(line, {"transformers": transformers}).state_dict()
+    write_dense_twin(tmp_path / "out", tmp_path / "twin")
+    for key, tensor in type(model).from_pretrained(tmp_path / "twin").state_dict().items():
+        assert torch.equal(loaded[key], tensor), key
+    with pytest.raises(AttributeError, match=r"has no attribute .weight"):
+        type(model).from_pretrained(tmp_path / "out")
+
+    two_widths = [*CLOSED, "--int8", "attn|Attention", "--dry_run"]
+    plan = quantize(tmp_path / "in", tmp_path / "out2", *two_widths).stdout
+    assert "transformers (5.24) asks this model's layers for dense weights" in plan
 
 
 def test_layers_in_8_bits_that_transformers_renames_while_loading_are_loaded_in_8_bits(tmp_path):
