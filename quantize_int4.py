@@ -7580,6 +7580,7 @@ UNFIT = (
     Unfit(
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2"
         r"|weight\.(absmax|quant_state.*)|SCB|weight_zero_point|weight_global_scale"
+        r"|W_q|q_weight|trellis|Qidxs|_?weight[.:_]_?q?data"
         r"|(gate_up|gate|up|down)_proj_(blocks|scales)|\w*quantizer\._\w+)$"
         r"|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
         QUANTIZED,
@@ -7618,15 +7619,15 @@ UNFIT = (
     ),
 )
 # What a checkpoint that is said to be quantized has beside or instead of plain weights: those of
-# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto
-# and torchao.
+# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto,
+# SpQR, QuIP# and torchao.
 PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32"}
 PACKED_DTYPES |= {name for name in DTYPE_BITS if name.startswith(("F4", "F6_", "F8_"))}
 PACKED_PART = (
     r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale"
     r"|zeros?|zero_points?|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax"
     r"|quant_map|quant_state.*|weight_format|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask"
-    r"|weight[.:_]_?(q?data|scale))$"
+    r"|dense_weights|row_offsets|col_vals|Qidxs|weight[.:_]_?(q?data|scale))$"
 )
 
 
