@@ -3338,6 +3338,20 @@ class Oddity:
     # A pattern of the weights that transformers joins or permutes as it loads them.
     computed: str = ""
 
+    # A pattern of the tensors that it joins or permutes so, and beside packed layers reads only
+    # packed.
+    joined: str = ""
+
+    # Ends of layers' names in memory, separated by blanks. transformers stops at a folder in which
+    # one of them is the end of no packed layer's name.
+    packed_at_least: str = ""
+
+    # Whether transformers asks its layers for dense weights, and so must decode them while loading.
+    asks_for_dense: bool = False
+
+    # Whether the same holds where the head is tied, since it takes that for packed.
+    other_head: bool = False
+
     # A pattern of names. A checkpoint that has such has half as many layers as config.json says.
     halved: str = ""
 
@@ -3345,6 +3359,11 @@ class Oddity:
     def tells_experts(self) -> bool:
         """Whether this row says how loaders know the experts of its types."""
         return bool(self.projections or self.problem or self.problem_of_engines)
+
+    @property
+    def tells_loading(self) -> bool:
+        """Whether this row says what transformers makes of names or tensors as it loads them."""
+        return bool(self.in_memory or self.computed or self.joined or self.packed_at_least)
 
     @property
     def has_gate(self) -> bool:
@@ -3380,6 +3399,7 @@ TO_Q_K_V = {
     r"\.self_attn\.to_out\.": ".self_attn.o_proj.",
 }
 FORGET_GATE = {r"self_attn\.f_([ab])_proj\.": r"self_attn.forget_gate.f_\1_proj."}
+JOINED_CONVOLUTIONS = r"\.[qkv]_conv1d\.weight$"
 MLP1 = {
     r"^mlp1\.1\.": "multi_modal_projector.linear_1.",
     r"^mlp1\.3\.": "multi_modal_projector.linear_2.",
@@ -3405,6 +3425,7 @@ RENAMED_WHEN_LOADED = (
             r"self_attn\.f_proj\.": "self_attn.forget_gate.f_proj.",
             r"\.self_attn\.dense\.": ".self_attn.o_proj.",
         },
+        joined=JOINED_CONVOLUTIONS,
     ),
     Oddity("cosmos3_omni", in_memory=TO_Q_K_V),
     Oddity(
@@ -3448,6 +3469,7 @@ RENAMED_WHEN_LOADED = (
             r"(blocks\.\d+\.mlp)\.fc2\.": r"\1.down_proj.",
             r"(blocks\.\d+\.mlp)\.fc3\.": r"\1.up_proj.",
         },
+        joined=r"blocks\.\d+\.mlp\.experts\.\d+\.fc\d\.weight$",
     ),
     Oddity(
         "exaone",
@@ -3466,8 +3488,9 @@ RENAMED_WHEN_LOADED = (
             r"(spatial|temporal)_linear\.0\.": r"\1_linear.fc1.",
             r"(spatial|temporal)_linear\.2\.": r"\1_linear.fc2.",
         },
+        joined=r"\.mlp\.gate\.weight$",
     ),
-    Oddity("glm5_next glm5_next_text", in_memory=FORGET_GATE),
+    Oddity("glm5_next glm5_next_text", in_memory=FORGET_GATE, joined=JOINED_CONVOLUTIONS),
     Oddity(
         "gte",
         in_memory={
@@ -3486,6 +3509,7 @@ RENAMED_WHEN_LOADED = (
             ),
             r"\.attn\.o_proj\.": ".self_attn.o_proj.",
         },
+        packed_at_least="self_attn.gate_proj mlp.gate_proj",
     ),
     Oddity("hy_v3", in_memory={r"mlp\.shared_mlp\.": "mlp.shared_experts."}),
     Oddity(
@@ -3507,6 +3531,7 @@ RENAMED_WHEN_LOADED = (
             r"mlp\.w2_md\.": "mlp.down_proj.",
             r"\.unembed\.": ".lm_head.",
         },
+        joined=r"(^|\.)(unembed|lm_head)\.weight$",
     ),
     Oddity("jev", in_memory={"^weight$": "proj.weight"}),
     Oddity(
@@ -3544,6 +3569,7 @@ RENAMED_WHEN_LOADED = (
             **FORGET_GATE,
             r"\.block_sparse_moe\.": ".mlp.",
         },
+        joined=JOINED_CONVOLUTIONS,
     ),
     Oddity("laguna", in_memory={r"mlp\.shared_expert\.": "mlp.shared_experts."}),
     Oddity(
@@ -3560,6 +3586,7 @@ RENAMED_WHEN_LOADED = (
             r"^patch_merge_mlp\.linear_(\d)\.": r"multi_modal_projector.merge_linear_\1.",
         },
         computed=r"\.(gate|up)_proj\.weight$",
+        joined=r"\.(mlp|shared_experts)\.(gate|up)_proj\.weight$",
     ),
     Oddity(
         "mistral_large4 mistral_large4_text",
@@ -3597,6 +3624,7 @@ RENAMED_WHEN_LOADED = (
             r"image_projector\.w2": "image_projector.down_proj",
             r"image_projector\.w3": "image_projector.up_proj",
         },
+        packed_at_least="mlp.up_proj",
     ),
     Oddity(
         "nemo_speechlm",
@@ -3605,8 +3633,10 @@ RENAMED_WHEN_LOADED = (
             r"^(perception|ctc_timestamp)\.": UNKNOWN,
         },
         computed=r"\.attn\.w_qkv\.",
+        packed_at_least=".self_attn.q_proj",
     ),
     Oddity("nemotron_h_omni NemotronH_Omni_Reasoning_V3", in_memory=MLP1),
+    Oddity("olmo_hybrid", joined=JOINED_CONVOLUTIONS),
     Oddity("phimoe", in_memory={r"\.block_sparse_moe\.gate\.weight": ".mlp.router.weight"}),
     Oddity(
         "qianfan_ocr",
@@ -3615,7 +3645,9 @@ RENAMED_WHEN_LOADED = (
             r"(layers\.\d+)\.attn\.proj\.": r"\1.attention.projection_layer.",
             r"attn\.qkv\.": "attention.q_proj.|attention.k_proj.|attention.v_proj.",
         },
+        packed_at_least="attention.q_proj",
     ),
+    Oddity("qwen4_exp qwen4_exp_text", joined=r"\.ngram_embedding\.shard_\d+\.weight$"),
     Oddity(
         "radio",
         in_memory={
@@ -3637,6 +3669,7 @@ RENAMED_WHEN_LOADED = (
             r"\.attn\.": ".self_attn.",
             r"attn\.in_proj_weight": "attn.q_proj.weight|attn.k_proj.weight|attn.v_proj.weight",
         },
+        joined=r"\.moe\.(gate|up)_proj\.weight$",
     ),
     Oddity(
         "timesfm2_5",
@@ -3657,6 +3690,10 @@ RENAMED_WHEN_LOADED = (
             r"projector\.layers\.": "multi_modal_projector.",
         },
     ),
+    Oddity(
+        "unlimited_ocr unlimited_ocr_vision unlimited_ocr_vision_encoder",
+        packed_at_least="q_proj",
+    ),
     # Encoders of images and sound, in whose files layers have altogether other names.
     Oddity(
         "cohere_asr",
@@ -3665,7 +3702,12 @@ RENAMED_WHEN_LOADED = (
             r"encoder|decoder": UNKNOWN,
         },
     ),
-    Oddity("gradium_phonon_tts", in_memory={r"^flow_lm\.": UNKNOWN}, computed=r"in_proj\."),
+    Oddity(
+        "gradium_phonon_tts",
+        in_memory={r"^flow_lm\.": UNKNOWN},
+        computed=r"in_proj\.",
+        packed_at_least="self_attn.q_proj",
+    ),
     Oddity("tipsv2_dpt", in_memory={r"_head\.": UNKNOWN}),
     Oddity(
         """altclip audio-spectrogram-transformer beit conditional_detr d_fine deformable_detr
@@ -3675,6 +3717,11 @@ RENAMED_WHEN_LOADED = (
         tipsv2_vision_model vit vit_mae vit_msn vivit""",
         in_memory={r"\.\d+\.": UNKNOWN},
         computed=r"in_proj\.|qkv\.|weights_in\.|\.w12\.",
+    ),
+    Oddity(
+        """depth_anything depth_pro dinov2 dinov2_with_registers prompt_depth_anything sapiens2
+        tipsv2 tipsv2_dpt tipsv2_vision_model""",
+        packed_at_least="mlp.gate_proj",
     ),
 )
 
@@ -3755,6 +3802,44 @@ ODDITIES = (
     Oddity("ernie4_5_moe", in_vllm={r"\bmtp_block\.0\.": "layers.{layers}."}),
     # The models of transformers 5.24.0 that use Conv1D of pytorch_utils.
     Oddity("clvp clvp_decoder gpt2 openai-gpt imagegpt decision_transformer", conv1d=True),
+    # The models of transformers 5.24.0 that ask layers for their `weight` as they are made or run.
+    Oddity(
+        """altclip_vision_model blt_global_transformer blt_local_decoder blt_local_encoder
+        blt_patcher bridgetower bridgetower_text_model bridgetower_vision_model
+        chinese_clip_vision_model chmv2 clap clap_audio_model clap_text_model clipseg
+        clipseg_text_model clipseg_vision_model clvp clvp_decoder clvp_encoder
+        colmodernvbert cvt d_fine deformable_detr depth_anything depth_pro dinov2
+        dinov2_with_registers dinov3_vit emu3_vqgan esmfold2 falcon falcon_mamba
+        fastspeech2_conformer fastspeech2_conformer_with_hifigan gpt_bigcode grounding-dino
+        groupvit groupvit_text_model groupvit_vision_model hiera ijepa kosmos-2
+        kosmos_2_text_model kosmos_2_vision_model longt5 lw_detr lw_detr_vit mamba mamba2
+        mask2former mgp-str mlcd_vision_model mm-grounding-dino modernbert
+        modernbert-decoder modernvbert mt5 musicgen musicgen_melody nanochat neomme neucodec
+        omdet-turbo oneformer owlv2 owlv2_text_model owlv2_vision_model owlvit
+        owlvit_text_model owlvit_vision_model pe_audio phi4_multimodal_vision pix2struct
+        pix2struct_text_model pix2struct_vision_model pop2piano pp_doclayout_v2
+        pp_doclayout_v3 pp_doclayout_v4 prompt_depth_anything pvt pvt_v2 qwen2_5_omni radio
+        recurrent_gemma regnet rf_detr rf_detr_dinov2 rt_detr rt_detr_v2 rwkv sam3_lite_text
+        sam3_lite_text_text_model sapiens2 seggpt siglip siglip2 siglip2_text_model
+        siglip2_vision_model siglip_text_model siglip_vision_model speech-encoder-decoder
+        swiftformer swin2sr switch_transformers t5 timesformer tipsv2_dpt
+        tipsv2_vision_model udop umt5 unispeech unispeech-sat videoprism
+        videoprism_text_model videoprism_vision_model vitdet vitpose vitpose_backbone vjepa2
+        wav2vec2 wav2vec2-bert wav2vec2-conformer wavlm xclip xclip_text_model
+        xclip_vision_model xcodec xcodec2 xlstm zamba2""",
+        asks_for_dense=True,
+    ),
+    # Those with a tied head that is not called lm_head: it is in no file, and so in no entry.
+    Oddity(
+        """albert bark bert bert-generation big_bird biogpt blip blip-2 camembert canary
+        convbert deberta deberta-v2 distilbert electra encoder-decoder ernie esm
+        fine_acoustics fnet gpt_neox_japanese granite_speech5_ctc gte ibert instructblip
+        instructblipvideo jina_embeddings_v3 kosmos-2 kosmos-2.5 layoutlm longformer
+        megatron-bert mobilebert modernbert modernbert-decoder moonshine mpnet mra neomme
+        nomic_bert nystromformer rag roberta roberta-prelayernorm roc_bert roformer
+        shieldgemma2 t5gemma trocr whisper xlm-roberta xlm-roberta-xl xmod""",
+        other_head=True,
+    ),
 )
 
 
@@ -3788,7 +3873,7 @@ def loadings_of(config: dict, scope: str = "") -> Iterator[Loading]:
     The scope is that of all names, or for a part beside the language model that of towers."""
     model_type = as_string(config.get("model_type"))
     for row in ODDITIES:
-        if (row.in_memory or row.computed) and row.is_about(model_type):
+        if row.tells_loading and row.is_about(model_type):
             yield Loading(scope, row)
     for key, nested in config.items():
         if isinstance(nested, dict):
@@ -4799,9 +4884,11 @@ def entries_of(tensor: TensorPlan) -> list[Entry]:
     if dimensions < 2 or (module == "lm_head" and not tensor.packing):
         return []
 
-    # One entry for the layer's experts: vLLM asks for projections that a model need not have.
+    # One entry for the layer's experts: vLLM asks for projections that a model need not have. Those
+    # with names instead of numbers need not be kept alike.
     looked_up = dict.fromkeys([name, tensor.in_vllm or name])
-    experts = [re.match(r"((?:.*\.)?experts)\.(?!gate\.|router\.)", name) for name in looked_up]
+    place = r"((?:.*\.)?experts)\.(?!gate\.|router\.|[a-z]\w*\.\w+\.weight$)"
+    experts = [re.match(place, name) for name in looked_up]
     if all(experts):
         return [Entry(match[1], r"(\..*)?$") for match in experts]
 
@@ -4954,7 +5041,13 @@ SAME_NAMES = (
     " SemanticSegmentation SequenceClassification TDT TableRecognition TextRecognition"
     " TokenClassification UniversalSegmentation VideoClassification"
 )
-LOAD_STEP = "transformers.{loader}.from_pretrained({path}, dtype='auto')"
+LOAD_STEP = "transformers.{loader}.from_pretrained({path}, {load_options})"
+LOAD_OPTIONS = "dtype='auto'"
+# Where transformers has to decode all weights as it loads them.
+DECODING_OPTIONS = (
+    f"{LOAD_OPTIONS},"
+    " quantization_config=transformers.CompressedTensorsConfig(run_compressed=False)"
+)
 
 
 def loading_class(config: dict) -> str:
@@ -5033,6 +5126,8 @@ class Engine:
     # Whether it renames, splits or joins tensors as it loads them, and looks modules up by the
     # names that these have in memory.
     converts_tensors: bool = False
+    # Formats for which it first unpacks what it splits or joins, and lets nothing else through.
+    unpacks_first: tuple[str, ...] = ()
     # Formats in which it knows weights of 8 bits beside those of 4, and in which it knows
     # experts that are kept.
     two_widths: tuple[str, ...] = ()
@@ -5138,6 +5233,7 @@ ENGINES = {
             sources=("conversion_mapping.py", "quantizers/quantizer_compressed_tensors.py"),
             one_width_of_experts=True,
             converts_tensors=True,
+            unpacks_first=("compressed-tensors",),
             two_widths=("compressed-tensors",),
             kept_experts=("compressed-tensors",),
             misreads_experts={"gptq": "transformers leaves them random without an error"},
@@ -6142,7 +6238,14 @@ def say_collected(
 # ---- Plan: all that is decided before the first weight is read -----------------------------------
 
 # Keys of config.json.
-LAYER_COUNTS = ("num_hidden_groups", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNTS = (
+    "num_hidden_groups",
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_layers_per_stack",
+)
 # All keys that are read there, by the kind of value that belongs under each.
 CONFIG_KEYS = {
     as_integer: (
@@ -6300,8 +6403,9 @@ class Plan:
     left_out: list[str]
     # None where config.json and shapes do not tell.
     token_bytes: TokenBytes | None
-    # The class of transformers that loads the whole model.
+    # The class of transformers that loads the whole model, and the options that it needs.
     loader: str
+    load_options: str = LOAD_OPTIONS
     # The dtype for `vllm serve` where the format's scales have one of their own.
     serving_dtype: str = "float16"
     notes: Collection[str] = ()
@@ -6364,6 +6468,7 @@ def plan_conversion(
         stacks=len(separated),
         serving_dtype="bfloat16" if types_without_float16(draft) else "float16",
         fails_in_transformers=reason_transformers_fails(draft),
+        load_options=DECODING_OPTIONS if must_be_decoded(draft) else LOAD_OPTIONS,
         expectation=Expectation.of(draft),
     )
 
@@ -6703,8 +6808,9 @@ def find_heads(tensors: list[TensorPlan], apart: set[str], config: dict) -> list
     widths = config_values(config, "hidden_size", "d_model", "n_embd")
     of_words = []
     for tensor in tensors:
-        is_as_wide = not widths or tensor.source.shape[-1] in widths
-        if tensor.kind == "embeddings" and is_as_wide and is_of_words(tensor.source.name):
+        # Of two dimensions, and not a scalar.
+        is_embedding = tensor.kind == "embeddings" and is_of_words(tensor.source.name)
+        if is_embedding and (not widths or tensor.source.shape[1] in widths):
             of_words.append(tensor)
     return sorted(of_words, key=output_bytes)[-1:]
 
@@ -7481,10 +7587,19 @@ class Draft:
 
     @functools.cached_property
     def largest_container(self) -> str:
-        """The container of the most layers, which are the language model's if any are."""
+        """The container of the most layers, which are the language model's if any are.
+
+        A layer has matrices in modules of its own, other than the parts of a sequence."""
+        whole = set()
+        for info in self.sources:
+            match = LAYER_PATTERN.match(info.name)
+            module = info.name[match.end() :].removesuffix(".weight") if match else ""
+            if len(info.shape) == 2 and "." in module:
+                whole.add(f"{match[1]}.{match[2]}".lstrip("."))
         others = r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder"
-        names = [name for name in self.layers if not re.search(others, name)]
-        return max(names or self.layers, key=lambda name: len(self.layers[name]), default="layers")
+        lists = [name for name in self.layers if name in whole] or [*self.layers]
+        names = [name for name in lists if not re.search(others, name)]
+        return max(names or lists, key=lambda name: len(self.layers[name]), default="layers")
 
     @property
     def generates_text(self) -> bool:
@@ -7544,6 +7659,7 @@ UNFIT = (
     Unfit(
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2"
         r"|weight\.(absmax|quant_state.*)|SCB|weight_zero_point|weight_global_scale"
+        r"|W_q|q_weight|trellis|Qidxs|_?weight[.:_]_?q?data"
         r"|(gate_up|gate|up|down)_proj_(blocks|scales)|\w*quantizer\._\w+)$"
         r"|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
         QUANTIZED,
@@ -7582,15 +7698,15 @@ UNFIT = (
     ),
 )
 # What a checkpoint that is said to be quantized has beside or instead of plain weights: those of
-# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto
-# and torchao.
+# bitsandbytes, GPTQ and AWQ, compressed-tensors, ModelOpt, fp8, mxfp4, HQQ, AQLM, VPTQ, quanto,
+# SpQR, QuIP# and torchao.
 PACKED_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32"}
 PACKED_DTYPES |= {name for name in DTYPE_BITS if name.startswith(("F4", "F6_", "F8_"))}
 PACKED_PART = (
     r"(^|[._])((weight|input|output|act|activation)_(q?scales?|scale_inv|scale_2|global_scale"
     r"|zeros?|zero_points?|packed|shape|g_idx)|qweight|q?scales|q?zeros|g_idx|absmax|nested_absmax"
     r"|quant_map|quant_state.*|weight_format|SCB|W_q|blocks|codes|codebooks?|centroids|bitmask"
-    r"|weight[.:_]_?(q?data|scale))$"
+    r"|dense_weights|row_offsets|col_vals|Qidxs|weight[.:_]_?(q?data|scale))$"
 )
 
 
@@ -8080,12 +8196,27 @@ def missing_ends(draft: Draft) -> Iterator[str]:
     if not draft.generates_text:
         return
     ties = config_values(draft.config, "tie_word_embeddings")
-    if ties and not any(ties) and "head" not in draft.kinds.values():
+    if ties and not any(ties) and not has_head(draft):
         yield f"{CONFIG_NAME} has tie_word_embeddings false, but the checkpoint has no head"
     embeddings = [name for name, kind in draft.kinds.items() if kind == "embeddings"]
     has_vocabulary = config_values(draft.config, "vocab_size")
     if has_vocabulary and all(re.search(NO_WORDS, name) for name in embeddings):
         yield f"{CONFIG_NAME} has a vocab_size, but the checkpoint has no embedding"
+
+
+def has_head(draft: Draft) -> bool:
+    """Return whether a head is there, or what may be one under another name: a matrix outside of
+    the layers with a row for each word of an embedding."""
+    if "head" in draft.kinds.values():
+        return True
+    embeddings = [info for info in draft.sources if draft.kinds.get(info.name) == "embeddings"]
+    words = replace(Vocabulary.of(embeddings, draft.config), widths=set())
+    for info in draft.sources:
+        kind = draft.kinds.get(info.name, "embeddings")
+        is_outside = not re.search(r"\.\d+\.", info.name)
+        if kind != "embeddings" and is_outside and words.fits(*info.shape):
+            return True
+    return False
 
 
 def check_ends(draft: Draft) -> Iterator[str]:
@@ -8472,11 +8603,22 @@ def reason_transformers_fails(draft: Draft) -> str:
         return ""
     computed = computed_when_loaded(draft)
     if computed:
-        pattern = shlex.quote(pattern_of(computed))
         return (
             f"stops at this folder: it splits or joins {computed[0].name!r} and alike as it loads"
-            " them, which packed weights do not survive; vLLM may read them; --exclude"
-            f" {pattern} keeps them"
+            f" them, which packed weights do not survive; vLLM may read them{RESTORE_INSTEAD}"
+            f"{advice_to_keep(computed, draft)}"
+        )
+    lost = lost_beside_packed(draft)
+    if lost:
+        return (
+            f"stops at this folder: it splits or joins {lost} as it loads them, and beside packed"
+            f" layers takes only packed ones for these; vLLM may read them{RESTORE_INSTEAD}"
+        )
+
+    if must_be_decoded(draft) and len(draft.widths) > 1:
+        return (
+            "asks this model's layers for dense weights, and decodes two widths wrongly; vLLM may"
+            f" read them{RESTORE_INSTEAD}"
         )
 
     row = oddity_with("tells_experts", draft.config)
@@ -8498,6 +8640,58 @@ def reason_transformers_fails(draft: Draft) -> str:
             "reads this model's experts only as stacks, and leaves these random; vLLM may read them"
         )
     return "stops at experts that are kept beside packed layers (RuntimeError); vLLM reads them"
+
+
+RESTORE_INSTEAD = "; for transformers --restore it to dense weights"
+
+
+def advice_to_keep(computed: list[TensorInfo], draft: Draft) -> str:
+    """Return how to keep weights that transformers computes with as it loads them, as the end of a
+    sentence; nothing where it would stop at them then, too."""
+    names = {info.name for info in computed}
+    tensors = []
+    for tensor in draft.tensors:
+        if tensor.source.name in names:
+            if tensor.in_memory is None:
+                return ""
+            tensor = replace(tensor, packing=None)
+        tensors.append(tensor)
+    if lost_beside_packed(replace(draft, tensors=tensors)):
+        return ""
+    return f", or --exclude {shlex.quote(pattern_of(computed))} keeps them"
+
+
+def lost_beside_packed(draft: Draft) -> str:
+    """Describe what transformers splits or joins as it loads it, where it takes only packed tensors
+    for that once a folder has packed layers; nothing if there is no such."""
+    if draft.form.name not in ENGINES["transformers"].unpacks_first:
+        return ""
+    loadings = list(loadings_of(draft.config))
+    for tensor in draft.tensors:
+        name = tensor.source.name
+        for loading in loadings:
+            joined = loading.oddity.joined
+            is_kept = joined and not tensor.packing and loading.applies_to(name)
+            if is_kept and re.search(joined, name):
+                return f"{name!r} and alike"
+
+    ends = [end for loading in loadings for end in loading.oddity.packed_at_least.split()]
+    if ends:
+        packed = [name for tensor in draft.tensors if tensor.packing for name in modules_of(tensor)]
+        for end in ends:
+            if not any(name.endswith(end) for name in packed):
+                return f"layers called {end!r}"
+    return ""
+
+
+def must_be_decoded(draft: Draft) -> bool:
+    """Return whether transformers has to decode the folder's weights as it loads them."""
+    if draft.form.name not in ENGINES["transformers"].unpacks_first:
+        return False
+    head_is_tied = "head" not in draft.kinds.values()
+    if head_is_tied and oddity_with("other_head", draft.config).other_head:
+        return True
+    return oddity_with("asks_for_dense", draft.config).asks_for_dense
 
 
 def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
@@ -11355,6 +11549,7 @@ def print_next_steps(plan: Plan, folder: Path, verified: bool) -> None:
 
     for label, text in steps.items():
         text = text.replace("{loader}", plan.loader)
+        text = text.replace("{load_options}", plan.load_options)
         text = text.replace("{dtype}", plan.serving_dtype)
         text = text.replace("{path}", repr(name))
         text = text.replace("{name}", shlex.quote(name))

@@ -111,6 +111,8 @@ class Built:
 
     model_type: str
     model: nn.Module
+    # In place of the conversions that transformers has for a dense model.
+    converters: list | None = None
 
     @functools.cached_property
     def config(self) -> dict:
@@ -134,10 +136,16 @@ class Built:
         return {name for name, part in self.model.named_modules() if isinstance(part, nn.Linear)}
 
     @functools.cached_property
+    def transforms(self) -> list:
+        """List what is renamed and converted as the model is loaded."""
+        if self.converters is not None:
+            return self.converters
+        return conversion_mapping.get_model_conversion_mapping(self.model, add_legacy=False)
+
+    @functools.cached_property
     def _transforms(self) -> tuple[list, list]:
-        transforms = conversion_mapping.get_model_conversion_mapping(self.model, add_legacy=False)
-        renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+        kinds = (core_model_loading.WeightRenaming, core_model_loading.WeightConverter)
+        renamings, converters = ([t for t in self.transforms if isinstance(t, k)] for k in kinds)
         return renamings, converters
 
     def load(self, name: str) -> tuple[list[str], list[str]]:

@@ -97,6 +97,9 @@ PACKED = {
     "hqq": {"m.0.W_q": torch.ones(4, 16, dtype=torch.uint8)},
     "aqlm": {"m.0.codebooks": torch.ones(1, 16, 1, 8)},
     "torchao": {"m.0.weight:qdata": torch.ones(4, 16, dtype=torch.int8)},
+    "spqr": {"m.0.dense_weights": torch.ones(64, dtype=torch.int64)},
+    "spqr outliers": {"m.0.col_vals": torch.ones(4, dtype=torch.int32)},
+    "quip": {"m.0.Qidxs": torch.ones(4, 16, dtype=torch.int64)},
 }
 
 
@@ -108,6 +111,23 @@ def test_one_packed_tensor_is_named_where_the_config_says_that_the_model_is_quan
     source = save_model(tmp_path / "in", tensors, quantization_config={"quant_method": "xyz"})
     fragments = [f"tensor {next(iter(PACKED[case]))!r}", "quantization_config (xyz)", "already"]
     refuse(source, tmp_path / "out", *fragments)
+
+
+WITHOUT_ENTRY = {
+    "hqq": {"m.0.W_q": torch.ones(4, 16, dtype=torch.uint8)},
+    "quanto": {"m.0.weight._data": torch.ones(4, 16, dtype=torch.int8)},
+    "torchao": {"m.0._weight_qdata": torch.ones(4, 16, dtype=torch.int8)},
+    "exl2": {"m.0.q_weight": torch.ones(4, 16, dtype=torch.int32)},
+    "exl3": {"m.0.trellis": torch.ones(2, 4, 16, dtype=torch.int16)},
+    "quip": {"m.0.Qidxs": torch.ones(4, 16, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_ENTRY)
+def test_packed_weights_are_refused_by_name_where_no_entry_says_that_they_are(tmp_path, case):
+    source = save_model(tmp_path / "in", PROJECTION | WITHOUT_ENTRY[case])
+    name = next(iter(WITHOUT_ENTRY[case]))
+    refuse(source, tmp_path / "out", f"tensor {name!r}", "already quantized")
 
 
 def test_buffers_of_whole_numbers_do_not_make_a_model_quantized(tmp_path):

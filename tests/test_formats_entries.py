@@ -192,3 +192,17 @@ def test_the_entry_lm_head_stands_for_no_module_inside_it(tmp_path):
     options = ["--format", "compressed-tensors", "--group_size", 64, "--verify"]
     quantize(save_model(tmp_path / "in", tensors), tmp_path / "out", *options)
     assert "lm_head.dense.weight_packed" in read_tensors(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kept", [r"expert_\d\.fc1", r"expert_1\.", r"\.experts\."])
+def test_experts_with_names_instead_of_numbers_have_entries_of_their_own(tmp_path, kept):
+    """As in NLLB: `quantize` looks for an entry of each layer that is kept, and for none of a packed one."""
+    tensors = {
+        f"model.{side}.layers.0.ffn.experts.expert_{n}.fc{m}.weight": random(64, 128)
+        for side in ("encoder", "decoder")
+        for n in range(3)
+        for m in (1, 2)
+    }
+    source = save_model(tmp_path / "in", PROJECTION | tensors)
+    options = ["--format", "compressed-tensors", "--group_size", 64, "--exclude", kept]
+    quantize(source, tmp_path / "out", *options)

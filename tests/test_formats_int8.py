@@ -386,6 +386,14 @@ def test_a_tied_head_is_the_embedding_and_another_embedding_is_not_read(tmp_path
     assert f"reads {(320 * 512 + 64 * (128 + 8) + 16) / 1000:.0f} kB of weights, 164 kB" in plan
 
 
+def test_a_scalar_beside_a_tied_head_has_no_columns_to_ask_for(tmp_path):
+    model = HEAD | {"encoder.norm.num_batches_tracked": torch.tensor(3)}
+    del model["lm_head.weight"]
+    config = {"vocab_size": 320, "hidden_size": 256, "tie_word_embeddings": True}
+    source = save_model(tmp_path / "in", model, **config)
+    assert "A token:" in quantize(source, tmp_path / "out", *ENGINE, "--dry_run").stdout
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [

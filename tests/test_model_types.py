@@ -5,6 +5,7 @@ A new version of transformers that has a type which the table lacks, or names so
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import replace
@@ -20,6 +21,7 @@ from conftest import assert_refused, quantize, run_cli
 from families import ATTENTION, COMMON, LINEAR_ATTENTION, TOKENS, UNTIED
 from folders import write_dense_twin
 from meta_models import as_tensors
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 import quantize_int4
 
@@ -133,6 +135,54 @@ def test_the_table_has_all_weights_that_are_split_or_joined_while_loading(models
             assert said, f"{built.model_type}: {name} goes through {operations}"
 
 
+def unpacking_loader():
+    """The part of transformers that changes how tensors are split and joined where layers are packed."""
+    loader = CompressedTensorsHfQuantizer.__new__(CompressedTensorsHfQuantizer)
+    loader.pre_quantized = True
+    loader.use_fp8_kernel = False
+    loader.quantization_config = SimpleNamespace(dequantize=False)
+    return loader
+
+
+def what_stops_the_loader(built, tensors):
+    """What transformers itself takes for packed in this plan and is kept, or why it stops before it reads any."""
+    packed, kept = set(), []
+    for tensor in tensors:
+        targets, operations = built.load(tensor.source.name)
+        if tensor.packing and "MergeModulelist" not in operations:
+            packed |= {target.removesuffix(".weight") for target in targets}
+        elif not tensor.packing:
+            kept.append(tensor.source.name)
+    names = [name for name in built.in_memory if name.removesuffix(".weight") not in packed]
+    names += [f"{name}.weight_{part}" for name in packed for part in ("packed", "scale", "shape")]
+    model = SimpleNamespace(named_parameters=lambda: [(name, None) for name in names])
+    try:
+        changed = unpacking_loader().update_weight_conversions(built.transforms, model)
+    except ValueError as error:
+        return [str(error)]
+    other = replace(built, converters=changed)
+    return [name for name in kept if "CompressedTensorsDequantize" in other.load(name)[1]]
+
+
+@pytest.mark.parametrize("way", ["in_file", "in_memory"])
+def test_the_table_says_where_what_is_split_or_joined_while_loading_must_be_packed(models, way):
+    for built in models:
+        infos = [replace(info, nbytes=1) for info in as_tensors(getattr(built, way)).values()]
+        kinds = quantize_int4.find_kinds(infos, built.config)
+        tensors = list(quantize_int4.plan_tensors(infos, kinds, OPTIONS, built.config))
+        checkpoint = SimpleNamespace(config=built.config)
+        draft = quantize_int4.Draft(checkpoint, OPTIONS, sources=infos, tensors=tensors)
+        computed = {info.name for info in quantize_int4.computed_when_loaded(draft)}
+        # As planned, and with all that is computed kept.
+        for names in ({}, computed):
+            plan = [replace(t, packing=None) if t.source.name in names else t for t in tensors]
+            said = quantize_int4.lost_beside_packed(replace(draft, tensors=plan))
+            if computed and not names:
+                continue  # said in other words
+            found = what_stops_the_loader(built, plan)
+            assert bool(said) == bool(found), f"{built.model_type}, {way}: {said}, {found[:1]}"
+
+
 OPTIONS = quantize_int4.Options("compressed-tensors", 32, [], False, [], "mse", None, False, 4.0)
 REFUSED = {  # their layers are Conv1D, or their experts' rows alternate, so that no such run begins
     "decision_transformer",
@@ -155,6 +205,63 @@ def test_what_is_packed_is_a_linear_layer_in_memory_or_an_expert(models):
                 assert layer in built.linear, f"{built.model_type}: {name} becomes {target}"
 
 
+def tied_to_others(built):
+    """The tensors of a model that no file holds, since they are those of other names."""
+    return getattr(built.model, "all_tied_weights_keys", None) or {}
+
+
+def layers_without_weights(built, tensors):
+    """The model's linear layers that are packed, and those that the loader takes for packed: no entry keeps them."""
+    packed = set()
+    for tensor in tensors:
+        targets, operations = built.load(tensor.source.name)
+        if tensor.packing and "MergeModulelist" not in operations:
+            packed |= {target.removesuffix(".weight") for target in targets}
+    patterns = [*quantize_int4.patterns_of_modules(tensors, None), "lm_head$"]
+    tied = {name.removesuffix(".weight") for name in tied_to_others(built)}
+    not_kept = {name for name in tied if not any(re.match(p, name) for p in patterns)}
+    return packed & built.linear, not_kept & built.linear
+
+
+@contextlib.contextmanager
+def as_if_loaded(model, packed):
+    """A model all of whose tensors are loaded, those of packed layers under other names than `weight`."""
+    modules = dict(model.named_modules())
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = True
+    held = {name: modules[name]._parameters.pop("weight") for name in packed}
+    for name, weight in held.items():
+        modules[name].register_parameter("weight_packed", weight)
+    try:
+        yield
+    finally:
+        for name, weight in held.items():
+            del modules[name]._parameters["weight_packed"]
+            modules[name].register_parameter("weight", weight)
+        for module in modules.values():
+            vars(module).pop("_is_hf_initialized", None)
+
+
+def test_the_table_has_each_type_whose_layers_are_asked_for_dense_weights_while_loading(models):
+    for built in models:
+        tied = tied_to_others(built)
+        shapes = {name: shape for name, shape in built.in_file.items() if name not in tied}
+        infos = [replace(info, nbytes=1) for info in as_tensors(shapes).values()]
+        kinds = quantize_int4.find_kinds(infos, built.config)
+        tensors = list(quantize_int4.plan_tensors(infos, kinds, OPTIONS, built.config))
+        checkpoint = SimpleNamespace(config=built.config)
+        draft = quantize_int4.Draft(checkpoint, OPTIONS, sources=infos, kinds=kinds)
+        packed, taken_for_packed = layers_without_weights(built, tensors)
+        if quantize_int4.must_be_decoded(draft):
+            continue
+        assert not taken_for_packed, f"{built.model_type}: {taken_for_packed}"
+        with as_if_loaded(built.model, packed), torch.no_grad(), torch.device("meta"):
+            try:
+                built.model.initialize_weights()
+            except AttributeError as error:
+                raise AssertionError(f"{built.model_type} is in no row of ODDITIES") from error
+
+
 def test_no_norm_and_no_bias_of_a_whole_model_is_called_missing(models):
     for built in models:
         config = built.config | {"architectures": [type(built.model).__name__]}
@@ -175,7 +282,9 @@ MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 TINY = {
     "exaone": {key: value for key, value in SIZES.items() if key != "head_dim"},
     "lara_mini": SIZES | MOE | LINEAR_ATTENTION | MIXED,
+    "hrm_text": SIZES | {"num_layers_per_stack": 2},
     "mixtral": SIZES | MIXTRAL,
+    "olmo_hybrid": SIZES | LINEAR_ATTENTION | MIXED,
     "phimoe": SIZES | MIXTRAL,
     "qwen3_moe": SIZES | MOE,
     "sarvam_moe": SIZES | MOE | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
@@ -231,6 +340,33 @@ def test_kept_layers_that_transformers_renames_or_splits_while_loading_are_loade
     assert "AutoModelForCausalLM" in result.stdout
 
 
+T5 = {"d_model": 128, "d_ff": 128, "num_layers": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (transformers.T5Config(vocab_size=320, **T5), "T5ForConditionalGeneration"),
+        (transformers.BioGptConfig(**SIZES | {"tie_word_embeddings": True}), "BioGptForCausalLM"),
+    ],
+)
+def test_the_line_that_loads_decodes_where_dense_weights_are_asked_for(tmp_path, config, name):
+    model = getattr(transformers, name)(config).bfloat16()
+    model.save_pretrained(tmp_path / "in")
+    printed = quantize(tmp_path / "in", tmp_path / "out", *CLOSED).stdout
+    line = re.search(r"  Load: +(.*)", printed)[1].replace("'out'", repr(str(tmp_path / "out")))
+    loaded = eval(line, {"transformers": transformers}).state_dict()
+    write_dense_twin(tmp_path / "out", tmp_path / "twin")
+    for key, tensor in type(model).from_pretrained(tmp_path / "twin").state_dict().items():
+        assert torch.equal(loaded[key], tensor), key
+    with pytest.raises(AttributeError, match=r"has no attribute .weight"):
+        type(model).from_pretrained(tmp_path / "out")
+
+    two_widths = [*CLOSED, "--int8", "attn|Attention", "--dry_run"]
+    plan = quantize(tmp_path / "in", tmp_path / "out2", *two_widths).stdout
+    assert "transformers (5.24) asks this model's layers for dense weights" in plan
+
+
 def test_layers_in_8_bits_that_transformers_renames_while_loading_are_loaded_in_8_bits(tmp_path):
     save("exaone", tmp_path / "source")
     quantize(tmp_path / "source", tmp_path / "out", *CLOSED, "--int8", r"attn\.attention")
@@ -252,6 +388,44 @@ def test_packed_weights_that_transformers_splits_while_loading_are_told_instead_
     assert "AutoModelForCausalLM" not in result.stdout
     with pytest.raises(Exception, match=r"conversion|shape|size"):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lost"),
+    [
+        ("olmo_hybrid", [], "model.layers.0.linear_attn.k_conv1d.weight"),
+        ("hrm_text", ["--exclude", "gqkv_proj|gate_up_proj"], "self_attn.gate_proj"),
+    ],
+)
+def test_what_transformers_splits_or_joins_only_where_it_is_packed_is_told(
+    tmp_path, name, options, lost
+):
+    save(name, tmp_path / "source")
+    result = quantize(tmp_path / "source", tmp_path / "out", *CLOSED, *options)
+    (line,) = [line for line in result.stdout.splitlines() if "  Load:" in line]
+    assert "not with transformers (5.24), which stops" in line
+    assert f"'{lost}'" in line
+    assert "for transformers --restore it" in line
+    assert "--exclude" not in line
+    with pytest.raises((RuntimeError, ValueError)):
+        load(tmp_path / "out")
+    quantize(tmp_path / "out", tmp_path / "restored", "--restore")
+    _, report = load(tmp_path / "restored")
+    assert not report
+
+
+def test_only_an_exclude_that_helps_is_named(tmp_path):
+    save("hrm_text", tmp_path / "hrm_text")
+    plan = quantize(tmp_path / "hrm_text", tmp_path / "out", *CLOSED, "--dry_run").stdout
+    assert "stops at this folder" in plan
+    assert "--exclude" not in plan
+
+    save("lara_mini", tmp_path / "lara_mini")
+    options = [*CLOSED, "--exclude", r"\.experts\."]
+    plan = quantize(tmp_path / "lara_mini", tmp_path / "out", *options, "--dry_run").stdout
+    pattern = re.search(r"stops at this folder: .*, or --exclude '(.*)' keeps them", plan)[1]
+    quantize(tmp_path / "lara_mini", tmp_path / "kept", *options, "--exclude", pattern)
+    assert_loads_as_its_twin(tmp_path / "kept")
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])

@@ -512,6 +512,39 @@ def test_nothing_is_said_of_norms_and_biases_that_a_model_does_without(tmp_path,
     assert not warnings_of(tmp_path, tensors, **config)
 
 
+def names_of_layers(container, count, inside):
+    return {
+        f"{container}.{n}.{name}.weight": random(64, 128) for n in range(count) for name in inside
+    }
+
+
+NOT_MISSING = {
+    "parts of a sequence beside the layers": (
+        names_of_layers("encoder.layer", 4, ["attention.query"])
+        | {f"classifier.{n}.weight": random(64, 128) for n in (0, 3)}
+        | {f"pool.layers.{n}.conv.weight": random(64, 8, 3) for n in range(0, 9, 2)},
+        {"num_hidden_layers": 4},
+    ),
+    "stacks that are run through several times": (
+        names_of_layers("model.H_module.layers", 2, ["mlp.fc1"])
+        | names_of_layers("model.L_module.layers", 2, ["mlp.fc1"]),
+        {"num_hidden_layers": 16, "num_layers_per_stack": 2},
+    ),
+    "a head of another name": (
+        layers(0, 1)
+        | {"model.embed_tokens.weight": random(320, 128)}
+        | {"model.decoder.output_projection.weight": random(320, 96)},
+        {**LLAMA, "vocab_size": 320, "tie_word_embeddings": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_MISSING)
+def test_nothing_is_called_missing_of_a_whole_model(tmp_path, case):
+    tensors, config = NOT_MISSING[case]
+    assert not warnings_of(tmp_path, tensors, **config)
+
+
 PROMISES = ["num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers"]
 
 
