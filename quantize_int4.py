@@ -71,6 +71,12 @@ Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 
 from __future__ import annotations
 
+import signal
+
+# Until there is a handler, Ctrl-C ends the command without a traceback of the imports.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
 import bisect
@@ -96,7 +102,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import statistics
 import struct
 import subprocess

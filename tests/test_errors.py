@@ -75,6 +75,23 @@ def test_an_interrupt_during_the_imports_shows_no_traceback():
     assert run.returncode == -signal.SIGINT
 
 
+def test_an_interrupt_before_torch_is_imported_shows_no_traceback_either(model, tmp_path):
+    """The script is held in one of its first imports, by a module that stands before Python's own."""
+    held = tmp_path / "modules"
+    held.mkdir()
+    (held / "statistics.py").write_text("import os, time; os.close(1); time.sleep(60)")
+    with subprocess.Popen(
+        command(model, tmp_path / "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(held)},
+    ) as run:
+        assert run.stdout.read() == b""
+        run.send_signal(signal.SIGINT)
+        assert run.stderr.read() == b""
+    assert run.returncode == -signal.SIGINT
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
     """So many tensors that planning takes a second or more."""
