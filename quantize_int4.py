@@ -1848,9 +1848,6 @@ LIBC = ctypes.PyDLL(None, use_errno=True)
 # Parts of a file: the first byte of each and the one after its last, in order.
 Ranges = list[tuple[int, int]]
 
-# Less than this between what others have is not worth a call.
-LEAST_GAP = 1 << 16
-
 
 def count_cached_pages(fd: int) -> int | None:
     """Count a file's pages in the page cache, far faster than mincore; None where the system
@@ -1920,7 +1917,7 @@ def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> N
 
     Written pages must be synced before."""
     for other_start, other_end in within(others, start, end):
-        if other_start - start >= LEAST_GAP:
+        if start < other_start:
             os.posix_fadvise(fd, start, other_start - start, os.POSIX_FADV_DONTNEED)
         start = max(start, other_end)
     if start < end:
@@ -5279,6 +5276,10 @@ class Importance:
         self._ranks: dict[str, int | None] = {}
         self._shares: dict[str, float] = {}
         self._number_of = functools.cache(self._read_number)
+
+    def close(self) -> None:
+        """Close the file, and let the page cache forget what was read of it."""
+        self._file.close()
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
@@ -11380,8 +11381,11 @@ def run(args: argparse.Namespace) -> None:
             " without --list first"
         )
     folders = (args.input_dir, args.config_dir, args.mtp_from)
-    with contextlib.closing(Checkpoint(*folders)) as checkpoint:
-        plan = plan_as_asked(args, checkpoint, only_verify)
+    with (
+        contextlib.closing(Checkpoint(*folders)) as checkpoint,
+        opened_statistics(args, only_verify) as statistics,
+    ):
+        plan = plan_as_asked(args, checkpoint, only_verify, statistics)
         if args.list and args.dry_run:
             print_list(plan)
             return
@@ -11409,37 +11413,49 @@ def check_folders(args: argparse.Namespace) -> None:
             )
 
 
-def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bool) -> Plan:
+@contextlib.contextmanager
+def opened_statistics(args: argparse.Namespace, finished: bool) -> Iterator[Importance | None]:
+    """Open the file of --importance, if one is given, and leave the page cache as it was."""
+    if not args.importance:
+        yield None
+        return
+    if scale_rule(args) != "mse" and not finished:
+        raise QuantizeError(
+            "--importance needs --scale mse, which is the default of --format compressed-tensors",
+            2,
+        )
+    with contextlib.closing(Importance(args.importance)) as statistics:
+        yield statistics
+
+
+def plan_as_asked(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    finished: bool,
+    statistics: Importance | None = None,
+) -> Plan:
     """Plan what the arguments ask for.
 
     Where a folder is restored, or is finished and only verified, its shards say how it was made."""
     if args.restore:
         return plan_restoration_as_asked(args, checkpoint)
 
-    scale = scale_rule(args)
-    if args.importance and scale != "mse" and not finished:
-        raise QuantizeError(
-            "--importance needs --scale mse, which is the default of --format compressed-tensors",
-            2,
-        )
     if args.max_size_gb and not args.importance and not finished:
         raise QuantizeError(
             "--max_size_gb needs --importance with a file of collect_statistics, whose costs tell"
             " where 8 bits save most",
             2,
         )
-    statistics = None
     asked = {name: getattr(args, name, None) for name in Options.__annotations__}
-    if args.importance:
-        statistics = Importance(args.importance)
+    if statistics:
         use = FEEDBACK if statistics.largest_factor else WEIGHED
-        asked["importance"] = f"{use} {hash_file(args.importance)}"
+        asked["importance"] = f"{use} {hash_file(statistics.path)}"
 
     if finished:
         options = options_of_finished(args.output_dir, asked, checkpoint)
     else:
         asked["format"] = args.format or "int4"
-        asked["scale"] = scale
+        asked["scale"] = scale_rule(args)
         asked["shard_size_gb"] = args.shard_size_gb or DEFAULT_SHARD_SIZE_GB
         options = Options(**asked)
     return plan_conversion(checkpoint, options, statistics)
