@@ -1494,6 +1494,8 @@ TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them i
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+# Names the parts of a model of sentence-transformers, each the folder of one.
+MODULES_NAME = "modules.json"
 # With it peft and transformers load a folder as an adapter.
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
@@ -1568,7 +1570,8 @@ LANGUAGE_KEY = re.compile(r"(text|llm|language|thinker|decoder|generator)\w*conf
 # Files of a trainer's.
 TRAINER_PATTERN = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state"
-    r"|events\.out\.tfevents|zero_to_fp32)|^latest$|\.distcp$"
+    r"|events\.out\.tfevents|zero_to_fp32)|^latest$|\.distcp$|^sampler(_\d+)?\.bin$"
+    r"|^(dl_state_dict|dataloader|custom_checkpoint)[\w.]*\.(bin|pt|pkl)$|optim_states\.pt$"
 )
 
 
@@ -2003,8 +2006,11 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 # To read around the page cache.
 O_DIRECT = os.O_DIRECT
-# What a file begins with whose content is still in Git LFS.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What a file begins with whose content is still elsewhere, by what keeps it there.
+POINTERS = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/",
+    "Xet": b"# xet version ",
+}
 # Objects and lists inside one another. No model's config has ten.
 MAX_JSON_DEPTH = 100
 # Keys of config.json, at any depth, that describe how a model is quantized.
@@ -2182,25 +2188,42 @@ def check_no_gaps(infos: dict[str, TensorInfo], start: int, size: int) -> None:
         raise ValueError(f"{size:,} bytes, {end:,} by its header")
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refuse a file that only tells Git LFS which one belongs there.
+def refuse_partial(path: Path) -> None:
+    """Refuse a file that only tells which one belongs there, or that is still being downloaded.
 
-    A clone without Git LFS leaves such files."""
+    A clone without Git LFS leaves the former. aria2 gives a file its full size before the bytes,
+    and removes what it notes beside it at the end."""
+    if path.with_name(f"{path.name}.aria2").exists():
+        problem = f"its download is not finished, since {path.name}.aria2 is beside it"
+        raise QuantizeError(f"{path}: {problem}: download it again, to the end")
     with open(path, "rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        remedy = f"run git lfs pull in {path.parent}, or download the file again"
-        raise QuantizeError(f"{path}: is a Git LFS pointer and not the file itself: {remedy}")
+        start = file.read(max(map(len, POINTERS.values())))
+    for keeper, beginning in POINTERS.items():
+        if not start.startswith(beginning):
+            continue
+        remedy = "download the file again"
+        if keeper == "Git LFS":
+            remedy = f"run git lfs pull in {path.parent}, or {remedy}"
+        raise QuantizeError(f"{path}: is a {keeper} pointer and not the file itself: {remedy}")
+
+
+def broken_link(path: Path) -> str:
+    """Describe a link to what is not there; empty for anything else."""
+    if path.exists() or not path.is_symlink():
+        return ""
+    return f"a link to {os.readlink(path)}, which is missing"
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON object."""
-    refuse_pointer(path)
+    refuse_partial(path)
     too_deep = f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise QuantizeError(f"{path}: not valid JSON ({error})") from None
+        raise QuantizeError(
+            f"{path}: not valid JSON ({error}): mend it, or copy or download it again"
+        ) from None
     except RecursionError:
         raise QuantizeError(too_deep) from None
     if not isinstance(value, dict):
@@ -2230,8 +2253,10 @@ class WeightsFile:
     def __init__(self, path: Path):
         if not path.is_file():
             problem = "not a regular one" if path.exists() else "missing"
+            if link := broken_link(path):
+                problem = f"{link}: copy or download it again"
             raise QuantizeError(f"file {path} is {problem}")
-        refuse_pointer(path)
+        refuse_partial(path)
         self.path = path
 
         # Taken before anything is read.
@@ -2662,6 +2687,8 @@ class Checkpoint:
         """Read config.json, and note what in it, or beside it, is not used."""
         folder = self.config_folder
         self.has_config = (folder / CONFIG_NAME).exists()
+        if link := broken_link(folder / CONFIG_NAME):
+            raise QuantizeError(f"{folder / CONFIG_NAME}: {link}: copy or download it again")
         self.config = read_json(folder / CONFIG_NAME) if self.has_config else {}
         self.quantization = describe_quantization(pop_quantization(self.config), folder)
         if (folder / ADAPTER_CONFIG_NAME).exists():
@@ -2804,10 +2831,13 @@ def snapshots_in(folder: Path) -> list[Path]:
     The one that `main` means comes first."""
     if (folder / CONFIG_NAME).exists() or not folder.is_dir():
         return []
-    model = folder.parent if folder.name == "snapshots" else folder
-    models = [model, *sorted(folder.glob("models--*"))]
+    # Inside a model's folder of the cache, that itself, and what holds such folders.
+    model = folder.parent if folder.name in ("snapshots", "blobs", "refs") else folder
+    models = [model, *sorted(folder.glob("models--*")), *sorted(folder.glob("hub/models--*"))]
     snapshots = []
     for cached in models:
+        if cached.name.startswith(("datasets--", "spaces--")):
+            continue
         main = cached / "refs" / "main"
         revision = main.read_text().strip() if main.is_file() else ""
         folders = [path for path in (cached / "snapshots").glob("*") if path.is_dir()]
@@ -2939,8 +2969,8 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
         path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_"))
     )
     safetensors = safetensors_of_model(names)
-    pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
-    pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
+    others = [name for name in names if not TRAINER_PATTERN.search(name)]
+    pickles = [name for name in others if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
 
     index = folder / INDEX_NAME
     if not safetensors and not index.exists():
@@ -2958,10 +2988,12 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def safetensors_of_model(names: list[str]) -> list[str]:
-    """List the safetensors files, but not Mistral's own copy of the weights beside Hugging Face's.
+    """List the safetensors files, but no training state, and not Mistral's own copy of the weights
+    beside Hugging Face's.
 
     `plan_other_files` names what is left out."""
     safetensors = [name for name in names if name.endswith(".safetensors")]
+    safetensors = [name for name in safetensors if not TRAINER_PATTERN.search(name)]
     hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
     return hugging_face or safetensors
 
@@ -2971,24 +3003,62 @@ def holds_statistics(path: Path) -> bool:
     return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
 
 
+# By a pattern of names, what a folder without weights that are read holds instead, and what helps.
+OTHER_KINDS_OF_WEIGHTS = {
+    r"\.gguf$": "GGUF is quantized already, give the checkpoint it was made from",
+    r"\.onnx([_.]data)?$|^onnx$": "ONNX is an export, give the checkpoint it was made from",
+    r"\.h5$|\.msgpack$": (
+        "weights of TensorFlow or Flax are not read, save them with transformers' save_pretrained"
+    ),
+    r"\.nemo$": "NeMo's archive is not read, export it to Hugging Face's format",
+    r"^latest_checkpointed_iteration\.txt$|^iter_\d+$": (
+        "it is Megatron's, export it to Hugging Face's format (Megatron-Bridge)"
+    ),
+    r"^zero_to_fp32\.py$|^global_step\d+$": (
+        "it is DeepSpeed's, run its zero_to_fp32.py and give what that writes"
+    ),
+    r"\.distcp$|^pytorch_model_fsdp_\d+$": (
+        "it is a distributed checkpoint, make one file of it with accelerate merge-weights, or"
+        " python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+    ),
+    r"^(optimizer|rng_state|training_args|trainer_state)": (
+        "it holds training state alone, give the folder where the model was saved"
+    ),
+}
+
+
 def why_no_weights(folder: Path, names: list[str]) -> str:
     """Explain that none of the files in a folder, which have these names, holds weights."""
     problem = "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
-    if any(name.endswith(".gguf") for name in names):
-        return f"{problem}: GGUF is quantized already, give the checkpoint it was made from"
     for name in names:
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and holds_statistics(folder / name):
             return f"{name} holds statistics, for --importance: give the checkpoint's folder"
     if (folder / ADAPTER_CONFIG_NAME).exists():
         return f"{problem}: it holds a LoRA adapter, merge that into its base model first"
+    for pattern, advice in OTHER_KINDS_OF_WEIGHTS.items():
+        if any(re.search(pattern, name) for name in names):
+            return f"{problem}: {advice}"
     others = [name for name in names if name.endswith((".ckpt", ".bin"))]
+    others = [name for name in others if not TRAINER_PATTERN.search(name)]
     if others:
         return f"{problem}: if {others[0]!r} is the model's state dict, name it model.pth"
-    deeper = [*folder.glob("*/*.safetensors"), *folder.glob("*/pytorch_model*.bin")]
-    if deeper:
-        nearest_folder = min(path.parent for path in deeper)
-        return f"{problem}, but some in {nearest_folder}: give that folder if it is the model"
-    return problem
+    inside = where_weights_are_inside(folder)
+    if not inside and CONFIG_NAME in names:
+        return f"{problem}: copy or download the weights, too"
+    return problem + inside
+
+
+def where_weights_are_inside(folder: Path) -> str:
+    """Name the folders in a folder that hold weights, for the end of an error; "" if none do."""
+    found = [*folder.glob("*/*.safetensors"), *folder.glob("*/pytorch_model*.bin")]
+    # checkpoint-20 before checkpoint-100.
+    folders = sorted({path.parent for path in found}, key=lambda path: (len(path.name), path.name))
+    if not folders:
+        return ""
+    if len(folders) == 1:
+        return f", but some in {folders[0]}: give that folder if it is the model"
+    names = quote_names(path.name for path in folders)
+    return f", but some in its folders {names}: give the one that is the model"
 
 
 def why_not_one_set(names: list[str]) -> str:
@@ -6140,8 +6210,8 @@ CONFIG_KEYS = {
 # copied, among them the voices of Qwen2.5-Omni, without which transformers does not load it.
 OTHER_WEIGHTS = (
     r"(?<!^spk_dict)"
-    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
-    r"|tar(\.\w+)?|tgz|zip|index\.json)$"
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx([_.]data)?|h5|msgpack|npz|pkl|pickle|nemo|ot"
+    r"|tflite|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
 USUAL_GROUP_SIZE = 128
 # Why an expert is kept decides the group size.
@@ -6778,10 +6848,9 @@ def plan_other_files(checkpoint: Checkpoint, written: set) -> tuple[dict[str, Pa
         denied = why_unreadable(path)
         if denied:
             raise QuantizeError(f"{path}: {denied}, or remove it: it would be copied")
-        if not path.exists():
-            problem = f"a link to {os.readlink(path)}, which is missing"
-            raise QuantizeError(f"{path}: {problem}: mend or remove it, it would be copied")
-        refuse_pointer(path)
+        if link := broken_link(path):
+            raise QuantizeError(f"{path}: {link}: mend or remove it, it would be copied")
+        refuse_partial(path)
         copied[path.name] = path
 
     if folder != checkpoint.folder:
@@ -6802,6 +6871,8 @@ def reason_to_leave_out(path: Path) -> str | None:
         return "statistics"
     if re.search(OTHER_WEIGHTS, path.name):
         return "other weights"
+    if path.suffix in (".aria2", ".crdownload", ".incomplete", ".part", ".partial"):
+        return "of a download"
     if path.name == ADAPTER_CONFIG_NAME:
         return "of an adapter"
     if path.exists() and not path.is_file():
@@ -7472,7 +7543,7 @@ UNFIT = (
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2"
         r"|weight\.(absmax|quant_state.*)|SCB|weight_zero_point|weight_global_scale"
         r"|(gate_up|gate|up|down)_proj_(blocks|scales)|\w*quantizer\._\w+)$"
-        r"|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
+        r"|\nF(4|6_|8_)|\.(weight|weight\._data|W_q|q_weight)\n[IU]\d+ 2-D",
         QUANTIZED,
     ),
     # The spellings of peft, torchtune, kohya's scripts and AdapterHub. `check_low_rank_updates`
@@ -8076,6 +8147,21 @@ def note_tokenizer(draft: Draft) -> Iterator[str]:
         yield f"no tokenizer is in {folder}: copy the model's own there, or give --config_dir"
 
 
+def warn_of_missing_modules(draft: Draft) -> Iterator[str]:
+    """Warn of folders that modules.json names (sentence-transformers), since none is copied."""
+    folder = draft.checkpoint.config_folder
+    path = folder / MODULES_NAME
+    if not path.is_file():
+        return
+    named = set(re.findall(r'"path": *"([^"/]+)"', path.read_text(errors="replace")))
+    missing = sorted(name for name in named if (folder / name).is_dir())
+    if missing:
+        yield (
+            f"{MODULES_NAME} names folders, and folders are not copied: copy {quote_names(missing)}"
+            " into the finished one, else embeddings are pooled otherwise, or an engine stops"
+        )
+
+
 def note_group_size(draft: Draft) -> Iterator[str]:
     """State the group size where it was not asked for and is not the usual one."""
     size = draft.options.group_size
@@ -8480,6 +8566,7 @@ RULES = (
     Rule(WARNING, FOR_ENGINES, warn_of_packed_towers),
     Rule(WARNING, FOR_ENGINES, warn_of_float16),
     Rule(WARNING, TENSORS, warn_of_missing_mtp),
+    Rule(WARNING, FOR_ENGINES, warn_of_missing_modules),
     Rule(NOTE, TENSORS, note_checkpoint),
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_tokenizer),
