@@ -2999,8 +2999,10 @@ def safetensors_of_model(names: list[str]) -> list[str]:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Return whether a file is one that `collect_statistics` wrote."""
-    return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
+    """Return whether a file is one that `collect_statistics` wrote; not if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.suffix == ".safetensors" and STATISTICS_KEY in read_metadata(path)
+    return False
 
 
 # By a pattern of names, what a folder without weights that are read holds instead, and what helps.
@@ -9552,12 +9554,13 @@ def write_copy(source: BinaryIO, target: Path) -> str:
 
 
 def read_metadata(shard: Path) -> dict[str, str]:
-    """Read a shard's `__metadata__`, where this program leaves its marks; empty if it has none."""
+    """Read a shard's `__metadata__`, where this program leaves its marks; empty if it has none, or
+    is no whole file."""
     try:
         if not shard.is_file():
             return {}
         header, _ = read_header(shard)
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return texts_in(header.get("__metadata__"))
 
