@@ -1310,7 +1310,9 @@ class Compilation:
 
     def __init__(self, kind: KernelKind):
         self._kind = kind
-        self._compiler = os.environ.get("CC", "").split() or ["cc"]
+        # A command with options, or a path, which may have spaces.
+        given = os.environ.get("CC", "")
+        self._compiler = [given] if shutil.which(given) else given.split() or ["cc"]
         if not shutil.which(self._compiler[0]):
             raise NoKernel(f"there is no C compiler {self._compiler[0]!r}")
         # Signals wait until the process is known. It inherits this, so that SIGKILL alone ends it.

@@ -191,7 +191,7 @@ def test_a_stopped_run_with_overwrite_continues_without_it(large, tmp_path):
 def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(
     model, tmp_path, planned
 ):
-    compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
+    compiler, temporary = tmp_path / "a compiler", tmp_path / "temporary"
     compiler.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > '{tmp_path}/pid'\nwait\n")
     compiler.chmod(0o755)
     temporary.mkdir()
