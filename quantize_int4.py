@@ -5016,6 +5016,38 @@ SAME_NAMES = (
     " SemanticSegmentation SequenceClassification TDT TableRecognition TextRecognition"
     " TokenClassification UniversalSegmentation VideoClassification"
 )
+# Classes that none of these loads, and so are named themselves, whatever their type; and types of
+# which that holds for all classes.
+CLASSES_ALONE = """
+    BeitForMaskedImageModeling Blip2TextModelWithProjection Blip2VisionModelWithProjection
+    BlipForImageTextRetrieval BlipTextLMHeadModel BridgeTowerForContrastiveLearning
+    BridgeTowerForImageAndTextRetrieval BridgeTowerForMaskedLM BrosSpadeEEForTokenClassification
+    BrosSpadeELForTokenClassification CLIPSegForImageSegmentation CLIPTextModelWithProjection
+    CLIPVisionModelWithProjection ClapAudioModelWithProjection ClapTextModelWithProjection
+    ClvpForCausalLM ConditionalDetrForSegmentation CsmDepthDecoderForCausalLM DPRContextEncoder
+    DPRReader DiffusionGemmaEncoderModel Ernie4_5_VL_MoeForConditionalGeneration
+    EsmForProteinFolding FlaubertForQuestionAnswering GPT2DoubleHeadsModel
+    GlmImageForConditionalGeneration ImageGPTForCausalImageModeling InformerForPrediction
+    LongT5EncoderModel LukeForEntityClassification LukeForEntityPairClassification
+    LukeForEntitySpanClassification MetaClip2TextModelWithProjection
+    MetaClip2VisionModelWithProjection MoshiForConditionalGeneration NeoMMEForRetrieval
+    OpenAIGPTDoubleHeadsModel PatchTSMixerForPrediction PatchTSMixerForPretraining
+    PatchTSMixerForRegression PatchTSMixerForTimeSeriesClassification PatchTSTForClassification
+    PatchTSTForPrediction PatchTSTForPretraining PatchTSTForRegression
+    PerceiverForMultimodalAutoencoding PerceiverForOpticalFlow
+    Qwen2_5OmniTalkerForConditionalGeneration
+    Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration
+    Qwen3OmniMoeTalkerForConditionalGeneration RagSequenceForGeneration RagTokenForGeneration
+    SeamlessM4TForSpeechToSpeech SeamlessM4TTextToUnitForConditionalGeneration
+    SeamlessM4Tv2ForSpeechToSpeech SegGptForImageSegmentation SpeechT5ForSpeechToSpeech
+    SwitchTransformersEncoderModel TimeSeriesTransformerForPrediction
+    Tipsv2DptForDensePrediction TvpForVideoGrounding UdopEncoderModel
+    ViltForImageAndTextRetrieval ViltForImagesAndTextClassification ViltForMaskedLM
+    ViltForTokenClassification VisualBertForMultipleChoice VisualBertForQuestionAnswering
+    VisualBertForRegionToPhraseAlignment VisualBertForVisualReasoning XLMForQuestionAnswering
+    XLNetForQuestionAnswering
+"""
+TYPES_ALONE = "emu3_text_model mllama_text_model musicgen_decoder musicgen_melody_decoder"
 LOAD_STEP = "transformers.{loader}.from_pretrained({path}, dtype='auto')"
 
 
@@ -5036,6 +5068,9 @@ def loading_class(config: dict) -> str:
         architecture = CONDITIONAL if towers or any(pairs) else "ForCausalLM"
 
     types = set(config_values(only(config, "model_type"), "model_type"))
+    is_alone = architecture in CLASSES_ALONE.split() or types & {*TYPES_ALONE.split()}
+    if architectures and is_alone:
+        return architecture
     for row in LOADERS:
         is_of_type = not row.model_types or types & {*row.model_types.split()}
         if is_of_type and re.search(f"({row.architectures})$", architecture):

@@ -58,6 +58,22 @@ def test_the_class_named_loads_every_type_and_architecture_that_transformers_map
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_class_with_a_head_that_no_auto_class_loads_is_named_itself():
+    heads = "(For[A-Z]\\w+|LMHeadModel|DoubleHeadsModel|WithProjection|EncoderModel|Reader)$"
+    others = "^(Auto|DataCollator)|Pre[Tt]rained|(Config|Output|Rope|Processor)$"
+    mapped = {architecture for _, architecture in CLASSES}
+    alone = [
+        name
+        for name in dir(transformers)
+        if re.search(heads, name) and not re.search(others, name) and name not in mapped
+    ]
+    assert len(alone) > 50
+    for name in alone:
+        assert q.loading_class({"architectures": [name]}) == name
+    assert {*q.CLASSES_ALONE.split()}.isdisjoint(mapped)
+    assert {*q.TYPES_ALONE.split()}.isdisjoint(model_type for model_type, _ in CLASSES)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -65,6 +81,10 @@ def test_the_class_named_loads_every_type_and_architecture_that_transformers_map
         ({"architectures": ["LlamaForSequenceClassification"]}, "AutoModelForSequenceClassification"),
         ({"architectures": ["Qwen2ForRewardModel"]}, "AutoModel"),
         ({"architectures": ["BertModel"], "model_type": "bert"}, "AutoModel"),
+        (
+            {"architectures": ["MllamaForCausalLM"], "model_type": "mllama_text_model"},
+            "MllamaForCausalLM",
+        ),
         ({"architectures": ["XForConditionalGeneration"], "vision_config": {}}, "AutoModelForImageTextToText"),
         ({"architectures": ["XForConditionalGeneration"], "audio_config": {}}, "AutoModelForMultimodalLM"),
         ({"architectures": ["XForConditionalGeneration"], "is_encoder_decoder": True}, "AutoModelForSeq2SeqLM"),
