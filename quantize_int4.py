@@ -71,6 +71,12 @@ Exit codes: 0 done, 1 refused or failed, 2 usage error, 3 too little memory,
 
 from __future__ import annotations
 
+import signal
+
+# Until there is a handler, Ctrl-C ends the command without a traceback of the imports.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
 import bisect
@@ -96,7 +102,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import statistics
 import struct
 import subprocess
@@ -1309,7 +1314,9 @@ class Compilation:
 
     def __init__(self, kind: KernelKind):
         self._kind = kind
-        self._compiler = os.environ.get("CC", "").split() or ["cc"]
+        # A command with options, or a path, which may have spaces.
+        given = os.environ.get("CC", "")
+        self._compiler = [given] if shutil.which(given) else given.split() or ["cc"]
         if not shutil.which(self._compiler[0]):
             raise NoKernel(f"there is no C compiler {self._compiler[0]!r}")
         # Signals wait until the process is known. It inherits this, so that SIGKILL alone ends it.
@@ -1493,6 +1500,8 @@ TWO_COPIES = "tensors {} are two copies of the same weights: leave one of them i
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+# Names the parts of a model of sentence-transformers, each the folder of one.
+MODULES_NAME = "modules.json"
 # With it peft and transformers load a folder as an adapter.
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
@@ -1567,7 +1576,8 @@ LANGUAGE_KEY = re.compile(r"(text|llm|language|thinker|decoder|generator)\w*conf
 # Files of a trainer's.
 TRAINER_PATTERN = re.compile(
     r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state"
-    r"|events\.out\.tfevents|zero_to_fp32)|^latest$|\.distcp$"
+    r"|events\.out\.tfevents|zero_to_fp32)|^latest$|\.distcp$|^sampler(_\d+)?\.bin$"
+    r"|^(dl_state_dict|dataloader|custom_checkpoint)[\w.]*\.(bin|pt|pkl)$|optim_states\.pt$"
 )
 
 
@@ -1852,9 +1862,6 @@ LIBC = ctypes.PyDLL(None, use_errno=True)
 # Parts of a file: the first byte of each and the one after its last, in order.
 Ranges = list[tuple[int, int]]
 
-# Less than this between what others have is not worth a call.
-LEAST_GAP = 1 << 16
-
 
 def count_cached_pages(fd: int) -> int | None:
     """Count a file's pages in the page cache, far faster than mincore; None where the system
@@ -1924,7 +1931,7 @@ def drop_pages(fd: int, others: Ranges, start: int = 0, end: int = 1 << 62) -> N
 
     Written pages must be synced before."""
     for other_start, other_end in within(others, start, end):
-        if other_start - start >= LEAST_GAP:
+        if start < other_start:
             os.posix_fadvise(fd, start, other_start - start, os.POSIX_FADV_DONTNEED)
         start = max(start, other_end)
     if start < end:
@@ -2010,8 +2017,11 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 # To read around the page cache.
 O_DIRECT = os.O_DIRECT
-# What a file begins with whose content is still in Git LFS.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What a file begins with whose content is still elsewhere, by what keeps it there.
+POINTERS = {
+    "Git LFS": b"version https://git-lfs.github.com/spec/",
+    "Xet": b"# xet version ",
+}
 # Objects and lists inside one another. No model's config has ten.
 MAX_JSON_DEPTH = 100
 # Keys of config.json, at any depth, that describe how a model is quantized.
@@ -2189,25 +2199,42 @@ def check_no_gaps(infos: dict[str, TensorInfo], start: int, size: int) -> None:
         raise ValueError(f"{size:,} bytes, {end:,} by its header")
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refuse a file that only tells Git LFS which one belongs there.
+def refuse_partial(path: Path) -> None:
+    """Refuse a file that only tells which one belongs there, or that is still being downloaded.
 
-    A clone without Git LFS leaves such files."""
+    A clone without Git LFS leaves the former. aria2 gives a file its full size before the bytes,
+    and removes what it notes beside it at the end."""
+    if path.with_name(f"{path.name}.aria2").exists():
+        problem = f"its download is not finished, since {path.name}.aria2 is beside it"
+        raise QuantizeError(f"{path}: {problem}: download it again, to the end")
     with open(path, "rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        remedy = f"run git lfs pull in {path.parent}, or download the file again"
-        raise QuantizeError(f"{path}: is a Git LFS pointer and not the file itself: {remedy}")
+        start = file.read(max(map(len, POINTERS.values())))
+    for keeper, beginning in POINTERS.items():
+        if not start.startswith(beginning):
+            continue
+        remedy = "download the file again"
+        if keeper == "Git LFS":
+            remedy = f"run git lfs pull in {path.parent}, or {remedy}"
+        raise QuantizeError(f"{path}: is a {keeper} pointer and not the file itself: {remedy}")
+
+
+def broken_link(path: Path) -> str:
+    """Describe a link to what is not there; empty for anything else."""
+    if path.exists() or not path.is_symlink():
+        return ""
+    return f"a link to {os.readlink(path)}, which is missing"
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON object."""
-    refuse_pointer(path)
+    refuse_partial(path)
     too_deep = f"{path}: objects and lists nested more than {MAX_JSON_DEPTH} deep"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise QuantizeError(f"{path}: not valid JSON ({error})") from None
+        raise QuantizeError(
+            f"{path}: not valid JSON ({error}): mend it, or copy or download it again"
+        ) from None
     except RecursionError:
         raise QuantizeError(too_deep) from None
     if not isinstance(value, dict):
@@ -2237,8 +2264,10 @@ class WeightsFile:
     def __init__(self, path: Path):
         if not path.is_file():
             problem = "not a regular one" if path.exists() else "missing"
+            if link := broken_link(path):
+                problem = f"{link}: copy or download it again"
             raise QuantizeError(f"file {path} is {problem}")
-        refuse_pointer(path)
+        refuse_partial(path)
         self.path = path
 
         # Taken before anything is read.
@@ -2671,6 +2700,8 @@ class Checkpoint:
         """Read config.json, and note what in it, or beside it, is not used."""
         folder = self.config_folder
         self.has_config = (folder / CONFIG_NAME).exists()
+        if link := broken_link(folder / CONFIG_NAME):
+            raise QuantizeError(f"{folder / CONFIG_NAME}: {link}: copy or download it again")
         self.config_hash = hash_file(folder / CONFIG_NAME) if self.has_config else ""
         self.config = read_json(folder / CONFIG_NAME) if self.has_config else {}
         self.quantization = describe_quantization(pop_quantization(self.config), folder)
@@ -2814,10 +2845,13 @@ def snapshots_in(folder: Path) -> list[Path]:
     The one that `main` means comes first."""
     if (folder / CONFIG_NAME).exists() or not folder.is_dir():
         return []
-    model = folder.parent if folder.name == "snapshots" else folder
-    models = [model, *sorted(folder.glob("models--*"))]
+    # Inside a model's folder of the cache, that itself, and what holds such folders.
+    model = folder.parent if folder.name in ("snapshots", "blobs", "refs") else folder
+    models = [model, *sorted(folder.glob("models--*")), *sorted(folder.glob("hub/models--*"))]
     snapshots = []
     for cached in models:
+        if cached.name.startswith(("datasets--", "spaces--")):
+            continue
         main = cached / "refs" / "main"
         revision = main.read_text().strip() if main.is_file() else ""
         folders = [path for path in (cached / "snapshots").glob("*") if path.is_dir()]
@@ -2949,8 +2983,8 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
         path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_"))
     )
     safetensors = safetensors_of_model(names)
-    pickles = [name for name in names if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
-    pickles = [name for name in pickles if not TRAINER_PATTERN.search(name)]
+    others = [name for name in names if not TRAINER_PATTERN.search(name)]
+    pickles = [name for name in others if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
 
     index = folder / INDEX_NAME
     if not safetensors and not index.exists():
@@ -2968,10 +3002,12 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def safetensors_of_model(names: list[str]) -> list[str]:
-    """List the safetensors files, but not Mistral's own copy of the weights beside Hugging Face's.
+    """List the safetensors files, but no training state, and not Mistral's own copy of the weights
+    beside Hugging Face's.
 
     `plan_other_files` names what is left out."""
     safetensors = [name for name in names if name.endswith(".safetensors")]
+    safetensors = [name for name in safetensors if not TRAINER_PATTERN.search(name)]
     hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
     return hugging_face or safetensors
 
@@ -2983,24 +3019,62 @@ def holds_statistics(path: Path) -> bool:
     return False
 
 
+# By a pattern of names, what a folder without weights that are read holds instead, and what helps.
+OTHER_KINDS_OF_WEIGHTS = {
+    r"\.gguf$": "GGUF is quantized already, give the checkpoint it was made from",
+    r"\.onnx([_.]data)?$|^onnx$": "ONNX is an export, give the checkpoint it was made from",
+    r"\.h5$|\.msgpack$": (
+        "weights of TensorFlow or Flax are not read, save them with transformers' save_pretrained"
+    ),
+    r"\.nemo$": "NeMo's archive is not read, export it to Hugging Face's format",
+    r"^latest_checkpointed_iteration\.txt$|^iter_\d+$": (
+        "it is Megatron's, export it to Hugging Face's format (Megatron-Bridge)"
+    ),
+    r"^zero_to_fp32\.py$|^global_step\d+$": (
+        "it is DeepSpeed's, run its zero_to_fp32.py and give what that writes"
+    ),
+    r"\.distcp$|^pytorch_model_fsdp_\d+$": (
+        "it is a distributed checkpoint, make one file of it with accelerate merge-weights, or"
+        " python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+    ),
+    r"^(optimizer|rng_state|training_args|trainer_state)": (
+        "it holds training state alone, give the folder where the model was saved"
+    ),
+}
+
+
 def why_no_weights(folder: Path, names: list[str]) -> str:
     """Explain that none of the files in a folder, which have these names, holds weights."""
     problem = "no *.safetensors, pytorch_model*.bin, *.pth or *.pt in it"
-    if any(name.endswith(".gguf") for name in names):
-        return f"{problem}: GGUF is quantized already, give the checkpoint it was made from"
     for name in names:
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and holds_statistics(folder / name):
             return f"{name} holds statistics, for --importance: give the checkpoint's folder"
     if (folder / ADAPTER_CONFIG_NAME).exists():
         return f"{problem}: it holds a LoRA adapter, merge that into its base model first"
+    for pattern, advice in OTHER_KINDS_OF_WEIGHTS.items():
+        if any(re.search(pattern, name) for name in names):
+            return f"{problem}: {advice}"
     others = [name for name in names if name.endswith((".ckpt", ".bin"))]
+    others = [name for name in others if not TRAINER_PATTERN.search(name)]
     if others:
         return f"{problem}: if {others[0]!r} is the model's state dict, name it model.pth"
-    deeper = [*folder.glob("*/*.safetensors"), *folder.glob("*/pytorch_model*.bin")]
-    if deeper:
-        nearest_folder = min(path.parent for path in deeper)
-        return f"{problem}, but some in {nearest_folder}: give that folder if it is the model"
-    return problem
+    inside = where_weights_are_inside(folder)
+    if not inside and CONFIG_NAME in names:
+        return f"{problem}: copy or download the weights, too"
+    return problem + inside
+
+
+def where_weights_are_inside(folder: Path) -> str:
+    """Name the folders in a folder that hold weights, for the end of an error; "" if none do."""
+    found = [*folder.glob("*/*.safetensors"), *folder.glob("*/pytorch_model*.bin")]
+    # checkpoint-20 before checkpoint-100.
+    folders = sorted({path.parent for path in found}, key=lambda path: (len(path.name), path.name))
+    if not folders:
+        return ""
+    if len(folders) == 1:
+        return f", but some in {folders[0]}: give that folder if it is the model"
+    names = quote_names(path.name for path in folders)
+    return f", but some in its folders {names}: give the one that is the model"
 
 
 def why_not_one_set(names: list[str]) -> str:
@@ -4957,89 +5031,11 @@ def pattern_of_module(entry: Entry, packed: ModuleNames) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Loader:
-    """A row of `LOADERS`: the class of transformers that loads models whose architecture's name
-    ends so."""
-
-    name: str
-    # A pattern.
-    architectures: str
-    # Of these types alone, separated by blanks; of all where there are none.
-    model_types: str = ""
-
-
-CONDITIONAL = "ForConditionalGeneration"
-# The first row that fits. (transformers 5.24.0, models/auto/modeling_auto.py)
-LOADERS = (
-    Loader(
-        "AutoModelForSpeechSeq2Seq",
-        CONDITIONAL,
-        "canary cohere_asr dia moonshine moonshine_streaming pop2piano speech_to_text whisper",
-    ),
-    Loader("AutoModelForSpeechSeq2Seq", "ForSpeechToText"),
-    Loader("AutoModelForSpeechSeq2Seq", "EncoderDecoderModel", "speech-encoder-decoder"),
-    Loader(
-        "AutoModelForTextToWaveform",
-        CONDITIONAL,
-        "csm gradium_phonon_tts higgs_audio_v2 musicgen musicgen_melody pocket_tts vibevoice",
-    ),
-    Loader("AutoModelForTextToSpectrogram", "ForTextToSpeech", "speecht5"),
-    Loader("AutoModelForTextToWaveform", "ForTextToSpeech"),
-    Loader("AutoModelForSeq2SeqLM", CONDITIONAL, "audioflamingo3 musicflamingo"),
-    Loader("AutoModelForSeq2SeqLM", "MTModel|EncoderDecoderModel", "encoder-decoder marian"),
-    Loader("AutoModelForSeq2SeqLM", "ForTextToText"),
-    Loader("AutoModelForImageTextToText", CONDITIONAL, "pi0 t5gemma2 udop"),
-    Loader("AutoModelForImageTextToText", "ForCausalLM", "mistral4"),
-    Loader("AutoModelForImageTextToText", "ForVisionText2Text|ForProteinText2Text"),
-    Loader("AutoModelForImageTextToText", "ForBlockDiffusion"),
-    Loader("AutoModelForImageTextToText", "", "nemotron_h_omni vision-encoder-decoder"),
-    Loader("AutoModel", CONDITIONAL, "clvp"),
-    Loader("AutoModelForMaskedLM", "LMHeadModel", "flaubert"),
-    Loader("AutoModelForCausalLM", "LMHeadModel|ModelWithLMHead"),
-    Loader("AutoModelForCausalLM", "Decoder", "bert-generation"),
-    Loader("AutoModelForTextEncoding", "EncoderModel", "mt5 t5 t5gemma umt5"),
-    Loader("AutoModelForTextEncoding", "TextModel", "emu3 llama4 mllama"),
-    Loader(
-        "AutoModelForMaskGeneration",
-        "EdgeTamModel|Sam2Model|Sam3TrackerModel",
-        "edgetam_video sam2_video sam3_video",
-    ),
-    Loader("AutoModelForPreTraining", "ForRetrieval"),
-    Loader("AutoModelForTableQuestionAnswering", "ForQuestionAnswering", "tapas"),
-    Loader("AutoModelForVisualQuestionAnswering", "ForQuestionAnswering", "blip vilt"),
-    Loader("AutoModelForDocumentQuestionAnswering", "ForQuestionAnswering", "layoutlm"),
-    Loader("AutoModelForQuestionAnswering", "ForQuestionAnsweringSimple"),
-    Loader(
-        "AutoModelForAudioClassification",
-        "ForSequenceClassification",
-        "data2vec-audio hubert sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-bert"
-        " wav2vec2-conformer wavlm",
-    ),
-    Loader("AutoModelForAudioXVector", "ForXVector"),
-    Loader(
-        "AutoModelForImageClassification",
-        "ForImageClassification(WithTeacher|Learned|Fourier|ConvProcessing)",
-    ),
-    Loader("AutoModelForZeroShotImageClassification", "ForImageTextRetrieval", "blip-2"),
-    Loader(
-        "AutoModelForZeroShotObjectDetection",
-        "ForObjectDetection",
-        "grounding-dino mm-grounding-dino omdet-turbo owlv2 owlvit",
-    ),
-    Loader("AutoModelForUniversalSegmentation", "ForSegmentation", "detr"),
-    Loader("AutoModelForImageToImage", "ForImageSuperResolution"),
-    Loader("AutoModelForTimeSeriesPrediction", "ModelForPrediction"),
-    Loader("AutoBackbone", "Backbone"),
-)
-# Names X such that AutoModelForX loads a model Y whose architecture is called YForX.
-SAME_NAMES = (
-    "AudioClassification AudioFrameClassification CTC CausalLM Decision DepthEstimation"
-    " ImageClassification ImageMatting InstanceSegmentation KeypointDetection KeypointMatching"
-    " MaskedImageModeling MaskedLM MultipleChoice NextSentencePrediction NormalEstimation"
-    " ObjectDetection PointmapEstimation PoseEstimation PreTraining QuestionAnswering RNNT"
-    " SemanticSegmentation SequenceClassification TDT TableRecognition TextRecognition"
-    " TokenClassification UniversalSegmentation VideoClassification"
+# Classes that `AutoModelForCausalLM` of transformers 5.24.0 does not load, or not for each type that
+# config.json may name beside them.
+NOT_AUTO_CAUSAL = (
+    "ClvpForCausalLM CsmDepthDecoderForCausalLM Emu3ForCausalLM Mistral4ForCausalLM"
+    " MllamaForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM"
 )
 LOAD_STEP = "transformers.{loader}.from_pretrained({path}, {load_options})"
 LOAD_OPTIONS = "dtype='auto'"
@@ -5052,34 +5048,31 @@ DECODING_OPTIONS = (
 
 def loading_class(config: dict) -> str:
     """Name the class of transformers that loads the whole model that config.json describes, head
-    included."""
-    architectures = architectures_of(config)
-    architecture = architectures[0] if architectures else ""
+    included.
+
+    That is the model's own class, which `save_pretrained` writes there. A language model's may have
+    another name on the hub, and the class for all of these goes by its type."""
+    architecture = next(iter(architectures_of(config)), "")
+    if not architecture.isidentifier():
+        return loading_class_by_structure(config)
     own_classes = classes_of_its_own_code(config, architecture)
     if own_classes:
         return own_classes[0]
+    is_causal = architecture.endswith("ForCausalLM") and architecture not in NOT_AUTO_CAUSAL.split()
+    return "AutoModelForCausalLM" if is_causal else architecture
 
+
+def loading_class_by_structure(config: dict) -> str:
+    """Name the class for a config.json that names no class of the model."""
     towers = [
         key for key, value in config.items() if isinstance(value, dict) and key.endswith("_config")
     ]
-    if not architecture:
-        pairs = config_values(only(config, "is_encoder_decoder"), "is_encoder_decoder")
-        architecture = CONDITIONAL if towers or any(pairs) else "ForCausalLM"
-
-    types = set(config_values(only(config, "model_type"), "model_type"))
-    for row in LOADERS:
-        is_of_type = not row.model_types or types & {*row.model_types.split()}
-        if is_of_type and re.search(f"({row.architectures})$", architecture):
-            return row.name
-    for name in SAME_NAMES.split():
-        if architecture.endswith(f"For{name}"):
-            return f"AutoModelFor{name}"
-
-    if not architecture.endswith(CONDITIONAL):
-        return "AutoModel"
     if any(re.search(r"vis(ion|ual)|image|^vq_", key) for key in towers):
         return "AutoModelForImageTextToText"
-    return "AutoModelForMultimodalLM" if towers else "AutoModelForSeq2SeqLM"
+    if towers:
+        return "AutoModelForMultimodalLM"
+    is_pair = any(config_values(only(config, "is_encoder_decoder"), "is_encoder_decoder"))
+    return "AutoModelForSeq2SeqLM" if is_pair else "AutoModelForCausalLM"
 
 
 def classes_of_its_own_code(config: dict, architecture: str) -> list[str]:
@@ -5388,6 +5381,10 @@ class Importance:
         self._ranks: dict[str, int | None] = {}
         self._shares: dict[str, float] = {}
         self._number_of = functools.cache(self._read_number)
+
+    def close(self) -> None:
+        """Close the file, and let the page cache forget what was read of it."""
+        self._file.close()
 
     def check_unchanged(self) -> None:
         """Raise if the file was written to or replaced since it was opened."""
@@ -6273,8 +6270,8 @@ CONFIG_KEYS = {
 # copied, among them the voices of Qwen2.5-Omni, without which transformers does not load it.
 OTHER_WEIGHTS = (
     r"(?<!^spk_dict)"
-    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx(_data)?|h5|msgpack|npz|pkl|pickle|nemo"
-    r"|tar(\.\w+)?|tgz|zip|index\.json)$"
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|onnx([_.]data)?|h5|msgpack|npz|pkl|pickle|nemo|ot"
+    r"|tflite|tar(\.\w+)?|tgz|zip|index\.json)$"
 )
 USUAL_GROUP_SIZE = 128
 # Why an expert is kept decides the group size.
@@ -6948,10 +6945,9 @@ def plan_other_files(checkpoint: Checkpoint, written: set) -> tuple[dict[str, Pa
         denied = why_unreadable(path)
         if denied:
             raise QuantizeError(f"{path}: {denied}, or remove it: it would be copied")
-        if not path.exists():
-            problem = f"a link to {os.readlink(path)}, which is missing"
-            raise QuantizeError(f"{path}: {problem}: mend or remove it, it would be copied")
-        refuse_pointer(path)
+        if link := broken_link(path):
+            raise QuantizeError(f"{path}: {link}: mend or remove it, it would be copied")
+        refuse_partial(path)
         copied[path.name] = path
 
     if folder != checkpoint.folder:
@@ -6972,6 +6968,8 @@ def reason_to_leave_out(path: Path) -> str | None:
         return "statistics"
     if re.search(OTHER_WEIGHTS, path.name):
         return "other weights"
+    if path.suffix in (".aria2", ".crdownload", ".incomplete", ".part", ".partial"):
+        return "of a download"
     if path.name == ADAPTER_CONFIG_NAME:
         return "of an adapter"
     if path.exists() and not path.is_file():
@@ -7661,7 +7659,7 @@ UNFIT = (
         r"|weight\.(absmax|quant_state.*)|SCB|weight_zero_point|weight_global_scale"
         r"|W_q|q_weight|trellis|Qidxs|_?weight[.:_]_?q?data"
         r"|(gate_up|gate|up|down)_proj_(blocks|scales)|\w*quantizer\._\w+)$"
-        r"|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D",
+        r"|\nF(4|6_|8_)|\.(weight|weight\._data|W_q|q_weight)\n[IU]\d+ 2-D",
         QUANTIZED,
     ),
     # The spellings of peft, torchtune, kohya's scripts and AdapterHub. `check_low_rank_updates`
@@ -8280,6 +8278,21 @@ def note_tokenizer(draft: Draft) -> Iterator[str]:
         yield f"no tokenizer is in {folder}: copy the model's own there, or give --config_dir"
 
 
+def warn_of_missing_modules(draft: Draft) -> Iterator[str]:
+    """Warn of folders that modules.json names (sentence-transformers), since none is copied."""
+    folder = draft.checkpoint.config_folder
+    path = folder / MODULES_NAME
+    if not path.is_file():
+        return
+    named = set(re.findall(r'"path": *"([^"/]+)"', path.read_text(errors="replace")))
+    missing = sorted(name for name in named if (folder / name).is_dir())
+    if missing:
+        yield (
+            f"{MODULES_NAME} names folders, and folders are not copied: copy {quote_names(missing)}"
+            " into the finished one, else embeddings are pooled otherwise, or an engine stops"
+        )
+
+
 def note_group_size(draft: Draft) -> Iterator[str]:
     """State the group size where it was not asked for and is not the usual one."""
     size = draft.options.group_size
@@ -8747,6 +8760,7 @@ RULES = (
     Rule(WARNING, FOR_ENGINES, warn_of_packed_towers),
     Rule(WARNING, FOR_ENGINES, warn_of_float16),
     Rule(WARNING, TENSORS, warn_of_missing_mtp),
+    Rule(WARNING, FOR_ENGINES, warn_of_missing_modules),
     Rule(NOTE, TENSORS, note_checkpoint),
     Rule(NOTE, TENSORS, note_statistics),
     Rule(NOTE, FOR_ENGINES, note_tokenizer),
@@ -11744,8 +11758,11 @@ def run(args: argparse.Namespace) -> None:
             " without --list first"
         )
     folders = (args.input_dir, args.config_dir, args.mtp_from)
-    with contextlib.closing(Checkpoint(*folders)) as checkpoint:
-        plan = plan_as_asked(args, checkpoint, only_verify)
+    with (
+        contextlib.closing(Checkpoint(*folders)) as checkpoint,
+        opened_statistics(args, only_verify) as statistics,
+    ):
+        plan = plan_as_asked(args, checkpoint, only_verify, statistics)
         if args.list and args.dry_run:
             print_list(plan)
             return
@@ -11773,37 +11790,49 @@ def check_folders(args: argparse.Namespace) -> None:
             )
 
 
-def plan_as_asked(args: argparse.Namespace, checkpoint: Checkpoint, finished: bool) -> Plan:
+@contextlib.contextmanager
+def opened_statistics(args: argparse.Namespace, finished: bool) -> Iterator[Importance | None]:
+    """Open the file of --importance, if one is given, and leave the page cache as it was."""
+    if not args.importance:
+        yield None
+        return
+    if scale_rule(args) != "mse" and not finished:
+        raise QuantizeError(
+            "--importance needs --scale mse, which is the default of --format compressed-tensors",
+            2,
+        )
+    with contextlib.closing(Importance(args.importance)) as statistics:
+        yield statistics
+
+
+def plan_as_asked(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    finished: bool,
+    statistics: Importance | None = None,
+) -> Plan:
     """Plan what the arguments ask for.
 
     Where a folder is restored, or is finished and only verified, its shards say how it was made."""
     if args.restore:
         return plan_restoration_as_asked(args, checkpoint)
 
-    scale = scale_rule(args)
-    if args.importance and scale != "mse" and not finished:
-        raise QuantizeError(
-            "--importance needs --scale mse, which is the default of --format compressed-tensors",
-            2,
-        )
     if args.max_size_gb and not args.importance and not finished:
         raise QuantizeError(
             "--max_size_gb needs --importance with a file of collect_statistics, whose costs tell"
             " where 8 bits save most",
             2,
         )
-    statistics = None
     asked = {name: getattr(args, name, None) for name in Options.__annotations__}
-    if args.importance:
-        statistics = Importance(args.importance)
+    if statistics:
         use = FEEDBACK if statistics.largest_factor else WEIGHED
-        asked["importance"] = f"{use} {hash_file(args.importance)}"
+        asked["importance"] = f"{use} {hash_file(statistics.path)}"
 
     if finished:
         options = options_of_finished(args.output_dir, asked, checkpoint)
     else:
         asked["format"] = args.format or "int4"
-        asked["scale"] = scale
+        asked["scale"] = scale_rule(args)
         asked["shard_size_gb"] = args.shard_size_gb or DEFAULT_SHARD_SIZE_GB
         options = Options(**asked)
     return plan_conversion(checkpoint, options, statistics)

@@ -33,11 +33,13 @@ def test_a_model_of_the_hub_is_answered_with_the_command_that_gets_it(tmp_path):
 def hub_cache(root, model, *revisions, main=""):
     """Lay out a model as the hub's cache does: `revisions` of links to one file of weights."""
     cached = root / "models--a--b"
-    shutil.copytree(model, cached / "blobs")
-    for revision in revisions:
-        (cached / "snapshots" / revision).mkdir(parents=True)
-        for path in (cached / "blobs").iterdir():
-            (cached / "snapshots" / revision / path.name).symlink_to(path)
+    (cached / "blobs").mkdir(parents=True)
+    for number, path in enumerate(model.iterdir()):
+        blob = cached / "blobs" / f"{number:040}"
+        shutil.copy(path, blob)
+        for revision in revisions:
+            (cached / "snapshots" / revision).mkdir(parents=True, exist_ok=True)
+            (cached / "snapshots" / revision / path.name).symlink_to(blob)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(main or revisions[0])
     return cached
@@ -46,7 +48,8 @@ def hub_cache(root, model, *revisions, main=""):
 def test_a_root_of_the_hubs_cache_is_answered_with_the_snapshot_inside(model, tmp_path):
     cached = hub_cache(tmp_path / "hub", model, "aaa", "bbb", "ccc", main="bbb")
     snapshot = cached / "snapshots" / "bbb"
-    for folder in (cached, cached / "snapshots", cached.parent):
+    inside = [cached / name for name in ("snapshots", "blobs", "refs")]
+    for folder in (cached, cached.parent, *inside):
         refuse(folder, tmp_path / "out", f"inside it, {snapshot} (of 3 snapshots there)")
     (tmp_path / "weights").mkdir()
     shutil.copy(model / "model.safetensors", tmp_path / "weights")
@@ -55,9 +58,20 @@ def test_a_root_of_the_hubs_cache_is_answered_with_the_snapshot_inside(model, tm
     quantize(snapshot, tmp_path / "out")
 
 
+def test_so_is_the_folder_of_the_cache_and_a_data_set_has_no_model(model, tmp_path):
+    cached = hub_cache(tmp_path / "home" / "hub", model, "aaa")
+    refuse(tmp_path / "home", tmp_path / "out", f"inside it, {cached / 'snapshots' / 'aaa'}")
+    cached.rename(cached.with_name("datasets--a--b"))
+    refuse(cached.with_name("datasets--a--b"), tmp_path / "out", "no *.safetensors")
+
+
 def test_weights_in_a_folder_inside_are_pointed_out(model, tmp_path):
-    shutil.move(model, tmp_path / "outer" / "model")
-    refuse(tmp_path / "outer", tmp_path / "out", f"but some in {tmp_path / 'outer' / 'model'}")
+    shutil.copytree(model, tmp_path / "outer" / "checkpoint-100")
+    inside = tmp_path / "outer" / "checkpoint-100"
+    refuse(tmp_path / "outer", tmp_path / "out", f"but some in {inside}: give that folder")
+    shutil.copytree(model, tmp_path / "outer" / "checkpoint-20")
+    names = "but some in its folders 'checkpoint-20', 'checkpoint-100': give the one"
+    refuse(tmp_path / "outer", tmp_path / "out", names)
 
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 63160000000\n"
@@ -76,6 +90,76 @@ def test_a_pickle_that_is_a_git_lfs_pointer_is_answered_so_too(tmp_path):
     folder = save_pickle(tmp_path / "in", {})
     (folder / "pytorch_model.bin").write_text(LFS_POINTER)
     refuse(folder, tmp_path / "out", "pytorch_model.bin: is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_so_is_a_pointer_of_xet(model, tmp_path, name):
+    (model / name).write_text("# xet version 0\nfilesize = 63160000000\nhash = '4d7a'\n")
+    refuse(model, tmp_path / "out", f"{model / name}: is a Xet pointer and not the file itself")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_is_being_downloaded_is_refused(model, tmp_path, name):
+    """aria2 gives a file its full size at once: what is not there yet would be read as zeros."""
+    (model / "tokenizer.json").write_text("{}")
+    (model / f"{name}.aria2").touch()
+    refuse(model, tmp_path / "out", f"{model / name}: its download is not finished", "again")
+
+
+def test_what_a_download_left_is_not_copied(model, tmp_path):
+    for name in ("other.json.aria2", "vocab.json.incomplete", "vocab.json.part"):
+        (model / name).touch()
+    quantize(model, tmp_path / "out")
+    left = [path.suffix for path in (tmp_path / "out").iterdir()]
+    assert not {".aria2", ".incomplete", ".part"} & {*left}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_link_to_what_is_missing_is_called_so(model, tmp_path, name):
+    (model / name).unlink()
+    (model / name).symlink_to("../blobs/0123")
+    refuse(model, tmp_path / "out", f"{model / name}", "a link to ../blobs/0123, which is missing")
+
+
+OTHERS_WEIGHTS = {  # what is there, and words of the answer
+    "model.Q4_K_M.gguf": "GGUF is quantized already",
+    "onnx": "ONNX is an export, give the checkpoint",
+    "model.onnx": "ONNX is an export, give the checkpoint",
+    "tf_model.h5": "save them with transformers' save_pretrained",
+    "flax_model.msgpack": "save them with transformers' save_pretrained",
+    "model.nemo": "export it to Hugging Face's format",
+    "iter_0000010": "Megatron's, export it",
+    "global_step10": "run its zero_to_fp32.py",
+    "__0_0.distcp": "accelerate merge-weights",
+    "optimizer.pt": "training state alone, give the folder where the model was saved",
+    "training_args.bin": "training state alone, give the folder where the model was saved",
+    "optimizer.safetensors": "training state alone, give the folder where the model was saved",
+    "config.json": "copy or download the weights, too",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS_WEIGHTS)
+def test_a_folder_of_other_weights_is_answered_with_what_helps(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text("{}")
+    refuse(tmp_path / "in", tmp_path / "out", "no *.safetensors", OTHERS_WEIGHTS[name])
+
+
+def test_an_optimizer_beside_the_weights_is_no_second_set_of_them(model, tmp_path):
+    save_file({"m.weight": torch.ones(8)}, model / "optimizer.safetensors")
+    plan = quantize(model, tmp_path / "out").stdout
+    assert "optimizer.safetensors (training state)" in plan
+
+
+def test_folders_of_sentence_transformers_are_to_be_copied_which_a_warning_says(model, tmp_path):
+    parts = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}]
+    (model / "modules.json").write_text(json.dumps(parts))
+    (model / "1_Pooling").mkdir()
+    options = ["--format", "compressed-tensors"]
+    plan = quantize(model, tmp_path / "out", *options).stdout
+    assert "WARNING:   modules.json names folders, and folders are not copied: copy '1_Po" in plan
+    shutil.copytree(model / "1_Pooling", tmp_path / "out" / "1_Pooling")
+    quantize(model, tmp_path / "out", *options, "--verify")
 
 
 def test_a_file_as_input_folder_is_refused(model, tmp_path):
@@ -347,8 +431,11 @@ def test_consolidated_weights_alone_are_the_model(tmp_path):
         {"m.weight": torch.ones(4, 128, dtype=torch.int8)},
         {"m.weight": torch.ones(4, 128).to(torch.float8_e4m3fn)},
         {"m.weight": torch.ones(4, 128), "m.weight_scale_inv": torch.ones(1, 1)},
+        {"m.W_q": torch.ones(4, 128, dtype=torch.uint8), "n.weight": torch.ones(4, 128)},
+        {"m.weight._data": torch.ones(4, 128, dtype=torch.int8), "n.weight": torch.ones(4, 128)},
+        {"m.q_weight": torch.ones(4, 16, dtype=torch.int32), "n.weight": torch.ones(4, 128)},
     ],
-    ids=["qweight", "int8", "float8", "weight_scale_inv"],
+    ids=["qweight", "int8", "float8", "weight_scale_inv", "HQQ", "quanto", "exl2"],
 )
 def test_a_checkpoint_of_quantized_tensors_is_refused(tmp_path, tensors):
     refuse(save_model(tmp_path / "in", tensors), tmp_path / "out", "already quantized", "'m.")

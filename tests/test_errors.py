@@ -75,6 +75,23 @@ def test_an_interrupt_during_the_imports_shows_no_traceback():
     assert run.returncode == -signal.SIGINT
 
 
+def test_an_interrupt_before_torch_is_imported_shows_no_traceback_either(model, tmp_path):
+    """The script is held in one of its first imports, by a module that stands before Python's own."""
+    held = tmp_path / "modules"
+    held.mkdir()
+    (held / "statistics.py").write_text("import os, time; os.close(1); time.sleep(60)")
+    with subprocess.Popen(
+        command(model, tmp_path / "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(held)},
+    ) as run:
+        assert run.stdout.read() == b""
+        run.send_signal(signal.SIGINT)
+        assert run.stderr.read() == b""
+    assert run.returncode == -signal.SIGINT
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
     """So many tensors that planning takes a second or more."""
@@ -174,7 +191,7 @@ def test_a_stopped_run_with_overwrite_continues_without_it(large, tmp_path):
 def test_a_signal_ends_the_compiler_and_what_it_started_and_leaves_no_files(
     model, tmp_path, planned
 ):
-    compiler, temporary = tmp_path / "compiler", tmp_path / "temporary"
+    compiler, temporary = tmp_path / "a compiler", tmp_path / "temporary"
     compiler.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > '{tmp_path}/pid'\nwait\n")
     compiler.chmod(0o755)
     temporary.mkdir()

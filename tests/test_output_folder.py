@@ -60,6 +60,19 @@ def test_an_output_folder_that_is_not_writable_is_an_error_that_names_it(open_fo
     assert not list((open_folder / "out").iterdir())
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("option", ["--verify", "--overwrite", "--dry_run"])
+def test_a_finished_folder_that_another_user_may_not_read_is_not_called_foreign(
+    open_folder, option
+):
+    source, output = open_folder / "in", open_folder / "out"
+    quantize(source, output)
+    shard = output / "model-00001.safetensors"
+    os.chmod(shard, 0o600)
+    result = run_cli(source, output, option, **AS_NOBODY)
+    assert_refused(result, f"{shard}: Permission denied", f"chmod a+r {shard}")
+
+
 def read_only_mounts():
     """List folders on mounts that the system has mounted read-only, where there are some."""
     lines = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]

@@ -120,6 +120,36 @@ def test_what_others_had_in_the_cache_stays_there(checkpoint, tmp_path):
         )  # the system may reclaim some pages meanwhile
 
 
+def test_what_lies_between_pages_that_others_had_does_not_stay(checkpoint, tmp_path):
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    for path in shards:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for start in range(0, path.stat().st_size, 15 * 4096):
+                os.pread(file.fileno(), 4096, start)
+    before = cached_bytes(*shards)
+    assert before < 3 * MB
+    quantize(checkpoint, tmp_path / "out")
+    assert abs(cached_bytes(*shards) - before) < HEADERS
+
+
+def test_nor_do_the_pages_that_tensors_of_a_file_of_statistics_share(checkpoint, tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    weights, statistics = {}, {}
+    for number in range(100):
+        weights[f"m.{number}.weight"] = torch.randn(8, 1024).bfloat16()
+        statistics[f"m.{number}"] = torch.full((1024,), 32.0)
+        statistics[f"m.{number}.factor"] = torch.ones(1024, 32)
+        statistics[f"m.{number}.cost"] = torch.tensor(0.1)
+    write_checkpoint(checkpoint, weights)
+    save_file(statistics, path)
+    forget(path)
+    options = ["--format", "compressed-tensors", "--importance", path]
+    quantize(checkpoint, tmp_path / "out", *options)
+    quantize(checkpoint, tmp_path / "out", *options, "--verify")
+    assert cached_bytes(path) < HEADERS
+
+
 def test_even_at_its_fullest_a_run_adds_little_to_the_cache(tmp_path):
     write_sparse_checkpoint(
         tmp_path / "in", {f"m.{i}.weight": (torch.bfloat16, (8192, 8192)) for i in range(9)}, 3
