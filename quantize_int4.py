@@ -5031,7 +5031,7 @@ def pattern_of_module(entry: Entry, packed: ModuleNames) -> str:
     )
 
 
-# Classes that `AutoModelForCausalLM` of transformers 5.24.0 does not load, or not for each type that
+# Classes that `AutoModelForCausalLM` (transformers 5.24.0) does not load, or not for each type that
 # config.json may name beside them.
 NOT_AUTO_CAUSAL = (
     "ClvpForCausalLM CsmDepthDecoderForCausalLM Emu3ForCausalLM Mistral4ForCausalLM"
