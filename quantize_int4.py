@@ -9735,19 +9735,19 @@ class OutputFolder:
         if config.exists():
             found.add(config)
         for path in sorted(path for path in planned - found if not path.exists()):
-            raise self._changed_since_plan(path, "is gone")
+            raise self._changed_since_plan(path, "is gone", "put it back")
         for path in sorted(found - planned):
-            raise self._changed_since_plan(path, "is new")
+            raise self._changed_since_plan(path, "is new", "remove it")
         if checkpoint.has_config and hash_file(config) != checkpoint.config_hash:
-            raise self._changed_since_plan(config, "changed")
+            raise self._changed_since_plan(config)
 
-    def _changed_since_plan(self, path: Path, what: str) -> QuantizeError:
-        afresh = "the same command starts afresh"
+    def _changed_since_plan(
+        self, path: Path, what: str = "changed", undo: str = "put it back as it was"
+    ) -> QuantizeError:
+        remedy = "the same command starts afresh"
         if not self.overwrite:
-            undo = {"is gone": "put it back", "is new": "remove it"}
-            undo = undo.get(what, "put it back as it was")
-            afresh = f"{undo}, or give --overwrite to start afresh"
-        return QuantizeError(f"{path} {what} since the plan was made: {afresh}")
+            remedy = f"{undo}, or give --overwrite to start afresh"
+        return QuantizeError(f"{path} {what} since the plan was made: {remedy}")
 
     def write_other_files(self) -> None:
         """Write copies and the program's own files, each complete before it gets its name, the
@@ -9764,7 +9764,7 @@ class OutputFolder:
             with source as file:
                 digest = write_copy(file, temporary)
             if digest != self.plan.hashes[name]:
-                raise self._changed_since_plan(content, "changed")
+                raise self._changed_since_plan(content)
             os.rename(temporary, self.folder / name)
         sync_folder(self.folder)
 
