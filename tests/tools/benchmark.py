@@ -54,10 +54,11 @@ imported; to compare the kernels' results with torch's takes 0.02 s each, with e
 with an earlier version, 2.2 billion weights took 2.1 s, with --scale mse 17 s, and with error feedback thirty times as
 long as with one.
 
-The full inventory of Nemotron-3-Nano-30B (63.16 GB, as files of zeros that are no more than holes on the disk) took
-0.20 GB of the process's own memory at the peak, and 41 s, to write 17.07 GB. A build of torch for CUDA holds more as
-soon as it is imported: a run over 4.4 GB took 0.27 GB with torch 2.13.0 for CPUs, 0.38 GB with 2.8.0 for CUDA 12.8, and
-0.41 GB with 2.14.1 for CUDA 13.0.
+On 2 cores of another such machine, which has AVX2 and no AVX-512, all but the floor took twice the time. There the full
+inventory of Nemotron-3-Nano-30B (63.16 GB, as files of zeros that are no more than holes on the disk) took 0.29 GB of
+the process's own memory at the peak, and 23 s to write 17.07 GB as int4, 75 s to write 17.82 GB as compressed-tensors.
+A build of torch for CUDA holds more as soon as it is imported: a run over 4.4 GB took 0.27 GB with torch 2.13.0 for
+CPUs, 0.38 GB with 2.8.0 for CUDA 12.8, and 0.41 GB with 2.14.1 for CUDA 13.0.
 
 The page cache: what is not cached (of files of another user, to 256 kB) is read around the cache, and what a run alone
 brought there it drops again. The run over 4.4 GB from a cold cache left 72 MB more (torch's own libraries; without this
