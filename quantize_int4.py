@@ -8609,33 +8609,46 @@ def note_transformers(draft: Draft) -> Iterator[str]:
         yield f"{ENGINES['transformers'].label} {reason}"
 
 
+RESTORE_INSTEAD = "vLLM may read them; for transformers --restore it to dense weights"
+
+
 def reason_transformers_fails(draft: Draft) -> str:
     """Return why transformers would not load the folder, or not all of it; nothing if it does."""
-    transformers = ENGINES["transformers"]
-    if transformers not in draft.form.engines:
+    if ENGINES["transformers"] not in draft.form.engines:
         return ""
+    return why_it_loads_no_layers(draft) or why_it_loads_no_kept_experts(draft)
+
+
+def why_it_loads_no_layers(draft: Draft) -> str:
+    """Return why transformers stops at the folder, or decodes its layers wrongly; nothing if it
+    does neither."""
     computed = computed_when_loaded(draft)
     if computed:
         return (
             f"stops at this folder: it splits or joins {computed[0].name!r} and alike as it loads"
-            f" them, which packed weights do not survive; vLLM may read them{RESTORE_INSTEAD}"
+            f" them, which packed weights do not survive; {RESTORE_INSTEAD}"
             f"{advice_to_keep(computed, draft)}"
         )
+
     lost = lost_beside_packed(draft)
     if lost:
         return (
             f"stops at this folder: it splits or joins {lost} as it loads them, and beside packed"
-            f" layers takes only packed ones for these; vLLM may read them{RESTORE_INSTEAD}"
+            f" layers takes only packed ones for these; {RESTORE_INSTEAD}"
         )
 
     if must_be_decoded(draft) and len(draft.widths) > 1:
         return (
-            "asks this model's layers for dense weights, and decodes two widths wrongly; vLLM may"
-            f" read them{RESTORE_INSTEAD}"
+            "asks this model's layers for dense weights, and decodes two widths wrongly;"
+            f" {RESTORE_INSTEAD}"
         )
+    return ""
 
+
+def why_it_loads_no_kept_experts(draft: Draft) -> str:
+    """Return what transformers makes of experts that are kept; nothing if it loads them."""
     row = oddity_with("tells_experts", draft.config)
-    is_told = draft.form.name in transformers.kept_experts
+    is_told = draft.form.name in ENGINES["transformers"].kept_experts
     kept = [tensor for tensor in draft.tensors if is_expert(tensor) and not tensor.packing]
     # It loads none of MTP.
     are_kept = any(tensor.kind != MTP for tensor in kept)
@@ -8653,9 +8666,6 @@ def reason_transformers_fails(draft: Draft) -> str:
             "reads this model's experts only as stacks, and leaves these random; vLLM may read them"
         )
     return "stops at experts that are kept beside packed layers (RuntimeError); vLLM reads them"
-
-
-RESTORE_INSTEAD = "; for transformers --restore it to dense weights"
 
 
 def advice_to_keep(computed: list[TensorInfo], draft: Draft) -> str:
@@ -11112,20 +11122,8 @@ def measure(
     half = packing.code_max + 1
     codes -= half if measuring.with_offset else 2 * half * (codes >= half)
     steps = scales.float().repeat_interleave(packing.group_size, 1)[:, :columns]
-    decoded = codes * steps
-    errors = weights - decoded
-
-    divisors = steps.clone()
-    if measuring.moved_from is not None:
-        moved = divisors[:, measuring.moved_from :]
-        moved[moved == 0] = 1
-    # Beyond is positive where the weight lies on the side of the larger codes.
-    beyond = (weights - codes * divisors) * torch.where(divisors < 0, -1, 1)
-    bound = divisors.abs() * measuring.tolerance(scales.dtype) + measuring.tiny(scales.dtype)
-    right = (beyond <= bound) | (codes == packing.code_max) & (divisors != 0)
-    right &= (beyond >= -bound) | (codes == -half) & (divisors != 0)
-    right &= torch.isfinite(decoded)
-    wrong = (~right).flatten().nonzero()
+    errors = weights - codes * steps
+    wrong = find_wrong_codes(weights, codes, steps, measuring, scales.dtype)
 
     distances = (errors / steps).abs()
     far = (distances > FAR_SCALES) & (steps != 0)
@@ -11141,6 +11139,30 @@ def measure(
     if len(wrong):
         measured.first_wrong = int(wrong[0])
     return measured
+
+
+def find_wrong_codes(
+    weights: torch.Tensor,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    measuring: Measuring,
+    scale_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the places of the weights, counted row after row, whose codes no conversion can have
+    made; int64 (places, 1). All three tensors are float32 (rows, columns)."""
+    divisors = steps.clone()
+    if measuring.moved_from is not None:
+        moved = divisors[:, measuring.moved_from :]
+        moved[moved == 0] = 1
+
+    # Beyond is positive where the weight lies on the side of the larger codes.
+    beyond = (weights - codes * divisors) * torch.where(divisors < 0, -1, 1)
+    bound = divisors.abs() * measuring.tolerance(scale_dtype) + measuring.tiny(scale_dtype)
+    code_max = measuring.packing.code_max
+    right = (beyond <= bound) | (codes == code_max) & (divisors != 0)
+    right &= (beyond >= -bound) | (codes == -code_max - 1) & (divisors != 0)
+    right &= torch.isfinite(codes * steps)
+    return (~right).flatten().nonzero()
 
 
 def measure_with_kernel(
