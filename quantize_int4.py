@@ -3037,9 +3037,6 @@ OTHER_KINDS_OF_WEIGHTS = {
         "it is a distributed checkpoint, make one file of it with accelerate merge-weights, or"
         " python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
     ),
-    r"^(optimizer|rng_state|training_args|trainer_state)": (
-        "it holds training state alone, give the folder where the model was saved"
-    ),
 }
 
 
@@ -3059,14 +3056,21 @@ def why_no_weights(folder: Path, names: list[str]) -> str:
     if others:
         return f"{problem}: if {others[0]!r} is the model's state dict, name it model.pth"
     inside = where_weights_are_inside(folder)
-    if not inside and CONFIG_NAME in names:
+    if inside:
+        return problem + inside
+    training = r"^(optimizer|rng_state|training_args|trainer_state)"
+    if any(re.search(training, name) for name in names):
+        advice = "it holds training state alone, give the folder where the model was saved"
+        return f"{problem}: {advice}"
+    if CONFIG_NAME in names:
         return f"{problem}: copy or download the weights, too"
-    return problem + inside
+    return problem
 
 
 def where_weights_are_inside(folder: Path) -> str:
     """Name the folders in a folder that hold weights, for the end of an error; "" if none do."""
     found = [*folder.glob("*/*.safetensors"), *folder.glob("*/pytorch_model*.bin")]
+    found = [path for path in found if not TRAINER_PATTERN.search(path.name)]
     # checkpoint-20 before checkpoint-100.
     folders = sorted({path.parent for path in found}, key=lambda path: (len(path.name), path.name))
     if not folders:

@@ -145,6 +145,19 @@ def test_a_folder_of_other_weights_is_answered_with_what_helps(tmp_path, name):
     refuse(tmp_path / "in", tmp_path / "out", "no *.safetensors", OTHERS_WEIGHTS[name])
 
 
+def test_training_state_beside_what_may_be_the_model_does_not_hide_it(model, tmp_path):
+    outer = tmp_path / "outer"
+    (outer / "checkpoint-1").mkdir(parents=True)
+    (outer / "trainer_state.json").write_text("{}")
+    save_file({"m.weight": torch.ones(8)}, outer / "checkpoint-1" / "optimizer.safetensors")
+    refuse(outer, tmp_path / "out", "training state alone")
+    shutil.copytree(model, outer / "checkpoint-20")
+    refuse(outer, tmp_path / "out", f"but some in {outer / 'checkpoint-20'}: give that folder")
+    shutil.rmtree(outer / "checkpoint-20")
+    (outer / "model.ckpt").touch()
+    refuse(outer, tmp_path / "out", "if 'model.ckpt' is the model's state dict")
+
+
 def test_an_optimizer_beside_the_weights_is_no_second_set_of_them(model, tmp_path):
     save_file({"m.weight": torch.ones(8)}, model / "optimizer.safetensors")
     plan = quantize(model, tmp_path / "out").stdout
