@@ -7661,9 +7661,10 @@ UNFIT = (
     Unfit(
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2"
         r"|weight\.(absmax|quant_state.*)|SCB|weight_zero_point|weight_global_scale"
-        r"|W_q|q_weight|trellis|Qidxs|_?weight[.:_]_?q?data"
         r"|(gate_up|gate|up|down)_proj_(blocks|scales)|\w*quantizer\._\w+)$"
-        r"|\nF(4|6_|8_)|\.(weight|weight\._data|W_q|q_weight)\n[IU]\d+ 2-D",
+        r"|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D"
+        # A plain parameter may be called so, too.
+        r"|\.(W_q|q_weight|trellis|Qidxs|_?weight[.:_]_?q?data)\n[IU]",
         QUANTIZED,
     ),
     # The spellings of peft, torchtune, kohya's scripts and AdapterHub. `check_low_rank_updates`

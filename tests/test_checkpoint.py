@@ -437,6 +437,13 @@ def test_consolidated_weights_alone_are_the_model(tmp_path):
 # --- what is quantized already ----------------------------------------------------------------------------------------
 
 
+def test_a_plain_parameter_with_the_name_of_a_packed_one_is_copied(tmp_path):
+    plain = {f"m.{name}": random(4, 128) for name in ("W_q", "q_weight", "trellis", "weight_data")}
+    source = save_model(tmp_path / "in", WEIGHT | plain)
+    quantize(source, tmp_path / "out", "--verify")
+    assert read_tensors(tmp_path / "out").keys() >= plain.keys()
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
