@@ -9740,9 +9740,9 @@ class OutputFolder:
         if config.exists():
             found.add(config)
         for path in sorted(path for path in planned - found if not path.exists()):
-            raise self._changed_since_plan(path, "is gone", "put it back")
+            raise self._changed_since_plan(path, "was removed", "put it back")
         for path in sorted(found - planned):
-            raise self._changed_since_plan(path, "is new", "remove it")
+            raise self._changed_since_plan(path, "was added", "remove it")
         if checkpoint.has_config and hash_file(config) != checkpoint.config_hash:
             raise self._changed_since_plan(config)
 
