@@ -11912,7 +11912,7 @@ def convert(
     checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int
 ) -> None:
     """Write the planned output folder."""
-    problem = output.lack_of_room()
+    problem = own_output_copied(plan) or output.lack_of_room()
     if problem:
         raise QuantizeError(problem)
     progress.guard.check()
@@ -11932,6 +11932,20 @@ def convert(
 
     progress.mark("Written")
     print_summary(plan, conversion.account, progress)
+
+
+def own_output_copied(plan: Plan) -> str:
+    """Describe a file that would be copied and takes what this run prints, so that it changes
+    before it is copied. Empty if there is none."""
+    for path in plan.other_files.values():
+        for fd in (1, 2):
+            with contextlib.suppress(OSError):
+                if isinstance(path, Path) and os.path.samestat(path.stat(), os.fstat(fd)):
+                    return (
+                        f"{path} takes what this run prints, and would be copied: remove it, and"
+                        " print into a file outside of the input folder"
+                    )
+    return ""
 
 
 def write_output(
