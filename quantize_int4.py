@@ -8294,7 +8294,7 @@ def warn_of_missing_modules(draft: Draft) -> Iterator[str]:
     if missing:
         yield (
             f"{MODULES_NAME} names folders, and folders are not copied: copy {quote_names(missing)}"
-            " into the finished one, else embeddings are pooled otherwise, or an engine stops"
+            " into the output folder, else embeddings are pooled otherwise, or an engine stops"
         )
 
 

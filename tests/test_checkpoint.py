@@ -170,7 +170,10 @@ def test_folders_of_sentence_transformers_are_to_be_copied_which_a_warning_says(
     (model / "1_Pooling").mkdir()
     options = ["--format", "compressed-tensors"]
     plan = quantize(model, tmp_path / "out", *options).stdout
-    assert "WARNING:   modules.json names folders, and folders are not copied: copy '1_Po" in plan
+    warning = (
+        "modules.json names folders, and folders are not copied: copy '1_Pooling' into the out"
+    )
+    assert f"WARNING:   {warning}" in plan
     shutil.copytree(model / "1_Pooling", tmp_path / "out" / "1_Pooling")
     quantize(model, tmp_path / "out", *options, "--verify")
 
