@@ -3441,7 +3441,8 @@ class Oddity:
     @property
     def tells_loading(self) -> bool:
         """Whether this row says what transformers makes of names or tensors as it loads them."""
-        return bool(self.in_memory or self.computed or self.joined or self.packed_at_least)
+        names = self.in_memory or self.computed or self.joined or self.packed_at_least
+        return bool(names or self.asks_for_dense)
 
     @property
     def has_gate(self) -> bool:
@@ -8709,7 +8710,12 @@ def must_be_decoded(draft: Draft) -> bool:
     head_is_tied = "head" not in draft.kinds.values()
     if head_is_tied and oddity_with("other_head", draft.config).other_head:
         return True
-    return oddity_with("asks_for_dense", draft.config).asks_for_dense
+    if oddity_with("asks_for_dense", draft.config).asks_for_dense:
+        return True
+    # So are a tower's layers, which --int8 may pack.
+    packed = [tensor.source.name for tensor in draft.tensors if tensor.packing]
+    loadings = [row for row in loadings_of(draft.config) if row.oddity.asks_for_dense]
+    return any(loading.applies_to(name) for loading in loadings for name in packed)
 
 
 def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
