@@ -3427,7 +3427,7 @@ class Oddity:
     # Whether transformers asks its layers for dense weights, and so must decode them while loading.
     asks_for_dense: bool = False
 
-    # Whether the same holds where the head is tied, since it takes that for packed.
+    # Whether it must do so where the head is tied, since it takes such a head for a packed layer.
     other_head: bool = False
 
     # A pattern of names. A checkpoint that has such has half as many layers as config.json says.
