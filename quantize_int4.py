@@ -3037,9 +3037,6 @@ OTHER_KINDS_OF_WEIGHTS = {
         "it is a distributed checkpoint, make one file of it with accelerate merge-weights, or"
         " python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
     ),
-    r"^(optimizer|rng_state|training_args|trainer_state)": (
-        "it holds training state alone, give the folder where the model was saved"
-    ),
 }
 
 
@@ -3059,14 +3056,21 @@ def why_no_weights(folder: Path, names: list[str]) -> str:
     if others:
         return f"{problem}: if {others[0]!r} is the model's state dict, name it model.pth"
     inside = where_weights_are_inside(folder)
-    if not inside and CONFIG_NAME in names:
+    if inside:
+        return problem + inside
+    training = r"^(optimizer|rng_state|training_args|trainer_state)"
+    if any(re.search(training, name) for name in names):
+        advice = "it holds training state alone, give the folder where the model was saved"
+        return f"{problem}: {advice}"
+    if CONFIG_NAME in names:
         return f"{problem}: copy or download the weights, too"
-    return problem + inside
+    return problem
 
 
 def where_weights_are_inside(folder: Path) -> str:
     """Name the folders in a folder that hold weights, for the end of an error; "" if none do."""
     found = [*folder.glob("*/*.safetensors"), *folder.glob("*/pytorch_model*.bin")]
+    found = [path for path in found if not TRAINER_PATTERN.search(path.name)]
     # checkpoint-20 before checkpoint-100.
     folders = sorted({path.parent for path in found}, key=lambda path: (len(path.name), path.name))
     if not folders:
@@ -3423,7 +3427,7 @@ class Oddity:
     # Whether transformers asks its layers for dense weights, and so must decode them while loading.
     asks_for_dense: bool = False
 
-    # Whether the same holds where the head is tied, since it takes that for packed.
+    # Whether it must do so where the head is tied, since it takes such a head for a packed layer.
     other_head: bool = False
 
     # A pattern of names. A checkpoint that has such has half as many layers as config.json says.
@@ -3437,7 +3441,8 @@ class Oddity:
     @property
     def tells_loading(self) -> bool:
         """Whether this row says what transformers makes of names or tensors as it loads them."""
-        return bool(self.in_memory or self.computed or self.joined or self.packed_at_least)
+        names = self.in_memory or self.computed or self.joined or self.packed_at_least
+        return bool(names or self.asks_for_dense)
 
     @property
     def has_gate(self) -> bool:
@@ -7657,9 +7662,10 @@ UNFIT = (
     Unfit(
         r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|weight_scale_2"
         r"|weight\.(absmax|quant_state.*)|SCB|weight_zero_point|weight_global_scale"
-        r"|W_q|q_weight|trellis|Qidxs|_?weight[.:_]_?q?data"
         r"|(gate_up|gate|up|down)_proj_(blocks|scales)|\w*quantizer\._\w+)$"
-        r"|\nF(4|6_|8_)|\.(weight|weight\._data|W_q|q_weight)\n[IU]\d+ 2-D",
+        r"|\nF(4|6_|8_)|\.weight\n[IU]\d+ 2-D"
+        # A plain parameter may be called so, too.
+        r"|\.(W_q|q_weight|trellis|Qidxs|_?weight[.:_]_?q?data)\n[IU]",
         QUANTIZED,
     ),
     # The spellings of peft, torchtune, kohya's scripts and AdapterHub. `check_low_rank_updates`
@@ -8289,7 +8295,7 @@ def warn_of_missing_modules(draft: Draft) -> Iterator[str]:
     if missing:
         yield (
             f"{MODULES_NAME} names folders, and folders are not copied: copy {quote_names(missing)}"
-            " into the finished one, else embeddings are pooled otherwise, or an engine stops"
+            " into the output folder, else embeddings are pooled otherwise, or an engine stops"
         )
 
 
@@ -8714,7 +8720,12 @@ def must_be_decoded(draft: Draft) -> bool:
     head_is_tied = "head" not in draft.kinds.values()
     if head_is_tied and oddity_with("other_head", draft.config).other_head:
         return True
-    return oddity_with("asks_for_dense", draft.config).asks_for_dense
+    if oddity_with("asks_for_dense", draft.config).asks_for_dense:
+        return True
+    # So are a tower's layers, which --int8 may pack.
+    packed = [tensor.source.name for tensor in draft.tensors if tensor.packing]
+    loadings = [row for row in loadings_of(draft.config) if row.oddity.asks_for_dense]
+    return any(loading.applies_to(name) for loading in loadings for name in packed)
 
 
 def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
@@ -9745,9 +9756,9 @@ class OutputFolder:
         if config.exists():
             found.add(config)
         for path in sorted(path for path in planned - found if not path.exists()):
-            raise self._changed_since_plan(path, "is gone", "put it back")
+            raise self._changed_since_plan(path, "was removed", "put it back")
         for path in sorted(found - planned):
-            raise self._changed_since_plan(path, "is new", "remove it")
+            raise self._changed_since_plan(path, "was added", "remove it")
         if checkpoint.has_config and hash_file(config) != checkpoint.config_hash:
             raise self._changed_since_plan(config)
 
@@ -11929,7 +11940,7 @@ def convert(
     checkpoint: Checkpoint, plan: Plan, output: OutputFolder, progress: Progress, threads: int
 ) -> None:
     """Write the planned output folder."""
-    problem = output.lack_of_room()
+    problem = own_output_copied(plan) or output.lack_of_room()
     if problem:
         raise QuantizeError(problem)
     progress.guard.check()
@@ -11949,6 +11960,20 @@ def convert(
 
     progress.mark("Written")
     print_summary(plan, conversion.account, progress)
+
+
+def own_output_copied(plan: Plan) -> str:
+    """Describe a file that would be copied and takes what this run prints, so that it changes
+    before it is copied. Empty if there is none."""
+    for path in plan.other_files.values():
+        for fd in (1, 2):
+            with contextlib.suppress(OSError):
+                if isinstance(path, Path) and os.path.samestat(path.stat(), os.fstat(fd)):
+                    return (
+                        f"{path} takes what this run prints, and would be copied: remove it, and"
+                        " print into a file outside of the input folder"
+                    )
+    return ""
 
 
 def write_output(

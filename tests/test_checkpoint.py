@@ -145,6 +145,19 @@ def test_a_folder_of_other_weights_is_answered_with_what_helps(tmp_path, name):
     refuse(tmp_path / "in", tmp_path / "out", "no *.safetensors", OTHERS_WEIGHTS[name])
 
 
+def test_training_state_beside_what_may_be_the_model_does_not_hide_it(model, tmp_path):
+    outer = tmp_path / "outer"
+    (outer / "checkpoint-1").mkdir(parents=True)
+    (outer / "trainer_state.json").write_text("{}")
+    save_file({"m.weight": torch.ones(8)}, outer / "checkpoint-1" / "optimizer.safetensors")
+    refuse(outer, tmp_path / "out", "training state alone")
+    shutil.copytree(model, outer / "checkpoint-20")
+    refuse(outer, tmp_path / "out", f"but some in {outer / 'checkpoint-20'}: give that folder")
+    shutil.rmtree(outer / "checkpoint-20")
+    (outer / "model.ckpt").touch()
+    refuse(outer, tmp_path / "out", "if 'model.ckpt' is the model's state dict")
+
+
 def test_an_optimizer_beside_the_weights_is_no_second_set_of_them(model, tmp_path):
     save_file({"m.weight": torch.ones(8)}, model / "optimizer.safetensors")
     plan = quantize(model, tmp_path / "out").stdout
@@ -157,7 +170,10 @@ def test_folders_of_sentence_transformers_are_to_be_copied_which_a_warning_says(
     (model / "1_Pooling").mkdir()
     options = ["--format", "compressed-tensors"]
     plan = quantize(model, tmp_path / "out", *options).stdout
-    assert "WARNING:   modules.json names folders, and folders are not copied: copy '1_Po" in plan
+    warning = (
+        "modules.json names folders, and folders are not copied: copy '1_Pooling' into the out"
+    )
+    assert f"WARNING:   {warning}" in plan
     shutil.copytree(model / "1_Pooling", tmp_path / "out" / "1_Pooling")
     quantize(model, tmp_path / "out", *options, "--verify")
 
@@ -422,6 +438,13 @@ def test_consolidated_weights_alone_are_the_model(tmp_path):
 
 
 # --- what is quantized already ----------------------------------------------------------------------------------------
+
+
+def test_a_plain_parameter_with_the_name_of_a_packed_one_is_copied(tmp_path):
+    plain = {f"m.{name}": random(4, 128) for name in ("W_q", "q_weight", "trellis", "weight_data")}
+    source = save_model(tmp_path / "in", WEIGHT | plain)
+    quantize(source, tmp_path / "out", "--verify")
+    assert read_tensors(tmp_path / "out").keys() >= plain.keys()
 
 
 @pytest.mark.parametrize(

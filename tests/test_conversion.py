@@ -440,17 +440,17 @@ def test_a_file_that_changes_before_it_is_copied_is_an_error(model, expected, tm
 
 def add_a_file(folder):
     (folder / "added.json").write_text("{}")
-    return "added.json is new", "remove it"
+    return "added.json was added", "remove it"
 
 
 def remove_the_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
-    return "tokenizer.json is gone", "put it back"
+    return "tokenizer.json was removed", "put it back"
 
 
 def remove_the_config(folder):
     (folder / "config.json").unlink()
-    return "config.json is gone", "put it back"
+    return "config.json was removed", "put it back"
 
 
 def edit_the_config(folder):
@@ -491,7 +491,7 @@ def test_weights_that_appear_before_a_run_is_done_are_an_error(tmp_path):
     wait_until(lambda: list((tmp_path / "out").glob("model-*")))
     write_checkpoint(tmp_path / "more", {"n.weight": torch.ones(8, 128)}, shards=1)
     next((tmp_path / "more").glob("*.safetensors")).rename(weights.with_name("b.safetensors"))
-    assert_refused(run.wait(), "b.safetensors is new since the plan was made: remove it")
+    assert_refused(run.wait(), "b.safetensors was added since the plan was made: remove it")
 
 
 def test_a_pickle_that_is_truncated_while_it_is_read_is_an_error(model, tmp_path):

@@ -390,6 +390,24 @@ def test_packed_weights_that_transformers_splits_while_loading_are_told_instead_
         load(tmp_path / "out")
 
 
+def test_so_is_a_packed_tower_told_whose_layers_are_asked_for_dense_weights(tmp_path):
+    text = {"vocab_size": 320, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 64}
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"intermediate_size": 256, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text | sizes, vision_config=vision | sizes, mm_tokens_per_image=4
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).bfloat16()
+    model.save_pretrained(tmp_path / "in")
+    ask = "asks this model's layers for dense weights"
+    assert ask not in quantize(tmp_path / "in", tmp_path / "plain", *CLOSED).stdout
+    packed = quantize(tmp_path / "in", tmp_path / "out", *CLOSED, "--int8", "vision_tower")
+    assert ask in packed.stdout
+    type(model).from_pretrained(tmp_path / "plain")
+    with pytest.raises(AttributeError, match=r"has no attribute .weight"):
+        type(model).from_pretrained(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "lost"),
     [

@@ -120,6 +120,18 @@ def test_a_dry_run_of_what_can_be_done_warns_of_nothing(model, tmp_path):
     assert "would stop" not in quantize(model, tmp_path / "out", *options).stdout  # it is complete
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_log_that_would_be_copied_is_refused_before_anything_is_written(model, tmp_path, stream):
+    log = model / "log.txt"
+    with open(log, "w") as file:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: file}
+        result = subprocess.run(command(model, tmp_path / "out"), **pipes, text=True)
+    assert result.returncode == 1
+    problem = f"error: {log} takes what this run prints, and would be copied: remove it"
+    assert problem in (result.stderr or log.read_text())
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
     write_sparse_checkpoint(
         tmp_path / "in",
