@@ -8724,8 +8724,10 @@ def must_be_decoded(draft: Draft) -> bool:
         return True
     # So are a tower's layers, which --int8 may pack.
     packed = [tensor.source.name for tensor in draft.tensors if tensor.packing]
-    loadings = [row for row in loadings_of(draft.config) if row.oddity.asks_for_dense]
-    return any(loading.applies_to(name) for loading in loadings for name in packed)
+    for loading in loadings_of(draft.config):
+        if loading.oddity.asks_for_dense and any(map(loading.applies_to, packed)):
+            return True
+    return False
 
 
 def computed_when_loaded(draft: Draft) -> list[TensorInfo]:
