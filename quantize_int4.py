@@ -2982,8 +2982,8 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
     names = sorted(
         path.name for path in folder.iterdir() if not path.name.startswith((".", "adapter_"))
     )
-    safetensors = safetensors_of_model(names)
     others = [name for name in names if not TRAINER_PATTERN.search(name)]
+    safetensors = safetensors_of_model(others)
     pickles = [name for name in others if re.search(r"^pytorch_model.*\.bin$|\.pth?$", name)]
 
     index = folder / INDEX_NAME
@@ -3002,12 +3002,10 @@ def find_weights(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def safetensors_of_model(names: list[str]) -> list[str]:
-    """List the safetensors files, but no training state, and not Mistral's own copy of the weights
-    beside Hugging Face's.
+    """List the safetensors files, but not Mistral's own copy of the weights beside Hugging Face's.
 
     `plan_other_files` names what is left out."""
     safetensors = [name for name in names if name.endswith(".safetensors")]
-    safetensors = [name for name in safetensors if not TRAINER_PATTERN.search(name)]
     hugging_face = [name for name in safetensors if not name.startswith("consolidated")]
     return hugging_face or safetensors
 
@@ -7509,6 +7507,11 @@ FOR_ENGINES = "planned tensors of a format for engines"
 FOR_OTHERS = "planned tensors of a format for other readers"
 
 
+def container_of(match: re.Match) -> str:
+    """Return the path of the list that a layer is in, from a match of LAYER_PATTERN."""
+    return f"{match[1]}.{match[2]}".lstrip(".")
+
+
 @dataclass(frozen=True)
 class Draft:
     """A plan as far as it has come, which rules look at."""
@@ -7584,7 +7587,7 @@ class Draft:
         for info in self.sources:
             match = LAYER_PATTERN.match(info.name)
             if match:
-                numbers = layers.setdefault(f"{match[1]}.{match[2]}".lstrip("."), {})
+                numbers = layers.setdefault(container_of(match), {})
                 numbers.setdefault(int(match[3]), set()).add(info.name[match.end() :])
         return layers
 
@@ -7598,7 +7601,7 @@ class Draft:
             match = LAYER_PATTERN.match(info.name)
             module = info.name[match.end() :].removesuffix(".weight") if match else ""
             if len(info.shape) == 2 and "." in module:
-                whole.add(f"{match[1]}.{match[2]}".lstrip("."))
+                whole.add(container_of(match))
         others = r"vis(ion|ual)|image|audio|speech|tower|mtp|encoder"
         lists = [name for name in self.layers if name in whole] or [*self.layers]
         names = [name for name in lists if not re.search(others, name)]
